@@ -1,0 +1,1 @@
+"""The types that flow between rooms: tensors for models, tables for people."""

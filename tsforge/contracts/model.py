@@ -1,0 +1,109 @@
+"""The one contract a model obeys: a frozen config, and a module whose ``forward(batch)`` returns raw parameters.
+
+No optimiser, loss, batch size, device, logger, scaler or data path lives in a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor, nn
+
+from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.core.config import Config
+
+ScalingKind = Literal["none", "global", "series", "window", "window_mean", "last"]
+
+
+class ModelConfig(Config):
+    """Base of model configs; a subclass fixes ``name: Literal["..."]`` with the same default."""
+
+    name: str
+
+
+C = TypeVar("C", bound=ModelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a model can take and give; anything undeclared is refused before training, never ignored.
+
+    Attributes:
+        known_covariates, past_covariates, static_covariates: may appear in a batch.
+        context_outputs: fills ``Prediction.context_raw``.
+        rows_coupled: rows of a batch influence each other (then aligned windows are fed, and the model must be
+            equivariant to permuting rows).
+        absolute_time: reads ``Batch.cutoff_index``.
+        closed_form: ``solve`` can finish the fit without gradient steps (for at least one setting).
+        trainable: has parameters that gradient steps improve.
+        variate_coupling: a forecast of one variate may depend on the context of another.
+        scaling: scalings allowed, the first is the default used for ``scaling.kind: auto``.
+        probabilistic: honours num_params > 1 by itself; False means only the location is modelled and the
+            remaining parameters stay at the constants the network sets from residuals.
+    """
+
+    known_covariates: bool = False
+    past_covariates: bool = False
+    static_covariates: bool = False
+    context_outputs: bool = False
+    rows_coupled: bool = False
+    absolute_time: bool = False
+    closed_form: bool = False
+    trainable: bool = True
+    variate_coupling: bool = False
+    scaling: tuple[ScalingKind, ...] = ("global", "series", "window", "window_mean", "last", "none")
+    probabilistic: bool = True
+
+
+class ForecastModel(nn.Module, Generic[C]):
+    """Base of every model. Class attributes ``config_class``, ``capabilities``, ``source`` (paper or definition) and
+    ``test_configs`` (what the conformance suite instantiates) are set by the subclass; ``config_class`` is a
+    ``ModelConfig`` whose ``name`` equals the module's file name.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    source: ClassVar[str] = ""
+    test_configs: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+
+    def __init__(self, config: C, spec: DataSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Return raw parameters [B, H, V, K] in scaled units; must not read ``batch.target``."""
+        raise NotImplementedError
+
+    def solve(self, data: TrainingSeries) -> SolveReport | None:
+        """Fit in closed form, or set a warm start, from the whole scaled training span; None = nothing to solve."""
+        return None
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """See every training window once before the first step (idempotent); for example to count a graph."""
+
+    def anneal(self, progress: float) -> None:
+        """Called before each step with progress in [0, 1]; changes schedules kept in buffers, never weights."""
+
+    def components(self, batch: Batch) -> dict[str, Tensor]:
+        """Return additive parts of the location forecast, name -> [B, H, V] in scaled units; empty if none."""
+        return {}
+
+    def explain(self) -> dict[str, Any]:
+        """Return fitted quantities worth showing (coefficients, roots): name -> list of plain records."""
+        return {}
+
+
+@runtime_checkable
+class Recurrent(Protocol):
+    """A model that can also run one step at a time with constant memory."""
+
+    def initial_state(self, batch_size: int) -> Any:
+        """Return the state before any observation."""
+        ...
+
+    def step(self, state: Any, x: Tensor) -> tuple[Any, Tensor]:
+        """Take one observation [B, V], return the new state and raw parameters [B, V, K] of the next step."""
+        ...

@@ -1,0 +1,118 @@
+"""What a model sees and returns. Axis letters: B batch, L context_length, H horizon, V variate, K param, F known
+covariates, P past covariates, S static covariates, N grid rows of all series together.
+
+Tuples rather than dataclasses: they survive device transfer, ``bf16-true``, ``torch.compile`` and ``torch.export``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tsforge.core.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Sizes that follow from the data and the window; never hyper-parameters.
+
+    Attributes:
+        context_length: L, past steps a model sees.
+        horizon: H, steps it forecasts.
+        num_variates: V, targets forecast together.
+        num_known: F, covariates known over context and horizon.
+        num_past: P, covariates known over the context only.
+        num_static: S, constants of a series.
+        num_params: K, raw outputs a step and variate, asked for by the likelihood; the first is the location.
+        train_length: grid rows of the training span, for models that place themselves in absolute time.
+    """
+
+    context_length: int
+    horizon: int
+    num_variates: int
+    num_known: int = 0
+    num_past: int = 0
+    num_static: int = 0
+    num_params: int = 1
+    train_length: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("context_length", "horizon", "num_variates", "num_params"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_known", "num_past", "num_static", "train_length"):
+            if getattr(self, name) < 0:
+                raise ModelError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+class Batch(NamedTuple):
+    """One batch of windows.
+
+    Shapes:
+        context [B, L, V] float, 0 where not observed once scaled; context_mask [B, L, V] bool, True = observed.
+        target [B, H, V] and target_mask [B, H, V], None at prediction time; a forward pass must not read them.
+        past [B, L, P], known [B, L + H, F], static [B, S], or None when the data has none.
+        series_index [B] and cutoff_index [B] int64: which series, and the absolute grid index of the first forecast
+        step (steps since the artifact's time origin). Provenance, not inputs, unless ``Capabilities.absolute_time``.
+    """
+
+    context: Tensor
+    context_mask: Tensor
+    target: Tensor | None = None
+    target_mask: Tensor | None = None
+    past: Tensor | None = None
+    known: Tensor | None = None
+    static: Tensor | None = None
+    series_index: Tensor | None = None
+    cutoff_index: Tensor | None = None
+
+
+class Prediction(NamedTuple):
+    """What ``forward`` returns.
+
+    Shapes:
+        raw [B, H, V, K], unconstrained, in scaled units; parameter 0 is the location.
+        context_raw [B, L, V, K], for models that also predict or reconstruct the context, else None.
+        aux_losses: name -> scalar added to the loss, already weighted.
+    """
+
+    raw: Tensor
+    context_raw: Tensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
+
+
+class TrainingSeries(NamedTuple):
+    """The whole training span in scaled units, for models with a closed-form or moment-based fit.
+
+    Shapes:
+        values [N, V] (0 where not observed), mask [N, V] bool, past [N, P] or None, known [N, F] or None,
+        static [num_series, S] or None, indptr [num_series + 1] int64 (rows of series s: indptr[s]:indptr[s + 1]),
+        offset [num_series] int64 (absolute grid index of each series' first row).
+    """
+
+    values: Tensor
+    mask: Tensor
+    indptr: Tensor
+    offset: Tensor
+    past: Tensor | None = None
+    known: Tensor | None = None
+    static: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveReport:
+    """Outcome of ``ForecastModel.solve``.
+
+    Attributes:
+        finished: no gradient training is needed; False means the weights are a warm start.
+        method: what was solved, for the log and the artifact (``"ols"``, ``"sparse"`` ...).
+        residual_scale: [H, V] standard deviation of training residuals in scaled units, or None.
+        details: numbers worth keeping (condition, non-zeros, iterations).
+    """
+
+    finished: bool
+    method: str
+    residual_scale: Tensor | None = None
+    details: dict[str, float] | None = None

@@ -1,0 +1,220 @@
+"""Configuration: frozen pydantic classes, YAML composed by Hydra, every mistake one readable line.
+
+``configs/`` is a Hydra tree. A shell composes it once (``load``), and from then on only the validated object travels.
+Search spaces stand beside the defaults they vary (``tunable``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from tsforge.core.errors import ConfigError, listing, nearest
+
+_COMPOSE_LOCK = threading.Lock()  # Hydra's compose API is a process-wide singleton
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, keyword-only, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def tunable(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    log: bool = False,
+    choices: Sequence[Any] | None = None,
+    **field: Any,
+) -> Any:
+    """Return a pydantic field that carries its own search space.
+
+    Args:
+        default: value used when the user says nothing.
+        low, high: inclusive range of the search (integers stay integers); it is not a bound on the user's value.
+        log: sample on a logarithmic scale.
+        choices: categories instead of a range.
+        field: passed on to ``pydantic.Field`` (``ge``, ``le`` and the like do bound the user's value).
+
+    Raises:
+        ConfigError: neither a full range nor choices, or both.
+    """
+    ranged = low is not None and high is not None
+    if ranged == (choices is not None):
+        raise ConfigError("tunable() needs either low and high, or choices")
+    space: dict[str, Any] = {"choices": list(choices)} if choices is not None else {"low": low, "high": high, "log": log}
+    return Field(default, json_schema_extra={"tunable": space}, **field)
+
+
+def search_space(config: type[BaseModel] | BaseModel) -> dict[str, dict[str, Any]]:
+    """Return ``{dotted field name: space}`` for every tunable field, nested configs included.
+
+    A space is ``{"choices": [...]}`` or ``{"low", "high", "log", "type"}`` with type ``"int"`` or ``"float"``.
+    """
+    cls = config if isinstance(config, type) else type(config)
+    spaces: dict[str, dict[str, Any]] = {}
+    for name, field in cls.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, Mapping) and "tunable" in extra:
+            space = dict(extra["tunable"])  # type: ignore[arg-type,call-overload]
+            if "low" in space:
+                space["type"] = "int" if field.annotation is int else "float"
+            spaces[name] = space
+            continue
+        value = getattr(config, name, None) if not isinstance(config, type) else None
+        nested = value if isinstance(value, BaseModel) else _config_class(field)
+        if nested is not None:
+            spaces.update({f"{name}.{key}": space for key, space in search_space(nested).items()})
+    return spaces
+
+
+def _config_class(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def validate(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
+    """Return ``cls`` built from plain values.
+
+    Args:
+        cls: the config class.
+        values: nested plain types, as read from YAML.
+        where: dotted prefix of the place in a larger config, for messages.
+
+    Raises:
+        ConfigError: one line per mistake: its dotted path, what is wrong, and the closest known key.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item, cls, where) for item in error.errors())) from error
+
+
+def _explain(item: Any, cls: type[BaseModel], where: str) -> str:
+    path = [str(part) for part in item["loc"]]
+    dotted = ".".join(filter(None, [where, *path])) or cls.__name__
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(cls, path[:-1])
+        hint = nearest(path[-1], known) or (f" (known: {listing(known, 20)})" if known else "")
+        return f"{dotted}: unknown key{hint}"
+    if item["type"] == "missing":
+        return f"{dotted}: required, but not given"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    shown = item.get("input")
+    given = f" (given: {shown!r})" if isinstance(shown, str | int | float | bool) else ""
+    return f"{dotted}: {message}{given}"
+
+
+def _keys_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+    current: type[BaseModel] | None = cls
+    for part in path:
+        if current is None or part not in current.model_fields:
+            return []
+        current = _config_class(current.model_fields[part])
+    return [] if current is None else list(current.model_fields)
+
+
+def config_dir() -> Path:
+    """Return the folder of the config tree: ``TSFORGE_CONFIGS``, else ``configs/`` of the checkout, else the packaged copy.
+
+    Raises:
+        ConfigError: ``TSFORGE_CONFIGS`` names no folder.
+    """
+    given = os.environ.get("TSFORGE_CONFIGS")
+    if given:
+        if not Path(given).is_dir():
+            raise ConfigError(f"TSFORGE_CONFIGS={given} is not a folder")
+        return Path(given).resolve()
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package.parent / "configs", package / "_configs"):
+        if candidate.is_dir():
+            return candidate
+    raise ConfigError("no config tree found beside the package; set TSFORGE_CONFIGS to a folder with one")
+
+
+def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> dict[str, Any]:
+    """Return the composed config ``name`` as plain nested types.
+
+    Args:
+        name: file below the config tree without ``.yaml`` (``fit``, ``batch/demo``), or a path to a YAML file.
+        overrides: ``group=choice`` and ``dotted.key=value``, as typed by a user.
+        directory: the config tree (default ``config_dir()``).
+
+    Raises:
+        ConfigError: missing file, unknown group or choice (the message lists the choices), bad override syntax, bad YAML.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    root = directory or config_dir()
+    extra: list[str] = []
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"config file {name} does not exist")
+        if path.is_relative_to(root):
+            name = str(path.relative_to(root).with_suffix(""))
+        else:  # a user's own file may still pull in groups of the shipped tree
+            extra = [f"hydra.searchpath=[file://{root}]"]
+            root, name = path.parent, path.stem
+    elif not (root / f"{name}.yaml").is_file():
+        folder = (root / name).parent
+        known = [str(path.relative_to(root).with_suffix("")) for path in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
+        raise ConfigError(f"no config '{name}' below {root}{nearest(name, known)} (known: {listing(known, 20)})")
+    with _COMPOSE_LOCK:
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(root), version_base="1.3"):
+                composed = hydra_compose(name, overrides=[*extra, *map(_struct_override, overrides)])
+            plain = OmegaConf.to_container(composed, resolve=True)
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            message = " ".join(str(error).split())
+            raise ConfigError(f"config '{name}': {message}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"config '{name}' holds no mapping of settings")
+    return {str(key): value for key, value in plain.items()}
+
+
+def _struct_override(text: str) -> str:
+    """Let a dotted override add a key that the YAML leaves at its default; pydantic refuses unknown keys later."""
+    if "=" not in text:
+        raise ConfigError(f"'{text}' is not an override; write key=value, for example model=ar_net or model.lags=48")
+    key = text.split("=", 1)[0]
+    return f"++{text}" if "." in key and not key.startswith(("+", "~")) else text
+
+
+def load(cls: type[C], name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> C:
+    """Compose ``name`` and validate it as ``cls`` (see ``compose`` and ``validate`` for the errors)."""
+    return validate(cls, compose(name, overrides, directory))
+
+
+def to_yaml(config: BaseModel) -> str:
+    """Return the resolved config as YAML that ``validate`` reads back."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(config: BaseModel | Mapping[str, Any]) -> str:
+    """Return 16 hex digits that change when any setting changes."""
+    plain = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

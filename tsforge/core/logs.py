@@ -1,0 +1,57 @@
+"""Structured log lines on standard error; the library only logs, shells decide the format."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+_QUIET = ("alembic", "mlflow", "lightning.pytorch", "lightning.fabric", "apscheduler", "urllib3", "matplotlib", "sqlalchemy")
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module; it lies below ``tsforge`` so that one setting reaches all of them."""
+    return logging.getLogger(name if name.startswith("tsforge") else f"tsforge.{name}")
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line.update(getattr(record, "fields", {}))
+        return json.dumps(line, default=str)
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        tail = "".join(f" {key}={value}" for key, value in fields.items())
+        return f"{record.levelname.lower():7s} {record.getMessage()}{tail}"
+
+
+def configure_logging(level: str = "info", *, as_json: bool = False) -> None:
+    """Send tsforge's logs to standard error, one line a record; called once by a shell.
+
+    Args:
+        level: lowest level shown (``debug``, ``info``, ``warning``, ``error``).
+        as_json: one JSON object a line instead of text, for log collectors.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
+    root = logging.getLogger("tsforge")
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    root.propagate = False
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def log_event(logger: logging.Logger, message: str, **fields: object) -> None:
+    """Log one structured line at info level: a message plus named fields."""
+    logger.info(message, extra={"fields": fields})
