@@ -12,7 +12,19 @@ from tsforge.core.errors import DataError, listing
 
 FORECAST_COLUMNS = ("series_id", "cutoff", "step", "time", "variate", "mean")
 SCORE_COLUMNS = ("series_id", "time", "variate", "score", "p_value", "threshold", "alarm")
-EVENT_COLUMNS = ("event_id", "series_id", "start", "end", "peak_time", "peak_score", "p_value", "threshold", "rule", "state", "variates")
+EVENT_COLUMNS = (
+    "event_id",
+    "series_id",
+    "start",
+    "end",
+    "peak_time",
+    "peak_score",
+    "p_value",
+    "threshold",
+    "rule",
+    "state",
+    "variates",
+)
 JOINT = "*"  # variate name of a score over all variates
 
 

@@ -21,7 +21,9 @@ def _sync(path: Path) -> None:
 
 
 def _explain(path: Path, error: OSError) -> BackendError:
-    return BackendError(f"cannot write {path}: {error.strerror or error}; nothing was changed, free space or choose another folder")
+    return BackendError(
+        f"cannot write {path}: {error.strerror or error}; nothing was changed, free space or choose another folder"
+    )
 
 
 @contextmanager

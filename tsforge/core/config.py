@@ -55,7 +55,9 @@ def tunable(
     ranged = low is not None and high is not None
     if ranged == (choices is not None):
         raise ConfigError("tunable() needs either low and high, or choices")
-    space: dict[str, Any] = {"choices": list(choices)} if choices is not None else {"low": low, "high": high, "log": log}
+    space: dict[str, Any] = (
+        {"choices": list(choices)} if choices is not None else {"low": low, "high": high, "log": log}
+    )
     return Field(default, json_schema_extra={"tunable": space}, **field)
 
 
@@ -69,7 +71,7 @@ def search_space(config: type[BaseModel] | BaseModel) -> dict[str, dict[str, Any
     for name, field in cls.model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, Mapping) and "tunable" in extra:
-            space = dict(extra["tunable"])  # type: ignore[arg-type,call-overload]
+            space = dict(extra["tunable"])  # type: ignore[arg-type]
             if "low" in space:
                 space["type"] = "int" if field.annotation is int else "float"
             spaces[name] = space
@@ -177,7 +179,11 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
             root, name = path.parent, path.stem
     elif not (root / f"{name}.yaml").is_file():
         folder = (root / name).parent
-        known = [str(path.relative_to(root).with_suffix("")) for path in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
+        known = (
+            [str(path.relative_to(root).with_suffix("")) for path in sorted(folder.glob("*.yaml"))]
+            if folder.is_dir()
+            else []
+        )
         raise ConfigError(f"no config '{name}' below {root}{nearest(name, known)} (known: {listing(known, 20)})")
     with _COMPOSE_LOCK:
         GlobalHydra.instance().clear()

@@ -8,7 +8,16 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-_QUIET = ("alembic", "mlflow", "lightning.pytorch", "lightning.fabric", "apscheduler", "urllib3", "matplotlib", "sqlalchemy")
+_QUIET = (
+    "alembic",
+    "mlflow",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "apscheduler",
+    "urllib3",
+    "matplotlib",
+    "sqlalchemy",
+)
 
 
 def get_logger(name: str) -> logging.Logger:

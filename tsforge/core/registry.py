@@ -36,7 +36,9 @@ class Registry(Generic[T]):
         def decorate(cls: type[T]) -> type[T]:
             known = self._classes.get(name)
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ConfigError(f"{self.kind} '{name}' is registered twice: {known.__module__} and {cls.__module__}; rename one")
+                raise ConfigError(
+                    f"{self.kind} '{name}' is registered twice: {known.__module__} and {cls.__module__}; rename one"
+                )
             self._classes[name] = cls
             return cls
 

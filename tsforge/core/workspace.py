@@ -34,7 +34,9 @@ class Workspace:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BackendError(f"cannot create the workspace {path}: {error.strerror}; set TSFORGE_HOME to a writable folder") from error
+            raise BackendError(
+                f"cannot create the workspace {path}: {error.strerror}; set TSFORGE_HOME to a writable folder"
+            ) from error
         if not os.access(path, os.W_OK):
             raise BackendError(f"the workspace {path} is read-only; set TSFORGE_HOME to a writable folder")
         return cls(

@@ -1,0 +1,38 @@
+"""Shared set-up: one thread, no telemetry, an own workspace for every test, and the shared data when it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("POLARS_MAX_THREADS", "2")
+
+import pytest
+
+
+def shared_data_dir() -> Path | None:
+    """Return the folder of the real data sets: ``TSFORGE_DATA``, else ``../shared/data`` beside the checkout."""
+    given = os.environ.get("TSFORGE_DATA")
+    candidate = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
+    return candidate if (candidate / "forecast").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data sets; skips where they are not present."""
+    folder = shared_data_dir()
+    if folder is None:
+        pytest.skip("real data sets not found: set TSFORGE_DATA to the folder that holds forecast/ and anomaly/")
+    return folder
+
+
+@pytest.fixture
+def workspace_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh workspace folder, set as TSFORGE_HOME; no shared service is visible."""
+    root = tmp_path / "home"
+    monkeypatch.setenv("TSFORGE_HOME", str(root))
+    for name in ("TSFORGE_DATABASE_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return root
