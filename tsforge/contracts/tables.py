@@ -1,7 +1,8 @@
-"""Long polars tables that leave the system: forecasts, scores, anomaly reports. They open in pandas and polars alike."""
+"""Long polars tables that leave the system: forecasts, scores, anomaly reports; pandas opens them too."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,7 @@ class Forecast:
     def __post_init__(self) -> None:
         names = tuple(quantile_column(level) for level in self.quantile_levels)
         _require(self.table, FORECAST_COLUMNS + names, "a forecast table")
-        for low, high in zip(names, names[1:], strict=False):
+        for low, high in itertools.pairwise(names):
             crossed = int((self.table[low] > self.table[high]).sum())
             if crossed:
                 raise DataError(f"{crossed} of {self.table.height} forecast rows have {low} above {high}")

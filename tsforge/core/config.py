@@ -130,7 +130,7 @@ def _keys_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 
 def config_dir() -> Path:
-    """Return the folder of the config tree: ``TSFORGE_CONFIGS``, else ``configs/`` of the checkout, else the packaged copy.
+    """Return the config tree: ``TSFORGE_CONFIGS``, else ``configs/`` of the checkout, else the packaged copy.
 
     Raises:
         ConfigError: ``TSFORGE_CONFIGS`` names no folder.
@@ -156,7 +156,7 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
         directory: the config tree (default ``config_dir()``).
 
     Raises:
-        ConfigError: missing file, unknown group or choice (the message lists the choices), bad override syntax, bad YAML.
+        ConfigError: missing file, unknown group or choice (the message lists the choices), bad override, bad YAML.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -167,6 +167,7 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
     from yaml import YAMLError
 
     root = directory or config_dir()
+    roots = [root]
     extra: list[str] = []
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser().resolve()
@@ -177,6 +178,7 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
         else:  # a user's own file may still pull in groups of the shipped tree
             extra = [f"hydra.searchpath=[file://{root}]"]
             root, name = path.parent, path.stem
+            roots.append(root)
     elif not (root / f"{name}.yaml").is_file():
         folder = (root / name).parent
         known = (
@@ -189,7 +191,9 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(root), version_base="1.3"):
-                composed = hydra_compose(name, overrides=[*extra, *map(_struct_override, overrides)])
+                composed = hydra_compose(
+                    name, overrides=[*extra, *(_struct_override(text, roots) for text in overrides)]
+                )
             plain = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             message = " ".join(str(error).split())
@@ -199,12 +203,13 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
     return {str(key): value for key, value in plain.items()}
 
 
-def _struct_override(text: str) -> str:
-    """Let a dotted override add a key that the YAML leaves at its default; pydantic refuses unknown keys later."""
+def _struct_override(text: str, roots: Sequence[Path]) -> str:
+    """Let an override add a key that the YAML leaves at its default; pydantic refuses unknown keys later."""
     if "=" not in text:
         raise ConfigError(f"'{text}' is not an override; write key=value, for example model=ar_net or model.lags=48")
     key = text.split("=", 1)[0]
-    return f"++{text}" if "." in key and not key.startswith(("+", "~")) else text
+    is_group = any((root / key).is_dir() for root in roots)
+    return text if is_group or key.startswith(("+", "~")) else f"++{text}"
 
 
 def load(cls: type[C], name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> C:

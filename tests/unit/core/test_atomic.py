@@ -1,0 +1,87 @@
+"""Atomic writes: the old content or the new, never a mixture, never a leftover."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tsforge.core.atomic import atomic_directory, atomic_file
+from tsforge.core.errors import BackendError
+
+
+def test_file_is_replaced_and_no_temporary_is_left(tmp_path: Path) -> None:
+    target = tmp_path / "sub" / "a.txt"
+    for text in ("one", "two"):
+        with atomic_file(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        assert target.read_text(encoding="utf-8") == text
+    assert [path.name for path in target.parent.iterdir()] == ["a.txt"]
+
+
+def test_file_keeps_its_content_when_the_writer_fails(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old", encoding="utf-8")
+    with pytest.raises(RuntimeError, match="boom"), atomic_file(target) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise RuntimeError("boom")
+    assert target.read_text(encoding="utf-8") == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    with pytest.raises(BackendError, match="No space left"), atomic_file(target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_in_the_way_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("a file, not a folder", encoding="utf-8")
+    with pytest.raises(BackendError, match="nothing was changed"), atomic_file(tmp_path / "blocked" / "a.txt"):
+        pytest.fail("must not get here")
+
+
+def test_directory_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with atomic_directory(target) as temporary:
+        (temporary / "a").write_text("1", encoding="utf-8")
+        assert not target.exists()
+    assert (target / "a").read_text(encoding="utf-8") == "1"
+    with pytest.raises(BackendError, match="exists already"), atomic_directory(target):
+        pytest.fail("must not get here")
+    with atomic_directory(target, replace=True) as temporary:
+        (temporary / "b").write_text("2", encoding="utf-8")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_directory_disappears_when_the_writer_fails(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as temporary:
+        (temporary / "a").write_text("1", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old" * 1000, encoding="utf-8")
+    script = (
+        "import sys, pathlib\nfrom tsforge.core.atomic import atomic_file\n"
+        "while True:\n"
+        "    with atomic_file(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "        temporary.write_text('new' * 1000)\n"
+    )
+    for delay in (0.3, 0.35, 0.41):
+        process = subprocess.Popen([sys.executable, "-c", script, str(target)])
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=10)
+        assert target.read_text(encoding="utf-8") in ("old" * 1000, "new" * 1000)

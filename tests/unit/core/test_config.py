@@ -1,0 +1,141 @@
+"""Composition and validation: every mistake is one readable line."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from tsforge.core.config import Config, compose, config_dir, fingerprint, load, search_space, to_yaml, tunable, validate
+from tsforge.core.errors import ConfigError
+
+
+class Inner(Config):
+    width: int = tunable(64, low=16, high=256, log=True, ge=1)
+    kind: Literal["a", "b"] = tunable("a", choices=["a", "b"])
+
+
+class Outer(Config):
+    name: str
+    rate: float = tunable(0.1, low=0.01, high=1.0, log=True, gt=0)
+    inner: Inner = Inner()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "configs"
+    (root / "inner").mkdir(parents=True)
+    (root / "outer.yaml").write_text("defaults:\n  - _self_\n  - inner: small\nname: x\n", encoding="utf-8")
+    (root / "inner" / "small.yaml").write_text("width: 2\n", encoding="utf-8")
+    (root / "inner" / "large.yaml").write_text("width: 200\nkind: b\n", encoding="utf-8")
+    return root
+
+
+def test_group_choice_and_dotted_override(tree: Path) -> None:
+    config = load(Outer, "outer", ["inner=large", "inner.width=99", "rate=0.5"], tree)
+    assert (config.inner.width, config.inner.kind, config.rate) == (99, "b", 0.5)
+
+
+def test_dotted_override_of_a_key_the_yaml_leaves_at_its_default(tree: Path) -> None:
+    assert load(Outer, "outer", ["inner.kind=b"], tree).inner.kind == "b"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (["inner.widht=3"], ["inner.widht: unknown key", "did you mean 'width'"]),
+        (["inner.width=many"], ["inner.width", "integer", "'many'"]),
+        (["inner.width=-3"], ["inner.width", "greater than or equal to 1", "-3"]),
+        (["inner=huge"], ["huge", "large", "small"]),
+        (["inner.kind=c"], ["inner.kind", "'a' or 'b'"]),
+        (["nonsense"], ["'nonsense' is not an override"]),
+        (["rate=0.5", "rate=["], ["config 'outer'"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tree: Path, overrides: list[str], fragments: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, "outer", overrides, tree)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_missing_required_key_and_several_mistakes_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(Outer, {"rate": "fast", "inner": {"width": 0}})
+    assert "name: required" in str(caught.value)
+    assert "rate" in str(caught.value)
+    assert "inner.width" in str(caught.value)
+
+
+def test_missing_file_names_the_nearest(tree: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'outer'"):
+        compose("outr", directory=tree)
+    with pytest.raises(ConfigError, match="does not exist"):
+        compose("nowhere.yaml", directory=tree)
+
+
+def test_own_file_outside_the_tree_may_use_its_groups(tree: Path, tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text("defaults:\n  - inner: large\n  - _self_\nname: mine\ninner:\n  width: 7\n", encoding="utf-8")
+    config = validate(Outer, compose(str(own), directory=tree))
+    assert (config.name, config.inner.width, config.inner.kind) == ("mine", 7, "b")
+
+
+def test_broken_yaml_is_a_config_error(tree: Path) -> None:
+    (tree / "broken.yaml").write_text("name: [1, 2\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="broken"):
+        compose("broken", directory=tree)
+
+
+def test_config_is_immutable_and_round_trips() -> None:
+    config = Outer(name="x", rate=0.25)
+    with pytest.raises(ValueError, match="frozen"):
+        config.rate = 1.0
+    assert validate(Outer, yaml.safe_load(to_yaml(config))) == config
+
+
+def test_fingerprint_changes_with_any_setting() -> None:
+    config = Outer(name="x")
+    assert fingerprint(config) == fingerprint(Outer(name="x"))
+    assert fingerprint(config) != fingerprint(Outer(name="x", inner=Inner(width=65)))
+
+
+def test_search_space_is_nested_and_typed() -> None:
+    assert search_space(Outer) == {
+        "rate": {"low": 0.01, "high": 1.0, "log": True, "type": "float"},
+        "inner.width": {"low": 16, "high": 256, "log": True, "type": "int"},
+        "inner.kind": {"choices": ["a", "b"]},
+    }
+
+
+def test_tunable_needs_a_space() -> None:
+    with pytest.raises(ConfigError, match="range or choices|low and high"):
+        tunable(1, low=0)
+
+
+def test_threads_may_compose_at_the_same_time(tree: Path) -> None:
+    results: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda width=width: results.append(load(Outer, "outer", [f"inner.width={width}"], tree).inner.width)
+        )
+        for width in range(1, 7)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [1, 2, 3, 4, 5, 6]
+
+
+def test_config_dir_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSFORGE_CONFIGS", str(tmp_path))
+    assert config_dir() == tmp_path.resolve()
+    monkeypatch.setenv("TSFORGE_CONFIGS", str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match="not a folder"):
+        config_dir()
