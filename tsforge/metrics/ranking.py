@@ -1,0 +1,152 @@
+"""Comparing forecasters over many series: skill against a baseline, mean ranks, paired tests.
+
+A table of losses has one row a series (or data set, or cutoff) and one column a model; smaller is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from tsforge.core.errors import DataError
+from tsforge.metrics.point import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Significance:
+    """Outcome of a test: its statistic, two-sided p-value and the number of rows it used; NaN when undecidable."""
+
+    statistic: float
+    p_value: float
+    count: int
+
+
+def skill_score(loss: ArrayLike, baseline: ArrayLike) -> FloatArray:
+    """Return 1 - loss / baseline: 1 is perfect, 0 equal to the baseline; NaN where the baseline is 0."""
+    ours, theirs = np.asarray(loss, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(theirs > 0, 1.0 - ours / theirs, np.nan))
+
+
+def mean_ranks(losses: ArrayLike) -> FloatArray:
+    """Return the mean rank of each column over the rows without missing losses; ties share their mean rank.
+
+    Shapes:
+        losses [rows, models] -> [models]; NaN when no row is complete.
+    """
+    table = _complete(losses)
+    if not table.shape[0]:
+        return np.full(table.shape[1], np.nan)
+    return np.asarray(stats.rankdata(table, axis=1).mean(axis=0))
+
+
+def friedman(losses: ArrayLike) -> Significance:
+    """Test whether all columns rank alike (Friedman); NaN with fewer than 3 columns, 2 rows, or only ties.
+
+    Source: Demsar (2006), JMLR 7:1-30, section 3.2.2.
+    """
+    table = _complete(losses)
+    rows, models = table.shape
+    ranks = stats.rankdata(table, axis=1)
+    if models < 3 or rows < 2 or np.ptp(ranks, axis=1).max() == 0:
+        return Significance(statistic=np.nan, p_value=np.nan, count=rows)
+    outcome = stats.friedmanchisquare(*table.T)
+    return Significance(statistic=float(outcome.statistic), p_value=float(outcome.pvalue), count=rows)
+
+
+def critical_difference(num_models: int, num_rows: int, alpha: float = 0.05) -> float:
+    """Return by how much two mean ranks must differ to matter (Nemenyi).
+
+    Source: Demsar (2006), section 3.2.2: q_alpha sqrt(k (k + 1) / (6 N)), q from the studentised range over sqrt(2).
+    """
+    if num_models < 2 or num_rows < 1:
+        raise DataError(f"a critical difference needs 2 models and 1 row, given {num_models} and {num_rows}")
+    q = stats.studentized_range.ppf(1.0 - alpha, num_models, np.inf) / np.sqrt(2.0)
+    return float(q * np.sqrt(num_models * (num_models + 1) / (6.0 * num_rows)))
+
+
+def wilcoxon(first: ArrayLike, second: ArrayLike) -> Significance:
+    """Test whether paired losses differ (Wilcoxon signed ranks, two-sided); NaN when all pairs are equal."""
+    table = _complete(np.column_stack([np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)]))
+    difference = table[:, 0] - table[:, 1]
+    if not (difference != 0).any():
+        return Significance(statistic=np.nan, p_value=np.nan, count=len(difference))
+    outcome = stats.wilcoxon(difference, zero_method="zsplit", method="auto")
+    return Significance(statistic=float(outcome.statistic), p_value=float(outcome.pvalue), count=len(difference))
+
+
+def diebold_mariano(first: ArrayLike, second: ArrayLike, horizon: int = 1) -> Significance:
+    """Test whether two sequences of losses in time order have equal means, allowing for overlapping forecasts.
+
+    Args:
+        horizon: steps ahead; the losses of h-step forecasts are correlated up to lag h - 1.
+
+    Negative statistic: the first is better. NaN when the losses never differ or the variance estimate is not positive.
+
+    Source: Diebold and Mariano (1995), J. Business & Economic Statistics 13:253-263, with the small-sample factor and
+    t distribution of Harvey, Leybourne, Newbold (1997), Int. J. Forecasting 13:281-291, Eq. (9).
+    """
+    table = _complete(np.column_stack([np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)]))
+    difference = table[:, 0] - table[:, 1]
+    number = len(difference)
+    if number <= horizon or number < 2:
+        return Significance(statistic=np.nan, p_value=np.nan, count=number)
+    centred = difference - difference.mean()
+    lags = [float(centred[lag:] @ centred[: number - lag]) / number for lag in range(horizon)]
+    variance = (lags[0] + 2.0 * sum(lags[1:])) / number
+    if variance <= 0.0:
+        return Significance(statistic=np.nan, p_value=np.nan, count=number)
+    correction = (number + 1 - 2 * horizon + horizon * (horizon - 1) / number) / number
+    statistic = float(difference.mean() / np.sqrt(variance) * np.sqrt(correction))
+    return Significance(statistic=statistic, p_value=float(2.0 * stats.t.sf(abs(statistic), number - 1)), count=number)
+
+
+def leaderboard(losses: pl.DataFrame, models: Sequence[str], baseline: str) -> pl.DataFrame:
+    """Return one row a model, best mean rank first.
+
+    Args:
+        losses: one row a series, one column a model; rows with a missing loss are left out for all of them.
+        models: columns to compare.
+        baseline: the column skill is measured against.
+
+    Returns:
+        ``model, mean_rank, mean_loss, skill`` (of mean losses), ``win_share`` (rows strictly better than the baseline),
+        ``p_value`` (Wilcoxon against the baseline, null for the baseline itself), ``count``.
+
+    Raises:
+        DataError: a model or the baseline is no column.
+    """
+    missing = [name for name in (*models, baseline) if name not in losses.columns]
+    if missing:
+        raise DataError(f"no losses for {missing[0]}; the table has {losses.columns}")
+    columns = [*models, *([] if baseline in models else [baseline])]
+    table = _complete(losses.select(columns).to_numpy())
+    reference = table[:, columns.index(baseline)]
+    table = table[:, : len(models)]
+    means = table.mean(axis=0) if len(table) else np.full(len(models), np.nan)
+    base = float(reference.mean()) if len(table) else np.nan
+    ranks = mean_ranks(table)
+    rows = [
+        {
+            "model": name,
+            "mean_rank": float(ranks[column]),
+            "mean_loss": float(means[column]),
+            "skill": float(skill_score(means[column], base)),
+            "win_share": float((table[:, column] < reference).mean()) if len(table) else np.nan,
+            "p_value": None if name == baseline else wilcoxon(table[:, column], reference).p_value,
+            "count": len(table),
+        }
+        for column, name in enumerate(models)
+    ]
+    schema = {"p_value": pl.Float64, "count": pl.Int64}
+    return pl.DataFrame(rows, schema_overrides=schema).sort("mean_rank", "model")
+
+
+def _complete(losses: ArrayLike) -> FloatArray:
+    table = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    return np.asarray(table[~np.isnan(table).any(axis=1)])
