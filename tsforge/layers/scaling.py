@@ -1,0 +1,300 @@
+"""Scaling of targets and covariates; statistics come from the training span or the context, never from the target."""
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tsforge.contracts.model import ScalingKind
+from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
+from tsforge.core.config import Config
+from tsforge.core.errors import ModelError, listing
+
+WINDOW_KINDS: tuple[ScalingKind, ...] = ("window", "window_mean", "last")
+IQR_TO_SD = 1.3489795003921634  # interquartile range of a standard Normal
+WINDOW_FLOOR = 1e-3  # smallest window scale, in standard deviations of the calmest training series
+
+
+class ScalingConfig(Config):
+    """How values reach the model. ``auto`` takes the first scaling the model allows."""
+
+    kind: Literal["auto", "none", "global", "series", "window", "window_mean", "last"] = "auto"
+    robust: bool = False
+    """Median and interquartile range instead of mean and standard deviation."""
+
+
+def masked_quantile(
+    values: Float[Tensor, "*lead rows column"], mask: Bool[Tensor, "*lead rows column"], level: float
+) -> Float[Tensor, "*lead column"]:
+    """Return the ``level`` quantile of observed values along the rows, linear between order statistics; 0 if none."""
+    ordered = torch.where(mask, values, torch.inf).sort(dim=-2).values
+    last = (mask.sum(dim=-2, keepdim=True) - 1).clamp(min=0)
+    place = last.to(values.dtype) * level
+    low = place.floor().long()
+    high = torch.minimum(low + 1, last)
+    below, above = ordered.gather(-2, low), ordered.gather(-2, high)
+    found = torch.lerp(below, above, place - low)
+    return torch.where(mask.any(dim=-2, keepdim=True), found, 0.0).squeeze(-2)
+
+
+def masked_moments(
+    values: Float[Tensor, "*lead rows column"], mask: Bool[Tensor, "*lead rows column"], *, robust: bool = False
+) -> tuple[Float[Tensor, "*lead column"], Float[Tensor, "*lead column"]]:
+    """Return location and spread of observed values along the rows (two passes: no cancellation); 0, 0 if none."""
+    if robust:
+        spread = masked_quantile(values, mask, 0.75) - masked_quantile(values, mask, 0.25)
+        return masked_quantile(values, mask, 0.5), spread / IQR_TO_SD
+    values = torch.where(mask, values, 0.0)
+    count = mask.sum(dim=-2).clamp(min=1).to(values.dtype)
+    mean = values.sum(dim=-2) / count
+    centred = torch.where(mask, values - mean.unsqueeze(-2), 0.0)
+    return mean, (centred.square().sum(dim=-2) / count).sqrt()
+
+
+def _safe(spread: Tensor, size: Tensor) -> Tensor:
+    """Return ``spread``, or 1 where it is rounding noise of values of that ``size`` (constant columns)."""
+    return torch.where(spread > 1e-9 * size, spread, torch.ones_like(spread))
+
+
+def _covariate_stats(values: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Return location and scale [size] of covariates; binary and constant columns keep location 0 and scale 1."""
+    loc, scale = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
+    if values is None or values.numel() == 0:
+        return loc, scale
+    values = values.double()
+    mask = torch.isfinite(values)
+    mean, spread = masked_moments(values, mask)
+    binary = ((values == 0) | (values == 1) | ~mask).all(dim=0)
+    keep = binary | (spread <= 1e-9 * mean.abs())
+    return torch.where(keep, loc, mean), torch.where(keep, scale, spread)
+
+
+class Scaler(nn.Module):
+    """Maps data units to scaled units and back; holds its statistics as buffers, so they travel with the weights.
+
+    Kinds: ``none`` leaves everything as it is. ``global``: mean and standard deviation of each variate over all series
+    of the training span. ``series``: the same for each series. ``window``: mean and standard deviation of the observed
+    context. ``window_mean`` and ``last``: subtract the context's mean or last observed value, divide by the global
+    standard deviation. Covariates are standardised over the training span, binary ones (0/1) are left alone.
+
+    Shapes:
+        global_loc, global_scale [V] over the whole span; series_loc, series_scale [num_series, V];
+        floor [V] least window scale; past_*, known_*, static_* [P], [F], [S].
+    """
+
+    global_loc: Tensor
+    global_scale: Tensor
+    series_loc: Tensor
+    series_scale: Tensor
+    floor: Tensor
+
+    def __init__(self, kind: ScalingKind, spec: DataSpec, *, robust: bool = False) -> None:
+        super().__init__()
+        self.kind = kind
+        self.robust = robust
+        self.spec = spec
+        self.is_fitted = kind == "none"
+        variates = spec.num_variates
+        self.register_buffer("global_loc", torch.zeros(variates))
+        self.register_buffer("global_scale", torch.ones(variates))
+        self.register_buffer("series_loc", torch.zeros(0, variates))
+        self.register_buffer("series_scale", torch.ones(0, variates))
+        self.register_buffer("floor", torch.full((variates,), WINDOW_FLOOR))
+        for name, size in self._covariates().items():
+            self.register_buffer(f"{name}_loc", torch.zeros(size))
+            self.register_buffer(f"{name}_scale", torch.ones(size))
+
+    def _covariates(self) -> dict[str, int]:
+        return {"past": self.spec.num_past, "known": self.spec.num_known, "static": self.spec.num_static}
+
+    @torch.no_grad()
+    def fit(self, data: TrainingSeries) -> None:
+        """Take every statistic from the training span (unscaled), in float64; constant variates get scale 1.
+
+        A series without a single observation of a variate takes the global statistics of that variate.
+
+        Raises:
+            ModelError: no observed value at all, or values that are not finite.
+        """
+        if self.kind == "none":
+            return
+        values, mask = data.values.double(), data.mask
+        bad = int((~torch.isfinite(values) & mask).sum())
+        if bad:
+            raise ModelError(f"{bad} observed training values are not finite; mark them as missing before training")
+        if not bool(mask.any()):
+            raise ModelError("the training span holds no observed value; widen it or check the target columns")
+        mean, spread = masked_moments(values, mask, robust=self.robust)
+        size = torch.where(mask, values.abs(), 0.0).amax(dim=0)
+        scale = self._fall_back(spread, size, values, mask)
+        series_loc, series_spread = self._series_stats(data, values)
+        seen = torch.stack([mask[a:b].any(dim=0) for a, b in _spans(data.indptr)])
+        constant = series_spread <= 1e-9 * size
+        self._set("global_loc", mean)
+        self._set("global_scale", scale)
+        self._set("series_loc", torch.where(seen, series_loc, mean))
+        self._set("series_scale", torch.where(seen & ~constant, series_spread, torch.where(seen, 1.0, scale)))
+        calmest = torch.where(constant, torch.inf, series_spread).amin(dim=0)
+        self._set("floor", WINDOW_FLOOR * torch.where(torch.isfinite(calmest), calmest, scale))
+        for name, count in self._covariates().items():
+            loc, width = _covariate_stats(getattr(data, name), count)
+            self._set(f"{name}_loc", loc)
+            self._set(f"{name}_scale", width)
+        self.is_fitted = True
+
+    def _fall_back(self, spread: Tensor, size: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Return a usable scale: a zero interquartile range (mostly constant data) falls back to the deviation."""
+        if self.robust:
+            spread = torch.where(spread > 1e-9 * size, spread, masked_moments(values, mask)[1])
+        return _safe(spread, size)
+
+    def _series_stats(self, data: TrainingSeries, values: Tensor) -> tuple[Tensor, Tensor]:
+        size = torch.where(data.mask, values.abs(), 0.0).amax(dim=0)
+        locs, spreads = [], []
+        for start, stop in _spans(data.indptr):
+            rows, seen = values[start:stop], data.mask[start:stop]
+            loc, spread = masked_moments(rows, seen, robust=self.robust)
+            if self.robust:
+                spread = torch.where(spread > 1e-9 * size, spread, masked_moments(rows, seen)[1])
+            locs.append(loc)
+            spreads.append(spread)
+        return torch.stack(locs), torch.stack(spreads)
+
+    def _set(self, name: str, value: Tensor) -> None:
+        old = getattr(self, name)
+        setattr(self, name, value.to(dtype=old.dtype, device=old.device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in ("series_loc", "series_scale"):  # the number of series is known only to the stored weights
+            stored = state_dict.get(prefix + name)
+            if stored is not None and stored.ndim == 2:
+                old = getattr(self, name)
+                setattr(self, name, old.new_ones((stored.shape[0], old.shape[1])))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.is_fitted = True
+
+    def stats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return location and scale of every window, both [B, 1, V], in data units.
+
+        Raises:
+            ModelError: ``fit`` was not called, or a series was not in the training span (kind ``series``).
+        """
+        context = batch.context
+        if not self.is_fitted:
+            raise ModelError("the scaler knows no training data yet; call fit_scaler(series) first")
+        loc, scale = self.global_loc.to(context.dtype), self.global_scale.to(context.dtype)
+        if self.kind == "series":
+            rows = self._known_series(batch)
+            return self.series_loc[rows].to(context.dtype).unsqueeze(1), self.series_scale[rows].to(
+                context.dtype
+            ).unsqueeze(1)
+        if self.kind not in WINDOW_KINDS:
+            shape = (context.shape[0], 1, context.shape[2])
+            return loc.expand(shape), scale.expand(shape)
+        seen = batch.context_mask.any(dim=1, keepdim=True)
+        if self.kind == "last":
+            return torch.where(seen, _last_observed(context, batch.context_mask), loc), scale.expand(seen.shape)
+        centre, spread = masked_moments(context, batch.context_mask, robust=self.robust)
+        centre = torch.where(seen, centre.unsqueeze(1), loc)
+        if self.kind == "window_mean":
+            return centre, scale.expand(seen.shape)
+        return centre, torch.where(seen, torch.maximum(spread.unsqueeze(1), self.floor.to(context.dtype)), scale)
+
+    def unit(self, batch: Batch, scale: Tensor) -> Tensor | None:
+        """Return the size [B, 1, V] of one scaled unit against the training spread of its series; None when it is 1.
+
+        Losses that are not scale-free are measured in these units: a window that hardly moved does not weigh more than
+        a lively one.
+        """
+        if self.kind != "window":
+            return None
+        reference = self.global_scale.to(scale.dtype).expand(scale.shape)
+        index = batch.series_index
+        if index is not None and self.series_scale.shape[0]:
+            known = (index >= 0) & (index < self.series_scale.shape[0])
+            own = self.series_scale[torch.where(known, index, 0)].to(scale.dtype).unsqueeze(1)
+            reference = torch.where(known[:, None, None], own, reference)
+        return scale / reference
+
+    def _known_series(self, batch: Batch) -> Tensor:
+        index = batch.series_index
+        if index is None:
+            raise ModelError("scaling 'series' needs the series of every window, but the batch does not say it")
+        count = self.series_loc.shape[0]
+        outside = (index < 0) | (index >= count)
+        if not torch.compiler.is_compiling() and bool(outside.any()):
+            strangers = listing(sorted(set(index[outside].tolist())))
+            raise ModelError(
+                f"{int(outside.sum())} windows belong to series that were not trained on (index {strangers}; "
+                f"trained series: {count}); refit with them, or use scaling 'window'"
+            )
+        return index
+
+    def scale(self, batch: Batch, stats: tuple[Tensor, Tensor] | None = None) -> Batch:
+        """Return the batch in scaled units; cells that are not observed become 0 whatever they held.
+
+        Args:
+            batch: windows in data units.
+            stats: what ``stats(batch)`` returned, if it is at hand.
+        """
+        loc, scale = stats if stats is not None else self.stats(batch)
+        context = torch.where(batch.context_mask, (batch.context - loc) / scale, 0.0)
+        target = batch.target
+        if target is not None:
+            target = (target - loc) / scale
+            if batch.target_mask is not None:
+                target = torch.where(batch.target_mask, target, 0.0)
+        return batch._replace(
+            context=context,
+            target=target,
+            past=self._covariate(batch.past, "past"),
+            known=self._covariate(batch.known, "known"),
+            static=self._covariate(batch.static, "static"),
+        )
+
+    def _covariate(self, values: Tensor | None, name: str) -> Tensor | None:
+        """Return standardised covariates; missing ones (NaN) become 0, the training mean."""
+        if values is None:
+            return None
+        loc, scale = getattr(self, f"{name}_loc"), getattr(self, f"{name}_scale")
+        if values.shape[-1] != loc.shape[0]:
+            raise ModelError(
+                f"the batch has {values.shape[-1]} {name} covariates, the network was built for {loc.shape[0]}"
+            )
+        scaled = (values - loc.to(values.dtype)) / scale.to(values.dtype)
+        return torch.where(torch.isnan(scaled), 0.0, scaled)
+
+    def scale_series(self, data: TrainingSeries) -> TrainingSeries:
+        """Return the training span in scaled units, for closed-form fits (kinds ``none``, ``global``, ``series``).
+
+        Raises:
+            ModelError: the scaling differs from window to window, so a span has no scaled form.
+        """
+        if self.kind in WINDOW_KINDS:
+            raise ModelError(
+                f"scaling '{self.kind}' differs from window to window; a closed-form fit needs a fixed one"
+            )
+        values = data.values.double()
+        loc, scale = self.global_loc.double(), self.global_scale.double()
+        if self.kind == "series":
+            rows = torch.repeat_interleave(torch.diff(data.indptr))
+            loc, scale = self.series_loc.double()[rows], self.series_scale.double()[rows]
+        return data._replace(
+            values=torch.where(data.mask, (values - loc) / scale, 0.0),
+            past=self._covariate(data.past, "past"),
+            known=self._covariate(data.known, "known"),
+            static=self._covariate(data.static, "static"),
+        )
+
+
+def _spans(indptr: Tensor) -> list[tuple[int, int]]:
+    return list(pairwise(indptr.tolist()))
+
+
+def _last_observed(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the last observed value of each window and variate [B, 1, V] (the first cell's where none is)."""
+    steps = torch.arange(values.shape[1], device=values.device).view(1, -1, 1)
+    last = torch.where(mask, steps, 0).amax(dim=1, keepdim=True)
+    return values.gather(1, last)

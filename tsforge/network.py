@@ -1,0 +1,306 @@
+"""The forecaster: scaler, model and likelihood as one module. Trained by ``training``, stored by ``artifact``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import SerializeAsAny, field_validator
+from torch import Tensor, nn
+
+from tsforge.contracts.model import ForecastModel, ModelConfig, ScalingKind
+from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.core.config import Config, validate
+from tsforge.core.errors import ConfigError, ModelError
+from tsforge.layers.likelihoods import Likelihood, LikelihoodConfig, Point, build_likelihood, masked_mean
+from tsforge.layers.scaling import WINDOW_KINDS, Scaler, ScalingConfig
+from tsforge.models.registry import MODELS
+
+
+class NetworkConfig(Config):
+    """Which model, which output distribution, which scaling."""
+
+    model: SerializeAsAny[ModelConfig]
+    likelihood: LikelihoodConfig = Point()
+    scaling: ScalingConfig = ScalingConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _resolve_model(cls, value: Any) -> Any:
+        return resolve_model_config(value)
+
+
+def resolve_model_config(value: Any) -> ModelConfig:
+    """Return the validated config of the model that ``value`` names.
+
+    Args:
+        value: a model's config, its plain values with ``name``, or just the name.
+
+    Raises:
+        ConfigError: no or unknown name, or a mistake in the model's own settings, with its dotted path.
+    """
+    if isinstance(value, str):
+        value = {"name": value}
+    if isinstance(value, ModelConfig):
+        expected = MODELS.get(value.name).config_class
+        if type(value) is expected:
+            return value
+        value = value.model_dump()
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError("model: needs a 'name'; `tsforge models` lists the models")
+    return validate(MODELS.get(value["name"]).config_class, value, where="model")
+
+
+class Predictive(NamedTuple):
+    """Forecasts of a batch in data units: mean [B, H, V]; quantiles [B, H, V, Q], None when none were asked for."""
+
+    mean: Tensor
+    quantiles: Tensor | None
+
+
+class ForecastNetwork(nn.Module):
+    """Composes scaling, a registered model and a likelihood; takes and returns data units.
+
+    What the model sees is scaled, holds 0 in every unobserved cell, and never the target. ``param_offset`` [H, V, K] is
+    added to the model's raw output; it carries the residual spread of closed-form fits (location part 0).
+
+    Raises:
+        ConfigError: the model cannot take the covariates of the data or the scaling asked for.
+    """
+
+    param_offset: Tensor
+
+    def __init__(self, config: NetworkConfig, spec: DataSpec) -> None:
+        super().__init__()
+        model_class = MODELS.get(config.model.name)
+        _check_covariates(config.model.name, model_class, spec)
+        self.config = config
+        self.likelihood: Likelihood = build_likelihood(config.likelihood)
+        self.spec = replace(spec, num_params=self.likelihood.num_params)
+        self.scaling = _choose_scaling(config, model_class)
+        self.scaler = Scaler(self.scaling, self.spec, robust=config.scaling.robust)
+        self.model: ForecastModel[Any] = model_class(config.model, self.spec)
+        self.capabilities = model_class.capabilities
+        ones = torch.ones(spec.horizon, spec.num_variates)
+        self.register_buffer("param_offset", self.likelihood.initial_raw(ones))
+
+    @property
+    def needs_known_series(self) -> bool:
+        """True when a series that was not trained on cannot be forecast (its statistics are part of the scaling)."""
+        return self.scaling == "series"
+
+    def fit_scaler(self, data: TrainingSeries) -> None:
+        """Take scaling statistics from the training span in data units."""
+        if data.values.shape[1] != self.spec.num_variates:
+            raise ModelError(
+                f"the training span has {data.values.shape[1]} variates, "
+                f"the network was built for {self.spec.num_variates}"
+            )
+        self.scaler.fit(data)
+
+    def solve(self, data: TrainingSeries) -> SolveReport | None:
+        """Let the model fit itself in closed form on the training span in data units.
+
+        Returns:
+            The model's report, or None when it has nothing to solve. A residual scale in it becomes the spread of the
+            forecast distribution.
+
+        Raises:
+            ConfigError: the model wants to solve, but the scaling differs from window to window.
+        """
+        if not self.capabilities.closed_form:
+            return None
+        if self.scaling in WINDOW_KINDS:
+            raise ConfigError(
+                f"model '{self.config.model.name}' is fitted in closed form and cannot use scaling '{self.scaling}'; "
+                "choose none, global or series"
+            )
+        report = self.model.solve(self.scaler.scale_series(data))
+        if report is not None and report.residual_scale is not None:
+            self.set_residual_scale(report.residual_scale)
+        return report
+
+    @torch.no_grad()
+    def set_residual_scale(self, residual_scale: Tensor) -> None:
+        """Make constant zeros in the non-location outputs mean a spread of ``residual_scale`` [H, V] (scaled units)."""
+        expected = (self.spec.horizon, self.spec.num_variates)
+        if tuple(residual_scale.shape) != expected:
+            raise ModelError(f"residual_scale has shape {tuple(residual_scale.shape)}; it must be {expected}")
+        old = self.param_offset
+        offset = self.likelihood.initial_raw(residual_scale.detach().double().cpu())
+        self.param_offset = offset.to(dtype=old.dtype, device=old.device)
+
+    @torch.no_grad()
+    def fit_residual_scale(self, batches: Iterable[Batch]) -> None:
+        """Set the spread from root mean squared location errors over ``batches`` (data units), per step and variate."""
+        total = torch.zeros(self.spec.horizon, self.spec.num_variates, dtype=torch.float64)
+        count = torch.zeros_like(total)
+        for batch in batches:
+            scaled, prediction = self._run(batch)
+            if scaled.target is None:
+                raise ModelError("residuals need windows with a target")
+            error = (prediction.raw[..., 0] - scaled.target).double().square().cpu()
+            seen = torch.ones_like(error, dtype=torch.bool) if scaled.target_mask is None else scaled.target_mask.cpu()
+            total += torch.where(seen, error, 0.0).sum(0)
+            count += seen.sum(0)
+        if bool((count > 0).any()):
+            pooled = (total.sum(0) / count.sum(0).clamp(min=1)).expand_as(total)  # steps never observed borrow the rest
+            self.set_residual_scale(torch.where(count > 0, total / count.clamp(min=1), pooled).sqrt())
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Show the model every training window once, scaled, if it wants to see them."""
+        if type(self.model).prepare is not ForecastModel.prepare:
+            self.model.prepare(self.scaler.scale(batch) for batch in batches)
+
+    @property
+    def anneals(self) -> bool:
+        """True when the model follows a schedule over training."""
+        return type(self.model).anneal is not ForecastModel.anneal
+
+    def _run(self, batch: Batch) -> tuple[Batch, Prediction]:
+        """Return the scaled batch and the model's prediction with the offset added."""
+        self._check_batch(batch)
+        scaled = self.scaler.scale(batch)
+        return scaled, self._predict_scaled(scaled)
+
+    def _predict_scaled(self, scaled: Batch) -> Prediction:
+        prediction: Prediction = self.model(self._inputs(scaled))
+        raw = prediction.raw.to(torch.promote_types(prediction.raw.dtype, self.param_offset.dtype))
+        missing = self.spec.num_params - raw.shape[-1]
+        if missing > 0 and not self.capabilities.probabilistic:
+            raw = nn.functional.pad(raw, (0, missing))
+        return prediction._replace(raw=raw + self.param_offset)
+
+    def _inputs(self, scaled: Batch) -> Batch:
+        inputs = scaled._replace(target=None, target_mask=None)
+        return inputs if self.capabilities.absolute_time else inputs._replace(cutoff_index=None)
+
+    def _check_batch(self, batch: Batch) -> None:
+        expected = (self.spec.context_length, self.spec.num_variates)
+        if tuple(batch.context.shape[1:]) != expected:
+            raise ModelError(
+                f"the context has shape {tuple(batch.context.shape)}; this network reads (batch, {expected[0]}, "
+                f"{expected[1]}) = (batch, context_length, variates)"
+            )
+        for name, size in (
+            ("known", self.spec.num_known),
+            ("past", self.spec.num_past),
+            ("static", self.spec.num_static),
+        ):
+            if size and getattr(batch, name) is None:
+                raise ModelError(f"the network was built for {size} {name} covariates, but the batch has none")
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Return raw parameters in scaled units for a batch in data units."""
+        return self._run(batch)[1]
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss`` (the sum to minimise), ``nll`` and every part the model adds, for a batch in data units.
+
+        Units: scaled; with scaling ``window`` point and pinball losses are measured against the training spread of the
+        series, so quiet windows do not dominate.
+        """
+        self._check_batch(batch)
+        stats = self.scaler.stats(batch)
+        scaled = self.scaler.scale(batch, stats)
+        if scaled.target is None:
+            raise ModelError("a loss needs windows with a target")
+        prediction = self._predict_scaled(scaled)
+        unit = self.scaler.unit(batch, stats[1])
+        parts = {"nll": self.likelihood.nll(prediction.raw, scaled.target, scaled.target_mask, unit)}
+        if prediction.context_raw is not None:
+            context_raw = prediction.context_raw.to(self.param_offset.dtype) + self.param_offset[:1]
+            parts["context_nll"] = self.likelihood.nll(context_raw, scaled.context, scaled.context_mask, unit)
+        parts.update(prediction.aux_losses or {})
+        return {"loss": torch.stack([part.float() for part in parts.values()]).sum(), **parts}
+
+    @torch.no_grad()
+    def location_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return mean squared and mean absolute error of the mean forecast in scaled units over observed cells."""
+        scaled, prediction = self._run(batch)
+        if scaled.target is None:
+            raise ModelError("errors need windows with a target")
+        error = self.likelihood.mean(prediction.raw) - scaled.target
+        return masked_mean(error.square(), scaled.target_mask), masked_mean(error.abs(), scaled.target_mask)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, quantile_levels: Sequence[float] = ()) -> Predictive:
+        """Return mean and quantiles in data units.
+
+        Raises:
+            ModelError: quantiles of a point likelihood, or levels that are not ascending inside (0, 1).
+        """
+        levels = list(quantile_levels)
+        if any(not 0 < level < 1 for level in levels) or sorted(set(levels)) != levels:
+            raise ModelError(f"quantile levels must ascend strictly between 0 and 1, got {levels}")
+        loc, scale = self.scaler.stats(batch)
+        _, prediction = self._run(batch)
+        mean = self.likelihood.mean(prediction.raw) * scale + loc
+        if not levels:
+            return Predictive(mean, None)
+        quantiles = self.likelihood.quantile(prediction.raw, levels)
+        quantiles = quantiles * scale.unsqueeze(-1) + loc.unsqueeze(-1)
+        return Predictive(mean, quantiles.cummax(dim=-1).values)  # parallel sums may round apart by one ulp
+
+    @torch.no_grad()
+    def cdf(self, batch: Batch, y: Tensor) -> Tensor:
+        """Return P(Y <= y) [B, H, V] for ``y`` [B, H, V] in data units."""
+        return self.likelihood.cdf(*self._scaled_at(batch, y))
+
+    @torch.no_grad()
+    def log_tail(self, batch: Batch, y: Tensor) -> Tensor:
+        """Return log(2 min(F(y), 1 - F(y))) [B, H, V] for ``y`` in data units; it never saturates, unlike ``cdf``."""
+        return self.likelihood.log_tail(*self._scaled_at(batch, y))
+
+    def _scaled_at(self, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = self.scaler.stats(batch)
+        return self._run(batch)[1].raw, (y - loc) / scale
+
+    @torch.no_grad()
+    def components(self, batch: Batch) -> dict[str, Tensor]:
+        """Return additive parts [B, H, V] of the location forecast in data units; they sum to it.
+
+        The scaling's location is the part ``level``. Empty when the model has no parts to show.
+        """
+        self._check_batch(batch)
+        loc, scale = self.scaler.stats(batch)
+        parts = self.model.components(self._inputs(self.scaler.scale(batch)))
+        if not parts:
+            return {}
+        shape = (batch.context.shape[0], self.spec.horizon, self.spec.num_variates)
+        return {"level": loc.expand(shape).clone(), **{name: part * scale for name, part in parts.items()}}
+
+
+def build_network(config: NetworkConfig, spec: DataSpec, *, seed: int = 0) -> ForecastNetwork:
+    """Return a network whose initial weights depend on ``seed`` only; the caller's random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ForecastNetwork(config, spec)
+
+
+def _check_covariates(name: str, model_class: type[ForecastModel[Any]], spec: DataSpec) -> None:
+    capabilities = model_class.capabilities
+    for kind, size, allowed in (
+        ("known", spec.num_known, capabilities.known_covariates),
+        ("past", spec.num_past, capabilities.past_covariates),
+        ("static", spec.num_static, capabilities.static_covariates),
+    ):
+        if size and not allowed:
+            raise ConfigError(
+                f"model '{name}' cannot use the {size} {kind} covariate(s) of the data; "
+                f"drop them from data.{kind} or choose a model that uses them"
+            )
+
+
+def _choose_scaling(config: NetworkConfig, model_class: type[ForecastModel[Any]]) -> ScalingKind:
+    allowed = model_class.capabilities.scaling
+    kind = config.scaling.kind
+    if kind == "auto":
+        return allowed[0]
+    if kind not in allowed:
+        raise ConfigError(
+            f"model '{config.model.name}' does not support scaling '{kind}'; use one of {', '.join(allowed)}"
+        )
+    return kind
