@@ -1,0 +1,317 @@
+"""The run ledger on SQLite and PostgreSQL: one winner a slot, takeover of the dead, no late overwriting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from tsforge.core.errors import BackendError, ConfigError
+from tsforge.scheduling.ledger import Claim, Ledger
+from tsforge.scheduling.owner import Owner
+
+SLOT = datetime(2026, 3, 1, 6, tzinfo=UTC)
+
+
+class Clock:
+    """A clock set by hand."""
+
+    def __init__(self) -> None:
+        self.time = datetime(2026, 3, 1, 6, 0, 5, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.time
+
+    def pass_(self, **span: float) -> None:
+        self.time += timedelta(**span)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ledger(database_url: str, clock: Clock) -> Iterator[Ledger]:
+    opened = Ledger(database_url, clock=clock)
+    yield opened
+    opened.close()
+
+
+def claimed(ledger: Ledger, slot: datetime = SLOT, **options: bool) -> Claim:
+    claim = ledger.claim("job", slot, **options)
+    assert claim is not None
+    return claim
+
+
+def test_a_slot_is_claimed_once_and_done_for_good(ledger: Ledger, clock: Clock) -> None:
+    claim = claimed(ledger)
+    assert ledger.claim("job", SLOT) is None
+    clock.pass_(seconds=3)
+    ledger.finish(claim, rows=12, output="/published/x", message="fine", details={"events": 2})
+    assert ledger.claim("job", SLOT) is None
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert (run.status, run.attempt, run.rows, run.output, run.message) == ("done", 1, 12, "/published/x", "fine")
+    assert run.details == {"events": 2}
+    assert run.seconds == 3.0
+    assert run.started == datetime(2026, 3, 1, 6, 0, 5, tzinfo=UTC)
+
+
+def test_the_same_instant_in_another_zone_is_the_same_slot(ledger: Ledger) -> None:
+    claimed(ledger)
+    assert ledger.claim("job", SLOT.astimezone(timezone(timedelta(hours=5, minutes=45)))) is None
+    assert ledger.claim("job", SLOT + timedelta(microseconds=1)) is not None
+
+
+def test_a_slot_without_time_zone_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(ConfigError, match="no time zone"):
+        ledger.claim("job", datetime(2026, 3, 1))
+
+
+@pytest.mark.parametrize("close", ["fail", "release"])
+def test_failed_and_released_slots_can_be_claimed_again(ledger: Ledger, close: str) -> None:
+    getattr(ledger, close)(claimed(ledger), "no space left")
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert run.message == "no space left"
+    again = claimed(ledger)
+    assert again.attempt == 2
+    ledger.finish(again)
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert (run.status, run.message, run.attempt) == ("done", "", 2)
+
+
+def test_force_claims_a_settled_slot_but_never_a_living_one(ledger: Ledger) -> None:
+    claim = claimed(ledger)
+    assert ledger.claim("job", SLOT, again=True) is None
+    ledger.finish(claim)
+    assert claimed(ledger, again=True).attempt == 2
+
+
+def test_skip_settles_only_what_nobody_works_on(ledger: Ledger) -> None:
+    assert ledger.skip("job", SLOT, "too late")
+    assert not ledger.skip("job", SLOT, "again")
+    assert ledger.claim("job", SLOT) is None
+    claimed(ledger, SLOT + timedelta(hours=1))
+    assert not ledger.skip("job", SLOT + timedelta(hours=1), "too late")
+
+
+def test_exclusive_claims_of_one_job_do_not_overlap(ledger: Ledger) -> None:
+    first = claimed(ledger, exclusive=True)
+    later = SLOT + timedelta(hours=1)
+    assert ledger.claim("job", later, exclusive=True) is None
+    assert ledger.claim("other", later, exclusive=True) is not None
+    ledger.release(first, "stopped")
+    assert claimed(ledger, later, exclusive=True).attempt == 1
+
+
+def dead_owner() -> Owner:
+    """A process of this host that has ended."""
+    script = "from tsforge.scheduling.owner import Owner; print(Owner.current())"
+    text = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    return Owner.parse(text.strip())
+
+
+def test_the_claim_of_a_dead_process_is_taken_over_at_once(
+    ledger: Ledger, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = dead_owner()
+    assert owner.is_gone()
+    with monkeypatch.context() as patch:
+        patch.setattr(Owner, "current", classmethod(lambda cls: owner))
+        claimed(ledger)
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert run.claimed_by == str(owner)
+    assert ledger.is_abandoned(run)
+    assert claimed(ledger).attempt == 2
+
+
+def test_the_claim_of_another_host_is_taken_over_when_silent(
+    ledger: Ledger, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Owner, "current", classmethod(lambda cls: Owner("elsewhere/1", 4242, "7")))
+        claim = claimed(ledger)
+    clock.pass_(seconds=80)
+    assert ledger.claim("job", SLOT) is None
+    assert ledger.beat(claim)
+    clock.pass_(seconds=80)
+    assert ledger.claim("job", SLOT) is None, "a sign of life was given 80 s ago"
+    clock.pass_(seconds=11)
+    assert claimed(ledger).attempt == 2
+    assert not ledger.beat(claim)
+
+
+@pytest.mark.parametrize("close", ["finish", "fail", "release"])
+def test_a_holder_that_slept_too_long_cannot_close(ledger: Ledger, clock: Clock, close: str) -> None:
+    slept = claimed(ledger)
+    clock.pass_(minutes=5)
+    successor = claimed(ledger)
+    arguments = () if close == "finish" else ("late",)
+    with pytest.raises(BackendError, match="taken over"):
+        getattr(ledger, close)(slept, *arguments)
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert (run.status, run.attempt) == ("claimed", 2)
+    ledger.finish(successor, rows=1)
+
+
+def test_runs_are_filtered_and_newest_first(ledger: Ledger) -> None:
+    for hour in range(4):
+        claim = ledger.claim(f"batch/{'ab'[hour % 2]}", SLOT + timedelta(hours=hour))
+        assert claim is not None
+        if hour < 2:
+            ledger.finish(claim)
+    ledger.claim("batch_other", SLOT)
+    hours = [(run.slot - SLOT).total_seconds() / 3600 for run in ledger.runs("batch/*")]
+    assert hours == [3, 2, 1, 0]
+    assert [run.job for run in ledger.runs("batch/a")] == ["batch/a", "batch/a"]
+    assert len(ledger.runs(statuses=["done"])) == 2
+    assert len(ledger.runs("batch/*", since=SLOT + timedelta(hours=1), until=SLOT + timedelta(hours=2))) == 2
+    assert len(ledger.runs(limit=2)) == 2
+
+
+def test_the_frontier_is_registered_once_and_never_moves_back(ledger: Ledger, clock: Clock) -> None:
+    assert ledger.frontier("new", register=False) == clock.time
+    registered = ledger.frontier("new")
+    clock.pass_(hours=2)
+    assert ledger.frontier("new", SLOT - timedelta(days=9)) == registered
+    ledger.advance("new", registered + timedelta(hours=1))
+    ledger.advance("new", registered)
+    assert ledger.frontier("new") == registered + timedelta(hours=1)
+    assert ledger.frontier("backfilled", SLOT - timedelta(days=9)) == SLOT - timedelta(days=9)
+
+
+def test_messages_keep_their_end(ledger: Ledger) -> None:
+    ledger.fail(claimed(ledger), "x" * 100_000 + "the reason")
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert len(run.message) <= 16_000
+    assert run.message.endswith("the reason")
+
+
+def test_keep_alive_gives_signs_of_life(database_url: str) -> None:
+    ledger = Ledger(database_url, stale_after=timedelta(seconds=0.6))
+    claim = claimed(ledger)
+    with ledger.keep_alive(claim):
+        time.sleep(1.0)
+        run = ledger.find("job", SLOT)
+        assert run is not None
+        assert not ledger.is_abandoned(run)
+    time.sleep(0.8)
+    assert ledger.is_abandoned(run)
+    ledger.close()
+
+
+CLAIMER = """
+import sys, time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tsforge.scheduling.ledger import Ledger
+url, gate, name = sys.argv[1:]
+Path(gate, name).touch()
+while not Path(gate, "go").exists():
+    time.sleep(0.001)
+ledger = Ledger(url)
+first = datetime(2026, 3, 1, tzinfo=UTC)
+for number in range(25):
+    claim = ledger.claim("job", first + timedelta(hours=number))
+    if claim is not None:
+        print(number, claim.attempt, flush=True)
+        ledger.finish(claim, message=name)
+"""
+
+
+def test_of_several_processes_exactly_one_wins_each_slot(database_url: str, tmp_path: Path) -> None:
+    """They also race for creating the tables: the database is empty when they start."""
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    names = [f"p{number}" for number in range(5)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIMER, database_url, str(gate), name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    deadline = time.monotonic() + 120
+    while len(list(gate.iterdir())) < len(names) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (gate / "go").touch()
+    won: list[str] = []
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        won += output.splitlines()
+    assert sorted(won, key=lambda line: int(line.split()[0])) == [f"{number} 1" for number in range(25)]
+    ledger = Ledger(database_url)
+    runs = ledger.runs("job")
+    assert len(runs) == 25
+    assert {run.status for run in runs} == {"done"}
+    ledger.close()
+
+
+HOLDER = """
+import sys, time
+from datetime import UTC, datetime
+from tsforge.scheduling.ledger import Ledger
+claim = Ledger(sys.argv[1]).claim("job", datetime(2026, 3, 1, 6, tzinfo=UTC))
+print(claim.owner, flush=True)
+time.sleep(600)
+"""
+
+
+def test_kill_9_of_the_holder_frees_the_slot(database_url: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, database_url], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        owner = Owner.parse(holder.stdout.readline().strip())
+        ledger = Ledger(database_url)
+        assert not owner.is_gone()
+        assert ledger.claim("job", SLOT) is None
+        os.kill(holder.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while not owner.is_gone() and time.monotonic() < deadline:  # a zombie already counts as gone
+            time.sleep(0.01)
+        assert claimed(ledger).attempt == 2
+    ledger.close()
+
+
+def test_a_recycled_process_id_is_another_process() -> None:
+    me = Owner.current()
+    assert not me.is_gone()
+    if me.mark:
+        assert Owner(me.host, me.pid, str(int(me.mark) + 1)).is_gone()
+    assert not Owner("another-host/1", me.pid, "1").is_gone(), "nothing is certain about another machine"
+    assert Owner.parse(str(me)) == me
+
+
+def test_bad_addresses_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sqlite:///"):
+        Ledger("not a url")
+    with pytest.raises(ConfigError, match="not mysql"):
+        Ledger("mysql://u:p@h/db")
+    with pytest.raises(BackendError, match="did not answer"):
+        Ledger(f"sqlite:///{tmp_path / 'missing' / 'folder' / 'x.db'}")
+    with pytest.raises(BackendError) as caught:
+        Ledger("postgresql://user:secret@127.0.0.1:1/db")
+    assert "secret" not in str(caught.value)
+
+
+def test_details_survive_any_value(ledger: Ledger) -> None:
+    ledger.finish(claimed(ledger), details={"when": SLOT, "path": Path("a/b"), "n": 3})
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert json.loads(json.dumps(run.details)) == {"when": str(SLOT), "path": "a/b", "n": 3}

@@ -1,0 +1,453 @@
+"""The run ledger: one row a (job, slot), claimed in a transaction, so that exactly one process works on each slot.
+
+Any number of schedulers, cron entries or people may fire the same slot. A claim is held by a living process, which
+gives signs of life; the claim of a dead one is taken over. Every claim of a slot gets the next attempt number, and only
+the holder of the newest attempt may close it, so a process that lost its claim while it slept can never overwrite the
+work of its successor.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, get_args
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from tsforge.core.errors import BackendError, ConfigError
+from tsforge.core.logs import get_logger, log_event
+from tsforge.scheduling.owner import Owner
+
+LOGGER = get_logger(__name__)
+
+Status = Literal["claimed", "done", "failed", "skipped", "interrupted"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+SETTLED: frozenset[Status] = frozenset({"done", "skipped"})
+_LOCK = 736_102_441  # any fixed number: PostgreSQL serialises the creation of our tables and exclusive claims on it
+_MESSAGE_LIMIT = 16_000
+
+
+class _UtcTime(sa.TypeDecorator[datetime]):
+    """Time-zone aware in Python, plain UTC with microseconds in every database."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+_METADATA = sa.MetaData()
+_RUNS = sa.Table(
+    "ledger_runs",
+    _METADATA,
+    sa.Column("job", sa.String(200), primary_key=True),
+    sa.Column("slot", _UtcTime, primary_key=True),
+    sa.Column("status", sa.String(20), nullable=False, index=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("claimed_by", sa.String(300), nullable=False),
+    sa.Column("heartbeat", _UtcTime, nullable=False),
+    sa.Column("started", _UtcTime, nullable=False),
+    sa.Column("finished", _UtcTime),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("output", sa.Text),
+    sa.Column("rows", sa.BigInteger),
+    sa.Column("details", sa.Text, nullable=False),
+)
+_FRONTIERS = sa.Table(
+    "ledger_frontiers",
+    _METADATA,
+    sa.Column("job", sa.String(200), primary_key=True),
+    sa.Column("registered", _UtcTime, nullable=False),
+    sa.Column("settled_until", _UtcTime, nullable=False),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerRun:
+    """One slot of one job as the ledger knows it.
+
+    Attributes:
+        job, slot: the unique key; the slot is the scheduled time or the as_of of a batch.
+        status: ``claimed`` (being worked on), ``done``, ``failed``, ``skipped`` or ``interrupted`` (to be run again).
+        attempt: how often it has been claimed.
+        claimed_by, heartbeat: the latest holder and its last sign of life.
+        started, finished: of the latest attempt.
+        message: why it failed or was skipped, or the tail of the output.
+        output: where the result lies (a batch: its manifest), or None.
+        rows: rows published, or None.
+        details: further numbers of the maker.
+    """
+
+    job: str
+    slot: datetime
+    status: Status
+    attempt: int
+    claimed_by: str
+    heartbeat: datetime
+    started: datetime
+    finished: datetime | None = None
+    message: str = ""
+    output: str | None = None
+    rows: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the latest attempt, None while it runs."""
+        return None if self.finished is None else (self.finished - self.started).total_seconds()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The right to work on a slot, valid until closed or taken over."""
+
+    job: str
+    slot: datetime
+    attempt: int
+    owner: Owner
+
+
+def _aware(moment: datetime, what: str) -> datetime:
+    if moment.tzinfo is None:
+        raise ConfigError(f"{what} {moment.isoformat()} has no time zone; write it with one, such as 2026-03-01T06:00Z")
+    return moment.astimezone(UTC)
+
+
+class Ledger:
+    """The ledger in one database.
+
+    Args:
+        database_url: SQLAlchemy URL, SQLite (one machine) or PostgreSQL (any number).
+        stale_after: a claim from another host without a sign of life for so long is taken over. On the same host a
+            dead process is recognised at once.
+        clock: replaces the clock of the database (tests).
+
+    Raises:
+        BackendError: the database cannot be reached or written.
+        ConfigError: the URL names another kind of database.
+    """
+
+    def __init__(
+        self,
+        database_url: str,
+        *,
+        stale_after: timedelta = timedelta(seconds=90),
+        clock: Callable[[], datetime] | None = None,
+    ) -> None:
+        self.stale_after = stale_after
+        self._clock = clock
+        self._engine = _make_engine(database_url)
+        self._shown = self._engine.url.render_as_string(hide_password=True)
+        with self._transaction() as connection:
+            if self._is_postgres:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+            _METADATA.create_all(connection)
+
+    @property
+    def _is_postgres(self) -> bool:
+        return self._engine.dialect.name == "postgresql"
+
+    def close(self) -> None:
+        """Give back the database connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self, *, read: bool = False) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.connect().execution_options(tsforge_read=read) as connection, connection.begin():
+                yield connection
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise BackendError(
+                f"the run ledger at {self._shown} did not answer: {reason}; check TSFORGE_DATABASE_URL and the database"
+            ) from error
+
+    def now(self) -> datetime:
+        """Return the time by the clock all holders share: that of the database."""
+        if self._clock is not None:
+            return self._clock()
+        with self._transaction(read=True) as connection:
+            return self._now(connection)
+
+    def _now(self, connection: sa.Connection) -> datetime:
+        if self._clock is not None:
+            return self._clock()
+        if self._is_postgres:
+            moment: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+            return moment.astimezone(UTC)
+        return datetime.now(UTC)  # SQLite serves one machine only
+
+    def _insert(self, table: sa.Table, values: Mapping[str, Any]) -> Any:
+        insert: Any = postgresql.insert if self._is_postgres else sqlite.insert
+        return insert(table).values(**values).on_conflict_do_nothing()
+
+    def claim(self, job: str, slot: datetime, *, again: bool = False, exclusive: bool = False) -> Claim | None:
+        """Return the right to work on the slot, or None when it is settled or a living process works on it.
+
+        Failed, interrupted and abandoned slots can be claimed.
+
+        Args:
+            job, slot: the key; the slot carries a time zone.
+            again: claim a settled slot too.
+            exclusive: also None while a living process works on another slot of the job (no overlap).
+        """
+        slot, owner = _aware(slot, "slot"), Owner.current()
+        with self._transaction() as connection:
+            now = self._now(connection)
+            if exclusive and self._is_busy(connection, job, slot, now):
+                return None
+            fresh = _fresh(job, slot, str(owner), now)
+            if connection.execute(self._insert(_RUNS, fresh).returning(_RUNS.c.attempt)).first() is not None:
+                return Claim(job=job, slot=slot, attempt=1, owner=owner)
+            row = connection.execute(sa.select(_RUNS).where(_key(job, slot)).with_for_update()).one()
+            run = _record(row)
+            if not self._claimable(run, now, again):
+                return None
+            fresh["attempt"] = run.attempt + 1
+            connection.execute(sa.update(_RUNS).where(_key(job, slot)).values(**fresh))
+        if run.status == "claimed":
+            log_event(LOGGER, "took over an abandoned run", job=job, slot=slot.isoformat(), previous=run.claimed_by)
+        return Claim(job=job, slot=slot, attempt=run.attempt + 1, owner=owner)
+
+    def _is_busy(self, connection: sa.Connection, job: str, slot: datetime, now: datetime) -> bool:
+        """Return whether another slot of the job is being worked on; claims of one job wait for each other here."""
+        if self._is_postgres:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK, sa.func.hashtext(job))))
+        others = (_RUNS.c.job == job) & (_RUNS.c.status == "claimed") & (_RUNS.c.slot != slot)
+        rows = connection.execute(sa.select(_RUNS).where(others)).all()
+        return any(not self.is_abandoned(_record(row), now) for row in rows)
+
+    def _claimable(self, run: LedgerRun, now: datetime, again: bool) -> bool:
+        if run.status == "claimed":
+            return self.is_abandoned(run, now)
+        return again or run.status not in SETTLED
+
+    def is_abandoned(self, run: LedgerRun, now: datetime | None = None) -> bool:
+        """Return whether a claimed run has no living holder any more."""
+        if run.status != "claimed":
+            return False
+        silent = (now or self.now()) - run.heartbeat
+        return silent > self.stale_after or Owner.parse(run.claimed_by).is_gone()
+
+    def beat(self, claim: Claim) -> bool:
+        """Record a sign of life; False when the claim is no longer held."""
+        with self._transaction() as connection:
+            statement = sa.update(_RUNS).where(_held(claim)).values(heartbeat=self._now(connection))
+            return connection.execute(statement).rowcount == 1
+
+    @contextmanager
+    def keep_alive(self, claim: Claim) -> Iterator[None]:
+        """Send signs of life from a thread while the block runs."""
+        stop = threading.Event()
+
+        def loop() -> None:
+            while not stop.wait(self.stale_after.total_seconds() / 6):
+                try:
+                    held = self.beat(claim)
+                except BackendError as error:
+                    LOGGER.warning("no sign of life recorded for %s: %s", claim.job, error)
+                    continue
+                if not held:
+                    LOGGER.warning("the claim on %s at %s was taken over", claim.job, claim.slot.isoformat())
+                    return
+
+        thread = threading.Thread(target=loop, name=f"heartbeat-{claim.job}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def finish(
+        self,
+        claim: Claim,
+        *,
+        rows: int | None = None,
+        output: str | None = None,
+        message: str = "",
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Close the slot as done.
+
+        Raises:
+            BackendError: the claim was taken over meanwhile; nothing is recorded.
+        """
+        text = json.dumps(dict(details or {}), default=str)
+        self._close(claim, "done", message, rows=rows, output=output, details=text)
+
+    def fail(self, claim: Claim, message: str) -> None:
+        """Close the slot as failed; it can be claimed again (same errors as ``finish``)."""
+        self._close(claim, "failed", message)
+
+    def release(self, claim: Claim, message: str) -> None:
+        """Give the slot back unfinished, to be run again (same errors as ``finish``)."""
+        self._close(claim, "interrupted", message)
+
+    def _close(self, claim: Claim, status: Status, message: str, **values: Any) -> None:
+        with self._transaction() as connection:
+            now = self._now(connection)
+            values |= {"status": status, "message": message[-_MESSAGE_LIMIT:], "heartbeat": now, "finished": now}
+            closed = connection.execute(sa.update(_RUNS).where(_held(claim)).values(**values)).rowcount
+        if closed != 1:
+            raise BackendError(
+                f"the claim on {claim.job} at {claim.slot.isoformat()} (attempt {claim.attempt}) was taken over by "
+                "another process; its result counts, this one is not recorded"
+            )
+
+    def skip(self, job: str, slot: datetime, message: str) -> bool:
+        """Settle a slot without running it; False when it has a row that is not merely interrupted or failed."""
+        claim = self.claim(job, slot)
+        if claim is None:
+            return False
+        self._close(claim, "skipped", message)
+        return True
+
+    def find(self, job: str, slot: datetime) -> LedgerRun | None:
+        """Return the row of one slot, or None."""
+        with self._transaction(read=True) as connection:
+            row = connection.execute(sa.select(_RUNS).where(_key(job, _aware(slot, "slot")))).one_or_none()
+        return None if row is None else _record(row)
+
+    def runs(
+        self,
+        job: str | None = None,
+        *,
+        statuses: Sequence[Status] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int | None = 200,
+    ) -> list[LedgerRun]:
+        """Return runs, the latest slot first.
+
+        Args:
+            job: only this job; a trailing ``*`` matches a prefix (``batch/*``).
+            statuses: only these.
+            since, until: bounds of the slot, both inclusive.
+            limit: at most so many, None for all.
+        """
+        query = sa.select(_RUNS).order_by(_RUNS.c.slot.desc(), _RUNS.c.job)
+        if job is not None:
+            prefix = job.removesuffix("*")
+            query = query.where(
+                _RUNS.c.job.startswith(prefix, autoescape=True) if prefix != job else _RUNS.c.job == job
+            )
+        if statuses:
+            query = query.where(_RUNS.c.status.in_(statuses))
+        if since is not None:
+            query = query.where(_RUNS.c.slot >= _aware(since, "since"))
+        if until is not None:
+            query = query.where(_RUNS.c.slot <= _aware(until, "until"))
+        with self._transaction(read=True) as connection:
+            return [_record(row) for row in connection.execute(query.limit(limit))]
+
+    def frontier(self, job: str, start: datetime | None = None, *, register: bool = True) -> datetime:
+        """Return the moment up to which every slot of the job is settled.
+
+        Args:
+            job: the job.
+            start: frontier of a job never seen before (default: now, so that nothing before is due).
+            register: write the frontier of a job never seen before down, so that slots count from here on.
+        """
+        with self._transaction(read=not register) as connection:
+            now = self._now(connection)
+            first = _aware(start, "start") if start is not None else now
+            if register:
+                values = {"job": job, "registered": now, "settled_until": first}
+                connection.execute(self._insert(_FRONTIERS, values))
+            query = sa.select(_FRONTIERS.c.settled_until).where(_FRONTIERS.c.job == job)
+            known: datetime | None = connection.execute(query).scalar_one_or_none()
+            return first if known is None else known
+
+    def advance(self, job: str, until: datetime) -> None:
+        """Move the frontier of a registered job forward; it never moves back."""
+        moment = _aware(until, "until")
+        with self._transaction() as connection:
+            where = (_FRONTIERS.c.job == job) & (_FRONTIERS.c.settled_until < moment)
+            connection.execute(sa.update(_FRONTIERS).where(where).values(settled_until=moment))
+
+
+def _fresh(job: str, slot: datetime, owner: str, now: datetime) -> dict[str, Any]:
+    return {
+        "job": job,
+        "slot": slot,
+        "status": "claimed",
+        "attempt": 1,
+        "claimed_by": owner,
+        "heartbeat": now,
+        "started": now,
+        "finished": None,
+        "message": "",
+        "output": None,
+        "rows": None,
+        "details": "{}",
+    }
+
+
+def _key(job: str, slot: datetime) -> sa.ColumnElement[bool]:
+    return (_RUNS.c.job == job) & (_RUNS.c.slot == slot)
+
+
+def _held(claim: Claim) -> sa.ColumnElement[bool]:
+    return _key(claim.job, claim.slot) & (_RUNS.c.status == "claimed") & (_RUNS.c.attempt == claim.attempt)
+
+
+def _record(row: sa.Row[Any]) -> LedgerRun:
+    values = dict(row._mapping)
+    values["details"] = json.loads(values["details"])
+    return LedgerRun(**values)
+
+
+def _make_engine(database_url: str) -> sa.Engine:
+    try:
+        url = sa.make_url(database_url)
+    except ArgumentError as error:
+        raise ConfigError(
+            "TSFORGE_DATABASE_URL is not a database URL; write sqlite:///FILE or postgresql://..."
+        ) from error
+    kind = url.get_backend_name()
+    if kind in {"postgresql", "postgres"}:
+        url = url.set(drivername="postgresql+psycopg") if "+" not in url.drivername else url
+        return sa.create_engine(url, pool_pre_ping=True, pool_size=4)
+    if kind != "sqlite":
+        raise ConfigError(f"the run ledger needs SQLite or PostgreSQL, not {kind}")
+    engine = sa.create_engine(url)
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # we begin transactions ourselves, see below
+        connection.execute("PRAGMA busy_timeout=30000")
+        _use_wal(connection)
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        # A deferred transaction that turns from reading to writing fails when another writer came between.
+        read = connection.get_execution_options().get("tsforge_read", False)
+        connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _use_wal(connection: Any) -> None:
+    """Switch to the write-ahead log; the switch ignores the busy timeout, so it is tried again by hand."""
+    import sqlite3
+
+    for attempt in range(100):
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or attempt == 99:
+                raise
+            time.sleep(0.02)
