@@ -1,0 +1,138 @@
+"""Exact prediction of a stationary autoregression from values with gaps.
+
+Two forms of the same conditional expectation: a Kalman filter over the companion state, one series at a time, and a
+batched solve with the inverse covariance of L consecutive values, which has a closed form in the coefficients.
+Values are deviations from the process mean. Neither ever looks past the last row it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import solve_discrete_lyapunov
+from torch import Tensor
+
+from tsforge.core.errors import ModelError
+from tsforge.ops.stability import companion, is_stationary
+
+Array = NDArray[np.float64]
+_MAX_SOLVE_ENTRIES = 20_000_000  # float64 values of one block of batched solves, 160 MB
+
+
+@dataclass(frozen=True)
+class KalmanForecast:
+    """Forecast means and variances [H], the filtered state [p] (newest first) and its covariance [p, p]."""
+
+    mean: Array
+    variance: Array
+    state: Array
+    covariance: Array
+
+
+def kalman_forecast(
+    weight: Array, noise_variance: float, values: Array, mask: NDArray[np.bool_], horizon: int
+) -> KalmanForecast:
+    """Return the forecast of an AR process given some of its past values, by the Kalman filter.
+
+    Args:
+        weight: [p] coefficients, lag 1 first.
+        noise_variance: of the innovations.
+        values: [n], anything where ``mask`` [n] is False.
+        horizon: steps to forecast.
+
+    Raises:
+        ModelError: the process is not stationary, so it has no start distribution.
+    """
+    weight = np.asarray(weight, dtype=np.float64)
+    if not is_stationary(weight):
+        raise ModelError("the autoregression is not stationary; fit it by yule_walker or burg for exact gap handling")
+    order = max(len(weight), 1)
+    transition = companion(weight) if len(weight) else np.zeros((1, 1))
+    noise = np.zeros((order, order))
+    noise[0, 0] = noise_variance
+    state, covariance = np.zeros(order), solve_discrete_lyapunov(transition, noise)
+    for step, (value, seen) in enumerate(zip(values, mask, strict=True)):
+        if step:
+            state, covariance = transition @ state, transition @ covariance @ transition.T + noise
+        if seen and covariance[0, 0] > 0.0:
+            gain = covariance[:, 0] / covariance[0, 0]
+            state = state + gain * (value - state[0])
+            covariance = covariance - np.outer(gain, covariance[0])
+            covariance = 0.5 * (covariance + covariance.T)
+    filtered, filtered_covariance = state, covariance
+    means, variances = np.empty(horizon), np.empty(horizon)
+    for step in range(horizon):
+        state, covariance = transition @ state, transition @ covariance @ transition.T + noise
+        means[step], variances[step] = state[0], covariance[0, 0]
+    return KalmanForecast(means, variances, filtered, filtered_covariance)
+
+
+def _lower_toeplitz(column: Tensor) -> Tensor:
+    size = column.numel()
+    place = torch.arange(size, device=column.device)
+    shift = place[:, None] - place[None, :]
+    return torch.where(shift >= 0, column[shift.clamp(min=0)], column.new_zeros(()))
+
+
+def precision_matrix(weight: Tensor, length: int) -> Tensor:
+    """Return the inverse covariance [length, length] of consecutive values of a stationary AR, for unit noise variance.
+
+    Coefficients beyond ``length`` lags cannot be used and must be absent.
+
+    Source:
+        Gohberg and Semencul (1972) for the autoregressive case: ``A A' - B B'`` with lower-triangular Toeplitz A of
+        (1, -w_1, .., -w_p, 0, ..) and B of (0, .., 0, -w_p, .., -w_1), both of ``length`` entries.
+
+    Raises:
+        ModelError: more lags than ``length``.
+    """
+    order = weight.numel()
+    if order > length:
+        raise ModelError(f"an autoregression of {order} lags needs a context of at least {order} rows, not {length}")
+    filter_ = torch.cat([weight.new_ones(1), -weight, weight.new_zeros(length)])[: length + 1]
+    first = _lower_toeplitz(filter_[:length])
+    second = _lower_toeplitz(filter_[1:].flip(0))
+    return first @ first.T - second @ second.T
+
+
+def conditional_fill(weight: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Return ``values`` [R, L] with every gap replaced by its expectation given the observed values of the same row.
+
+    Feeding the result to any linear forecaster of the process gives its exact conditional forecast, because the
+    expectation of a linear function is the function of the expectation.
+
+    Args:
+        weight: [p] stationary coefficients, lag 1 first, p at most L; p = 0 fills with 0, the mean.
+        values: deviations from the mean, anything where not observed.
+        mask: [R, L] bool.
+    """
+    clean = torch.where(mask, values.to(torch.float64), 0.0)
+    if bool(mask.all()) or not weight.numel():
+        return clean.to(values.dtype)
+    precision = precision_matrix(weight.to(torch.float64), values.shape[1])
+    missing = ~mask
+    counts = missing.sum(1)
+    pull = clean @ precision  # [R, L]; at a gap: the pull of the observed values on it
+    order = torch.argsort(missing.to(torch.int8), dim=1, descending=True, stable=True)  # gaps first
+    rows = torch.nonzero(counts).flatten()
+    rows = rows[torch.argsort(counts[rows])]  # similar sizes together
+    start = 0
+    while start < len(rows):
+        stop = start + 1
+        while stop < len(rows) and (stop + 1 - start) * int(counts[rows[stop]]) ** 2 <= _MAX_SOLVE_ENTRIES:
+            stop += 1
+        block = rows[start:stop]
+        width = int(counts[block].max())
+        place = order[block, :width]  # [R', width]
+        real = torch.arange(width, device=place.device) < counts[block, None]
+        inner = precision[place[:, :, None], place[:, None, :]]
+        inner = torch.where(real[:, :, None] & real[:, None, :], inner, 0.0)
+        inner = inner + torch.diag_embed((~real).to(torch.float64))
+        right = torch.where(real, -pull[block[:, None], place], 0.0)
+        solved = torch.cholesky_solve(right[..., None], torch.linalg.cholesky(inner))[..., 0]
+        clean[block[:, None].expand_as(place)[real], place[real]] = solved[real]
+        start = stop
+    return clean.to(values.dtype)

@@ -1,0 +1,165 @@
+"""Autocovariances and the recursions on them: Levinson-Durbin, Burg, and the map between partial
+autocorrelations and coefficients. Everything is float64 numpy; each costs O(p^2) after one FFT.
+
+Legend: y_t = sum_i w[i] y_{t-1-i} + e_t; phi[k]: partial autocorrelation of lag k + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.fft import irfft, next_fast_len, rfft
+from scipy.linalg import solve_toeplitz
+
+from tsforge.core.errors import ModelError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Levinson:
+    """Result of an order recursion.
+
+    Shapes:
+        weight [p] coefficients of the full order, pacf [p] partial autocorrelations,
+        variances [p + 1] one-step error variance of every order 0 .. p.
+    """
+
+    weight: Array
+    pacf: Array
+    variances: Array
+
+    def order(self, criterion: str, rows: float) -> int:
+        """Return the order with the least ``"aic"`` or ``"bic"``, free by-products of the recursion."""
+        price = {"aic": 2.0, "bic": float(np.log(rows))}[criterion]
+        orders = np.arange(len(self.variances))
+        return int(np.argmin(rows * np.log(np.maximum(self.variances, 1e-300)) + price * orders))
+
+
+def _self_correlation(values: Array, max_lag: int) -> Array:
+    size = next_fast_len(len(values) + max_lag + 1, real=True)
+    spectrum = rfft(values, size)
+    return np.asarray(irfft(np.abs(spectrum) ** 2, size)[: max_lag + 1], dtype=np.float64)
+
+
+def autocovariance(values: Array, mask: NDArray[np.bool_], bounds: Sequence[int], max_lag: int) -> Array:
+    """Return autocovariances of lag 0 .. ``max_lag`` pooled over series, from observed pairs only.
+
+    Without gaps this is the usual biased estimator ``sum y[t] y[t + d] / n`` of one centred series (its Toeplitz matrix
+    is positive definite). With gaps each lag's mean product is taken over the pairs seen and keeps the same taper.
+
+    Shapes:
+        values [N] centred (anything where not observed), mask [N], bounds [num_series + 1] rows.
+
+    Raises:
+        ModelError: nothing is observed.
+    """
+    products, counts, full = (np.zeros(max_lag + 1) for _ in range(3))
+    clean = np.where(mask, values, 0.0)
+    lags = np.arange(max_lag + 1)
+    for start, stop in pairwise(bounds):
+        products += _self_correlation(clean[start:stop], max_lag)
+        full += np.maximum(stop - start - lags, 0)
+        if mask[start:stop].all():
+            counts += np.maximum(stop - start - lags, 0)
+        else:
+            counts += np.round(_self_correlation(mask[start:stop].astype(np.float64), max_lag))
+    if counts[0] < 1:
+        raise ModelError("no observed value in the training span")
+    result: Array = products / np.maximum(counts, 1.0) * full / full[0]
+    return result
+
+
+def levinson(acov: Array) -> Levinson:
+    """Return the autoregression of order ``len(acov) - 1`` that matches these autocovariances.
+
+    The recursion adds one lag at a time; a partial autocorrelation at or beyond 1 (possible with gaps) stops it, and
+    the remaining lags get zero, which keeps the result stationary.
+
+    Source:
+        Durbin (1960), Rev. Inst. Int. Stat. 28; equals the Toeplitz solve of the Yule-Walker equations.
+    """
+    order = len(acov) - 1
+    weight, pacf = np.zeros(order), np.zeros(order)
+    variances = np.empty(order + 1)
+    variances[0] = max(float(acov[0]), 0.0)
+    for k in range(order):
+        variances[k + 1 :] = variances[k]
+        if variances[k] <= 0.0:
+            break
+        reflection = (acov[k + 1] - weight[:k] @ acov[k:0:-1]) / variances[k]
+        if abs(reflection) >= 1.0:
+            break
+        weight[:k] -= reflection * weight[:k][::-1].copy()
+        weight[k] = pacf[k] = reflection
+        variances[k + 1] = variances[k] * (1.0 - reflection**2)
+    return Levinson(weight, pacf, variances)
+
+
+def yule_walker_direct(acov: Array, order: int, horizon: int) -> Array:
+    """Return weights [horizon, order] of the best linear forecast of each step given ``order`` lags.
+
+    ``acov`` holds lags 0 .. order + horizon - 1.
+    """
+    right = np.stack([acov[step : step + order] for step in range(1, horizon + 1)], axis=1)  # [order, horizon]
+    return np.asarray(solve_toeplitz(acov[:order], right), dtype=np.float64).T
+
+
+def burg(segments: Sequence[Array], order: int) -> Levinson:
+    """Return the autoregression that minimises forward and backward errors, lag by lag, pooled over segments.
+
+    More accurate than Yule-Walker on short series, and always stationary. Segments are gap-free and centred.
+
+    Source:
+        Burg (1967), 37th meeting of the Society of Exploration Geophysicists; pooled sums over segments.
+
+    Raises:
+        ModelError: no segment is longer than ``order``.
+    """
+    forward = [np.asarray(part, dtype=np.float64).copy() for part in segments if len(part) > 1]
+    if not forward or max(len(part) for part in forward) <= order:
+        longest = max((len(part) for part in forward), default=0)
+        raise ModelError(f"Burg's method needs a gap-free stretch longer than {order} lags; the longest has {longest}")
+    backward = [part.copy() for part in forward]
+    weight, pacf = np.zeros(order), np.zeros(order)
+    variances = np.empty(order + 1)
+    variances[0] = sum(float(part @ part) for part in forward) / sum(len(part) for part in forward)
+    for k in range(order):
+        pairs = [(f[1:], b[:-1]) for f, b in zip(forward, backward, strict=True) if len(f) > 1]
+        power = sum(float(f @ f + b @ b) for f, b in pairs)
+        reflection = 2.0 * sum(float(f @ b) for f, b in pairs) / power if power > 0.0 else 0.0
+        forward = [f - reflection * b for f, b in pairs]
+        backward = [b - reflection * f for f, b in pairs]
+        weight[:k] -= reflection * weight[:k][::-1].copy()
+        weight[k] = pacf[k] = reflection
+        variances[k + 1] = variances[k] * (1.0 - reflection**2)
+    return Levinson(weight, pacf, variances)
+
+
+def pacf_to_weights(pacf: Array) -> Array:
+    """Return AR coefficients with these partial autocorrelations; stationary whenever all lie inside (-1, 1)."""
+    weight = np.zeros(len(pacf))
+    for k, reflection in enumerate(pacf):
+        weight[:k] -= reflection * weight[:k][::-1].copy()
+        weight[k] = reflection
+    return weight
+
+
+def weights_to_pacf(weight: Array) -> Array:
+    """Return the partial autocorrelations of an AR model (step-down recursion).
+
+    The process is stationary exactly when all of them lie inside (-1, 1); where one does not, the recursion stops and
+    the lower lags come back as NaN.
+    """
+    current = np.asarray(weight, dtype=np.float64).copy()
+    pacf = np.full(len(current), np.nan)
+    for k in range(len(current) - 1, -1, -1):
+        reflection = pacf[k] = current[k]
+        if abs(reflection) >= 1.0:
+            break
+        current = (current[:k] + reflection * current[:k][::-1]) / (1.0 - reflection**2)
+    return pacf
