@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("POLARS_MAX_THREADS", "2")
 
 import pytest
+
+from tsforge.core.workspace import Workspace
 
 
 def shared_data_dir() -> Path | None:
@@ -36,3 +39,21 @@ def workspace_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("TSFORGE_DATABASE_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return root
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow SQLite file with its schema, made once a session (that takes seconds) and copied where it is needed."""
+    from tsforge.tracking.client import open_client
+
+    path = tmp_path_factory.mktemp("mlflow") / "template.db"
+    open_client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def tracked_workspace(workspace_root: Path, mlflow_template: Path) -> Workspace:
+    """A fresh workspace whose tracking store exists already."""
+    workspace = Workspace.open(workspace_root)
+    shutil.copy(mlflow_template, workspace.root / "mlflow.db")
+    return workspace

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tsforge.core.errors import BackendError, ConfigError
+from tsforge.tracking.client import normalise_uri, open_client
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("uri", ["/tmp/mlruns", "file:///tmp/mlruns", "mlruns"])
+def test_a_folder_is_refused_with_the_way_out(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"sqlite:////absolute/path/mlflow\.db"):
+        normalise_uri(uri)
+
+
+def test_a_relative_sqlite_file_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert normalise_uri("sqlite:///runs.db?timeout=3") == f"sqlite:///{tmp_path}/runs.db?timeout=3"
+    assert normalise_uri("http://host:5000") == "http://host:5000"
+
+
+@pytest.mark.parametrize("scheme", ["http://127.0.0.1:{port}", "postgresql://ann:s3cr3t@127.0.0.1:{port}/x"])
+def test_a_dead_server_is_reported_in_seconds_without_its_password(scheme: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(BackendError, match=r"does not answer.*tracking\.enabled=false") as caught:
+        open_client(scheme.format(port=free_port()))
+    assert time.monotonic() - start < 5
+    assert "s3cr3t" not in str(caught.value)
+
+
+@pytest.fixture
+def broken_server() -> Iterator[str]:
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Broken)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_server_that_answers_with_an_error_is_reported(broken_server: str) -> None:
+    with pytest.raises(BackendError, match="503"):
+        open_client(broken_server)
+
+
+def test_a_file_that_is_no_database_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "m.db").write_text("not a database, only some text that is long enough\n" * 20, encoding="utf-8")
+    with pytest.raises(BackendError, match="not a database"):
+        open_client(f"sqlite:///{tmp_path}/m.db")
+
+
+def test_a_locked_database_is_reported_in_seconds(
+    mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsforge.tracking.client._CONNECT_SECONDS", 0.2)
+    copy = tmp_path / "m.db"
+    copy.write_bytes(mlflow_template.read_bytes())
+    holder = sqlite3.connect(copy)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(BackendError, match="locked"):
+        open_client(f"sqlite:///{copy}")
+    holder.close()
+
+
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(BackendError, match="cannot create the tracking store"):
+        open_client(f"sqlite:///{tmp_path}/file/m.db")
+
+
+def test_two_processes_may_create_the_store_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from tsforge.tracking.client import open_client\n"
+        "print(open_client(sys.argv[1]).create_experiment(sys.argv[2]))"
+    )
+    uri = f"sqlite:///{tmp_path}/deep/m.db"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, uri, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for name in ("a", "b")
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted(int(out) for out, _ in outputs) == [1, 2]
+    assert [err for _, err in outputs] == [b"", b""], "MLflow chatter reached standard error"
+    assert os.listdir(tmp_path / "deep") == ["m.db"]
+
+
+def test_files_of_the_default_experiment_stay_beside_the_store(mlflow_template: Path) -> None:
+    with sqlite3.connect(mlflow_template) as connection:
+        (location,) = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
+    connection.close()
+    assert location == (mlflow_template.parent / "mlartifacts" / "default").as_uri()

@@ -1,0 +1,194 @@
+"""Open an MLflow store: checked in seconds, created whole or not at all, quiet, without telemetry."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sqlite3
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from tsforge.core.errors import BackendError, ConfigError
+from tsforge.tracking.redact import redact
+
+_IMPORT_LOCK = threading.Lock()
+_CONNECT_SECONDS = 5.0
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+# MLflow's own defaults keep asking a dead server for minutes; a value set by the user wins.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+
+
+def import_mlflow() -> ModuleType:
+    """Return the ``mlflow`` module, imported with telemetry off and without its chatter on standard error."""
+    with _IMPORT_LOCK, warnings.catch_warnings():
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        # MLflow's SQL models use a loader strategy that SQLAlchemy 2.1 deprecates; nothing a user could act on.
+        warnings.filterwarnings("ignore", message=".*``noload`` loader strategy", category=DeprecationWarning)
+        logger = logging.getLogger("mlflow")
+        wanted = max(logger.level, logging.WARNING)  # importing mlflow resets its loggers to "info"
+        import mlflow
+        import mlflow.store.tracking.sqlalchemy_store
+
+        logger.setLevel(wanted)
+        # prints whole tracebacks of errors that are raised as well, and reach the user as one line
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    return mlflow
+
+
+def normalise_uri(uri: str) -> str:
+    """Return ``uri`` with an absolute path where it names a SQLite file.
+
+    Raises:
+        ConfigError: it is a plain folder or ``file:`` address, which MLflow no longer stores runs in.
+    """
+    scheme = urlsplit(uri).scheme
+    if not scheme or scheme == "file":
+        raise ConfigError(
+            f"tracking address '{uri}' is a folder; MLflow stores runs in a database: "
+            "use sqlite:////absolute/path/mlflow.db or the address of a tracking server"
+        )
+    if not scheme.startswith("sqlite"):
+        return uri
+    head, _, tail = uri.partition(":///")
+    path, mark, query = tail.partition("?")
+    if not path:
+        raise ConfigError(f"tracking address '{uri}' names no file; use sqlite:////absolute/path/mlflow.db")
+    return f"{head}:///{Path(unquote(path)).expanduser().resolve()}{mark}{query}"
+
+
+def is_database(uri: str) -> bool:
+    """Return True when this process talks to the database itself, not to a tracking server."""
+    return urlsplit(uri).scheme.split("+")[0] in {"sqlite", *_PORTS}
+
+
+def open_client(uri: str) -> Any:
+    """Return an ``MlflowClient`` of the store at ``uri``; an absent SQLite file is created with its schema.
+
+    Raises:
+        ConfigError: the address is not usable.
+        BackendError: the store does not answer within seconds, cannot be written, or has another schema version.
+    """
+    uri = normalise_uri(uri)
+    scheme = urlsplit(uri).scheme.split("+")[0]
+    if scheme == "sqlite":
+        path = sqlite_path(uri)
+        if not path.exists():
+            _create_sqlite(path)
+        _check_sqlite(path)
+    elif scheme in ("http", "https"):
+        _check_http(uri)
+    elif scheme in _PORTS:
+        _check_port(uri, _PORTS[scheme])
+    return _client(uri)
+
+
+def _client(uri: str) -> Any:
+    mlflow = import_mlflow()
+    try:
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except mlflow.exceptions.MlflowException as error:
+        hint = " (mlflow db upgrade ADDRESS brings an older schema up to date)" if "schema" in str(error) else ""
+        raise BackendError(f"the tracking store {redact(uri)} cannot be opened: {brief(error)}{hint}") from error
+    except OSError as error:
+        raise BackendError(f"the tracking store {redact(uri)} cannot be opened: {brief(error)}") from error
+
+
+def brief(error: BaseException, limit: int = 300) -> str:
+    """Return the first line of an error's message, without secrets, cut to ``limit`` characters."""
+    lines = [line.strip() for line in redact(str(error)).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def sqlite_path(uri: str) -> Path:
+    """Return the file of a normalised SQLite address."""
+    return Path(uri.partition(":///")[2].partition("?")[0])
+
+
+def _create_sqlite(path: Path) -> None:
+    """Create the schema in a temporary file and give it its name at the end.
+
+    A process killed meanwhile, or two starting at once, never leave a half-made store behind.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+            fresh = Path(folder) / "new.db"
+            _client(f"sqlite:///{fresh}")
+            with sqlite3.connect(fresh) as connection:
+                # the default experiment points into whatever folder the process started in; runs never go there
+                location = (path.parent / "mlartifacts" / "default").as_uri()
+                connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (location,))
+            connection.close()
+            try:
+                os.link(fresh, path)
+            except FileExistsError:
+                return  # another process was faster, its store is as good
+            except OSError:  # a file system without hard links
+                os.replace(fresh, path)
+    except OSError as error:
+        raise BackendError(
+            f"cannot create the tracking store {path}: {error.strerror or error}; free space, set TSFORGE_HOME to a "
+            "writable folder, or switch tracking off (tracking.enabled=false)"
+        ) from error
+
+
+def _check_sqlite(path: Path) -> None:
+    try:
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=_CONNECT_SECONDS)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise BackendError(
+            f"the tracking store {path} cannot be written: {error}; close what holds it, restore it from a backup or "
+            "move it away (a new one is created), or switch tracking off (tracking.enabled=false)"
+        ) from error
+
+
+def _check_http(uri: str) -> None:
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    address = f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health"
+    try:
+        with urllib.request.urlopen(address, timeout=_CONNECT_SECONDS):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code < 500:  # it answers; permissions and paths show up with the first real request
+            return
+        problem: object = f"it answers {error.code} {error.reason}"
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "reason", None) or error
+    raise BackendError(
+        f"the tracking server {redact(uri)} does not answer: {problem}; start it, correct MLFLOW_TRACKING_URI, or "
+        "switch tracking off (tracking.enabled=false)"
+    )
+
+
+def _check_port(uri: str, default_port: int) -> None:
+    parts = urlsplit(uri)
+    if not parts.hostname or parts.hostname.startswith("%2F"):
+        return  # a socket in the file system: the driver itself fails at once
+    address = (parts.hostname, parts.port or default_port)
+    try:
+        socket.create_connection(address, timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise BackendError(
+            f"the tracking database at {address[0]}:{address[1]} does not answer: {error.strerror or error}; start it, "
+            "correct MLFLOW_TRACKING_URI, or switch tracking off (tracking.enabled=false)"
+        ) from error
