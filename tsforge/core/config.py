@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -123,10 +123,17 @@ def _explain(item: Any, cls: type[BaseModel], where: str) -> str:
 def _keys_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
     current: type[BaseModel] | None = cls
     for part in path:
+        if part.isdigit():  # an item of a sequence; the step before already led to its class
+            continue
         if current is None or part not in current.model_fields:
             return []
-        current = _config_class(current.model_fields[part])
+        current = _config_class(current.model_fields[part]) or _item_class(current.model_fields[part])
     return [] if current is None else list(current.model_fields)
+
+
+def _item_class(field: FieldInfo) -> type[BaseModel] | None:
+    items = [item for item in get_args(field.annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
+    return items[0] if get_origin(field.annotation) in (tuple, list) and items else None
 
 
 def config_dir() -> Path:

@@ -96,7 +96,7 @@ class ScheduleConfig(Config):
     """
 
     timezone: str = "UTC"
-    jobs: tuple[JobConfig, ...] = Field(min_length=1)
+    jobs: tuple[JobConfig, ...]
     poll_seconds: float = Field(30.0, gt=0)
     stop_seconds: float = Field(30.0, gt=0)
     stale_seconds: float = Field(90.0, gt=0)
@@ -107,8 +107,10 @@ class ScheduleConfig(Config):
         return _checked_zone(value)
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> ScheduleConfig:
+    def _jobs_are_named_once(self) -> ScheduleConfig:
         names = [job.name for job in self.jobs]
+        if not names:
+            raise ValueError("jobs: the list is empty; a schedule needs at least one job")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"jobs: {listing(twice)} named more than once; a name is the key in the ledger")

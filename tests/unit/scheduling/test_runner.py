@@ -1,0 +1,310 @@
+"""The scheduler with real child processes; time is set by hand only where waiting would take hours."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tsforge.core.workspace import Workspace
+from tsforge.scheduling.child import ChildLimits, run_child
+from tsforge.scheduling.jobs import JobConfig, ScheduleConfig
+from tsforge.scheduling.ledger import Ledger
+from tsforge.scheduling.runner import Scheduler, health_file, is_healthy
+
+START = datetime(2026, 3, 1, 5, 30, tzinfo=UTC)
+
+
+class ScriptJob(JobConfig):
+    """A job whose child runs a Python script instead of a pipeline; argv[1] is the slot."""
+
+    script: str
+
+    def command(self, slot: datetime) -> list[str]:
+        return [sys.executable, "-c", self.script, slot.isoformat()]
+
+
+class Clock:
+    """A clock set by hand."""
+
+    def __init__(self) -> None:
+        self.time = START
+
+    def __call__(self) -> datetime:
+        return self.time
+
+
+@pytest.fixture
+def workspace(workspace_root: Path) -> Workspace:
+    return Workspace.open()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(workspace: Workspace, clock: Clock) -> Iterator[Callable[..., Scheduler]]:
+    """Build a scheduler of one hourly script job on the clock set by hand."""
+    opened: list[Ledger] = []
+
+    def build(script: str, **settings: object) -> Scheduler:
+        job = ScriptJob.model_validate(
+            {"name": "demo", "cron": "0 * * * *", "run": "batch", "config": "x", "script": script} | settings
+        )
+        ledger = Ledger(workspace.database_url, clock=clock)
+        opened.append(ledger)
+        scheduler = Scheduler(ScheduleConfig(jobs=(job,), stop_seconds=5), workspace, ledger)
+        scheduler.run_due()  # registers the job: slots count from here on
+        return scheduler
+
+    yield build
+    for ledger in opened:
+        ledger.close()
+
+
+def statuses(scheduler: Scheduler) -> list[tuple[int, str]]:
+    runs = scheduler.ledger.runs("schedule/demo", limit=None)
+    return [(run.slot.hour, run.status) for run in reversed(runs)]
+
+
+APPEND = "import os, sys; open(os.environ['TSFORGE_HOME'] + '/slots', 'a').write(sys.argv[1] + '\\n')"
+
+
+def test_due_slots_run_once_each_after_downtime(make: Callable[..., Scheduler], clock: Clock) -> None:
+    scheduler = make(APPEND, catch_up="all")
+    assert statuses(scheduler) == []
+    clock.time = START + timedelta(hours=3)
+    results = scheduler.run_due()
+    assert [(result.slot.hour, result.status) for result in results] == [(6, "done"), (7, "done"), (8, "done")]
+    assert scheduler.run_due() == []
+    again = make(APPEND, catch_up="all")  # a restart
+    assert again.run_due() == []
+    slots = (scheduler.workspace.root / "slots").read_text().split()
+    assert [datetime.fromisoformat(slot).hour for slot in slots] == [6, 7, 8]
+
+
+def test_latest_skips_the_rest(make: Callable[..., Scheduler], clock: Clock) -> None:
+    scheduler = make(APPEND, catch_up="latest")
+    clock.time = START + timedelta(hours=4)
+    scheduler.run_due()
+    assert statuses(scheduler) == [(6, "skipped"), (9, "done")]
+    assert scheduler.run_due() == []
+
+
+def test_a_failure_keeps_the_tail_and_the_exit_code(make: Callable[..., Scheduler], clock: Clock) -> None:
+    scheduler = make("import sys; print('x' * 9000); print('the reason', file=sys.stderr); sys.exit(3)")
+    clock.time = START + timedelta(hours=1)
+    (result,) = scheduler.run_due()
+    assert result.status == "failed"
+    (run,) = scheduler.ledger.runs("schedule/demo")
+    assert run.message.startswith("exit code 3; output in ")
+    assert run.message.endswith("the reason")
+    assert len(run.message) < 5000
+    assert scheduler.run_due() == []
+
+
+def test_retries_run_at_the_next_look_and_later_slots_wait(make: Callable[..., Scheduler], clock: Clock) -> None:
+    script = (
+        "import os, sys; p = os.environ['TSFORGE_HOME'] + '/tries'; open(p, 'a').write(sys.argv[1][11:13] + ' ');"
+        "sys.exit(len(open(p).read().split()) < 3)"
+    )
+    scheduler = make(script, retries=2, catch_up="all")
+    clock.time = START + timedelta(hours=2)
+    assert [result.status for result in scheduler.run_due()] == ["failed"]
+    assert [result.status for result in scheduler.run_due()] == ["failed"]
+    assert [(result.slot.hour, result.status) for result in scheduler.run_due()] == [(6, "done"), (7, "done")]
+    assert (scheduler.workspace.root / "tries").read_text().split() == ["06", "06", "06", "07"]
+
+
+def test_a_busy_child_is_asked_again_later(make: Callable[..., Scheduler], clock: Clock) -> None:
+    script = (
+        "import os, sys; p = os.environ['TSFORGE_HOME'] + '/once';"
+        "sys.exit(0) if os.path.exists(p) else (open(p, 'w'), sys.exit(75))"
+    )
+    scheduler = make(script)
+    clock.time = START + timedelta(hours=1)
+    assert [result.status for result in scheduler.run_due()] == ["interrupted"]
+    assert [result.status for result in scheduler.run_due()] == ["done"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+GRANDCHILD = (
+    "import os, subprocess, sys, time;"
+    "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+    "open(os.environ['TSFORGE_HOME'] + '/pids', 'w').write(f'{os.getpid()} {p.pid}'); time.sleep(600)"
+)
+
+
+def test_a_timeout_ends_the_child_and_its_children(make: Callable[..., Scheduler], clock: Clock) -> None:
+    scheduler = make(GRANDCHILD, timeout_seconds=2.5)
+    clock.time = START + timedelta(hours=1)
+    began = time.monotonic()
+    (result,) = scheduler.run_due()
+    assert time.monotonic() - began < 30
+    assert result.status == "failed"
+    assert "timed out after 2.5 s" in result.message
+    pids = [int(text) for text in (scheduler.workspace.root / "pids").read_text().split()]
+    assert len(pids) == 2
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
+    )
+    limits = ChildLimits(timeout_seconds=1.5, stop_seconds=0.3)
+    result = run_child([sys.executable, "-c", script], tmp_path / "log", limits, stop=threading.Event())
+    assert result.reason == "timeout"
+    assert result.exit_code == -signal.SIGKILL
+    assert result.tail == "on"
+
+
+def test_a_second_scheduler_does_not_overlap(make: Callable[..., Scheduler], clock: Clock) -> None:
+    """Two schedulers, two due slots, children that take a while: the spans they note must be disjoint."""
+    script = (
+        "import os, sys, time; p = os.environ['TSFORGE_HOME'] + '/spans'; a = time.monotonic(); time.sleep(0.7);"
+        "open(p, 'a').write(f'{a} {time.monotonic()}\\n')"
+    )
+    schedulers = [make(script, catch_up="all") for _ in range(2)]
+    clock.time = START + timedelta(hours=2)
+
+    def work(scheduler: Scheduler) -> None:
+        deadline = time.monotonic() + 30
+        while len(scheduler.ledger.runs(statuses=["done"])) < 2 and time.monotonic() < deadline:
+            scheduler.run_due()
+
+    threads = [threading.Thread(target=work, args=(scheduler,)) for scheduler in schedulers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    spans = [
+        tuple(map(float, line.split())) for line in (schedulers[0].workspace.root / "spans").read_text().splitlines()
+    ]
+    assert len(spans) == 2
+    assert spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]
+
+
+def test_status_shows_next_due_and_last_and_writes_nothing(make: Callable[..., Scheduler], clock: Clock) -> None:
+    scheduler = make(APPEND, catch_up="all", timezone="Europe/Berlin")
+    clock.time = START + timedelta(hours=1)
+    scheduler.run_due()
+    clock.time = START + timedelta(hours=2)
+    (status,) = scheduler.status()
+    assert status.timezone == "Europe/Berlin"
+    assert [moment.hour for moment in status.upcoming] == [8, 9, 10]
+    assert [moment.hour for moment in status.due] == [7]
+    assert [(run.slot.hour, run.status) for run in status.last] == [(6, "done")]
+    assert status.running is None
+    fresh = Scheduler(
+        ScheduleConfig(jobs=(scheduler.config.jobs[0].model_copy(update={"name": "new"}),)),
+        scheduler.workspace,
+        scheduler.ledger,
+    )
+    (status,) = fresh.status()
+    assert status.due == ()
+    clock.time += timedelta(hours=3)
+    assert fresh.status()[0].due == (), "looking does not register the job"
+
+
+SERVICE = """
+import sys
+from datetime import datetime
+from tsforge.core.workspace import Workspace
+from tsforge.core.logs import configure_logging
+from tsforge.scheduling.jobs import JobConfig, ScheduleConfig
+from tsforge.scheduling.runner import Scheduler, stopping_on_signals
+
+class ScriptJob(JobConfig):
+    script: str
+    def command(self, slot):
+        return [sys.executable, "-c", self.script, slot.isoformat()]
+
+configure_logging("info", as_json=True)
+job = ScriptJob(name="demo", cron="* * * * *", run="batch", config="x", catch_up="all", script=sys.argv[1],
+                start=datetime.fromisoformat(sys.argv[2]))
+scheduler = Scheduler(ScheduleConfig(jobs=(job,), poll_seconds=0.3, stop_seconds=5), Workspace.open())
+with stopping_on_signals(scheduler.stop):
+    scheduler.run()
+"""
+
+SLOW = (
+    "import os, sys, time; home = os.environ['TSFORGE_HOME'];"
+    "open(home + '/started', 'a').write(sys.argv[1] + '\\n');"
+    "time.sleep(600 if not os.path.exists(home + '/fast') else 0);"
+    "open(home + '/ended', 'a').write(sys.argv[1] + '\\n')"
+)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def start_service(script: str, begin: datetime) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVICE, script, begin.isoformat()], stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_scheduler_leaves_the_slot_to_be_run_again(workspace: Workspace, number: signal.Signals) -> None:
+    """The real service in real time: one minute slot is due at once; stop it in the middle, start it again."""
+    home, now = workspace.root, datetime.now(UTC)
+    begin = now.replace(second=0, microsecond=0) - timedelta(seconds=1)  # exactly the current minute is due
+    service = start_service(SLOW, begin)
+    wait_for(lambda: (home / "started").exists() and (home / "started").read_text() != "")
+    if number == signal.SIGTERM:
+        wait_for(lambda: is_healthy(workspace))
+        assert not is_healthy(workspace, datetime.now(UTC) + timedelta(minutes=2))
+        assert json.loads(health_file(workspace).read_text())["pid"] == service.pid
+    os.kill(service.pid, number)
+    _, errors = service.communicate(timeout=30)
+    ledger = Ledger(workspace.database_url)
+    slot = datetime.fromisoformat((home / "started").read_text().split()[0])
+    run = ledger.find("schedule/demo", slot)
+    assert run is not None
+    if number != signal.SIGKILL:
+        assert service.returncode == 0, errors
+        assert run.status == "interrupted"
+        assert json.loads(errors.splitlines()[-1])["message"] == "scheduler stopped"
+        assert not health_file(workspace).exists()
+    else:
+        assert run.status == "claimed"
+        assert ledger.is_abandoned(run)
+    (home / "fast").touch()
+    service = start_service(SLOW, begin)
+
+    def settled() -> bool:
+        found = ledger.find("schedule/demo", slot)
+        return found is not None and found.status == "done"
+
+    wait_for(settled)
+    service.terminate()
+    service.communicate(timeout=30)
+    run = ledger.find("schedule/demo", slot)
+    assert run is not None
+    assert run.attempt == 2
+    ended = (home / "ended").read_text().split()
+    assert ended.count(slot.isoformat()) == 1
+    ledger.close()
