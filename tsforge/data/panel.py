@@ -1,0 +1,237 @@
+"""Dense arrays of all series, one after another, on one absolute grid: what windows and closed-form fits read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsforge.contracts.tensors import TrainingSeries
+from tsforge.core.errors import DataError, listing, nearest
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import Bools, Ints, TimeGrid, show_time
+from tsforge.data.schema import SeriesSchema
+
+Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class ResidentTensors:
+    """The panel on a device. Shapes: target [N, V], mask [N, V] bool, past [N, P], known [N, F], static [S_n, S]."""
+
+    target: Tensor
+    mask: Tensor
+    past: Tensor | None
+    known: Tensor | None
+    static: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Rows of all series one after another.
+
+    Attributes:
+        values: float64 [N, C] in the order of ``schema.columns``, 0 where not observed.
+        observed: bool [N, C].
+        indptr: int64 [num_series + 1], rows of series s are ``indptr[s]:indptr[s + 1]`` (equal for an absent series).
+        offset: int64 [num_series], absolute grid index of each first row.
+        static: float64 [num_series, S], or None without static columns.
+        series_ids: names in the order of ``series_index``.
+        schema: roles of the columns.
+        grid: where absolute index 0 lies.
+    """
+
+    values: Floats
+    observed: Bools
+    indptr: Ints
+    offset: Ints
+    static: Floats | None
+    series_ids: tuple[str, ...]
+    schema: SeriesSchema
+    grid: TimeGrid
+    _resident: dict[tuple[str, torch.dtype], ResidentTensors] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def from_frame(
+        cls, frame: SeriesFrame, grid: TimeGrid | None = None, series_ids: Sequence[str] | None = None
+    ) -> Panel:
+        """Return the panel of a frame.
+
+        Args:
+            frame: the data.
+            grid: the absolute grid, usually a fitted model's; default: origin at the frame's first time.
+            series_ids: fixes which series has which index, as in training; those absent from the frame get no rows.
+
+        Raises:
+            DataError: the frame has another frequency or phase than ``grid``, or a series not in ``series_ids``.
+        """
+        where = frame.grid if grid is None else grid
+        if where.freq != frame.schema.freq:
+            raise DataError(f"the data has freq '{frame.schema.freq}', the grid '{where.freq}'; resample the data")
+        starts = frame.indptr
+        offset = where.index_of(frame.table["time"].gather(starts[:-1]))
+        columns = frame.table.select(frame.schema.columns)
+        observed = np.column_stack([column.is_not_null().to_numpy() for column in columns.get_columns()])
+        values = np.column_stack([column.fill_null(0.0).to_numpy() for column in columns.get_columns()])
+        static = None if frame.static is None else frame.static.select(frame.schema.static).to_numpy()
+        ids = frame.series_ids
+        if series_ids is not None and tuple(series_ids) != ids:
+            values, observed, starts, offset, static = _reordered(
+                (values, observed, starts, offset, static), ids, tuple(series_ids)
+            )
+            ids = tuple(series_ids)
+        return cls(
+            np.ascontiguousarray(values),
+            np.ascontiguousarray(observed),
+            starts,
+            offset,
+            static,
+            ids,
+            frame.schema,
+            where,
+        )
+
+    @property
+    def num_series(self) -> int:
+        """Number of series, absent ones included."""
+        return len(self.series_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all series together."""
+        return len(self.values)
+
+    @property
+    def num_targets(self) -> int:
+        """V, the number of target columns."""
+        return len(self.schema.targets)
+
+    @property
+    def lengths(self) -> Ints:
+        """int64 [num_series]: rows of each series."""
+        return np.diff(self.indptr)
+
+    @property
+    def target_observed(self) -> Bools:
+        """bool [N, V]: which target cells were observed."""
+        return self.observed[:, : self.num_targets]
+
+    def span(self) -> tuple[int, int]:
+        """Return absolute rows ``[start, stop)`` from the first row to the last one with an observed target.
+
+        Raises:
+            DataError: no target is observed anywhere.
+        """
+        last = self.last_observed()
+        if (last < self.offset).all():
+            raise DataError("no target is observed in any series")
+        return int(self.offset[self.lengths > 0].min()), int(last.max()) + 1
+
+    def last_observed(self) -> Ints:
+        """Return int64 [num_series]: absolute row of the last observed target, ``offset - 1`` where there is none."""
+        seen = np.flatnonzero(self.target_observed.any(axis=1))
+        place = np.searchsorted(seen, self.indptr[1:]) - 1
+        row = np.where(place >= 0, seen[place] if len(seen) else -1, -1)
+        row = np.where(row >= self.indptr[:-1], row, self.indptr[:-1] - 1)
+        result: Ints = self.offset + row - self.indptr[:-1]
+        return result
+
+    def rows(self, start: int | None, stop: int | None) -> tuple[Ints, Ints, Ints]:
+        """Return what lies in absolute rows ``[start, stop)``: row numbers [M], indptr and offset of that part."""
+        lengths = self.lengths
+        low = np.zeros_like(lengths) if start is None else np.clip(start - self.offset, 0, lengths)
+        high = lengths if stop is None else np.clip(stop - self.offset, low, lengths)
+        counts = high - low
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        first = np.repeat(self.indptr[:-1] + low - indptr[:-1], counts)
+        return first + np.arange(indptr[-1]), indptr, self.offset + low
+
+    def training_series(self, start: int | None, stop: int | None) -> TrainingSeries:
+        """Return absolute rows ``[start, stop)`` (None = open) as float64 tensors in data units.
+
+        Covariates are 0 where not observed. An absent series, or one outside the span, has no rows.
+
+        Raises:
+            DataError: no row lies in the span.
+        """
+        rows, indptr, offset = self.rows(start, stop)
+        if not len(rows):
+            raise DataError(f"no series has rows between absolute rows {start} and {stop}; check the split")
+        values = torch.from_numpy(self.values[rows])
+        num_targets, num_past = self.num_targets, len(self.schema.past)
+        return TrainingSeries(
+            values=values[:, :num_targets].contiguous(),
+            mask=torch.from_numpy(self.target_observed[rows]),
+            indptr=torch.from_numpy(indptr),
+            offset=torch.from_numpy(offset),
+            past=values[:, num_targets : num_targets + num_past].contiguous() if self.schema.past else None,
+            known=values[:, num_targets + num_past :].contiguous() if self.schema.known else None,
+            static=None if self.static is None else torch.from_numpy(self.static.copy()),
+        )
+
+    def resident(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ResidentTensors:
+        """Return the panel as tensors on a device; made once per device and type and shared by all windows.
+
+        Raises:
+            DataError: a value is too large for ``dtype``.
+        """
+        key = (str(torch.device(device)), dtype)
+        if key not in self._resident:
+            self._check_range(dtype)
+            num_targets, num_past = self.num_targets, len(self.schema.past)
+            values = torch.from_numpy(self.values).to(dtype)
+            parts = torch.split(values, [num_targets, num_past, len(self.schema.known)], dim=1)
+            target, past, known = (part.contiguous().to(device) if part.shape[1] else None for part in parts)
+            if target is None:  # the schema guarantees a target
+                raise DataError("the panel has no target column")
+            self._resident[key] = ResidentTensors(
+                target=target,
+                mask=torch.from_numpy(np.ascontiguousarray(self.target_observed)).to(device),
+                past=past,
+                known=known,
+                static=None if self.static is None else torch.from_numpy(self.static).to(device, dtype),
+            )
+        return self._resident[key]
+
+    def _check_range(self, dtype: torch.dtype) -> None:
+        """Refuse values that would overflow to infinity, such as a sensor's nonsense value of -1e42."""
+        limit = torch.finfo(dtype).max
+        too_large = np.abs(self.values).max(axis=0, initial=0.0) > limit
+        if too_large.any():
+            names = [name for name, bad in zip(self.schema.columns, too_large, strict=True) if bad]
+            row, column = (int(part[0]) for part in np.nonzero(np.abs(self.values) > limit))
+            series = int(np.searchsorted(self.indptr, row, side="right")) - 1
+            time = self.grid.time_at(int(self.offset[series] + row - self.indptr[series]))
+            raise DataError(
+                f"column(s) {listing(names)} hold values beyond {limit:.3g} (first: {self.values[row, column]:.3g} in "
+                f"'{self.series_ids[series]}' at {show_time(time)}); declare a valid range to mask them"
+            )
+
+
+_Arrays: TypeAlias = tuple[Floats, Bools, Ints, Ints, "Floats | None"]
+
+
+def _reordered(arrays: _Arrays, ids: tuple[str, ...], wanted: tuple[str, ...]) -> _Arrays:
+    """Return the arrays with series in the wanted order; wanted series that are absent get no rows and static 0."""
+    values, observed, indptr, offset, static = arrays
+    unknown = [name for name in ids if name not in set(wanted)]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(ids)} series are unknown to the model ({listing(unknown)}"
+            f"{nearest(unknown[0], wanted)}); known: {listing(wanted)}; leave them out or fit again"
+        )
+    place = {name: position for position, name in enumerate(ids)}
+    source = np.array([place.get(name, -1) for name in wanted], dtype=np.int64)
+    present = source >= 0
+    counts = np.where(present, np.diff(indptr)[source], 0)
+    new_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    rows = np.repeat(indptr[:-1][source] - new_indptr[:-1], counts) + np.arange(new_indptr[-1])
+    new_offset = np.where(present, offset[source], 0)
+    new_static = None if static is None else np.where(present[:, None], static[source], 0.0)
+    return values[rows], observed[rows], new_indptr, new_offset, new_static

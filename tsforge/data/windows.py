@@ -1,0 +1,401 @@
+"""Windows of a panel, gathered a whole batch at a time from tensors that stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsforge.contracts.tensors import Batch
+from tsforge.core.errors import ConfigError, DataError, listing, nearest
+from tsforge.core.seeding import derive_seed
+from tsforge.data.gather import take_padded, take_slices
+from tsforge.data.grid import Bools, Ints, TimeLike, show_time
+from tsforge.data.panel import Panel
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec:
+    """Sizes of a window.
+
+    Attributes:
+        context_length: rows a model sees.
+        horizon: rows it forecasts.
+        stride: rows between neighbouring windows of a series.
+        min_observed: least share of observed target cells a window needs; 0 keeps every window.
+
+    Raises:
+        ConfigError: a size below 1, or a share outside [0, 1].
+    """
+
+    context_length: int
+    horizon: int
+    stride: int = 1
+    min_observed: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("context_length", "horizon", "stride"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.min_observed <= 1:
+            raise ConfigError(f"min_observed is {self.min_observed}; it must lie between 0 and 1")
+
+    @property
+    def length(self) -> int:
+        """Rows of context and horizon together."""
+        return self.context_length + self.horizon
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types; ``WindowSpec(**values)`` reads them back."""
+        return {
+            "context_length": self.context_length,
+            "horizon": self.horizon,
+            "stride": self.stride,
+            "min_observed": self.min_observed,
+        }
+
+
+class WindowDataset:
+    """Windows whose whole target lies in absolute rows ``[start, stop)``; the context may look back before ``start``.
+
+    Windows never cross from one series into another. Within a series they follow in time, ``spec.stride`` rows apart,
+    on cutoffs shared by all series and counted from the first possible one.
+
+    Args:
+        panel: the data.
+        spec: sizes.
+        start, stop: span of the targets, None = open.
+        aligned: an item is one cutoff with a window of every series (in order of ``series_index``), for models that
+            couple rows; series without data there are masked. ``batches`` then counts items, a batch has items x series
+            rows.
+        pad_context: also give windows with fewer past rows than ``context_length`` (at least one), masked at the front.
+        device, dtype: where and how the tensors live.
+
+    Attributes:
+        series_index, cutoff_index: int64 [num_windows] of every window, item after item.
+        rows_per_item: 1, or the number of series when aligned.
+
+    Raises:
+        DataError: no window fits, or too few values are observed.
+    """
+
+    def __init__(
+        self,
+        panel: Panel,
+        spec: WindowSpec,
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        aligned: bool = False,
+        pad_context: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        series, cutoff = _enumerate(panel, spec, (start, stop), 1 if pad_context else spec.context_length)
+        if not len(series):
+            raise _nothing_fits(panel, spec, (start, stop))
+        if aligned:
+            cutoff = np.repeat(np.unique(cutoff), panel.num_series)
+            series = np.tile(np.arange(panel.num_series), len(cutoff) // panel.num_series)
+        rows_per_item = panel.num_series if aligned else 1
+        if spec.min_observed > 0:
+            keep = _observed_share(panel, spec, series, cutoff, rows_per_item) >= spec.min_observed - _ROUNDING
+            if not keep.any():
+                raise DataError(
+                    f"none of {len(keep)} windows has {spec.min_observed:.0%} of its target cells observed; lower "
+                    "min_observed or shorten the horizon"
+                )
+            keep = np.repeat(keep, rows_per_item)
+            series, cutoff = series[keep], cutoff[keep]
+        self._set(panel, spec, series, cutoff, rows_per_item=rows_per_item, has_target=True, device=device, dtype=dtype)
+
+    def _set(
+        self,
+        panel: Panel,
+        spec: WindowSpec,
+        series: Ints,
+        cutoff: Ints,
+        *,
+        rows_per_item: int,
+        has_target: bool,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.panel = panel
+        self.spec = spec
+        self.series_index = series
+        self.cutoff_index = cutoff
+        self.rows_per_item = rows_per_item
+        self.has_target = has_target
+        self.device = torch.device(device)
+        self.dtype = dtype
+        first, low, high = _context_rows(panel, spec, series, cutoff)
+        end = first + (spec.length if has_target or panel.schema.known else spec.context_length)
+        self._padded: Bools = (first < low) | (end > high)
+        columns = np.stack([first, low, high, series, cutoff])
+        self._index = torch.from_numpy(columns).to(self.device)  # [5, num_windows]
+        self._rows = panel.resident(self.device, dtype)
+
+    @classmethod
+    def _of(cls, panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints, **options: Any) -> WindowDataset:
+        windows = object.__new__(cls)
+        windows._set(panel, spec, series, cutoff, **options)
+        return windows
+
+    def __len__(self) -> int:
+        """Return the number of items (windows, or cutoffs when aligned)."""
+        return len(self.series_index) // self.rows_per_item
+
+    def select(self, items: Sequence[int] | Ints) -> WindowDataset:
+        """Return the dataset of some items, in the given order."""
+        windows = self._windows_of(np.asarray(items, dtype=np.int64))
+        return WindowDataset._of(
+            self.panel,
+            self.spec,
+            self.series_index[windows],
+            self.cutoff_index[windows],
+            rows_per_item=self.rows_per_item,
+            has_target=self.has_target,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def to(self, device: torch.device | str) -> WindowDataset:
+        """Return the same windows with their tensors on another device."""
+        if torch.device(device) == self.device:
+            return self
+        return WindowDataset._of(
+            self.panel,
+            self.spec,
+            self.series_index,
+            self.cutoff_index,
+            rows_per_item=self.rows_per_item,
+            has_target=self.has_target,
+            device=device,
+            dtype=self.dtype,
+        )
+
+    def _windows_of(self, items: Ints) -> Ints:
+        if len(items) and (items.min() < 0 or items.max() >= len(self)):
+            raise IndexError(f"items {items.min()} to {items.max()} asked of {len(self)}")
+        if self.rows_per_item == 1:
+            return items
+        windows: Ints = (items[:, None] * self.rows_per_item + np.arange(self.rows_per_item)).reshape(-1)
+        return windows
+
+    def __getitems__(self, indices: Sequence[int] | Ints) -> Batch:
+        """Return one batch with the windows of some items, gathered in one go.
+
+        Shapes: see ``contracts.tensors.Batch``; B = items x ``rows_per_item``. Data units, 0 where not observed.
+        """
+        windows = self._windows_of(np.asarray(indices, dtype=np.int64))
+        index = self._index.index_select(1, torch.from_numpy(windows).to(self.device))
+        return self._gather(index, padded=bool(self._padded[windows].any()))
+
+    def _gather(self, index: Tensor, *, padded: bool) -> Batch:
+        first, low, high, series, cutoff = index.unbind(0)
+        context, horizon = self.spec.context_length, self.spec.horizon
+        data = self._rows
+
+        def take(rows: Tensor, start: Tensor, length: int) -> Tensor:
+            return take_padded(rows, start, length, low, high) if padded else take_slices(rows, start, length)
+
+        return Batch(
+            context=take(data.target, first, context),
+            context_mask=take(data.mask, first, context),
+            target=take(data.target, first + context, horizon) if self.has_target else None,
+            target_mask=take(data.mask, first + context, horizon) if self.has_target else None,
+            past=None if data.past is None else take(data.past, first, context),
+            known=None if data.known is None else take(data.known, first, context + horizon),
+            static=None if data.static is None else data.static.index_select(0, series),
+            series_index=series,
+            cutoff_index=cutoff,
+        )
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+    ) -> Iterator[Batch]:
+        """Yield all items once in batches of ``batch_size`` items.
+
+        Args:
+            batch_size: items a batch; the last one may be smaller.
+            shuffle: random order, fixed by ``seed`` (give another seed each epoch).
+            seed: seed of the order.
+            drop_last: leave out a smaller last batch.
+
+        Raises:
+            ConfigError: ``batch_size`` is below 1.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        items = np.arange(len(self))
+        if shuffle:
+            items = np.random.default_rng(derive_seed(seed, "windows")).permutation(items)
+        windows = self._windows_of(items)
+        index = self._index.index_select(1, torch.from_numpy(windows).to(self.device)) if shuffle else self._index
+        padded = self._padded[windows]
+        step = batch_size * self.rows_per_item
+        for begin in range(0, len(windows), step):
+            end = begin + step
+            if end > len(windows) and drop_last:
+                return
+            yield self._gather(index[:, begin:end], padded=bool(padded[begin:end].any()))
+
+    def num_batches(self, batch_size: int, *, drop_last: bool = False) -> int:
+        """Return how many batches ``batches`` yields."""
+        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+
+
+def _enumerate(panel: Panel, spec: WindowSpec, span: tuple[int | None, int | None], need: int) -> tuple[Ints, Ints]:
+    """Return series and cutoff index of every window with ``need`` past rows and its target inside the span."""
+    start, stop = span
+    present = panel.lengths > 0
+    low = panel.offset + need
+    high = panel.offset + panel.lengths
+    if start is not None:
+        low = np.maximum(low, start)
+    if stop is not None:
+        high = np.minimum(high, stop)
+    anchor = int(low[present].min()) if present.any() else 0
+    low = anchor + -(-(low - anchor) // spec.stride) * spec.stride
+    counts = np.where(present, np.maximum((high - spec.horizon - low) // spec.stride + 1, 0), 0)
+    series = np.repeat(np.arange(panel.num_series), counts)
+    within = np.arange(len(series)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return series, low[series] + within * spec.stride
+
+
+def _context_rows(panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the panel row where each context starts, and the rows [low, high) of its series."""
+    low = panel.indptr[series]
+    return low + cutoff - panel.offset[series] - spec.context_length, low, panel.indptr[series + 1]
+
+
+def _observed_share(panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints, rows_per_item: int) -> Any:
+    """Return the share of observed target cells of each item, by differences of one cumulative sum."""
+    running = np.concatenate([[0], np.cumsum(panel.target_observed.sum(axis=1, dtype=np.int64))])
+    first, low, high = _context_rows(panel, spec, series, cutoff)
+    begin = np.clip(first + spec.context_length, low, high)
+    end = np.clip(first + spec.length, low, high)
+    cells = (running[end] - running[begin]).reshape(-1, rows_per_item).sum(axis=1)
+    return cells / (rows_per_item * spec.horizon * panel.num_targets)
+
+
+def _nothing_fits(panel: Panel, spec: WindowSpec, span: tuple[int | None, int | None]) -> DataError:
+    indptr = panel.rows(*span)[1]
+    place = "" if span == (None, None) else f", of which {int(np.diff(indptr).max(initial=0))} in the span asked for"
+    return DataError(
+        f"no window fits: context_length {spec.context_length} and horizon {spec.horizon} need {spec.length} rows in a "
+        f"row ({spec.horizon} of them in the span), the longest of {panel.num_series} series has "
+        f"{int(panel.lengths.max(initial=0))}{place}; shorten them or bring more data"
+    )
+
+
+def last_windows(
+    panel: Panel,
+    spec: WindowSpec,
+    cutoffs: TimeLike | Mapping[str, TimeLike] | None = None,
+    *,
+    aligned: bool = False,
+    pad_context: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> WindowDataset:
+    """Return one window a series for prediction: the context ends at the cutoff, the batch has no target.
+
+    Args:
+        panel: the data, with known covariates over the horizon where the schema has any.
+        spec: sizes; stride and min_observed play no part.
+        cutoffs: last time that may be seen, one for all series or by series (then only those are given); default: each
+            series' last row with an observed target (aligned: the latest of them for all).
+        aligned: one item with a window of every series, see ``WindowDataset``.
+        pad_context: mask the missing front of a series shorter than the context instead of refusing it.
+        device, dtype: where and how the tensors live.
+
+    Raises:
+        DataError: an unknown series; nothing observed in a context, or too short a series; known covariates missing
+            over the horizon.
+    """
+    series, cutoff = _cutoffs(panel, cutoffs, aligned=aligned)
+    _check_contexts(panel, spec, series, cutoff, pad_context=pad_context, aligned=aligned)
+    _check_known(panel, spec, series, cutoff)
+    return WindowDataset._of(
+        panel,
+        spec,
+        series,
+        cutoff,
+        rows_per_item=panel.num_series if aligned else 1,
+        has_target=False,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _cutoffs(panel: Panel, cutoffs: TimeLike | Mapping[str, TimeLike] | None, *, aligned: bool) -> tuple[Ints, Ints]:
+    """Return series and absolute index of the first forecast row."""
+    present = np.arange(panel.num_series) if aligned else np.flatnonzero(panel.lengths)
+    if isinstance(cutoffs, Mapping):
+        unknown = [name for name in cutoffs if name not in set(panel.series_ids)]
+        if unknown:
+            raise DataError(
+                f"unknown series {listing(unknown)}{nearest(str(unknown[0]), panel.series_ids)} in the cutoffs"
+            )
+        if aligned:
+            raise ConfigError("aligned windows share one cutoff; give one time instead of one per series")
+        present = np.array([index for index, name in enumerate(panel.series_ids) if name in cutoffs], dtype=np.int64)
+        last = np.array([panel.grid.floor(cutoffs[panel.series_ids[index]]) for index in present], dtype=np.int64)
+    elif cutoffs is not None:
+        last = np.full(len(present), panel.grid.floor(cutoffs), dtype=np.int64)
+    else:
+        last = panel.last_observed()[present]
+        if aligned:
+            last = np.full(len(present), panel.span()[1] - 1, dtype=np.int64)
+    return present, last + 1
+
+
+def _check_contexts(
+    panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints, *, pad_context: bool, aligned: bool
+) -> None:
+    running = np.concatenate([[0], np.cumsum(panel.target_observed.any(axis=1))])
+    first, low, high = _context_rows(panel, spec, series, cutoff)
+    seen = running[np.clip(first + spec.context_length, low, high)] - running[np.clip(first, low, high)]
+    if not len(series) or (aligned and not seen.any()) or (not aligned and (seen == 0).any()):
+        blind = [panel.series_ids[index] for index in series[seen == 0]]
+        raise DataError(
+            f"{len(blind)} of {len(series)} series have no observed target in the {spec.context_length} rows up to the "
+            f"cutoff ({listing(blind)}); leave them out, move the cutoff or lengthen the context"
+        )
+    short = (first < low) & (not (pad_context or aligned))
+    if short.any():
+        index = int(np.flatnonzero(short)[0])
+        rows = int(first[index] + spec.context_length - low[index])
+        raise DataError(
+            f"{int(short.sum())} of {len(series)} series have fewer than {spec.context_length} rows up to the cutoff "
+            f"(first: '{panel.series_ids[series[index]]}' with {rows}); bring more history or allow padded contexts"
+        )
+
+
+def _check_known(panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints) -> None:
+    known = panel.observed[:, len(panel.schema.columns) - len(panel.schema.known) :]
+    if not known.shape[1]:
+        return
+    first, low, high = _context_rows(panel, spec, series, cutoff)
+    rows = (first + spec.context_length)[:, None] + np.arange(spec.horizon)  # [B, H]
+    inside = (rows >= low[:, None]) & (rows < high[:, None])
+    there = known[np.clip(rows, 0, panel.num_rows - 1)] & inside[..., None]  # [B, H, F]
+    if there.all():
+        return
+    names = [name for name, full in zip(panel.schema.known, there.all(axis=(0, 1)), strict=True) if not full]
+    row_missing = ~there.all(axis=2)
+    window, step = (int(part[0]) for part in np.nonzero(row_missing))
+    time = panel.grid.time_at(int(cutoff[window]) + step)
+    raise DataError(
+        f"known covariate(s) {listing(names)} are missing in {int(row_missing.sum())} of {row_missing.size} forecast "
+        f"rows of {int(row_missing.any(axis=1).sum())} series (first: '{panel.series_ids[series[window]]}' at "
+        f"{show_time(time)}); give their values for {spec.horizon} rows after the cutoff"
+    )
