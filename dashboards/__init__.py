@@ -1,0 +1,1 @@
+"""The Streamlit dashboard: a router, one view a page, charts from tables."""

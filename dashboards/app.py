@@ -1,0 +1,23 @@
+"""The router, started by ``tsforge dashboard``, which also sets the theme and the workspace."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from dashboards.views import anomalies, backtests, data, forecasts, overview, runs
+
+PAGES = {
+    "": [st.Page(overview.show, title="Overview", icon=":material/dashboard:", url_path="overview", default=True)],
+    "Results": [
+        st.Page(forecasts.show, title="Forecasts", icon=":material/show_chart:", url_path="forecasts"),
+        st.Page(anomalies.show, title="Anomalies", icon=":material/notification_important:", url_path="anomalies"),
+        st.Page(backtests.show, title="Backtests", icon=":material/leaderboard:", url_path="backtests"),
+    ],
+    "Inputs": [
+        st.Page(data.show, title="Data", icon=":material/table_chart:", url_path="data"),
+        st.Page(runs.show, title="Runs", icon=":material/history:", url_path="runs"),
+    ],
+}
+
+st.set_page_config(page_title="tsforge", page_icon=":material/timeline:", layout="wide")
+st.navigation(PAGES).run()

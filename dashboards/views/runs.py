@@ -1,0 +1,37 @@
+"""Runs: trainings from the tracking store and jobs from the ledger."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from dashboards import charts
+from dashboards.state import choose, empty, page
+from tsforge.app import catalog
+from tsforge.core.workspace import Workspace
+
+
+def show() -> None:
+    """Draw the page."""
+    page("Runs", _draw, lead="Trainings as tracked, scheduled jobs as recorded in the ledger.")
+
+
+def _draw(workspace: Workspace) -> None:
+    st.subheader("Trainings")
+    runs = catalog.tracking_runs(workspace)
+    if runs:
+        st.dataframe(runs, width="stretch", hide_index=True)
+        names = {run["run_id"]: f"{run['name']} ({run['status']})" for run in runs}
+        chosen = choose("Run", list(names), "run", names=names)
+        history = catalog.run_history(workspace, chosen)
+        if history.is_empty():
+            st.caption("This run has no curves: it was solved in closed form, or it ended before the first epoch.")
+        else:
+            st.plotly_chart(charts.history_chart(history), width="stretch", key="history")
+    else:
+        empty("tracked run", "tsforge fit data=nyc_weather model=dlinear")
+    st.subheader("Scheduled jobs")
+    jobs = catalog.job_runs(workspace)
+    if jobs:
+        st.dataframe(jobs, width="stretch", hide_index=True)
+    else:
+        empty("job run", "tsforge batch run batch/nyc_weather --as-of 2013-12-20")
