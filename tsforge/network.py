@@ -196,12 +196,8 @@ class ForecastNetwork(nn.Module):
         """Return raw parameters in scaled units for a batch in data units."""
         return self._run(batch)[1]
 
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return ``loss`` (the sum to minimise), ``nll`` and every part the model adds, for a batch in data units.
-
-        Units: scaled; with scaling ``window`` point and pinball losses are measured against the training spread of the
-        series, so quiet windows do not dominate.
-        """
+    def _parts(self, batch: Batch) -> tuple[Batch, Prediction, dict[str, Tensor]]:
+        """Return the scaled batch, the prediction and the parts of the loss."""
         self._check_batch(batch)
         stats = self.scaler.stats(batch)
         scaled = self.scaler.scale(batch, stats)
@@ -214,16 +210,30 @@ class ForecastNetwork(nn.Module):
             context_raw = prediction.context_raw.to(self.param_offset.dtype) + self.param_offset[:1]
             parts["context_nll"] = self.likelihood.nll(context_raw, scaled.context, scaled.context_mask, unit)
         parts.update(prediction.aux_losses or {})
-        return {"loss": torch.stack([part.float() for part in parts.values()]).sum(), **parts}
+        total = parts["nll"] if len(parts) == 1 else torch.stack([part.float() for part in parts.values()]).sum()
+        return scaled, prediction, {"loss": total, **parts}
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss`` (the sum to minimise), ``nll`` and every part the model adds, for a batch in data units.
+
+        Units: scaled; with scaling ``window`` point and pinball losses are measured against the training spread of the
+        series, so quiet windows do not dominate.
+        """
+        return self._parts(batch)[2]
 
     @torch.no_grad()
-    def location_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return mean squared and mean absolute error of the mean forecast in scaled units over observed cells."""
-        scaled, prediction = self._run(batch)
-        if scaled.target is None:
-            raise ModelError("errors need windows with a target")
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the parts of ``loss``, ``mse`` and ``mae`` of the mean (scaled units), and ``cells``, their count."""
+        scaled, prediction, parts = self._parts(batch)
+        assert scaled.target is not None  # _parts refused batches without one
+        mask = torch.ones_like(scaled.target, dtype=torch.bool) if scaled.target_mask is None else scaled.target_mask
         error = self.likelihood.mean(prediction.raw) - scaled.target
-        return masked_mean(error.square(), scaled.target_mask), masked_mean(error.abs(), scaled.target_mask)
+        return {
+            **parts,
+            "mse": masked_mean(error.square(), mask),
+            "mae": masked_mean(error.abs(), mask),
+            "cells": mask.sum(),
+        }
 
     @torch.no_grad()
     def predict(self, batch: Batch, quantile_levels: Sequence[float] = ()) -> Predictive:

@@ -1,0 +1,346 @@
+"""A fitted forecaster on disk: one folder, no pickle, every file hashed.
+
+``config.yaml`` the run's resolved config, ``spec.json`` network config, sizes and window, ``schema.json`` columns, grid
+and series, ``weights.safetensors``, ``calibration.parquet`` (if calibrated), ``metrics.json``, ``explanation.json``,
+``provenance.json``, and ``manifest.json`` (format version, SHA-256 of every file), which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from tsforge.contracts.tensors import DataSpec
+from tsforge.core.atomic import atomic_directory
+from tsforge.core.config import validate
+from tsforge.core.errors import ArtifactError, DataError, TsforgeError, listing
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import TimeGrid
+from tsforge.data.schema import SeriesSchema
+from tsforge.data.windows import WindowSpec
+from tsforge.network import ForecastNetwork, NetworkConfig
+
+FORMAT = "tsforge-artifact"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_PACKAGES = ("tsforge", "torch", "lightning", "numpy", "polars", "safetensors")
+_REQUIRED = (
+    "config.yaml",
+    "spec.json",
+    "schema.json",
+    "weights.safetensors",
+    "metrics.json",
+    "explanation.json",
+    "provenance.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A fitted network with everything needed to apply, judge and reproduce it.
+
+    Attributes:
+        id: ``MODEL-UTCTIME-HASH``, unique and sortable.
+        network: on the CPU, in evaluation mode.
+        config: the resolved config of the run that made it.
+        schema, grid, series_ids: columns, time grid and series of the training data, in the order of the network.
+        window: context length, horizon and stride.
+        calibration: split-conformal table, None when not calibrated.
+        metrics: name -> number, on validation data.
+        provenance: versions, git revision, data fingerprint, seeds, time of making.
+        explanation: fitted quantities worth showing, from ``ForecastModel.explain``.
+        path: folder it was saved to or loaded from.
+    """
+
+    id: str
+    network: ForecastNetwork
+    config: dict[str, Any]
+    schema: SeriesSchema
+    grid: TimeGrid
+    series_ids: tuple[str, ...]
+    window: WindowSpec
+    calibration: pl.DataFrame | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    explanation: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def model_name(self) -> str:
+        """Registered name of the model."""
+        return self.network.config.model.name
+
+
+def create_artifact(
+    network: ForecastNetwork,
+    *,
+    config: Mapping[str, Any],
+    schema: SeriesSchema,
+    grid: TimeGrid,
+    series_ids: tuple[str, ...],
+    window: WindowSpec,
+    provenance: Mapping[str, Any],
+    calibration: pl.DataFrame | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """Return an unsaved artifact with a fresh id and the model's explanation; the network goes to the CPU, evaluating.
+
+    Args:
+        network: fitted.
+        config: resolved config of the run, plain types.
+        schema, grid, series_ids, window: what the training data looked like.
+        provenance: usually ``collect_provenance(...)``.
+        calibration: split-conformal table.
+        metrics: plain numbers.
+    """
+    network = network.cpu().eval()
+    weights = hashlib.sha256(save_tensors(_state(network)))
+    weights.update(json.dumps(dict(config), sort_keys=True, default=str).encode())
+    made = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+    return Artifact(
+        id=f"{network.config.model.name}-{made}-{weights.hexdigest()[:8]}",
+        network=network,
+        config=dict(config),
+        schema=schema,
+        grid=grid,
+        series_ids=tuple(series_ids),
+        window=window,
+        calibration=calibration,
+        metrics=dict(metrics or {}),
+        provenance=dict(provenance),
+        explanation=network.model.explain(),
+    )
+
+
+def collect_provenance(*, data_fingerprint: str, seeds: Mapping[str, int]) -> dict[str, Any]:
+    """Return versions, git revision (None outside a checkout), platform, data fingerprint, seeds and the time now."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "revision": _revision(),
+        "data_fingerprint": data_fingerprint,
+        "seeds": dict(seeds),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """Return the commit of the checkout this package runs from, with ``-dirty`` for uncommitted changes."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _state(network: ForecastNetwork) -> dict[str, torch.Tensor]:
+    """Return weights and buffers as separate contiguous tensors (tied ones are stored once for each name)."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=True, default=_plain) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON form of the NumPy and torch scalars and arrays that reports may hold."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise ArtifactError(f"cannot store a {type(value).__name__} in an artifact: {value!r}")
+
+
+def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
+    """Write ``directory / artifact.id`` whole or not at all and return the artifact with its path.
+
+    Raises:
+        BackendError: the folder exists already, is read-only, or the disk is full.
+        ArtifactError: a value has no plain form.
+    """
+    network = artifact.network
+    files: dict[str, bytes] = {
+        "config.yaml": yaml.safe_dump(json.loads(_json(artifact.config)), sort_keys=False, allow_unicode=True).encode(),
+        "spec.json": _json(
+            {
+                "network": network.config.model_dump(mode="json"),
+                "data": asdict(network.spec),
+                "window": asdict(artifact.window),
+            }
+        ),
+        "schema.json": _json(
+            {
+                "schema": artifact.schema.to_dict(),
+                "grid": artifact.grid.to_dict(),
+                "series_ids": list(artifact.series_ids),
+            }
+        ),
+        "weights.safetensors": save_tensors(_state(network)),
+        "metrics.json": _json(artifact.metrics),
+        "explanation.json": _json(artifact.explanation),
+        "provenance.json": _json(artifact.provenance),
+    }
+    path = Path(directory) / artifact.id
+    with atomic_directory(path) as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        if artifact.calibration is not None:
+            artifact.calibration.write_parquet(temporary / "calibration.parquet")
+        listed = {
+            item.name: {"sha256": hashlib.sha256(item.read_bytes()).hexdigest(), "bytes": item.stat().st_size}
+            for item in sorted(temporary.iterdir())
+        }
+        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "id": artifact.id, "files": listed}
+        (temporary / MANIFEST).write_bytes(_json(manifest))
+    return replace(artifact, path=path)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ArtifactError(f"no artifact at {path}: the folder does not exist")
+    place = path / MANIFEST
+    if not place.is_file():
+        raise ArtifactError(f"{path} is no complete artifact: {MANIFEST} is missing; fit again or restore a copy")
+    try:
+        manifest = json.loads(place.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{place} is damaged ({error}); restore a copy or fit again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{place} does not describe a tsforge artifact")
+    found = manifest.get("format_version")
+    if not isinstance(found, int) or found < 1:
+        raise ArtifactError(f"{place} states no valid format version ({found!r}); restore a copy or fit again")
+    if found > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} was made by a newer tsforge (artifact format {found}, this one reads up to {FORMAT_VERSION}); "
+            "upgrade tsforge"
+        )
+    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("id"), str):
+        raise ArtifactError(f"{place} lacks its id or its list of files; restore a copy or fit again")
+    return manifest
+
+
+def _read_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the content of every listed file after its hash was verified."""
+    listed = manifest["files"]
+    absent = [name for name in _REQUIRED if name not in listed]
+    if absent:
+        raise ArtifactError(f"{path / MANIFEST} does not list {listing(absent)}; restore a copy or fit again")
+    contents: dict[str, bytes] = {}
+    for name, entry in listed.items():
+        if Path(name).name != name:
+            raise ArtifactError(f"{path / MANIFEST} lists '{name}', which lies outside the artifact; do not use it")
+        try:
+            content = (path / name).read_bytes()
+        except OSError as error:
+            raise ArtifactError(
+                f"artifact {path} lacks {name} ({error.strerror}); restore a copy or fit again"
+            ) from error
+        if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
+            raise ArtifactError(
+                f"{path / name} is damaged: its SHA-256 differs from the manifest; restore a copy or fit again"
+            )
+        contents[name] = content
+    return contents
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Return the artifact stored in the folder ``path``, its network on the CPU in evaluation mode.
+
+    Raises:
+        ArtifactError: missing, damaged (the message names the file), of a newer format, or its model is not installed.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    contents = _read_files(path, manifest)
+    try:
+        spec, schema = json.loads(contents["spec.json"]), json.loads(contents["schema.json"])
+        network = _rebuild(spec, contents["weights.safetensors"])
+        calibration = contents.get("calibration.parquet")
+        return Artifact(
+            id=manifest["id"],
+            network=network,
+            config=yaml.safe_load(contents["config.yaml"]),
+            schema=SeriesSchema.from_dict(schema["schema"]),
+            grid=TimeGrid.from_dict(schema["grid"]),
+            series_ids=tuple(schema["series_ids"]),
+            window=WindowSpec(**spec["window"]),
+            calibration=None if calibration is None else pl.read_parquet(calibration),
+            metrics=json.loads(contents["metrics.json"]),
+            provenance=json.loads(contents["provenance.json"]),
+            explanation=json.loads(contents["explanation.json"]),
+            path=path,
+        )
+    except (TsforgeError, SafetensorError, pl.exceptions.PolarsError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"artifact {path} cannot be rebuilt: {error}") from error
+
+
+def _rebuild(spec: Mapping[str, Any], weights: bytes) -> ForecastNetwork:
+    """Return the stored network; initial weights drawn on the way do not touch the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        network = ForecastNetwork(validate(NetworkConfig, spec["network"]), DataSpec(**spec["data"]))
+    try:
+        network.load_state_dict(load_tensors(weights), strict=True)
+    except RuntimeError as error:
+        raise ArtifactError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
+    return network.eval()
+
+
+def check_frame(artifact: Artifact, frame: SeriesFrame) -> None:
+    """Refuse a frame that the artifact's network cannot forecast.
+
+    Raises:
+        ArtifactError: frequency, grid, targets, covariates or series differ; the message says which.
+    """
+    mine, theirs = artifact.schema, frame.schema
+    name = f"artifact {artifact.id}"
+    if mine.freq != theirs.freq:
+        raise ArtifactError(
+            f"{name} was fitted on freq {mine.freq}, the data has {theirs.freq}; resample the data or refit"
+        )
+    for role in ("targets", "past", "known", "static"):
+        wanted, given = getattr(mine, role), getattr(theirs, role)
+        missing = [column for column in wanted if column not in given]
+        extra = [column for column in given if column not in wanted]
+        if missing:
+            raise ArtifactError(f"{name} needs the {role} column(s) {listing(missing)}, which the data lacks")
+        if extra:
+            raise ArtifactError(f"{name} does not know the {role} column(s) {listing(extra)}; drop them or refit")
+        if wanted != given:
+            raise ArtifactError(
+                f"{name} reads {role} in the order {listing(wanted, 20)}, the data has {listing(given, 20)}"
+            )
+    try:
+        artifact.grid.index_of(frame.table["time"].head(1))
+    except DataError as error:
+        raise ArtifactError(f"{name}: {error}") from error
+    strangers = sorted(set(frame.series_ids) - set(artifact.series_ids))
+    if strangers and artifact.network.needs_known_series:
+        raise ArtifactError(
+            f"{name} was not fitted on {len(strangers)} of {len(frame.series_ids)} series ({listing(strangers)}) and "
+            "its scaling 'series' needs them; refit with them, or fit with scaling 'window'"
+        )

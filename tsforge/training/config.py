@@ -1,0 +1,38 @@
+"""Settings of the training loop; nothing here says anything about the model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tsforge.core.config import Config, tunable
+
+
+class TrainConfig(Config):
+    """How gradient training runs. Models that are solved in closed form use only the batch size and the device."""
+
+    max_epochs: int = Field(default=50, ge=1)
+    batch_size: int = tunable(64, choices=[16, 32, 64, 128, 256], ge=1)
+    """Windows a step; a window holds every variate."""
+    learning_rate: float = tunable(1e-3, low=1e-4, high=1e-2, log=True, gt=0)
+    """Peak rate of AdamW."""
+    weight_decay: float = tunable(1e-4, low=1e-6, high=1e-1, log=True, ge=0)
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """Course of the learning rate over all planned steps: unchanged, cosine to 0, or up for 30 % and down."""
+    patience: int | None = Field(default=5, ge=1)
+    """Epochs without a better validation loss before training stops; null trains every epoch."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """Least drop of the validation loss that counts as better for the patience."""
+    gradient_clip: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm; null switches clipping off."""
+    max_steps_per_epoch: int | None = Field(default=None, ge=1)
+    """Ends an epoch early, after a fresh shuffle; for large data."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["auto", "32", "bf16-mixed"] = "auto"
+    """``auto``: bf16 mixed on GPUs that have it, else 32 bit."""
+    eval_batch_size: int = Field(default=512, ge=1)
+    """Windows a validation step; changes speed only."""
+    deterministic: bool = False
+    """Refuse GPU kernels that sum in varying order (slower); CPU runs repeat exactly either way."""
+    seed: int = Field(default=0, ge=0)

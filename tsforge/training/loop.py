@@ -1,0 +1,354 @@
+"""Fitting a network: closed form first, then gradient steps under Lightning with best weights and exact resumption."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from tsforge.contracts.tensors import SolveReport, TrainingSeries
+from tsforge.core.config import fingerprint
+from tsforge.core.errors import BackendError, ConfigError, ModelError
+from tsforge.core.logs import get_logger, log_event
+from tsforge.network import ForecastNetwork
+from tsforge.training.callbacks import EpochRecord, OnEpoch, ProgressLine, StopTraining, mean_metrics
+from tsforge.training.config import TrainConfig
+from tsforge.training.module import EpochStream, TrainModule, Windows
+
+LOGGER = get_logger(__name__)
+CHECKPOINT = "last.ckpt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a fit went. The network itself holds the best weights, on the CPU, in evaluation mode.
+
+    Attributes:
+        epochs: epochs of gradient training; 0 for a closed-form fit.
+        history: one row an epoch: ``epoch, train_loss, valid_loss, valid_mse, valid_mae, learning_rate, seconds,
+            windows_per_second`` (losses in scaled units).
+        best_epoch: the epoch whose weights were kept; -1 for a closed-form fit or a warm start that no epoch improved.
+        metrics: the row of the kept weights.
+        solve: what the closed form reported, or None.
+        stopped_by: ``solved``, ``untrainable``, ``max_epochs``, ``patience`` or ``hook``.
+        seconds: wall time of everything.
+        windows_per_second: training speed over all epochs without validation; 0 for a closed-form fit.
+    """
+
+    epochs: int
+    history: tuple[dict[str, float], ...]
+    best_epoch: int
+    metrics: dict[str, float]
+    solve: SolveReport | None
+    stopped_by: str
+    seconds: float
+    windows_per_second: float
+
+
+def fit_network(
+    network: ForecastNetwork,
+    train: Windows,
+    valid: Windows | None,
+    config: TrainConfig,
+    *,
+    series: TrainingSeries,
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
+    on_epoch: OnEpoch | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Fit ``network`` in place and return how it went.
+
+    Scaling statistics, ``prepare`` and the closed form come first; gradient steps follow unless that finished the job.
+
+    Args:
+        network: built for the sizes of the windows.
+        train, valid: windows in data units; without ``valid`` every epoch runs and the last weights are kept.
+        config: see ``TrainConfig``.
+        series: the training span, unscaled; scaler and closed form see nothing else.
+        checkpoint_dir: where the state after each epoch is kept until the run ends well.
+        resume: continue from that state, if there is one, to the same result as an uninterrupted run.
+        on_epoch: hook called after each epoch with its metrics; may raise ``StopTraining`` or anything else.
+        progress: draw a progress line when standard error is a terminal.
+
+    Raises:
+        ModelError: no window to train on, or losses that are not finite.
+        ConfigError: resuming with other settings, unaligned windows for a model that couples rows.
+        BackendError: the accelerator is missing, or the checkpoint cannot be read.
+        KeyboardInterrupt: after the state of the last whole epoch is safe on disk.
+    """
+    started = time.perf_counter()
+    _check_windows(network, train, valid)
+    if resume and checkpoint_dir is None:
+        raise ConfigError("resume=True needs checkpoint_dir, the folder of the interrupted run")
+    network.fit_scaler(series)
+    network.prepare(train.batches(config.eval_batch_size))
+    report = network.solve(series)
+    reason = _done_without_steps(network, report)
+    if reason is not None:
+        network.eval()
+        _set_spread(network, report, train, config)
+        metrics = evaluate_windows(network, valid if valid is not None else train, config.eval_batch_size)
+        _tell(on_epoch, metrics)
+        row = {"epoch": 0.0, **metrics}
+        return TrainResult(
+            epochs=0,
+            history=(row,),
+            best_epoch=-1,
+            metrics=metrics,
+            solve=report,
+            stopped_by=reason,
+            seconds=time.perf_counter() - started,
+            windows_per_second=0.0,
+        )
+    start = None
+    if report is not None and valid is not None:
+        start = evaluate_windows(network.eval(), valid, config.eval_batch_size)
+    checkpoint = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
+    run = _Run(network=network, train=train, valid=valid, config=config, start=start, checkpoint=checkpoint)
+    record, stopped_by = run.descend(resume=resume, on_epoch=on_epoch, progress=progress)
+    if not network.capabilities.probabilistic:
+        _set_spread(network, None, train, config)
+    speed = record.windows_seen / record.train_seconds if record.train_seconds else 0.0
+    log_event(
+        LOGGER, "trained", epochs=len(record.history), best_epoch=record.best_epoch, windows_per_second=round(speed)
+    )
+    return TrainResult(
+        epochs=len(record.history),
+        history=tuple(record.history),
+        best_epoch=record.best_epoch,
+        metrics=record.best_metrics(),
+        solve=report,
+        stopped_by=stopped_by,
+        seconds=time.perf_counter() - started,
+        windows_per_second=speed,
+    )
+
+
+def _check_windows(network: ForecastNetwork, train: Windows, valid: Windows | None) -> None:
+    for name, windows in (("training", train), ("validation", valid)):
+        if windows is None:
+            continue
+        if len(windows) == 0:
+            spec = network.spec
+            raise ModelError(
+                f"the {name} span holds no window of {spec.context_length} + {spec.horizon} steps; shorten "
+                "context_length or horizon, widen the span, or lower min_observed"
+            )
+        if network.capabilities.rows_coupled and not getattr(windows, "aligned", False):
+            raise ConfigError(
+                f"model '{network.config.model.name}' couples the rows of a batch; build its {name} windows aligned"
+            )
+
+
+def _done_without_steps(network: ForecastNetwork, report: SolveReport | None) -> str | None:
+    if report is not None and report.finished:
+        return "solved"
+    trains = network.capabilities.trainable and any(parameter.requires_grad for parameter in network.parameters())
+    return None if trains else "untrainable"
+
+
+def _set_spread(network: ForecastNetwork, report: SolveReport | None, train: Windows, config: TrainConfig) -> None:
+    """Give a model that forecasts only locations the spread of its training residuals."""
+    if network.spec.num_params > 1 and (report is None or report.residual_scale is None):
+        network.fit_residual_scale(train.batches(config.eval_batch_size))
+
+
+def _tell(on_epoch: OnEpoch | None, metrics: dict[str, float]) -> None:
+    if on_epoch is not None:
+        try:
+            on_epoch(0, dict(metrics))
+        except StopTraining:
+            return
+
+
+def evaluate_windows(network: ForecastNetwork, windows: Windows, batch_size: int) -> dict[str, float]:
+    """Return ``valid_loss``, ``valid_nll``, ``valid_mse``, ``valid_mae`` over all windows (scaled units)."""
+    sums: dict[str, torch.Tensor] = {}
+    for batch in windows.batches(batch_size):
+        parts = network.evaluate(batch)
+        cells = parts.pop("cells")
+        for name, value in {**{key: value * cells for key, value in parts.items()}, "cells": cells}.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return mean_metrics(sums)
+
+
+def _accelerator(config: TrainConfig) -> str:
+    has_gpu = torch.cuda.is_available()
+    if config.accelerator == "gpu" and not has_gpu:
+        raise BackendError("train.accelerator=gpu, but torch sees no CUDA device; use accelerator=auto or cpu")
+    return "gpu" if has_gpu and config.accelerator != "cpu" else "cpu"
+
+
+def _precision(config: TrainConfig, accelerator: str) -> str:
+    if config.precision == "auto":
+        return "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "32-true"
+    return {"32": "32-true"}.get(config.precision, config.precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Gradient training of one network: everything that stays the same from the first epoch to the last."""
+
+    network: ForecastNetwork
+    train: Windows
+    valid: Windows | None
+    config: TrainConfig
+    start: dict[str, float] | None
+    checkpoint: Path | None
+
+    def fingerprint(self) -> str:
+        """Return what a checkpoint must agree with for a resumed run to end like an uninterrupted one."""
+        scaling = {name: value.double().sum().item() for name, value in self.network.scaler.state_dict().items()}
+        return fingerprint(
+            {
+                "train": self.config.model_dump(mode="json"),
+                "network": self.network.config.model_dump(mode="json"),
+                "spec": asdict(self.network.spec),
+                "windows": [len(self.train), 0 if self.valid is None else len(self.valid)],
+                "scaling": scaling,
+            }
+        )
+
+    def descend(self, *, resume: bool, on_epoch: OnEpoch | None, progress: bool) -> tuple[EpochRecord, str]:
+        """Run gradient epochs, leave the best weights in the network, return the record and why it ended."""
+        config, checkpoint = self.config, self.checkpoint
+        start_from = checkpoint if resume and checkpoint is not None and checkpoint.exists() else None
+        if start_from is not None:
+            _check_readable(start_from)
+        stream = EpochStream(
+            self.train, config.batch_size, seed=config.seed, shuffle=True, limit=config.max_steps_per_epoch
+        )
+        record = EpochRecord(stream, self.fingerprint(), on_epoch)
+        if self.start is not None:
+            record.remember_start(self.network, self.start)
+        stopper = self._stopper()
+        callbacks = [record, *([stopper] if stopper else []), *([ProgressLine()] if progress else [])]
+        module = TrainModule(self.network, config, total_steps=config.max_epochs * len(stream))
+        with _quiet_lightning(), _own_random_state(), _plain_interrupt(), _explained_disk_errors(checkpoint):
+            trainer = self._trainer([*callbacks, *self._saver()])
+            device = trainer.strategy.root_device
+            stream.windows = self.train.to(device)
+            valid_stream = None
+            if self.valid is not None:
+                valid_stream = EpochStream(self.valid.to(device), config.eval_batch_size, seed=0, shuffle=False)
+            self.network.train()
+            trainer.fit(module, stream, valid_stream, ckpt_path=start_from, weights_only=True)
+        self.network.load_state_dict(record.best_state)
+        self.network.cpu().eval()
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        if record.was_stopped:
+            return record, "hook"
+        early = stopper is not None and stopper.stopped_epoch > 0
+        return record, "patience" if early else "max_epochs"
+
+    def _stopper(self) -> EarlyStopping | None:
+        config = self.config
+        if self.valid is None or config.patience is None:
+            return None
+        return EarlyStopping("valid_loss", patience=config.patience, min_delta=config.min_delta, check_finite=False)
+
+    def _saver(self) -> list[pl.Callback]:
+        if self.checkpoint is None:
+            return []
+        saver = ModelCheckpoint(
+            dirpath=self.checkpoint.parent,
+            filename=self.checkpoint.stem,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        return [saver]
+
+    def _trainer(self, callbacks: list[pl.Callback]) -> pl.Trainer:
+        config = self.config
+        accelerator = _accelerator(config)
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=_precision(config, accelerator),  # type: ignore[arg-type]
+            max_epochs=config.max_epochs,
+            gradient_clip_val=config.gradient_clip,
+            deterministic=config.deterministic or None,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=self.checkpoint is not None,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+
+
+def _check_readable(checkpoint: Path) -> None:
+    """Refuse a truncated or altered checkpoint before torch trips over it."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise BackendError(f"the checkpoint {checkpoint} cannot be read ({error}); delete it to start anew") from error
+    if broken is not None:
+        raise BackendError(f"the checkpoint {checkpoint} is damaged ({broken}); delete it to start anew")
+
+
+@contextmanager
+def _explained_disk_errors(checkpoint: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if checkpoint is None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise BackendError(
+            f"cannot keep checkpoints in {checkpoint.parent}: {error.strerror}; free space or choose another folder"
+        ) from error
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Hold back Lightning's tips, device listings and its own use of a deprecated torch name for the time of a fit."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Give training its own random numbers; the caller's state is the same afterwards."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _plain_interrupt() -> Iterator[None]:
+    """Turn Lightning's way out of Ctrl-C (exit code 1, signal ignored for good) back into a ``KeyboardInterrupt``."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main else None
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,130 @@
+"""The Lightning side of a network: one step, one validation step, the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from tsforge.contracts.tensors import Batch
+from tsforge.core.seeding import derive_seed
+from tsforge.network import ForecastNetwork
+from tsforge.training.config import TrainConfig
+
+
+class Windows(Protocol):
+    """What training needs of a window dataset: whole batches gathered from resident tensors."""
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+    ) -> Iterator[Batch]: ...
+
+    def to(self, device: torch.device | str) -> Windows: ...
+
+
+class TrainModule(pl.LightningModule):
+    """Trains a ``ForecastNetwork``; sums of losses stay on the device, so no step waits for a number."""
+
+    def __init__(self, network: ForecastNetwork, config: TrainConfig, total_steps: int) -> None:
+        super().__init__()
+        self.network = network
+        self.settings = config
+        self.total_steps = max(total_steps, 1)
+        self.train_sum: dict[str, Tensor] = {}
+        self.valid_sum: dict[str, Tensor] = {}
+        self._anneals = network.anneals
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the loss of one batch in data units."""
+        if self._anneals:
+            self.network.model.anneal(min(self.trainer.global_step / self.total_steps, 1.0))
+        parts = self.network.loss(batch)
+        loss = parts["loss"]
+        size = batch.context.shape[0]
+        _add(self.train_sum, {"loss": loss.detach() * size, "windows": size})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Add up losses and errors weighted by observed cells."""
+        parts = self.network.evaluate(batch)
+        cells = parts.pop("cells")
+        _add(self.valid_sum, {name: value * cells for name, value in parts.items()} | {"cells": cells})
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the sums of the last epoch."""
+        self.train_sum = {}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the last validation."""
+        self.valid_sum = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Publish the mean validation loss for early stopping."""
+        self.log("valid_loss", self.valid_sum["loss"] / self.valid_sum["cells"].clamp(min=1))
+
+    def train_loss(self) -> float:
+        """Return the mean training loss of the epoch so far (the weights change while it is taken)."""
+        return float(self.train_sum["loss"] / self.train_sum["windows"]) if self.train_sum else float("nan")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Return the batch as it is when it is already there: resident windows are gathered on the device."""
+        if batch.context.device == device:
+            return batch
+        return Batch._make(None if part is None else part.to(device, non_blocking=True) for part in batch)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW (fused where the device has it) and the schedule asked for."""
+        settings = self.settings
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=all(parameter.device.type in ("cpu", "cuda") for parameter in parameters),
+        )
+        scheduler: torch.optim.lr_scheduler.LRScheduler
+        if settings.schedule == "constant":
+            return optimizer
+        if settings.schedule == "cosine":
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.total_steps)
+        else:
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=settings.learning_rate, total_steps=self.total_steps
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _add(total: dict[str, Any], parts: dict[str, Any]) -> None:
+    for name, value in parts.items():
+        total[name] = total[name] + value if name in total else value
+
+
+class EpochStream(Iterable[Batch]):
+    """Batches of one epoch; the shuffle depends on seed and epoch only, so a resumed run sees the same order."""
+
+    def __init__(
+        self, windows: Windows, batch_size: int, *, seed: int, shuffle: bool, limit: int | None = None
+    ) -> None:
+        self.windows = windows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.limit = limit
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        full = -(-len(self.windows) // self.batch_size)
+        return full if self.limit is None else min(full, self.limit)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # a generator: the epoch is read when the first batch is asked for, not when the iterator is made
+        stream = self.windows.batches(
+            self.batch_size, shuffle=self.shuffle, seed=derive_seed(self.seed, "shuffle", self.epoch)
+        )
+        for _, batch in zip(range(len(self)), stream, strict=False):
+            yield batch
