@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,21 @@ def check_table(table: pl.DataFrame, schema: SeriesSchema, *, require_targets: b
     _check_duplicates(plain)
     grid, index = _on_grid(plain, schema)
     return _without_gaps(plain, grid, index)
+
+
+def checked_columns(columns: Sequence[pl.Series], num_rows: int) -> list[pl.Series]:
+    """Return new value columns as Float64 with NaN as null.
+
+    Raises:
+        DataError: a wrong length, a type that is not numeric, or infinite values.
+    """
+    plain = [_numeric(column).fill_nan(None) for column in columns]
+    for column in plain:
+        infinite = int(column.is_infinite().sum())
+        if column.len() != num_rows or infinite:
+            fault = f"{infinite} infinite values" if infinite else f"{column.len()} values"
+            raise DataError(f"new column '{column.name}' has {fault}; give {num_rows} finite numbers or nulls")
+    return plain
 
 
 def positions(table: pl.DataFrame) -> Ints:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 
 from tsforge.core.errors import DataError, listing, nearest
-from tsforge.data.checks import check_static, check_table, positions
+from tsforge.data.checks import check_static, check_table, checked_columns, positions
 from tsforge.data.grid import Ints, TimeGrid, TimeLike, parse_time, show_time
 from tsforge.data.layout import long_table, wide_table
 from tsforge.data.schema import SeriesSchema
@@ -257,6 +258,18 @@ class SeriesFrame:
         future = pl.DataFrame([ids, self._grid.time_at(end[owner] + within)])
         both = pl.concat([self._table, future], how="diagonal").sort("series_id", "time")
         return SeriesFrame._trusted(both, self._schema, self._static, self._grid)
+
+    def with_known(self, columns: Sequence[pl.Series]) -> SeriesFrame:
+        """Return the frame with more known covariates: one finite or missing number a row, in the order of ``table``.
+
+        Raises:
+            ConfigError: a column of that name exists.
+            DataError: a column has another length, is not numeric or holds infinite values.
+        """
+        schema = replace(self._schema, known=self._schema.known + tuple(column.name for column in columns))
+        return SeriesFrame._trusted(
+            self._table.with_columns(checked_columns(columns, self.num_rows)), schema, self._static, self._grid
+        )
 
     def mask_outside(
         self, ranges: Mapping[str, tuple[float | None, float | None]]

@@ -84,8 +84,8 @@ def make_splits(panel: Panel, config: SplitConfig | None = None) -> Splits:
     ):
         if asked and part[1] <= part[0]:
             raise DataError(
-                f"the {name} part of the split has no rows (the data has {stop - start}, from {first} to {last}); change "
-                "the split or bring more data"
+                f"the {name} part of the split has no rows (the data has {stop - start}, from {first} to {last}); "
+                "change the split or bring more data"
             )
     return splits
 
