@@ -174,30 +174,13 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
     from yaml import YAMLError
 
     root = directory or config_dir()
-    roots = [root]
-    extra: list[str] = []
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser().resolve()
-        if not path.is_file():
-            raise ConfigError(f"config file {name} does not exist")
-        if path.is_relative_to(root):
-            name = str(path.relative_to(root).with_suffix(""))
-        else:  # a user's own file may still pull in groups of the shipped tree
-            extra = [f"hydra.searchpath=[file://{root}]"]
-            root, name = path.parent, path.stem
-            roots.append(root)
-    elif not (root / f"{name}.yaml").is_file():
-        folder = (root / name).parent
-        known = (
-            [str(path.relative_to(root).with_suffix("")) for path in sorted(folder.glob("*.yaml"))]
-            if folder.is_dir()
-            else []
-        )
-        raise ConfigError(f"no config '{name}' below {root}{nearest(name, known)} (known: {listing(known, 20)})")
+    path = _config_path(name, root)
+    # a file below a folder, or a user's own file elsewhere, still finds the groups of the tree
+    extra = [] if path.parent == root else [f"hydra.searchpath=[file://{root}]"]
     with _COMPOSE_LOCK:
         GlobalHydra.instance().clear()
         try:
-            with initialize_config_dir(str(root), version_base="1.3"):
+            with initialize_config_dir(str(path.parent), version_base="1.3"):
                 composed = hydra_compose(
                     name, overrides=[*extra, *(_struct_override(text, roots) for text in overrides)]
                 )
@@ -210,7 +193,23 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
     return {str(key): value for key, value in plain.items()}
 
 
-def _struct_override(text: str, roots: Sequence[Path]) -> str:
+def _config_path(name: str, root: Path) -> Path:
+    """Return the file that ``name`` means: a path to a YAML file, or a name below the config tree."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"config file {name} does not exist")
+        return path
+    path = root / f"{name}.yaml"
+    if not path.is_file():
+        folder = path.parent
+        found = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
+        known = [str(item.relative_to(root).with_suffix("")) for item in found]
+        raise ConfigError(f"no config '{name}' below {root}{nearest(name, known)} (known: {listing(known, 20)})")
+    return path
+
+
+def _struct_override(text: str, roots: set[Path]) -> str:
     """Let an override add a key that the YAML leaves at its default; pydantic refuses unknown keys later."""
     if "=" not in text:
         raise ConfigError(f"'{text}' is not an override; write key=value, for example model=ar_net or model.lags=48")

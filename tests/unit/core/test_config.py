@@ -86,6 +86,15 @@ def test_own_file_outside_the_tree_may_use_its_groups(tree: Path, tmp_path: Path
     assert (config.name, config.inner.width, config.inner.kind) == ("mine", 7, "b")
 
 
+def test_file_in_a_folder_of_the_tree_uses_its_groups_too(tree: Path) -> None:
+    (tree / "experiment").mkdir()
+    text = "defaults:\n  - inner: large\n  - _self_\nname: deep\n"
+    (tree / "experiment" / "one.yaml").write_text(text, encoding="utf-8")
+    for name in ("experiment/one", str(tree / "experiment" / "one.yaml")):
+        config = load(Outer, name, ["inner=small", "rate=0.3"], tree)
+        assert (config.name, config.inner.width, config.rate) == ("deep", 2, 0.3)
+
+
 def test_broken_yaml_is_a_config_error(tree: Path) -> None:
     (tree / "broken.yaml").write_text("name: [1, 2\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="broken"):
