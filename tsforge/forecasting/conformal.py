@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -24,15 +23,14 @@ from numpy.typing import NDArray
 
 from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.core.logs import get_logger
-
-if TYPE_CHECKING:
-    from tsforge.data.windows import WindowDataset
-    from tsforge.network import ForecastNetwork
+from tsforge.data.windows import WindowDataset
+from tsforge.forecasting.window_forecasts import forecast_batches
+from tsforge.network import ForecastNetwork
 
 _LOG = get_logger(__name__)
 
 FloatArray = NDArray[np.float64]
-CALIBRATION_SCHEMA = {
+CALIBRATION_SCHEMA: dict[str, type[pl.DataType]] = {
     "step": pl.Int32,
     "variate": pl.String,
     "level": pl.Float64,
@@ -137,7 +135,9 @@ def calibration_table(
                 }
             )
         )
-    return pl.concat(tables).cast(CALIBRATION_SCHEMA) if tables else pl.DataFrame(schema=CALIBRATION_SCHEMA)
+    if not tables:
+        return pl.DataFrame(schema=CALIBRATION_SCHEMA)
+    return pl.concat(tables).select(pl.col(name).cast(kind) for name, kind in CALIBRATION_SCHEMA.items())
 
 
 def calibrate(
@@ -146,7 +146,6 @@ def calibrate(
     levels: Sequence[float] = DEFAULT_LEVELS,
     *,
     max_windows: int = MAX_WINDOWS,
-    batch_size: int = 256,
 ) -> pl.DataFrame:
     """Return the calibration table of a fitted network from windows it was not trained on.
 
@@ -154,27 +153,24 @@ def calibrate(
         network: the fitted network.
         windows: held-out windows, later than the training span.
         levels: quantile levels the artifact will offer, closed under mirroring at 0.5.
-        max_windows: evenly spaced windows to use when there are more.
-        batch_size: windows per forward pass.
+        max_windows: evenly spaced items of ``windows`` to use when there are more.
 
     Raises:
         ConfigError: levels without mirror image.
-        DataError: there is no window.
+        DataError: there is no window, or none has a target.
     """
-    from tsforge.forecasting.predict import predict_windows
-
     paired_levels(levels)
-    if not len(windows):
-        raise DataError("calibration needs at least one held-out window; shorten the horizon or widen the valid span")
-    chosen = np.unique(np.linspace(0, len(windows) - 1, min(len(windows), max_windows)).round().astype(np.int64))
+    count = len(windows)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, max_windows)).round().astype(np.int64))
     asked = tuple(levels) if network.likelihood.has_distribution else ()
     parts, masks = [], []
-    for start in range(0, len(chosen), batch_size):
-        part = predict_windows(network, windows, asked, indices=chosen[start : start + batch_size])
+    for part in forecast_batches(network, windows, asked, indices=chosen):
         if part.target is None or part.mask is None:
             raise DataError("calibration needs windows with targets; these are for prediction only")
         parts.append(interval_scores(part.target, part.mean, part.quantiles, levels, part.scale).astype(np.float32))
         masks.append(part.mask)
+    if not parts:
+        raise DataError("calibration needs at least one held-out window; shorten the horizon or widen the valid span")
     score = "cqr" if asked else "absolute"
     variates = windows.panel.schema.targets
     table = calibration_table(np.concatenate(parts), np.concatenate(masks), levels, variates, score)

@@ -1,0 +1,96 @@
+"""The naive forecasts every report compares with, fitted with the same scaler, likelihood and artifact as any model."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tsforge.artifact import Artifact, collect_provenance, create_artifact
+from tsforge.contracts.tensors import DataSpec
+from tsforge.core.config import validate
+from tsforge.core.errors import ModelError
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.panel import Panel
+from tsforge.data.schema import SeriesSchema
+from tsforge.data.windows import WindowSpec
+from tsforge.forecasting.seasons import season_length
+from tsforge.network import ForecastNetwork, NetworkConfig
+
+BASELINES = ("last_value", "seasonal_naive", "drift")
+
+
+def targets_only(frame: SeriesFrame) -> SeriesFrame:
+    """Return the frame without covariates, which no naive forecast can use."""
+    schema = frame.schema
+    if schema.columns == schema.targets and not schema.static:
+        return frame
+    plain = SeriesSchema(targets=schema.targets, freq=schema.freq)
+    return SeriesFrame(frame.table.select("series_id", "time", *schema.targets), plain, require_targets=False)
+
+
+def frame_season(frame: SeriesFrame, declared: int | None = None) -> int:
+    """Return the season length of a frame: declared, implied by its frequency, or found in its longest series."""
+    indptr = frame.indptr
+    longest = int(np.diff(indptr).argmax())
+    rows = frame.table[int(indptr[longest]) : int(indptr[longest + 1])]
+    values = np.column_stack([rows[name].fill_null(np.nan).to_numpy() for name in frame.schema.targets])
+    return season_length(frame.schema.freq, values, declared=declared)
+
+
+def fit_solved(frame: SeriesFrame, network: NetworkConfig, window: WindowSpec) -> Artifact:
+    """Return the artifact of a model that is fitted in closed form on every row of the frame, or needs no fit.
+
+    Raises:
+        ModelError: the model needs gradient training.
+        DataError: nothing is observed.
+    """
+    panel = Panel.from_frame(frame)
+    series = panel.training_series(None, None)
+    schema = frame.schema
+    spec = DataSpec(
+        context_length=window.context_length,
+        horizon=window.horizon,
+        num_variates=len(schema.targets),
+        num_known=len(schema.known),
+        num_past=len(schema.past),
+        num_static=len(schema.static),
+        train_length=panel.span()[1],
+    )
+    fitted = ForecastNetwork(network, spec)
+    fitted.fit_scaler(series)
+    report = fitted.solve(series)
+    if fitted.capabilities.trainable and (report is None or not report.finished):
+        raise ModelError(f"model '{network.model.name}' needs gradient training; use the fit use-case")
+    return create_artifact(
+        fitted,
+        config=network.model_dump(mode="json"),
+        schema=schema,
+        grid=panel.grid,
+        series_ids=panel.series_ids,
+        window=window,
+        provenance=collect_provenance(data_fingerprint=frame.fingerprint(), seeds={}),
+    )
+
+
+def fit_baseline(
+    name: str, frame: SeriesFrame, *, horizon: int, season: int, context_length: int, per_series: bool = False
+) -> Artifact:
+    """Return a naive forecaster with Normal intervals from its own errors over the frame.
+
+    Args:
+        name: one of ``BASELINES``.
+        frame: everything that may be seen.
+        horizon: steps.
+        season: steps of a season.
+        context_length: rows to look back; at least one season is taken.
+        per_series: take the spread of every series by itself; then only series of the frame can be forecast.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    settings: dict[str, object] = {"name": name}
+    if name == "seasonal_naive":
+        settings["season_length"] = season
+    scaling = "series" if per_series else "global"
+    network = {"model": settings, "likelihood": {"name": "normal"}, "scaling": {"kind": scaling}}
+    window = WindowSpec(context_length=max(context_length, season, 2), horizon=horizon)
+    return fit_solved(targets_only(frame), validate(NetworkConfig, network), window)

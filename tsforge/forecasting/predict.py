@@ -1,0 +1,241 @@
+"""From an artifact and a table to a forecast table: what shells, batches and the dashboard call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from tsforge.artifact import Artifact, check_frame
+from tsforge.contracts.tables import Forecast, quantile_column
+from tsforge.core.errors import ConfigError, ModelError
+from tsforge.core.logs import get_logger
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import TimeGrid, TimeLike
+from tsforge.data.panel import Panel
+from tsforge.data.windows import WindowDataset, last_windows
+from tsforge.forecasting.conformal import apply_calibration, calibrated_levels, check_calibration
+from tsforge.forecasting.rollout import check_rollout, roll
+from tsforge.forecasting.window_forecasts import (
+    FloatArray,
+    WindowForecasts,
+    as_array,
+    check_finite,
+    concatenate,
+    evaluating,
+    forecast_batch,
+    predict_windows,
+    window_batches,
+)
+from tsforge.layers.likelihoods import DEFAULT_LEVELS, Quantiles
+
+__all__ = ["WindowForecasts", "artifact_panel", "forecast_table", "offered_levels", "predict", "predict_windows"]
+
+_LOG = get_logger(__name__)
+
+
+def predict(
+    artifact: Artifact,
+    frame: SeriesFrame,
+    *,
+    quantile_levels: Sequence[float] | None = None,
+    cutoff: TimeLike | None = None,
+    horizon: int | None = None,
+    rollout: bool = False,
+) -> Forecast:
+    """Return the forecast of every series of the frame from one cutoff each.
+
+    Args:
+        artifact: the fitted network and what it was fitted on.
+        frame: history (and known covariates over the horizon, where the model uses any).
+        quantile_levels: levels wanted; default all that ``offered_levels`` lists, () for none.
+        cutoff: last time that may be seen, for all series; later targets are hidden. Default: the last row of each
+            series with an observed target.
+        horizon: steps wanted; default the trained horizon, fewer cut it short.
+        rollout: allow more steps than trained by repeating the block on its own means; those steps have null quantiles
+            and ``metadata["rolled_from_step"]`` names the first of them.
+
+    Raises:
+        ArtifactError: the frame's columns, frequency or series do not fit the artifact.
+        ConfigError: levels that the artifact does not offer.
+        DataError: too short a history, nothing observed in it, or known covariates missing; series are named.
+        ModelError: more steps than trained without ``rollout``, or a model that cannot be rolled.
+    """
+    check_frame(artifact, frame)
+    trained = artifact.window.horizon
+    steps = _steps(artifact, horizon, rollout)
+    levels = offered_levels(artifact) if quantile_levels is None else _checked_levels(artifact, quantile_levels)
+    visible = frame if cutoff is None else frame.until(cutoff, keep_known=True)
+    panel = artifact_panel(artifact, visible)
+    spec = replace(artifact.window, horizon=max(steps, trained))
+    coupled = artifact.network.capabilities.rows_coupled
+    if visible.schema.known:
+        panel = artifact_panel(artifact, visible.extend(spec.horizon))
+    windows = last_windows(panel, spec, cutoff, aligned=coupled)
+    forecasts = (_rolled if steps > trained else _direct)(artifact, windows, levels, steps)
+    present = panel.lengths[forecasts.series_index] > 0  # aligned windows also hold series without rows
+    table = forecast_table(forecasts, panel, levels, keep=present)
+    metadata = {
+        "model": artifact.model_name,
+        "artifact_id": artifact.id,
+        "freq": artifact.schema.freq,
+        "horizon": steps,
+        "calibrated": artifact.calibration is not None and bool(levels),
+        "rolled_from_step": trained + 1 if steps > trained else None,
+    }
+    return Forecast(table=table, quantile_levels=levels, metadata=metadata)
+
+
+def offered_levels(artifact: Artifact) -> tuple[float, ...]:
+    """Return the quantile levels an artifact gives by default: the calibrated ones, else those of its likelihood."""
+    if artifact.calibration is not None:
+        return calibrated_levels(artifact.calibration)
+    if not artifact.network.likelihood.has_distribution:
+        return ()
+    likelihood = artifact.network.config.likelihood
+    return likelihood.levels if isinstance(likelihood, Quantiles) else DEFAULT_LEVELS
+
+
+def artifact_panel(artifact: Artifact, frame: SeriesFrame) -> Panel:
+    """Return the frame as dense rows on the artifact's grid; series numbered as in training, new ones after them."""
+    known = set(artifact.series_ids)
+    strangers = tuple(name for name in frame.series_ids if name not in known)
+    return Panel.from_frame(frame, grid=artifact.grid, series_ids=artifact.series_ids + strangers)
+
+
+def network_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:
+    """Return the levels to ask of the network itself: none of a point network, whose intervals are all calibration."""
+    if not artifact.network.likelihood.has_distribution:
+        return ()
+    return tuple(levels) if artifact.calibration is None else mirrored_levels(levels)
+
+
+def published_quantiles(artifact: Artifact, forecasts: WindowForecasts, levels: Sequence[float]) -> FloatArray | None:
+    """Return quantiles [N, H, V, Q] at ``levels``, calibrated if the artifact is; None without levels.
+
+    Args:
+        artifact: its calibration applies.
+        forecasts: of the artifact's network, with quantiles at ``network_levels(artifact, levels)``.
+        levels: ascending, checked.
+    """
+    if not levels:
+        return None
+    if artifact.calibration is None:
+        return forecasts.quantiles
+    both = mirrored_levels(levels)
+    calibrated = apply_calibration(
+        artifact.calibration, forecasts.mean, forecasts.quantiles, both, forecasts.scale, artifact.schema.targets
+    )
+    chosen = calibrated[..., [both.index(round(level, 9)) for level in levels]]
+    infinite = float(np.isinf(chosen).mean())
+    if infinite:
+        _LOG.warning(
+            "%.0f%% of the interval bounds of artifact %s are infinite: too few held-out windows for their coverage",
+            100.0 * infinite,
+            artifact.id,
+        )
+    return chosen
+
+
+def forecast_table(
+    forecasts: WindowForecasts, panel: Panel, levels: Sequence[float], *, keep: NDArray[np.bool_] | None = None
+) -> pl.DataFrame:
+    """Return window forecasts as a long table: one row a window, step and variate, in that order.
+
+    Args:
+        forecasts: arrays in data units; missing quantiles (NaN) become null.
+        panel: names of series and variates, and the grid.
+        levels: one column each, from the last axis of the quantiles.
+        keep: windows to take [N], default all.
+    """
+    chosen = np.flatnonzero(keep) if keep is not None else np.arange(len(forecasts.mean))
+    count, steps, variates = len(chosen), forecasts.mean.shape[1], forecasts.mean.shape[2]
+    shape = (count, steps, variates)
+    first = forecasts.cutoff_index[chosen]
+    rows = first[:, None] + np.arange(steps)
+    windows = np.repeat(np.arange(count), steps * variates)
+    times = _times(panel.grid, rows.ravel())
+    columns = {
+        "series_id": pl.Series(panel.series_ids, dtype=pl.String).gather(forecasts.series_index[chosen][windows]),
+        "cutoff": _times(panel.grid, first - 1).gather(windows),
+        "step": pl.Series(np.broadcast_to(np.arange(1, steps + 1)[None, :, None], shape).ravel(), dtype=pl.Int32),
+        "time": times.gather(np.repeat(np.arange(count * steps), variates)),
+        "variate": pl.Series(panel.schema.targets, dtype=pl.String).gather(np.tile(np.arange(variates), count * steps)),
+        "mean": pl.Series(forecasts.mean[chosen].ravel()),
+    }
+    for position, level in enumerate(levels):
+        if forecasts.quantiles is None:
+            raise ConfigError("quantile columns were asked for, but the forecasts hold no quantiles")
+        values = pl.Series(forecasts.quantiles[chosen][..., position].ravel())
+        columns[quantile_column(level)] = values.fill_nan(None)
+    return pl.DataFrame(columns)
+
+
+def _times(grid: TimeGrid, index: NDArray[np.int64]) -> pl.Series:
+    return grid.time_at(np.asarray(index, dtype=np.int64))
+
+
+def _steps(artifact: Artifact, horizon: int | None, rollout: bool) -> int:
+    trained = artifact.window.horizon
+    steps = trained if horizon is None else horizon
+    if steps < 1:
+        raise ConfigError(f"horizon is {steps}; it must be at least 1")
+    if steps > trained and not rollout:
+        raise ModelError(
+            f"artifact {artifact.id} was trained for {trained} steps, asked for {steps}; fit with horizon={steps}, ask "
+            f"for at most {trained}, or allow rollout (means only, errors accumulate)"
+        )
+    check_rollout(artifact.network, steps)
+    return steps
+
+
+def _checked_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:
+    """Return the levels asked for in ascending order, after a check that the artifact can give them."""
+    asked = tuple(sorted(float(level) for level in levels))
+    if not asked:
+        return ()
+    distribution = artifact.network.likelihood.has_distribution
+    if artifact.calibration is not None:
+        check_calibration(artifact.calibration, asked, has_quantiles=distribution)
+    elif not distribution:
+        raise ConfigError(
+            f"artifact {artifact.id} gives points only: its likelihood is 'point' and it has no calibration; fit with "
+            "a validation span (it calibrates), or with likelihood normal, student_t or quantiles"
+        )
+    return asked
+
+
+def _direct(artifact: Artifact, windows: WindowDataset, levels: tuple[float, ...], steps: int) -> WindowForecasts:
+    found = predict_windows(artifact.network, windows, network_levels(artifact, levels))
+    cut = replace(
+        found,
+        mean=found.mean[:, :steps],
+        quantiles=None if found.quantiles is None else found.quantiles[:, :steps],
+    )
+    return replace(cut, quantiles=published_quantiles(artifact, cut, levels))
+
+
+def _rolled(artifact: Artifact, windows: WindowDataset, levels: tuple[float, ...], steps: int) -> WindowForecasts:
+    """Return rolled means; quantiles as trained for the first block, NaN after it."""
+    network, parts = artifact.network, []
+    length, trained = artifact.window.context_length, artifact.window.horizon
+    with evaluating(network):
+        for batch in window_batches(network, windows):
+            known = None if batch.known is None else batch.known[:, : length + trained]
+            block = forecast_batch(network, batch._replace(known=known), network_levels(artifact, levels))
+            mean = as_array(roll(network, batch, steps))
+            check_finite(network, mean)
+            quantiles = published_quantiles(artifact, block, levels)
+            if quantiles is not None:
+                quantiles = np.pad(quantiles, ((0, 0), (0, steps - trained), (0, 0), (0, 0)), constant_values=np.nan)
+            parts.append(replace(block, mean=mean, quantiles=quantiles))
+    return concatenate(parts)
+
+
+def mirrored_levels(levels: Sequence[float]) -> tuple[float, ...]:
+    """Return the levels together with their mirror images at 0.5, ascending: calibration works on intervals."""
+    both = {round(level, 9) for level in levels} | {round(1.0 - level, 9) for level in levels}
+    return tuple(sorted(both))

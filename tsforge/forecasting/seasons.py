@@ -1,0 +1,86 @@
+"""Season lengths: declared by the user, implied by the frequency, or found in the data."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsforge.core.errors import ConfigError
+from tsforge.data.grid import parse_freq
+
+_DAY = 86_400_000_000  # microseconds
+_MIN_CORRELATION = 0.2  # a weaker echo would make the seasonal naive forecast noise
+
+
+def season_length(freq: str, values: NDArray[np.floating] | None = None, *, declared: int | None = None) -> int:
+    """Return the steps of the shortest natural season.
+
+    Args:
+        freq: the step of the grid.
+        values: [N, V] of one series, to look for a season where the frequency implies none (integer time, odd steps).
+        declared: the user's word, which is taken as it is.
+
+    Returns:
+        ``declared``; else a day for steps that divide it, 7 for days, 52 for weeks, a year for months; else the lag of
+        the strongest echo in ``values``; else 1.
+
+    Raises:
+        ConfigError: ``declared`` is below 1.
+    """
+    if declared is not None:
+        if declared < 1:
+            raise ConfigError(f"season_length is {declared}; it must be at least 1")
+        return declared
+    step = parse_freq(freq)
+    if step.kind == "month" and 12 % step.count == 0:
+        return 12 // step.count
+    if step.kind == "fixed":
+        if step.count < _DAY and _DAY % step.count == 0:
+            return _DAY // step.count
+        if step.count == _DAY:
+            return 7
+        if step.count == 7 * _DAY:
+            return 52
+    return 1 if values is None else find_season(values)
+
+
+def find_season(values: NDArray[np.floating], max_lag: int = 1000) -> int:
+    """Return the lag of the strongest echo of the differenced series, averaged over variates; 1 when there is none.
+
+    Shapes:
+        values [N, V], NaN where missing.
+    """
+    change = np.diff(np.asarray(values, dtype=np.float64), axis=0)
+    number = len(change)
+    lags = min(max_lag, number // 3)
+    if lags < 3:
+        return 1
+    correlation = np.mean([autocorrelation(column, lags) for column in change.T], axis=0)
+    inner = correlation[2:-1]
+    peaks = (inner > correlation[1:-2]) & (inner >= correlation[3:])
+    threshold = max(_MIN_CORRELATION, 3.0 / np.sqrt(number))
+    candidates = np.flatnonzero(peaks & (inner > threshold))
+    if not len(candidates):
+        return 1
+    best = inner[candidates].max()
+    first = candidates[inner[candidates] >= 0.9 * best][0]  # multiples of a season echo about as loudly
+    return int(first) + 2
+
+
+def autocorrelation(values: NDArray[np.float64], max_lag: int) -> NDArray[np.float64]:
+    """Return correlations at lags 0..max_lag over pairs with both values present [max_lag + 1]; zeros for constants."""
+    present = np.isfinite(values)
+    if not present.any():
+        return np.zeros(max_lag + 1)
+    centred = np.where(present, values - values[present].mean(), 0.0)
+    size = 1 << int(2 * len(values) - 1).bit_length()
+
+    def correlate(signal: NDArray[np.float64]) -> NDArray[np.float64]:
+        spectrum = np.fft.rfft(signal, size)
+        return np.asarray(np.fft.irfft(spectrum * spectrum.conj(), size)[: max_lag + 1])
+
+    sums, counts = correlate(centred), np.round(correlate(present.astype(np.float64)))
+    variance = sums[0] / counts[0]
+    if variance <= 1e-12 * max(1.0, float(np.abs(values[present]).max()) ** 2):
+        return np.zeros(max_lag + 1)
+    return np.asarray(np.where(counts > 0, sums / np.maximum(counts, 1.0), 0.0) / variance)
