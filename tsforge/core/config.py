@@ -181,9 +181,8 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(path.parent), version_base="1.3"):
-                composed = hydra_compose(
-                    name, overrides=[*extra, *(_struct_override(text, roots) for text in overrides)]
-                )
+                settings = [_struct_override(text, {root, path.parent}) for text in overrides]
+                composed = hydra_compose(path.stem, overrides=[*extra, *settings])
             plain = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             message = " ".join(str(error).split())
