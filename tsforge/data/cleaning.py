@@ -1,0 +1,251 @@
+"""From a raw table to a ``SeriesFrame``: roles, numbers, times, repeated keys, resampling; every change is counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from tsforge.core.errors import DataError, listing, nearest
+from tsforge.data.config import DataConfig, ResampleConfig, SyntheticSource
+from tsforge.data.findings import ROW, IngestReport, row_examples
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import parse_freq
+from tsforge.data.io import RawTable, collect, column_types, read_source
+from tsforge.data.layout import long_table, wide_table
+from tsforge.data.numbers import NumberReader
+from tsforge.data.synthetic import generate
+from tsforge.data.timestamps import read_times
+
+_ONE_SERIES = "\x00series"  # stands in for the series column where the whole table is one series
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What reading a source gives.
+
+    Attributes:
+        frame: the validated series.
+        report: what was done to the rows.
+        labels: known anomalies (``series_id, start, end, kind, variates``) of generated data, else None.
+    """
+
+    frame: SeriesFrame
+    report: IngestReport
+    labels: pl.DataFrame | None = None
+
+
+def read_dataset(config: DataConfig) -> Dataset:
+    """Return the series of a configured source.
+
+    Raises:
+        DataError: the source or its rows do not satisfy the config; the message names the dataset, the place, the count
+            and the setting that helps.
+        BackendError: a database or disk did not answer.
+        ConfigError: an environment variable or a driver is missing.
+    """
+    if isinstance(config.source, SyntheticSource):
+        frame, labels = generate(config.source.generator)
+        seed = config.source.generator.seed
+        report = IngestReport(f"synthetic, seed {seed}", rows_in=frame.num_rows, rows_out=_filled(frame))
+        return Dataset(frame, report, labels)
+    try:
+        raw = read_source(config.source)
+        report = IngestReport(raw.origin)
+        frame = _clean(raw, config, report)
+    except DataError as error:
+        raise DataError(f"dataset '{config.name}': {error}") from error
+    report.rows_out = _filled(frame)
+    _note_constants(frame, report)
+    return Dataset(frame, report)
+
+
+def _filled(frame: SeriesFrame) -> int:
+    return int(frame.table.select(pl.any_horizontal(pl.col(frame.schema.columns).is_not_null()).sum()).item())
+
+
+def _note_constants(frame: SeriesFrame, report: IngestReport) -> None:
+    targets = frame.table.select(pl.col(frame.schema.targets).drop_nulls().n_unique())
+    constant = tuple(name for name in frame.schema.targets if targets[name][0] == 1)
+    report.add("note", "constant targets", len(constant), constant)
+
+
+def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> SeriesFrame:
+    types = column_types(raw)
+    keys = [config.time, *([config.series] if config.series else [])]
+    _require(keys, types)
+    columns, optional = _value_columns(list(types), keys, config)
+    table = collect(raw, [*keys, *columns]).with_row_index(ROW, offset=1)
+    report.rows_in = table.height
+    if not table.height:
+        raise DataError(f"{raw.origin} has columns ({listing(types)}) and no rows")
+    table = NumberReader(raw, config, report).read(table, columns, optional)
+    roles = _roles(table, columns, config)
+    group = config.series
+    if config.layout == "long" and group is None:
+        group = _ONE_SERIES
+        table = table.with_columns(pl.lit(config.name).alias(group))
+    if group is not None:
+        table = _with_series_ids(table, group, config, report)
+    table = read_times(table, group, config, report)
+    if not table.height:
+        raise DataError(f"no row of {raw.origin} is left after {report.rows_refused} were refused")
+    keys = [config.time] if group is None else [group, config.time]
+    _note_order(table, keys, report)
+    table = _without_duplicates(table, keys, config, report)
+    if config.resample is not None:
+        table = _resampled(table, keys, columns, config.resample, report)
+    return _frame(table.drop(ROW, strict=False), group, roles, config)
+
+
+def _require(names: list[str], known: dict[str, pl.DataType]) -> None:
+    missing = [name for name in names if name not in known]
+    if missing:
+        hint = nearest(missing[0], known)
+        raise DataError(f"no column {listing(map(repr, missing))}{hint} (it has {listing(known, 20)})")
+
+
+def _variate(column: str, separator: str | None) -> str:
+    if separator is None:
+        return column
+    return column.partition(separator)[2] or column
+
+
+def _value_columns(names: list[str], keys: list[str], config: DataConfig) -> tuple[dict[str, str], list[str]]:
+    """Return source column -> variate for every column to read, and which of them nobody named."""
+    named = (*config.targets, *config.past, *config.known, *config.static)
+    values = {name: _variate(name, config.separator) for name in names if name not in keys}
+    split = config.separator
+    if split is not None and not any(split in name for name in values):
+        raise DataError(f"no column name contains the separator '{split}' (it has {listing(names, 20)})")
+    variates = dict.fromkeys(values.values())
+    for what, wanted in (
+        ("role", named),
+        ("sentinels", [name for name in config.sentinels if name != "*"]),
+        ("valid_range", list(config.valid_range)),
+        ("resample.columns", list(config.resample.columns) if config.resample else []),
+    ):
+        missing = [name for name in wanted if name not in variates]
+        if missing:
+            hint = nearest(missing[0], variates)
+            raise DataError(f"{what}: no column {listing(map(repr, missing))}{hint} (it has {listing(variates, 20)})")
+    if config.targets:
+        return {name: variate for name, variate in values.items() if variate in named}, []
+    return values, [name for name, variate in values.items() if variate not in named]
+
+
+def _roles(table: pl.DataFrame, columns: dict[str, str], config: DataConfig) -> dict[str, tuple[str, ...]]:
+    """Return role -> variates; without named targets every numeric column that has no other role is one."""
+    others = {"past": config.past, "known": config.known, "static": config.static}
+    targets = config.targets
+    if not targets:
+        taken = {name for names in others.values() for name in names}
+        present = [variate for name, variate in columns.items() if name in table.columns and variate not in taken]
+        targets = tuple(dict.fromkeys(present))
+    if not targets:
+        raise DataError(f"no numeric column is left to be a target (columns: {listing(columns, 20)})")
+    return {"targets": targets, **others}
+
+
+def _with_series_ids(table: pl.DataFrame, group: str, config: DataConfig, report: IngestReport) -> pl.DataFrame:
+    ids = table[group]
+    if ids.dtype == pl.String:
+        ids = ids.set(ids.str.strip_chars() == "", None)
+    count = ids.null_count()
+    if not count:
+        return table
+    examples = tuple(f"row {row}" for row in table[ROW].filter(ids.is_null()).head(3))
+    if config.bad_rows == "error" or count == table.height:
+        raise DataError(
+            f"{count} of {table.height} rows have no series id in column '{group}' ({listing(examples)}); repair them "
+            "or leave them out with bad_rows=drop"
+        )
+    report.add("refused", f"no series id in column '{group}'", count, examples)
+    return table.filter(ids.is_not_null())
+
+
+def _note_order(table: pl.DataFrame, keys: list[str], report: IngestReport) -> None:
+    *group, time = keys
+    before = pl.col(time).shift().over(group) if group else pl.col(time).shift()
+    back = table.select((pl.col(time) < before).fill_null(False)).to_series()
+    if back.any():
+        examples = row_examples(table[ROW], table[time], back, 2)
+        report.add("sorted", "rows whose time lies before the row above", int(back.sum()), examples)
+
+
+def _without_duplicates(table: pl.DataFrame, keys: list[str], config: DataConfig, report: IngestReport) -> pl.DataFrame:
+    extra = ~table.select(pl.struct(keys).is_first_distinct()).to_series()
+    count = int(extra.sum())
+    if not count:
+        return table
+    *group, time = keys
+    values = [name for name in table.columns if name not in (ROW, *keys)]
+    examples = row_examples(table[ROW], table[time], extra)
+    if config.duplicates == "error":
+        same = count - (table.n_unique([*keys, *values]) - table.n_unique(keys))
+        where = (
+            f" in {table.filter(extra)[group[0]].n_unique()} of {table[group[0]].n_unique()} series" if group else ""
+        )
+        raise DataError(
+            f"{count} of {table.height} rows repeat the time of an earlier row{where} ({listing(examples)}; {same} of "
+            "them with equal values); set duplicates=mean, first or last"
+        )
+    report.add("merged", f"rows with a repeated time: {config.duplicates}", count, examples)
+    if config.duplicates == "mean":
+        return table.group_by(keys, maintain_order=True).agg(pl.col(values).mean(), pl.col(ROW).first())
+    return table.unique(keys, keep=config.duplicates, maintain_order=True)
+
+
+def _resampled(
+    table: pl.DataFrame, keys: list[str], columns: dict[str, str], resample: ResampleConfig, report: IngestReport
+) -> pl.DataFrame:
+    *group, time = keys
+    step = parse_freq(resample.every)
+    integer = table[time].dtype.is_integer()
+    if integer != (step.kind == "integer"):
+        raise DataError(
+            f"resample.every={resample.every} does not fit the {'integer' if integer else 'datetime'} times"
+        )
+    floored = pl.col(time) // step.count * step.count if integer else pl.col(time).dt.truncate(resample.every)
+    present = {name: variate for name, variate in columns.items() if name in table.columns}
+    aggregated = [
+        _aggregate(name, resample.columns.get(variate, resample.default)) for name, variate in present.items()
+    ]
+    result = table.sort(time, maintain_order=True).group_by([*group, floored.alias(time)], maintain_order=True)
+    after = result.agg(aggregated)
+    report.add("merged", f"rows resampled to {after.height} of {resample.every}", table.height)
+    return after
+
+
+def _aggregate(name: str, how: str) -> pl.Expr:
+    values = pl.col(name).drop_nulls()
+    if how == "sum":  # the sum of no values is no value, not zero
+        return pl.when(values.len() > 0).then(values.sum()).alias(name)
+    by_name = {
+        "mean": values.mean(),
+        "min": values.min(),
+        "max": values.max(),
+        "first": values.first(),
+        "last": values.last(),
+        "median": values.median(),
+    }
+    return by_name[how].alias(name)
+
+
+def _frame(
+    table: pl.DataFrame, group: str | None, roles: dict[str, tuple[str, ...]], config: DataConfig
+) -> SeriesFrame:
+    freq = config.freq or (config.resample.every if config.resample else None)
+    static = None
+    if group is None:
+        plain, schema = wide_table(
+            table,
+            time=config.time,
+            roles={name: value for name, value in roles.items() if name != "static"},
+            freq=freq,
+            separator=config.separator,
+            series_id=config.name,
+        )
+    else:
+        plain, schema, static = long_table(table, series_id=group, time=config.time, roles=roles, freq=freq)
+    return SeriesFrame(plain, schema, static, require_targets=config.empty_targets == "error")

@@ -1,0 +1,305 @@
+"""Reading sources as they are: CSV, Parquet, SQL and embedded files become one lazy table; pandas in and out.
+
+Nothing is interpreted yet: text stays text, so that ``cleaning`` can say which cell of which row is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from sqlalchemy import MetaData, Table, select, text
+from sqlalchemy.exc import NoSuchTableError, ProgrammingError
+from sqlalchemy.sql.expression import Executable
+
+from tsforge.core.errors import BackendError, ConfigError, DataError, listing
+from tsforge.data.config import CsvSource, EmbeddedSource, ParquetSource, SqlSource
+from tsforge.data.embedded import load_embedded
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.sql import explained, open_engine, safe_url
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_FETCH_ROWS = 50_000
+
+
+@dataclass(frozen=True)
+class RawTable:
+    """A table as its source holds it.
+
+    Attributes:
+        frame: lazy table, columns as named by the source.
+        origin: where it came from, without secrets, for messages and batch records.
+        is_text: every cell is text (CSV), so numbers are still to be parsed.
+        null_values: cells that mean "no value".
+        decimal: decimal mark of numbers in text.
+    """
+
+    frame: pl.LazyFrame
+    origin: str
+    is_text: bool = False
+    null_values: tuple[str, ...] = ()
+    decimal: str = "."
+
+
+def read_source(source: CsvSource | ParquetSource | SqlSource | EmbeddedSource) -> RawTable:
+    """Return the raw table of a source.
+
+    Raises:
+        DataError: missing or empty file, wrong delimiter, other encoding, damaged file, unknown table.
+        BackendError: the database or the disk did not answer.
+        ConfigError: the named environment variable is not set, or a driver is missing.
+    """
+    match source:
+        case CsvSource():
+            return _read_csv(source)
+        case ParquetSource():
+            return _read_parquet(source.path)
+        case SqlSource():
+            return _read_sql(source)
+        case EmbeddedSource():
+            return _read_parquet(str(load_embedded(source.dataset)), origin=f"embedded:{source.dataset}")
+
+
+def collect(raw: RawTable, columns: Iterable[str]) -> pl.DataFrame:
+    """Return the named columns of a raw table; reading errors become one ``DataError``."""
+    try:
+        return raw.frame.select(list(columns)).collect()
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{raw.origin}: {_reason(error)}") from error
+    except OSError as error:
+        raise BackendError(f"cannot read {raw.origin}: {error.strerror or error}") from error
+
+
+def column_types(raw: RawTable) -> dict[str, pl.DataType]:
+    """Return name -> type of every column without reading the rows."""
+    try:
+        return dict(raw.frame.collect_schema())
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{raw.origin}: {_reason(error)}") from error
+
+
+def _reason(error: pl.exceptions.PolarsError) -> str:
+    message = str(error).strip().splitlines()[0]
+    lowered = message.lower()
+    if "parquet" in lowered or "par1" in lowered:
+        return f"not a readable Parquet file ({message})"
+    if "more fields than defined" in lowered:
+        return "a row has more fields than the header; quote cells that hold the separator, or repair the row"
+    if "could not parse" in lowered:
+        return f"a quoted cell is not closed ({message})"
+    return message
+
+
+def _files(path: str, pattern: str, kind: str) -> list[Path]:
+    """Return the files behind a path: the file itself, a glob, or a folder searched through."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        found = [place]
+    elif place.is_dir():
+        found = sorted(item for item in place.rglob(pattern) if item.is_file())
+        if not found:
+            raise DataError(f"the folder {path} holds no {kind} file ({pattern})")
+    else:
+        found = [Path(name) for name in sorted(glob.glob(str(place), recursive=True)) if Path(name).is_file()]
+        if not found:
+            what = "no file matches" if glob.has_magic(path) else "there is no file"
+            raise DataError(f"{what} {path} (looked from {Path.cwd()}); check source.path")
+    for item in found:
+        if not os.access(item, os.R_OK):
+            raise DataError(f"{item} cannot be read: permission denied")
+        if item.stat().st_size == 0:
+            raise DataError(f"{item} is empty (0 bytes)")
+    return found
+
+
+def _read_csv(source: CsvSource) -> RawTable:
+    files = _files(source.path, "*.csv", "CSV")
+    frames = []
+    header: list[str] | None = None
+    for item in files:
+        columns = _header(item, source)
+        if header is not None and set(columns) != set(header):
+            other = sorted(set(columns) ^ set(header))
+            raise DataError(f"{item} and {files[0]} have different columns (in one of them only: {listing(other)})")
+        header = header or columns
+        frames.append(_scan_one_csv(item, source))
+    frame = frames[0] if len(frames) == 1 else pl.concat(frames, how="diagonal")
+    return RawTable(frame, _origin(files), is_text=True, null_values=source.null_values, decimal=source.decimal)
+
+
+def _origin(files: list[Path]) -> str:
+    return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+
+
+def _header(item: Path, source: CsvSource) -> list[str]:
+    """Return the column names of a CSV file, after looking for the usual mistakes."""
+    try:
+        with item.open(encoding=source.encoding, newline="") as handle:
+            for _ in range(source.skip_lines):
+                handle.readline()
+            rows = csv.reader(handle, delimiter=source.separator)
+            columns = next(rows, [])
+            has_rows = next(rows, None) is not None
+    except UnicodeError as error:
+        raise _wrong_encoding(item, source.encoding) from error
+    columns = [name.removeprefix("\ufeff") for name in columns]
+    if not any(name.strip() for name in columns):
+        raise DataError(f"{item} has no header line")
+    if len(columns) == 1:
+        rivals = [mark for mark in _SEPARATORS if mark != source.separator and mark in columns[0]]
+        if rivals:
+            rival = max(rivals, key=columns[0].count)
+            raise DataError(
+                f"{item} has one column named {columns[0]!r}: the cells seem to be separated by {_SEPARATORS[rival]}; "
+                f"set source.separator={rival!r}"
+            )
+    repeated = sorted({name for name in columns if columns.count(name) > 1})
+    if repeated:
+        raise DataError(f"{item} has repeated column name(s): {listing(map(repr, repeated))}; rename them")
+    if not has_rows:
+        raise DataError(f"{item} has a header ({len(columns)} columns) and no rows")
+    return columns
+
+
+def _wrong_encoding(item: Path, encoding: str) -> DataError:
+    content = item.read_bytes()
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        hint = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        return DataError(
+            f"{item} is not {encoding}: byte {content[error.start]:#04x} at offset {error.start} (line {line}); "
+            f"set source.encoding, for example {hint}"
+        )
+    except UnicodeError as error:
+        return DataError(f"{item} is not {encoding}: {error}; set source.encoding")
+    return DataError(f"{item} cannot be decoded as {encoding}; set source.encoding")
+
+
+def _scan_one_csv(item: Path, source: CsvSource) -> pl.LazyFrame:
+    if source.encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig", "ascii"):
+        _check_utf8(item, source.encoding)
+        data: Path | io.BytesIO = item
+    else:
+        try:
+            data = io.BytesIO(item.read_bytes().decode(source.encoding).encode())
+        except UnicodeError as error:
+            raise _wrong_encoding(item, source.encoding) from error
+    return pl.scan_csv(
+        data,
+        separator=source.separator,
+        infer_schema=False,
+        null_values=list(source.null_values),
+        skip_lines=source.skip_lines,
+        encoding="utf8",
+        glob=False,
+    )
+
+
+def _check_utf8(item: Path, encoding: str) -> None:
+    """Refuse other encodings before the scan, which would only say that some byte is wrong."""
+    with item.open(encoding=encoding, newline="") as handle:
+        try:
+            while handle.read(1 << 22):
+                pass
+        except UnicodeError as error:
+            raise _wrong_encoding(item, encoding) from error
+
+
+def _read_parquet(path: str, origin: str | None = None) -> RawTable:
+    place = Path(path).expanduser()
+    files = _files(path, "*.parquet", "Parquet")
+    # a folder is handed over whole: its key=value parts become columns
+    frame = pl.scan_parquet(place if place.is_dir() else files, hive_partitioning=True if place.is_dir() else None)
+    raw = RawTable(frame, origin or (str(place) if place.is_dir() else _origin(files)))
+    column_types(raw)
+    return raw
+
+
+def source_url(source: SqlSource) -> str:
+    """Return the database URL of a source; from its environment variable where it names one.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    if source.path is not None:
+        return f"sqlite:///{source.path}"
+    if source.url is not None:
+        return source.url
+    name = source.url_env or ""
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(f"the environment variable {name} is not set; it should hold the URL of the database")
+    return value
+
+
+def _read_sql(source: SqlSource) -> RawTable:
+    url = source_url(source)
+    engine = open_engine(url, read_only=True)
+    origin = f"{safe_url(engine.url)} {source.table or 'query'}"
+    try:
+        with explained(engine.url, "read"), engine.connect() as connection:
+            statement = text(source.query) if source.query else _whole_table(source.table or "", connection)
+            try:
+                result = connection.execution_options(stream_results=True).execute(statement)
+            except ProgrammingError as error:
+                raise DataError(f"{origin}: the query failed: {str(error.orig).strip().splitlines()[0]}") from error
+            names = [str(name) for name in result.keys()]  # noqa: SIM118 - a result is no mapping
+            columns: list[list[Any]] = [[] for _ in names]
+            for rows in result.partitions(_FETCH_ROWS):
+                for cells, values in zip(columns, zip(*rows, strict=True), strict=True):
+                    cells.extend(values)
+    finally:
+        engine.dispose()
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{origin}: the query returns repeated column(s) {listing(repeated)}; give them aliases")
+    series = [_typed(name, cells) for name, cells in zip(names, columns, strict=True)]
+    return RawTable(pl.DataFrame(series).lazy(), origin)
+
+
+def _whole_table(name: str, connection: Any) -> Executable:
+    schema, _, table = name.rpartition(".")
+    try:
+        return select(Table(table, MetaData(), schema=schema or None, autoload_with=connection))
+    except NoSuchTableError as error:
+        raise DataError(f"{safe_url(connection.engine.url)} has no table '{name}'; check source.table") from error
+
+
+def _typed(name: str, cells: list[Any]) -> pl.Series:
+    """Return cells as one column; SQLite may mix types in a column, then they become text for the cell checks."""
+    try:
+        return pl.Series(name, cells, strict=True)
+    except (TypeError, pl.exceptions.PolarsError):
+        return pl.Series(name, [None if cell is None else str(cell) for cell in cells], dtype=pl.String)
+
+
+def to_pandas(frame: SeriesFrame | pl.DataFrame) -> pd.DataFrame:
+    """Return the long table as pandas: ``series_id``, ``time`` (UTC) and one float column a variate."""
+    table = frame.table if isinstance(frame, SeriesFrame) else frame
+    return table.to_pandas()
+
+
+def from_pandas(table: pd.DataFrame) -> pl.DataFrame:
+    """Return a pandas table as polars; an index that carries names becomes columns.
+
+    Raises:
+        DataError: a column name is not a string.
+    """
+    if any(name is not None for name in table.index.names):
+        table = table.reset_index()
+    odd = [name for name in table.columns if not isinstance(name, str)]
+    if odd:
+        raise DataError(f"column names must be strings (not {listing(map(repr, odd))}); rename them")
+    return pl.from_pandas(table)

@@ -1,0 +1,145 @@
+"""Databases by one SQLAlchemy URL: SQLite set up to survive a crash, PostgreSQL, and errors without secrets."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from tsforge.core.errors import BackendError, ConfigError
+
+BUSY_SECONDS = 30
+_WRITE = "tsforge_write"
+
+_ADVICE = (
+    ("database or disk is full", "the disk is full; free space and run it again"),
+    ("no space left", "the disk is full; free space and run it again"),
+    ("readonly", "the file or its folder is read-only; make both writable"),
+    ("read-only", "the database is read-only; use a writable one"),
+    ("unable to open", "the file cannot be opened; check that its folder exists and is writable"),
+    ("locked", f"another process held the database for {BUSY_SECONDS} s; run it again when that one has finished"),
+    ("not a database", "the file is not a SQLite database; check the path"),
+    ("malformed", "the file is damaged; restore it from a backup"),
+    ("disk i/o error", "the disk refused to read or write; check free space and the disk"),
+    ("connection", "the server does not answer or ended the connection; check that it runs and the address is right"),
+    ("password", "the server refused the login; check user and password"),
+    ("does not exist", "create it, or check the name"),
+)
+
+
+def safe_url(url: str | URL) -> str:
+    """Return the URL with its password masked, for messages and records."""
+    return make_url(url).render_as_string(hide_password=True)
+
+
+@contextmanager
+def explained(url: str | URL, action: str) -> Iterator[None]:
+    """Turn every database error inside into one ``BackendError``: what was tried, where, why, what to do."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        raise BackendError(f"cannot {action} {safe_url(url)}: {_reason(error)}; nothing was changed") from error
+
+
+def _reason(error: Exception) -> str:
+    origin = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    text = str(origin).strip().splitlines()[0] if str(origin).strip() else type(origin).__name__
+    lowered = str(origin).lower()
+    advice = next((advice for sign, advice in _ADVICE if sign in lowered), None)
+    return text if advice is None else f"{text} ({advice})"
+
+
+def open_engine(url: str, *, read_only: bool = False) -> Engine:
+    """Return an engine for ``url``; nothing is connected yet.
+
+    SQLite: write-ahead log, ``synchronous=FULL`` (a finished batch survives a power cut), explicit transactions so that
+    changes of tables roll back too. PostgreSQL: connections are checked before use.
+
+    Args:
+        url: SQLAlchemy URL.
+        read_only: for somebody else's database: nothing is created and no setting of the file is changed.
+
+    Raises:
+        ConfigError: the URL is malformed or its driver is not installed.
+        BackendError: the folder of the SQLite file cannot be made, or with ``read_only`` the file is missing.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ConfigError("the database address is no URL such as sqlite:///store.db") from error
+    dialect = parsed.get_backend_name()
+    if dialect == "sqlite":
+        return _sqlite_engine(parsed, read_only=read_only)
+    if dialect != "postgresql":
+        raise ConfigError(f"database '{dialect}' is not supported; use sqlite or postgresql")
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    try:
+        return create_engine(parsed, pool_pre_ping=True, pool_size=2)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigError(f"no driver for {safe_url(parsed)}; pip install 'tsforge[postgres]'") from error
+
+
+def _sqlite_engine(url: URL, *, read_only: bool) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise ConfigError("an in-memory SQLite database holds nothing; give a file, such as sqlite:///store.db")
+    path = Path(url.database).resolve()
+    # no pool: a connection closed at once lets SQLite fold its log into the file, and forks stay safe
+    if read_only:
+        if not path.is_file():
+            raise BackendError(f"the SQLite file {path} does not exist; check the path")
+        address = f"file:{quote(str(path))}?mode=ro"
+        return create_engine(
+            url, poolclass=NullPool, creator=lambda: sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS)
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendError(f"cannot create the folder {path.parent}: {error.strerror}; choose another one") from error
+    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_SECONDS})
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # BEGIN is ours, see _begin_sqlite
+    with closing(connection.cursor()) as cursor:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error):  # a store that can only be read is still worth reading
+                raise
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute("PRAGMA cache_size=-65536")  # 64 MiB: a large batch touches many pages
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    write = connection.get_execution_options().get(_WRITE, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+@contextmanager
+def transaction(engine: Engine, action: str, *, write: bool = True) -> Iterator[Connection]:
+    """Yield a connection in one transaction: committed at the end, rolled back whole on any error.
+
+    Args:
+        engine: from ``open_engine``.
+        action: what is done, for messages: ``"write dataset 'x' to"``.
+        write: take the write lock at once (SQLite), so that two writers queue up and none of them fails half-way.
+
+    Raises:
+        BackendError: the database refused or is gone.
+    """
+    with explained(engine.url, action):
+        prepared = engine.execution_options(**{_WRITE: True}) if write else engine
+        with prepared.begin() as connection:
+            yield connection

@@ -1,0 +1,281 @@
+"""The series store: datasets, their observations and the record of every batch, in one SQL database.
+
+A batch is one transaction: either all of its rows and its record are there, or none, also after a kill or a power cut.
+Writing the same rows again changes nothing; a corrected value replaces the older one; a missing value does not erase an
+older one unless asked to. A row without any value is not stored: it is a gap, and reading puts gaps back on the grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import polars as pl
+from sqlalchemy import Engine, delete, func, select
+
+from tsforge.core.errors import BackendError, DataError, TsforgeError
+from tsforge.data.findings import IngestReport
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import TIME_DTYPE, TimeLike, parse_time, show_time
+from tsforge.data.sql import open_engine, transaction
+from tsforge.data.store_bulk import fetch
+from tsforge.data.store_records import (
+    BatchRecord,
+    close_batch,
+    close_orphans,
+    define,
+    definition,
+    has_tables,
+    lock,
+    make_tables,
+    open_batch,
+    statics,
+    write_labels,
+    write_rows,
+    write_series,
+)
+from tsforge.data.store_tables import BATCHES, DATASETS, LABELS, SERIES, Definition
+
+_IN_LIMIT = 5_000  # more series than this are filtered after reading: databases limit the values of one statement
+
+
+class SeriesStore:
+    """Datasets in the database at ``database_url`` (SQLite or PostgreSQL); nothing is connected before the first call.
+
+    Raises:
+        ConfigError: the address is malformed or its driver is missing.
+    """
+
+    def __init__(self, database_url: str) -> None:
+        self._engine = open_engine(database_url)
+
+    @property
+    def engine(self) -> Engine:
+        """The SQLAlchemy engine, for tests and administration."""
+        return self._engine
+
+    def close(self) -> None:
+        """Give back every connection."""
+        self._engine.dispose()
+
+    def write(
+        self,
+        name: str,
+        frame: SeriesFrame,
+        *,
+        report: IngestReport | None = None,
+        config: Mapping[str, Any] | None = None,
+        nulls: Literal["keep", "erase"] = "keep",
+        labels: pl.DataFrame | None = None,
+    ) -> BatchRecord:
+        """Bring a frame into dataset ``name`` in one transaction and return the record of it.
+
+        Args:
+            name: the dataset, made on its first batch.
+            frame: the rows.
+            report: how they were read.
+            config: settings of the dataset as plain types, kept beside it.
+            nulls: whether a missing value leaves an older one (``keep``) or removes it (``erase``).
+            labels: known anomalies (``series_id, start, end, kind, variates``); they replace those of the same series.
+
+        Raises:
+            DataError: frequency or a role contradicts what is stored; recorded as a refused batch.
+            BackendError: the database refused; nothing is changed.
+        """
+        report = report or IngestReport("frame", frame.num_rows, frame.num_rows)
+        batch = self._begin(name, report)
+        try:
+            with transaction(self._engine, f"write dataset '{name}' to") as connection:
+                lock(connection, name)
+                close_orphans(connection, name, batch)
+                dataset = define(connection, name, frame, config)
+                counts = write_rows(connection, dataset, frame, erase=nulls == "erase")
+                write_series(connection, dataset, frame)
+                if labels is not None:
+                    write_labels(connection, dataset, labels)
+                return close_batch(connection, batch, status="done", fingerprint=frame.fingerprint(), counts=counts)
+        except BaseException as error:
+            self._abandon(batch, error)
+            raise
+
+    def record_refusal(self, name: str, report: IngestReport, reason: str) -> BatchRecord:
+        """Record a batch that never reached the store (unreadable source, blocking check) and return its record.
+
+        Raises:
+            BackendError: the database refused.
+        """
+        batch = self._begin(name, report)
+        with transaction(self._engine, f"record a refused batch of '{name}' in") as connection:
+            return close_batch(connection, batch, status="refused", error=reason)
+
+    def _begin(self, name: str, report: IngestReport) -> int:
+        with transaction(self._engine, f"write dataset '{name}' to") as connection:
+            make_tables(connection)
+            return open_batch(connection, name, report.to_dict())
+
+    def _abandon(self, batch: int, error: BaseException) -> None:
+        """Mark a batch that did not end well; when even that fails, the next batch marks it."""
+        status = "refused" if isinstance(error, DataError) else "failed"
+        if not isinstance(error, TsforgeError):
+            status = "interrupted"
+        try:
+            with transaction(self._engine, "record a failed batch in") as connection:
+                close_batch(connection, batch, status=status, error=str(error) or type(error).__name__)
+        except BackendError:
+            return
+
+    def read(
+        self,
+        name: str,
+        *,
+        series: Sequence[str] | None = None,
+        start: TimeLike | None = None,
+        end: TimeLike | None = None,
+    ) -> SeriesFrame:
+        """Return the stored rows of a dataset, all of them or some series and a span (both ends included).
+
+        Raises:
+            DataError: the dataset or a series is unknown, or no row lies in the span.
+            BackendError: the database did not answer.
+        """
+        with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
+            dataset = definition(connection, name)
+            constants = statics(connection, dataset, series)
+            table = dataset.table()
+            integer = dataset.schema.has_integer_time
+            statement = select(table).order_by(table.c.series_id, table.c.time)
+            if series is not None and len(series) <= _IN_LIMIT:
+                statement = statement.where(table.c.series_id.in_(list(series)))
+            if start is not None:
+                statement = statement.where(table.c.time >= _number(start, integer=integer))
+            if end is not None:
+                statement = statement.where(table.c.time <= _number(end, integer=integer))
+            dtypes: dict[str, pl.DataType] = {column.name: pl.Float64() for column in table.columns}
+            rows = fetch(connection, statement, dtypes | {"series_id": pl.String(), "time": pl.Int64()})
+        if series is not None and len(series) > _IN_LIMIT:
+            rows = rows.filter(pl.col("series_id").is_in(list(series)))
+        if not rows.height:
+            raise DataError(f"dataset '{name}' has no rows between {start or 'its start'} and {end or 'its end'}")
+        if not integer:
+            rows = rows.with_columns(pl.col("time").cast(TIME_DTYPE))
+        rows = rows.rename({column: variate for variate, column in dataset.columns.items()})
+        return SeriesFrame(rows, dataset.schema, constants, require_targets=False)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Return the settings kept with a dataset (plain types, empty if none were given)."""
+        with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
+            return dict(definition(connection, name).config)
+
+    def labels(self, name: str) -> pl.DataFrame:
+        """Return the known anomalies of a dataset: ``series_id, start, end, kind, variates`` (no rows if none)."""
+        with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
+            dataset = definition(connection, name)
+            rows = connection.execute(
+                select(LABELS).where(LABELS.c.dataset_id == dataset.id).order_by(LABELS.c.series_id, LABELS.c.start)
+            ).all()
+        time = pl.Int64() if dataset.schema.has_integer_time else TIME_DTYPE
+        return pl.DataFrame(
+            {
+                "series_id": pl.Series([row.series_id for row in rows], dtype=pl.String),
+                "start": pl.Series([row.start for row in rows], dtype=pl.Int64).cast(time),
+                "end": pl.Series([row.end for row in rows], dtype=pl.Int64).cast(time),
+                "kind": pl.Series([row.kind for row in rows], dtype=pl.String),
+                "variates": pl.Series([json.loads(row.variates) for row in rows], dtype=pl.List(pl.String)),
+            }
+        )
+
+    def datasets(self) -> pl.DataFrame:
+        """Return one row a dataset: ``name, freq, series, rows, columns, start, end, created, updated``."""
+        with transaction(self._engine, "list the datasets of", write=False) as connection:
+            found: Sequence[Any] = []
+            counts: dict[int, int] = {}
+            if has_tables(connection):
+                found = connection.execute(select(DATASETS).order_by(DATASETS.c.name)).all()
+                per_dataset = select(SERIES.c.dataset_id, func.count()).group_by(SERIES.c.dataset_id)
+                counts = {row[0]: row[1] for row in connection.execute(per_dataset)}
+        records = []
+        for row in found:
+            item = Definition.from_row(row)
+            records.append(
+                {
+                    "name": item.name,
+                    "freq": item.schema.freq,
+                    "series": counts.get(item.id, 0),
+                    "rows": item.num_rows,
+                    "columns": len(item.schema.columns),
+                    "start": _shown(item.first_time, item),
+                    "end": _shown(item.last_time, item),
+                    "created": row.created,
+                    "updated": row.updated,
+                }
+            )
+        return pl.DataFrame(records, schema=_DATASET_COLUMNS).with_columns(_utc("created"), _utc("updated"))
+
+    def batches(self, name: str | None = None) -> pl.DataFrame:
+        """Return the batch records of a dataset (or of all), newest first; the columns of ``BatchRecord``."""
+        with transaction(self._engine, "list the batches of", write=False) as connection:
+            records: list[dict[str, Any]] = []
+            if has_tables(connection):
+                statement = select(BATCHES).order_by(BATCHES.c.id.desc())
+                if name is not None:
+                    statement = statement.where(BATCHES.c.dataset == name)
+                records = [dict(row) for row in connection.execute(statement).mappings()]
+        return pl.DataFrame(records, schema=_BATCH_COLUMNS).with_columns(_utc("started"), _utc("finished"))
+
+    def remove(self, name: str) -> None:
+        """Remove a dataset with its rows, series and labels; its batch records stay.
+
+        Raises:
+            DataError: the dataset is unknown.
+        """
+        with transaction(self._engine, f"remove dataset '{name}' from") as connection:
+            lock(connection, name)
+            dataset = definition(connection, name)
+            dataset.table().drop(connection)
+            for table in (SERIES, LABELS):
+                connection.execute(delete(table).where(table.c.dataset_id == dataset.id))
+            connection.execute(delete(DATASETS).where(DATASETS.c.id == dataset.id))
+
+
+_DATASET_COLUMNS: dict[str, Any] = {
+    "name": pl.String,
+    "freq": pl.String,
+    "series": pl.Int64,
+    "rows": pl.Int64,
+    "columns": pl.Int64,
+    "start": pl.String,
+    "end": pl.String,
+    "created": pl.Datetime("us"),
+    "updated": pl.Datetime("us"),
+}
+_BATCH_COLUMNS: dict[str, Any] = {
+    "id": pl.Int64,
+    "dataset": pl.String,
+    "status": pl.String,
+    "started": pl.Datetime("us"),
+    "finished": pl.Datetime("us"),
+    "source": pl.String,
+    "fingerprint": pl.String,
+    "rows_in": pl.Int64,
+    "rows_new": pl.Int64,
+    "rows_changed": pl.Int64,
+    "rows_unchanged": pl.Int64,
+    "rows_refused": pl.Int64,
+    "reasons": pl.String,
+}
+
+
+def _utc(column: str) -> pl.Expr:
+    return pl.col(column).dt.replace_time_zone("UTC")
+
+
+def _number(time: TimeLike, *, integer: bool) -> int:
+    value = parse_time(time, integer=integer)
+    return value if isinstance(value, int) else int(pl.Series([value], dtype=TIME_DTYPE).to_physical()[0])
+
+
+def _shown(value: int | None, dataset: Definition) -> str | None:
+    if value is None or dataset.schema.has_integer_time:
+        return None if value is None else str(value)
+    return show_time(pl.Series([value], dtype=pl.Int64).cast(TIME_DTYPE)[0])

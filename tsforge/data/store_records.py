@@ -1,0 +1,315 @@
+"""Steps of a batch inside its transaction: lock, define, write rows, write the record."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+from sqlalchemy import Connection, delete, func, insert, inspect, select, update
+
+from tsforge.core.errors import BackendError, DataError, listing, nearest
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.sql import safe_url
+from tsforge.data.store_bulk import compare, insert_rows, stage_rows, upsert
+from tsforge.data.store_tables import (
+    BATCHES,
+    DATASETS,
+    FORMAT,
+    INFO,
+    LABELS,
+    METADATA,
+    SERIES,
+    Definition,
+    merge_schemas,
+    place_columns,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRecord:
+    """What one batch did.
+
+    Attributes:
+        id: number of the batch.
+        dataset: its dataset.
+        status: ``done``, ``refused`` (by the data or its checks), ``failed`` (by the database), ``interrupted``.
+        started, finished: UTC.
+        source: where the rows came from, without secrets.
+        fingerprint: content of the frame, see ``SeriesFrame.fingerprint``.
+        rows_in: rows of the source; the others count rows of the store: series and time.
+        rows_new, rows_changed, rows_unchanged: what the batch did to the store.
+        rows_refused: source rows left out.
+        reasons: findings of the reading, and the error of a batch that was not done.
+    """
+
+    id: int
+    dataset: str
+    status: str
+    started: datetime
+    finished: datetime
+    source: str
+    fingerprint: str | None
+    rows_in: int
+    rows_new: int
+    rows_changed: int
+    rows_unchanged: int
+    rows_refused: int
+    reasons: Mapping[str, Any]
+
+
+def now() -> datetime:
+    """Return the time as records hold it: UTC without a zone."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def has_tables(connection: Connection) -> bool:
+    """Return whether a store was ever written here."""
+    return inspect(connection).has_table(DATASETS.name)
+
+
+def make_tables(connection: Connection) -> None:
+    """Create what is missing.
+
+    Raises:
+        BackendError: a newer tsforge wrote the store.
+    """
+    lock(connection, "tsf_tables")  # two processes creating the same table would collide
+    METADATA.create_all(connection)
+    found = connection.execute(select(INFO.c.value).where(INFO.c.key == "format")).scalar()
+    if found is None:
+        connection.execute(insert(INFO).values(key="format", value=str(FORMAT)))
+    elif int(found) > FORMAT:
+        raise BackendError(
+            f"the store at {safe_url(connection.engine.url)} has format {found}, this tsforge knows up to {FORMAT}; "
+            "update tsforge"
+        )
+
+
+def lock(connection: Connection, name: str) -> None:
+    """Let one writer at a time into a dataset until the transaction ends (SQLite locks the file already)."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(0x7466, zlib.crc32(name.encode()) - 2**31)))
+
+
+def close_orphans(connection: Connection, name: str, batch: int) -> None:
+    """Mark batches of a dataset that say they run although the lock is ours: their process was killed.
+
+    One that merely waits for the lock is marked too and sets its true state when it ends.
+    """
+    connection.execute(
+        update(BATCHES)
+        .where(BATCHES.c.dataset == name, BATCHES.c.status == "running", BATCHES.c.id != batch)
+        .values(status="interrupted", finished=now())
+    )
+
+
+def definition(connection: Connection, name: str) -> Definition:
+    """Return what the store knows of a dataset.
+
+    Raises:
+        DataError: nothing has that name.
+    """
+    names: list[str] = []
+    if has_tables(connection):
+        row = connection.execute(select(DATASETS).where(DATASETS.c.name == name)).one_or_none()
+        if row is not None:
+            return Definition.from_row(row)
+        names = list(connection.execute(select(DATASETS.c.name).order_by(DATASETS.c.name)).scalars())
+    known = f" (known: {listing(names, 10)})" if names else " (the store is empty; ingest it first)"
+    raise DataError(f"no dataset '{name}' in the store{nearest(name, names)}{known}")
+
+
+def define(connection: Connection, name: str, frame: SeriesFrame, config: Mapping[str, Any] | None) -> Definition:
+    """Return the definition of a dataset that has room for ``frame``, made or widened if need be.
+
+    Raises:
+        DataError: frequency or roles contradict what is stored.
+    """
+    row = connection.execute(select(DATASETS).where(DATASETS.c.name == name)).one_or_none()
+    if row is None:
+        connection.execute(
+            insert(DATASETS).values(
+                name=name,
+                schema=json.dumps(frame.schema.to_dict()),
+                columns=json.dumps(place_columns(frame.schema, {})),
+                config=json.dumps(dict(config or {})),
+                num_rows=0,
+                created=now(),
+                updated=now(),
+            )
+        )
+        made = definition(connection, name)
+        made.table().create(connection)
+        return made
+    old = Definition.from_row(row)
+    schema = merge_schemas(name, old.schema, frame.schema)
+    columns = place_columns(schema, old.columns)
+    quote = connection.dialect.identifier_preparer.quote
+    kind = "DOUBLE PRECISION"
+    for column in list(columns.values())[len(old.columns) :]:
+        connection.exec_driver_sql(f"ALTER TABLE {quote(old.table().name)} ADD COLUMN {quote(column)} {kind}")
+    changes: dict[str, Any] = {"schema": json.dumps(schema.to_dict()), "columns": json.dumps(columns)}
+    if config is not None:
+        changes["config"] = json.dumps(dict(config))
+    connection.execute(update(DATASETS).where(DATASETS.c.id == old.id).values(**changes))
+    return definition(connection, name)
+
+
+def write_rows(connection: Connection, dataset: Definition, frame: SeriesFrame, *, erase: bool) -> tuple[int, int, int]:
+    """Bring the rows in and return how many were new, changed and unchanged."""
+    variates = list(frame.schema.columns)
+    columns = [dataset.columns[name] for name in variates]
+    rows = frame.table.select(
+        "series_id", pl.col("time").cast(pl.Int64), *(pl.col(name).alias(dataset.columns[name]) for name in variates)
+    )
+    has_value = pl.any_horizontal(pl.col(columns).is_not_null())
+    table = dataset.table()
+    if dataset.num_rows == 0:
+        rows = rows.filter(has_value)
+        absent = [column.name for column in table.columns if column.name not in rows.columns]
+        full = rows.with_columns(pl.lit(None, pl.Float64).alias(name) for name in absent)
+        insert_rows(connection, table, full.select([column.name for column in table.columns]))
+        new, changed, removed = rows.height, 0, 0
+    else:
+        rows = rows if erase else rows.filter(has_value)
+        stage = stage_rows(connection, columns, rows)
+        new, changed = compare(connection, stage, table, erase=erase)
+        if new or changed:
+            upsert(connection, stage, table, erase=erase)
+        removed = _drop_empty(connection, dataset) if erase else 0
+        stage.drop(connection)
+    _note_extent(connection, dataset, rows, dataset.num_rows + new - removed)
+    return new, changed, rows.height - new - changed
+
+
+def _drop_empty(connection: Connection, dataset: Definition) -> int:
+    table = dataset.table()
+    empty = [table.c[column].is_(None) for column in dataset.columns.values()]
+    return int(connection.execute(delete(table).where(*empty)).rowcount)
+
+
+def _note_extent(connection: Connection, dataset: Definition, rows: pl.DataFrame, num_rows: int) -> None:
+    times = [value for value in (dataset.first_time, dataset.last_time) if value is not None]
+    times += rows.select(low=pl.col("time").min(), high=pl.col("time").max()).drop_nulls().row(0) if rows.height else ()
+    connection.execute(
+        update(DATASETS)
+        .where(DATASETS.c.id == dataset.id)
+        .values(
+            num_rows=num_rows, first_time=min(times, default=None), last_time=max(times, default=None), updated=now()
+        )
+    )
+
+
+def write_series(connection: Connection, dataset: Definition, frame: SeriesFrame) -> None:
+    """Record the series of a frame with their static values; newer values replace older ones."""
+    given: dict[str, dict[str, float]] = {name: {} for name in frame.series_ids}
+    if frame.static is not None:
+        for record in frame.static.to_dicts():
+            given[record.pop("series_id")] = record
+    mine = SERIES.c.dataset_id == dataset.id
+    known = {
+        row.series_id: json.loads(row.static)
+        for row in connection.execute(select(SERIES.c.series_id, SERIES.c.static).where(mine))
+    }
+    added = [
+        {"dataset_id": dataset.id, "series_id": name, "static": json.dumps(given[name])}
+        for name in given
+        if name not in known
+    ]
+    if added:
+        connection.execute(insert(SERIES), added)
+    for name, values in given.items():
+        merged = known.get(name, {}) | values
+        if name in known and merged != known[name]:
+            connection.execute(update(SERIES).where(mine, SERIES.c.series_id == name).values(static=json.dumps(merged)))
+
+
+def write_labels(connection: Connection, dataset: Definition, labels: pl.DataFrame) -> None:
+    """Replace the known anomalies of the series that ``labels`` names."""
+    names = labels["series_id"].unique().to_list()
+    for part in range(0, len(names), 5_000):
+        some = names[part : part + 5_000]
+        connection.execute(delete(LABELS).where(LABELS.c.dataset_id == dataset.id, LABELS.c.series_id.in_(some)))
+    plain = labels.with_columns(pl.col("start", "end").cast(pl.Int64))
+    rows = [
+        {
+            "dataset_id": dataset.id,
+            "series_id": row["series_id"],
+            "start": row["start"],
+            "end": row["end"],
+            "kind": row["kind"],
+            "variates": json.dumps(list(row["variates"])),
+        }
+        for row in plain.iter_rows(named=True)
+    ]
+    if rows:
+        connection.execute(insert(LABELS), rows)
+
+
+def statics(connection: Connection, dataset: Definition, series: Sequence[str] | None) -> pl.DataFrame | None:
+    """Return ``series_id`` and the static columns of a dataset, or None when it has none.
+
+    Raises:
+        DataError: a name in ``series`` is unknown.
+    """
+    rows = connection.execute(
+        select(SERIES.c.series_id, SERIES.c.static).where(SERIES.c.dataset_id == dataset.id)
+    ).all()
+    if series is not None:
+        names = {row.series_id for row in rows}
+        unknown = [name for name in series if name not in names]
+        if unknown:
+            hint = nearest(str(unknown[0]), names)
+            raise DataError(
+                f"dataset '{dataset.name}' has no series {listing(unknown)}{hint} (known: {listing(sorted(names), 10)})"
+            )
+    if not dataset.schema.static:
+        return None
+    values = [json.loads(row.static) for row in rows]
+    return pl.DataFrame(
+        {"series_id": pl.Series([row.series_id for row in rows], dtype=pl.String)}
+        | {name: pl.Series([item.get(name) for item in values], dtype=pl.Float64) for name in dataset.schema.static}
+    )
+
+
+def open_batch(connection: Connection, name: str, report: Mapping[str, Any]) -> int:
+    """Insert the record of a batch that begins and return its number."""
+    result = connection.execute(
+        insert(BATCHES).values(
+            dataset=name,
+            status="running",
+            started=now(),
+            source=report["origin"],
+            rows_in=report["rows_in"],
+            rows_refused=report["rows_refused"],
+            reasons=json.dumps(report),
+        )
+    )
+    return int(result.inserted_primary_key[0])  # type: ignore[index]
+
+
+def close_batch(
+    connection: Connection,
+    batch: int,
+    *,
+    status: str,
+    counts: tuple[int, int, int] = (0, 0, 0),
+    fingerprint: str | None = None,
+    error: str | None = None,
+) -> BatchRecord:
+    """Complete the record of a batch and return it."""
+    row = connection.execute(select(BATCHES).where(BATCHES.c.id == batch)).one()
+    reasons = json.loads(row.reasons) | ({"error": error} if error else {})
+    values = dict(zip(("rows_new", "rows_changed", "rows_unchanged"), counts, strict=True))
+    connection.execute(
+        update(BATCHES)
+        .where(BATCHES.c.id == batch)
+        .values(status=status, finished=now(), fingerprint=fingerprint, reasons=json.dumps(reasons), **values)
+    )
+    done = connection.execute(select(BATCHES).where(BATCHES.c.id == batch)).one()
+    return BatchRecord(**{**done._mapping, "reasons": reasons})

@@ -1,0 +1,231 @@
+"""Times as sources write them to times of a grid: ISO text, formats, epochs, local clocks, integers."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from tsforge.core.errors import DataError, listing
+from tsforge.data.config import EPOCH_FORMATS, DataConfig
+from tsforge.data.findings import ROW, IngestReport, row_examples
+from tsforge.data.grid import TIME_DTYPE
+
+# Each form is unambiguous, so a column may mix them; day-first and month-first forms need a time_format.
+_DATE_FORMS = ("%Y-%m-%d", "%Y/%m/%d", "%Y-%m")
+_CLOCK_FORMS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M")
+_SLASH_FORMS = ("%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M")
+_ZONED_FORMS = ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M%#z", "%Y-%m-%d %H:%M%#z")
+_EPOCH_UNITS = {"epoch:s": 1_000_000, "epoch:ms": 1_000, "epoch:us": 1}
+_COMPACT_DATES = (19_000_101, 21_001_231)
+_EPOCH_SECONDS = (500_000_000, 5_000_000_000)
+
+
+def read_times(table: pl.DataFrame, group: str | None, config: DataConfig, report: IngestReport) -> pl.DataFrame:
+    """Return the table with its time column in UTC (or integer), rows without a readable time dealt with as configured.
+
+    Args:
+        table: source rows with ``ROW`` (position in the source) and the time column.
+        group: the series column, for local times that occur twice; None when a row holds all series.
+        config: names, formats, zone and policies.
+        report: takes the findings.
+
+    Raises:
+        DataError: unreadable, missing, ambiguous or non-existent times under a policy of ``error``.
+    """
+    raw = table[config.time]
+    parsed = _parse(raw, config)
+    unreadable = parsed.is_null() & raw.is_not_null()
+    table = _drop_bad(table, unreadable, "unreadable times", config, report)
+    parsed = parsed.filter(~unreadable)
+    table, parsed = _without_missing(table, parsed, config, report)
+    if parsed.dtype.is_integer():
+        if config.time_shift is not None:
+            raise DataError(f"time_shift has no effect on the integer time column '{config.time}'; remove it")
+        return table.with_columns(parsed.cast(pl.Int64).alias(config.time))
+    if config.time_shift is not None:
+        parsed = parsed.dt.offset_by(config.time_shift)
+    if parsed.dtype == pl.Date:  # calendar days stay days: midnight in a zone with DST would leave the daily grid
+        return table.with_columns(parsed.cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias(config.time))
+    if parsed.dtype == TIME_DTYPE:
+        return table.with_columns(parsed.alias(config.time))
+    return _localise(table.with_columns(parsed.alias(config.time)), group, config, report)
+
+
+def _parse(raw: pl.Series, config: DataConfig) -> pl.Series:
+    """Return Date, naive or UTC datetimes in microseconds, or Int64; null where a value cannot be read."""
+    kind = raw.dtype
+    if kind == pl.String:
+        cells = raw.str.strip_chars()
+        return _parse_text(cells.set(cells == "", None), config)
+    if config.time_format is not None and config.time_format not in EPOCH_FORMATS:
+        if not kind.is_integer():
+            raise DataError(f"time column '{raw.name}' has type {kind}; time_format is for text, remove it")
+        return _parse_text(raw.cast(pl.String), config)  # 20240131 with %Y%m%d
+    if kind.is_numeric():
+        return _parse_numbers(raw, config)
+    if kind == pl.Date:
+        return raw
+    if isinstance(kind, pl.Datetime):
+        plain = raw if kind.time_zone is None else _zoned(raw, config)
+        return plain.dt.cast_time_unit("us")
+    raise DataError(f"time column '{raw.name}' has type {kind}; give text, dates, datetimes or integers")
+
+
+def _zoned(times: pl.Series, config: DataConfig) -> pl.Series:
+    if config.timezone != "UTC":
+        raise DataError(
+            f"time column '{times.name}' carries its own zone, so timezone={config.timezone} has no effect; remove it"
+        )
+    return times.dt.convert_time_zone("UTC")
+
+
+def _parse_numbers(raw: pl.Series, config: DataConfig) -> pl.Series:
+    present = raw.drop_nulls()
+    whole = present.cast(pl.Int64, strict=False)
+    if present.dtype.is_float() and bool((whole.cast(present.dtype) != present).any()):
+        raise DataError(f"time column '{raw.name}' holds fractions (first: {present[0]}); use integers or datetimes")
+    numbers = raw.cast(pl.Int64)
+    if config.time_format in EPOCH_FORMATS:
+        return (numbers * _EPOCH_UNITS[config.time_format]).cast(TIME_DTYPE)
+    if config.freq is None and len(whole):
+        low, high = int(whole.to_numpy().min()), int(whole.to_numpy().max())
+        for (first, last), name, setting in (
+            (_COMPACT_DATES, "dates such as 20240131", "%Y%m%d"),
+            (_EPOCH_SECONDS, "seconds since 1970", "epoch:s"),
+        ):
+            if first <= low and high <= last:
+                raise DataError(
+                    f"the integers of time column '{raw.name}' ({low} .. {high}) look like {name}; set "
+                    f"time_format={setting}, or freq=1i if they count steps"
+                )
+    return numbers
+
+
+def _parse_text(cells: pl.Series, config: DataConfig) -> pl.Series:
+    form = config.time_format
+    if form in EPOCH_FORMATS or (form is None and cells.drop_nulls().str.contains(r"^-?\d+$").all()):
+        return _parse_numbers(cells.cast(pl.Int64, strict=False), config)
+    if form is not None:
+        parsed = _parse_form(cells, form)
+        if "%z" in form or "%#z" in form or "%:z" in form or form == "%+":
+            return _zoned(parsed, config)
+        has_clock = any(sign in form for sign in ("%H", "%I", "%T", "%R", "%X", "%s"))
+        return parsed if has_clock else parsed.dt.date()
+    naive = _first_that_reads(cells, (*_CLOCK_FORMS, *_SLASH_FORMS))
+    left = cells.set(naive.is_not_null(), None)
+    days = _first_that_reads(left, _DATE_FORMS)
+    if days.null_count() < len(days) and naive.null_count() == len(naive):
+        return days.dt.date()
+    naive = naive.zip_with(naive.is_not_null(), days)
+    zoned = _first_that_reads(cells.set(naive.is_not_null(), None), _ZONED_FORMS, zone=True)
+    if zoned.null_count() == len(zoned):
+        return naive
+    if naive.null_count() < len(naive):
+        raise DataError(
+            f"time column '{cells.name}' mixes times with an offset and without (first with: "
+            f"{cells.filter(zoned.is_not_null())[0]!r}, without: {cells.filter(naive.is_not_null())[0]!r})"
+        )
+    return _zoned(zoned, config)
+
+
+def _parse_form(cells: pl.Series, form: str) -> pl.Series:
+    try:
+        return cells.str.to_datetime(form, strict=False, time_unit="us")
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"time_format '{form}' cannot be used: {reason}") from error
+
+
+def _first_that_reads(cells: pl.Series, forms: tuple[str, ...], *, zone: bool = False) -> pl.Series:
+    """Return every cell read by the first form that fits it; forms that fit no cell cost one pass each."""
+    kind = pl.Datetime("us", "UTC") if zone else pl.Datetime("us")
+    result = pl.Series(cells.name, [None], dtype=kind).new_from_index(0, len(cells))
+    for form in forms:
+        if cells.null_count() == len(cells):
+            break
+        parsed = _parse_form(cells, form).cast(kind)
+        result = result.zip_with(result.is_not_null(), parsed)
+        cells = cells.set(parsed.is_not_null(), None)
+    return result
+
+
+def _drop_bad(table: pl.DataFrame, bad: pl.Series, what: str, config: DataConfig, report: IngestReport) -> pl.DataFrame:
+    count = int(bad.sum())
+    if not count:
+        return table
+    examples = row_examples(table[ROW], table[config.time], bad)
+    if config.bad_rows == "error" or count == table.height:
+        form = config.time_format or "%d/%m/%Y %H:%M"
+        hint = f"does {form} fit?" if config.time_format else f"set time_format, for example {form},"
+        raise DataError(
+            f"{count} of {table.height} {what} in column '{config.time}' ({listing(examples)}); {hint} or "
+            "leave such rows out with bad_rows=drop"
+        )
+    report.add("refused", f"{what} in column '{config.time}'", count, examples)
+    return table.filter(~bad)
+
+
+def _without_missing(
+    table: pl.DataFrame, parsed: pl.Series, config: DataConfig, report: IngestReport
+) -> tuple[pl.DataFrame, pl.Series]:
+    missing = parsed.is_null()
+    count = int(missing.sum())
+    if not count:
+        return table, parsed
+    examples = tuple(f"row {row}" for row in table[ROW].filter(missing).head(3))
+    if config.bad_rows == "error" or count == table.height:
+        raise DataError(
+            f"{count} of {table.height} rows have no time in column '{config.time}' ({listing(examples)}); repair them "
+            "or leave them out with bad_rows=drop"
+        )
+    report.add("refused", f"no time in column '{config.time}'", count, examples)
+    return table.filter(~missing), parsed.filter(~missing)
+
+
+def _localise(table: pl.DataFrame, group: str | None, config: DataConfig, report: IngestReport) -> pl.DataFrame:
+    """Return local clock times in UTC; skipped and repeated local times follow their policies."""
+    local, zone = table[config.time], config.timezone
+    if zone == "UTC":
+        return table.with_columns(local.dt.replace_time_zone("UTC").alias(config.time))
+    early = local.dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null")
+    late = local.dt.replace_time_zone(zone, ambiguous="latest", non_existent="null")
+    twice = (early != late).fill_null(False)
+    skipped = early.is_null()
+    _decide(table, twice, config.ambiguous, "ambiguous", config, report)
+    _decide(table, skipped, config.nonexistent, "nonexistent", config, report)
+    use_late = twice & (_repeats(table, group, config) if config.ambiguous == "infer" else config.ambiguous == "latest")
+    times = early.dt.convert_time_zone("UTC").zip_with(~use_late, late.dt.convert_time_zone("UTC"))
+    if config.nonexistent == "shift" and skipped.any():
+        # the clock before the change: its offset is that of a few hours earlier
+        before = local.dt.offset_by("-3h").dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null")
+        times = times.zip_with(~skipped, before.dt.convert_time_zone("UTC").dt.offset_by("3h"))
+    keep = pl.Series([True]).new_from_index(0, table.height)
+    if config.ambiguous == "drop":
+        keep &= ~twice
+    if config.nonexistent == "drop":
+        keep &= ~skipped
+    return table.with_columns(times.alias(config.time)).filter(keep)
+
+
+def _decide(
+    table: pl.DataFrame, hit: pl.Series, policy: str, name: str, config: DataConfig, report: IngestReport
+) -> None:
+    count = int(hit.sum())
+    if not count:
+        return
+    examples = row_examples(table[ROW], table[config.time], hit)
+    event = "occur twice" if name == "ambiguous" else "do not exist"
+    change = "go back" if name == "ambiguous" else "go forward"
+    what = f"local times that {event} in {config.timezone} where clocks {change}"
+    if policy == "error":
+        choices = "infer, earliest, latest or drop" if name == "ambiguous" else "shift or drop"
+        raise DataError(
+            f"{count} of {table.height} {what} ({listing(examples)}); set {name} to {choices}, or timezone=UTC if "
+            "column '" + config.time + "' is not local time"
+        )
+    report.add("refused" if policy == "drop" else "note", f"{what}: {policy}", count, examples)
+
+
+def _repeats(table: pl.DataFrame, group: str | None, config: DataConfig) -> pl.Series:
+    """Return which rows repeat a local time that their series had before, in the order of the source."""
+    keys = [config.time] if group is None else [group, config.time]
+    return ~table.select(pl.struct(keys).is_first_distinct()).to_series()
