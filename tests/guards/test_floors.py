@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "testing": FLOOR4 | {"training", "forecasting", "anomaly"},
     "console": LOW,
     "cli": {"core", "app", "console", "contracts"},
-    "pipelines": {"core", "app", "contracts"},
+    "pipelines": {"core", "app", "contracts", "console"},
     "dashboards": {"core", "app", "contracts"},
 }
 

@@ -1,0 +1,419 @@
+"""One batch: ingest, check, forecast, detect, publish, for one ``as_of``.
+
+Running a batch again does nothing; running it after a crash completes it; two processes that start the same batch do it
+once. Three things make that true: the claim in the run ledger, the one rename that publishes, and the rule that no row
+after ``as_of`` is ever read, so that the same ``as_of`` means the same result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+from pydantic import Field, field_validator
+
+from tsforge.anomaly.config import DetectConfig
+from tsforge.anomaly.detector import detect
+from tsforge.app import published
+from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, run_checks
+from tsforge.app.ingest import IngestConfig, ingest, load_dataset, mask_invalid
+from tsforge.artifact import Artifact, check_frame, load_artifact
+from tsforge.core.config import Config, fingerprint
+from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, TsforgeError
+from tsforge.core.logs import get_logger, log_event
+from tsforge.core.workspace import Workspace
+from tsforge.data.config import DataConfig
+from tsforge.data.frame import SeriesFrame
+from tsforge.forecasting.predict import predict
+from tsforge.scheduling.jobs import BUSY_EXIT_CODE
+from tsforge.scheduling.ledger import Claim, Ledger
+
+LOGGER = get_logger(__name__)
+
+
+class BatchBusy(BackendError):
+    """Another living process works on the same batch; ask again later."""
+
+    exit_code = BUSY_EXIT_CODE
+
+
+class ForecastStage(Config):
+    """What is forecast; None as the whole stage forecasts nothing."""
+
+    horizon: int | None = Field(None, ge=1)
+    """Steps; None = as many as the model was trained for."""
+    quantile_levels: tuple[float, ...] | None = None
+    """Levels; None = all the artifact offers."""
+
+
+class DetectStage(Config):
+    """What is scored: the rows of the last ``span`` before ``as_of``."""
+
+    span: str = "7d"
+    detector: DetectConfig = DetectConfig()
+
+    @field_validator("span")
+    @classmethod
+    def _is_duration(cls, value: str) -> str:
+        try:
+            before(datetime(2000, 1, 1), value)
+        except DataError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+
+class BatchConfig(Config):
+    """A recurring job over one data set and one model.
+
+    Attributes:
+        name: of the job: its key in the ledger and its folder below ``published/``.
+        data: the data set; its source is read again before each batch.
+        model: artifact folder, artifact id, or ``NAME@alias`` of the registry (``weather@champion``).
+        ingest: read the source first; False uses what is in the store.
+        checks: what the data must satisfy; a failed blocking check publishes nothing.
+        forecast, detect: the stages, None leaves one out.
+        allow_future_model: accept a model that was fitted on rows after ``as_of`` (a backfill with today's champion);
+            its forecasts look better than they could have been then, and the manifest says so.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,99}$")
+    data: DataConfig
+    model: str = Field(min_length=1)
+    ingest: bool = True
+    checks: tuple[CheckConfig, ...] = (NonEmptyCheck(),)
+    forecast: ForecastStage | None = ForecastStage()
+    detect: DetectStage | None = DetectStage()
+    allow_future_model: bool = False
+
+    @property
+    def key(self) -> str:
+        """The job's name in the ledger."""
+        return f"batch/{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchResult:
+    """What one batch came to.
+
+    Attributes:
+        status: ``published`` now, ``adopted`` (a killed run had published it, the ledger now knows) or ``unchanged``.
+        partition: the published folder with its manifest.
+        checks: what the checks found; empty unless published now.
+    """
+
+    status: Literal["published", "adopted", "unchanged"]
+    partition: published.Partition
+    checks: tuple[CheckResult, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a person wants to know first."""
+        manifest = self.partition.manifest
+        return {
+            "status": self.status,
+            "job": self.partition.job,
+            "as_of": self.partition.as_of.isoformat(),
+            "path": str(self.partition.path),
+            "artifact": manifest["artifact"],
+            **manifest["counts"],
+            "warnings": sum(not check.passed for check in self.checks),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the published files, one record each."""
+        return [{"file": name, "rows": facts["rows"]} for name, facts in self.partition.manifest["files"].items()]
+
+
+@dataclass
+class _Work:
+    """State handed from stage to stage."""
+
+    config: BatchConfig
+    as_of: datetime
+    workspace: Workspace
+    seconds: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, pl.DataFrame] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage and log one line for it; the block adds counts to the yielded record."""
+        facts: dict[str, Any] = {}
+        started = time.monotonic()
+        status = "failed"
+        try:
+            yield facts
+            status = "ok"
+        finally:
+            self.seconds[name] = round(time.monotonic() - started, 4)
+            when = self.as_of.isoformat()
+            log_event(
+                LOGGER,
+                "batch stage",
+                job=self.config.name,
+                as_of=when,
+                stage=name,
+                status=status,
+                seconds=self.seconds[name],
+                **facts,
+            )
+
+
+def parse_as_of(text: str | datetime | None) -> datetime:
+    """Return the moment a batch stands at, in UTC and whole seconds; None = now. Text without a zone is UTC.
+
+    Raises:
+        ConfigError: not an ISO time, finer than a second, or in the future.
+    """
+    now = datetime.now(UTC)
+    if text is None:
+        return now.replace(microsecond=0)
+    try:
+        moment = text if isinstance(text, datetime) else datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"'{text}' is not an ISO time such as 2026-03-01T06:00:00Z or 2026-03-01") from error
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    if moment.microsecond:
+        raise ConfigError(f"as-of {moment.isoformat()} is finer than a second; round it")
+    if moment > now + timedelta(minutes=1):
+        raise ConfigError(
+            f"as-of {moment.isoformat()} lies in the future (now {now:%Y-%m-%dT%H:%M:%SZ}); data is missing"
+        )
+    return moment
+
+
+def run_batch(config: BatchConfig, as_of: datetime, workspace: Workspace, force: bool = False) -> BatchResult:
+    """Run one batch, unless it is published already, and return what it came to.
+
+    Args:
+        config: the job.
+        as_of: where it stands; rows after it are never read (``parse_as_of``).
+        workspace: store, ledger, artifacts and published folders.
+        force: publish again what is published already.
+
+    Raises:
+        BatchBusy: another living process works on it (exit code 75).
+        DataError: a blocking check failed, or the data does not reach the model; nothing is published.
+        TsforgeError: of the stages; nothing is published, the ledger keeps the message.
+    """
+    as_of = parse_as_of(as_of)
+    ledger = Ledger(workspace.database_url)
+    path = published.partition_path(workspace, config.name, as_of)
+    try:
+        if not force and (found := _published(ledger, config, as_of, path)) is not None:
+            return BatchResult(status="unchanged", partition=found)
+        claim = ledger.claim(config.key, as_of, again=True)
+        if claim is None:
+            raise BatchBusy(f"another process works on {config.name} as of {as_of.isoformat()}; ask again later")
+        with ledger.keep_alive(claim):
+            return _claimed(ledger, claim, _Work(config, as_of, workspace), path, force)
+    finally:
+        ledger.close()
+
+
+def _published(ledger: Ledger, config: BatchConfig, as_of: datetime, path: Path) -> published.Partition | None:
+    """Return the partition when ledger and folder agree that it is done."""
+    run = ledger.find(config.key, as_of)
+    if run is None or run.status != "done":
+        return None
+    partition = published.read_partition(path)
+    if partition is None:
+        LOGGER.warning("%s is recorded as published, but the folder is gone; publishing it again", path)
+    return partition
+
+
+def _claimed(ledger: Ledger, claim: Claim, work: _Work, path: Path, force: bool) -> BatchResult:
+    """Do the work under a claim and close it in the ledger, whatever happens short of a kill."""
+    try:
+        leftovers = published.recover(path)
+        if leftovers:
+            log_event(LOGGER, "removed unfinished folders", job=work.config.name, folders=leftovers)
+        partition = None if force else published.read_partition(path)
+        if partition is not None:
+            published.verify_partition(partition)
+            result = BatchResult(status="adopted", partition=partition)
+        else:
+            result = _make(work, path, replace=force and path.exists())
+    except TsforgeError as error:
+        ledger.fail(claim, f"{type(error).__name__}: {error}")
+        raise
+    except KeyboardInterrupt:
+        ledger.release(claim, "interrupted")
+        raise
+    except BaseException as error:
+        ledger.fail(claim, f"{type(error).__name__}: {error} (a bug in tsforge)")
+        raise
+    rows = sum(facts["rows"] for facts in result.partition.manifest["files"].values())
+    ledger.finish(
+        claim,
+        rows=rows,
+        output=str(result.partition.path / "manifest.json"),
+        message=result.status,
+        details={**result.partition.manifest["counts"], "artifact": result.partition.manifest["artifact"]},
+    )
+    log_event(LOGGER, f"batch {result.status}", job=work.config.name, as_of=work.as_of.isoformat(), rows=rows)
+    return result
+
+
+def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
+    """Run the five stages and publish."""
+    config = work.config
+    with work.stage("ingest") as facts:
+        frame = _known_at(work, facts)
+    with work.stage("check") as facts:
+        artifact = load_artifact(_resolve(config.model, work.workspace))
+        trained_until = _check_model(artifact, config, work.as_of)
+        check_frame(artifact, frame)
+        checks = _check_data(frame, work, facts)
+    if config.forecast is not None:
+        with work.stage("forecast") as facts:
+            table = predict(
+                artifact, frame, quantile_levels=config.forecast.quantile_levels, horizon=config.forecast.horizon
+            ).table
+            work.tables["forecast"] = table
+            facts["rows"] = work.counts["forecasts"] = table.height
+    if config.detect is not None:
+        with work.stage("detect") as facts:
+            _detect(artifact, frame, config.detect, work)
+            facts.update(rows=work.tables["scores"].height, events=work.counts["events"], new=work.counts["new_events"])
+    manifest = _manifest(work, artifact, frame, checks) | {"trained_until": trained_until}
+    with work.stage("publish") as facts:
+        partition = published.write_partition(path, work.tables, manifest, replace=replace)
+        facts["files"] = len(partition.manifest["files"])
+    return BatchResult(status="published", partition=partition, checks=tuple(checks))
+
+
+def _known_at(work: _Work, facts: dict[str, Any]) -> SeriesFrame:
+    """Return what was known at as_of: rows up to it, and later values of known covariates only."""
+    config = work.config
+    if config.ingest:
+        record = ingest(IngestConfig(data=config.data), work.workspace)
+        facts.update(record.summary())
+    frame = mask_invalid(load_dataset(work.workspace, config.data), config.data)
+    if frame.schema.has_integer_time:
+        raise DataError(f"data set '{config.data.name}' has integer time; a batch stands at a calendar time")
+    known = frame.until(work.as_of, keep_known=True)
+    work.counts["rows"] = known.until(work.as_of).num_rows
+    facts["rows_known"] = work.counts["rows"]
+    return known
+
+
+def _resolve(model: str, workspace: Workspace) -> Path:
+    """Return the folder of a model given by path, artifact id or registry alias."""
+    for candidate in (Path(model).expanduser(), workspace.artifacts / model):
+        if (candidate / "manifest.json").is_file():
+            return candidate
+    if "@" not in model:
+        raise ArtifactError(
+            f"no model '{model}': neither a folder nor an artifact below {workspace.artifacts}; "
+            "tsforge data and tsforge models list what there is, NAME@champion asks the registry"
+        )
+    from tsforge.tracking.registry import resolve
+
+    return resolve(model, workspace)
+
+
+def _check_model(artifact: Artifact, config: BatchConfig, as_of: datetime) -> str | None:
+    """Return until when the model has seen data; refuse one that knows the future of as_of."""
+    spans = artifact.provenance.get("spans") or {}
+    ends = [datetime.fromisoformat(str(spans[part][1])) for part in ("train", "valid") if spans.get(part)]
+    if not ends:
+        return None
+    last = max(end.replace(tzinfo=UTC) if end.tzinfo is None else end for end in ends)
+    if last > as_of and not config.allow_future_model:
+        raise DataError(
+            f"artifact {artifact.id} was fitted on data up to {last.isoformat()}, after as_of {as_of.isoformat()}: its "
+            "results would look better than they could have been; fit an older model, or set allow_future_model=true"
+        )
+    return last.isoformat()
+
+
+def _check_data(frame: SeriesFrame, work: _Work, facts: dict[str, Any]) -> list[CheckResult]:
+    """Run the checks on what was observed; refuse when a blocking one fails."""
+    observed = frame.until(work.as_of)
+    results = run_checks(observed, work.config.checks, work.as_of)
+    failed = [result for result in results if not result.passed]
+    facts.update(checks=len(results), failed=len(failed))
+    for result in failed:
+        LOGGER.warning("check %s of %s: %s", result.kind, work.config.name, result.message)
+    blocking = [f"{result.kind}: {result.message}" for result in failed if result.severity == "block"]
+    if blocking:
+        raise DataError(
+            f"{len(blocking)} check(s) of {work.config.name} as of {work.as_of.isoformat()} failed, nothing published; "
+            + "; ".join(blocking)
+        )
+    return results
+
+
+def _detect(artifact: Artifact, frame: SeriesFrame, stage: DetectStage, work: _Work) -> None:
+    """Score the last span and note which events no earlier batch has published."""
+    start = before(work.as_of, stage.span)
+    report = detect(artifact, frame.until(work.as_of), stage.detector, start=start, stop=work.as_of)
+    earlier = published.events(work.workspace, work.config.name, until=work.as_of - timedelta(seconds=1))
+    seen = set() if earlier is None else set(earlier["event_id"])
+    fresh = ~report.events["event_id"].is_in(list(seen)) if seen else pl.Series([True] * report.events.height)
+    work.tables["scores"] = report.scores.table
+    work.tables["events"] = report.events.with_columns(fresh.cast(pl.Boolean).alias("is_new"))
+    work.counts["events"] = report.events.height
+    work.counts["new_events"] = int(fresh.sum())
+
+
+def _manifest(work: _Work, artifact: Artifact, frame: SeriesFrame, checks: list[CheckResult]) -> dict[str, Any]:
+    return {
+        "job": work.config.name,
+        "as_of": work.as_of.isoformat(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "artifact": artifact.id,
+        "model": artifact.model_name,
+        "data": {"name": work.config.data.name, "fingerprint": frame.fingerprint()},
+        "config": {"fingerprint": fingerprint(work.config), "resolved": work.config.model_dump(mode="json")},
+        "counts": dict(work.counts),
+        "checks": [vars(check) for check in checks],
+        "seconds": dict(work.seconds),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackfillResult:
+    """The batches of a range, in order."""
+
+    results: tuple[BatchResult, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Return how many batches ended how."""
+        statuses = [result.status for result in self.results]
+        return {"batches": len(statuses), **{name: statuses.count(name) for name in dict.fromkeys(statuses)}}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one record a batch."""
+        return [result.summary() for result in self.results]
+
+
+def backfill(
+    config: BatchConfig, start: str | datetime, stop: str | datetime, every: str, workspace: Workspace
+) -> BackfillResult:
+    """Run the batches from ``start`` to ``stop`` (both included) in order; those published already are left alone.
+
+    Args:
+        config: the job.
+        start, stop: first and last as_of.
+        every: step (``6h``, ``1d``, ``1mo``) in UTC.
+        workspace: as for ``run_batch``.
+
+    Raises:
+        ConfigError: an empty range or a bad step.
+        TsforgeError: of the first batch that fails; earlier ones stay published, the same command goes on from there.
+    """
+    first, last = parse_as_of(start), parse_as_of(stop)
+    if last < first:
+        raise ConfigError(f"the range {first.isoformat()} to {last.isoformat()} is empty; exchange from and to")
+    try:
+        moments = pl.datetime_range(first, last, every, time_zone="UTC", eager=True).to_list()
+    except pl.exceptions.PolarsError as error:
+        raise ConfigError(f"'{every}' is not a step such as 6h, 1d or 1mo") from error
+    return BackfillResult(results=tuple(run_batch(config, moment, workspace) for moment in moments))

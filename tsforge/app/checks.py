@@ -1,0 +1,193 @@
+"""Checks of the data a batch is about to use: each is data (kind, limits, severity), each says what it found.
+
+Only rows up to ``as_of`` reach a check, so a check cannot know the future either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Literal
+
+import polars as pl
+from pydantic import Field, field_validator
+
+from tsforge.core.config import Config
+from tsforge.core.errors import DataError, listing, nearest
+from tsforge.data.frame import SeriesFrame
+
+Severity = Literal["block", "warn"]
+
+
+def before(moment: datetime, span: str) -> datetime:
+    """Return the moment one span (``6h``, ``7d``, ``1mo``) earlier.
+
+    Raises:
+        DataError: the span is not a duration.
+    """
+    try:
+        earlier: datetime = pl.select(pl.lit(moment).dt.offset_by(f"-{span}")).item()
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"'{span}' is not a duration such as 6h, 7d or 1mo") from error
+    return earlier
+
+
+class _Check(Config):
+    severity: Severity = "block"
+    """``block`` stops the batch before anything is published, ``warn`` only reports."""
+
+
+class _Spanned(_Check):
+    span: str = "7d"
+    """Only rows of the last so much before ``as_of`` are looked at."""
+
+    @field_validator("span")
+    @classmethod
+    def _is_duration(cls, value: str) -> str:
+        return _checked(value)
+
+
+def _checked(value: str) -> str:
+    try:
+        before(datetime(2000, 1, 1), value)
+    except DataError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+class NonEmptyCheck(_Check):
+    """Every series has at least so many rows with an observed target."""
+
+    kind: Literal["non_empty"] = "non_empty"
+    min_rows: int = Field(1, ge=1)
+
+
+class FreshCheck(_Check):
+    """The newest observed target of every series is not older than ``max_age`` at ``as_of``."""
+
+    kind: Literal["fresh"] = "fresh"
+    max_age: str
+
+    @field_validator("max_age")
+    @classmethod
+    def _is_duration(cls, value: str) -> str:
+        return _checked(value)
+
+
+class NullShareCheck(_Spanned):
+    """No target of a series lacks more than a share of its recent values."""
+
+    kind: Literal["null_share"] = "null_share"
+    max_share: float = Field(0.5, ge=0, le=1)
+    columns: tuple[str, ...] = ()
+    """Targets to look at; empty = all of them."""
+
+
+class RangeCheck(_Spanned):
+    """At most a share of a series' recent values lies outside the limits of its column."""
+
+    kind: Literal["range"] = "range"
+    limits: dict[str, tuple[float | None, float | None]] = Field(min_length=1)
+    max_share: float = Field(0.0, ge=0, le=1)
+
+
+CheckConfig = Annotated[NonEmptyCheck | FreshCheck | NullShareCheck | RangeCheck, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """What a check found.
+
+    Attributes:
+        kind, severity: of the check.
+        passed: whether the data is as demanded.
+        message: counts, in either case; what to do when it failed.
+    """
+
+    kind: str
+    severity: Severity
+    passed: bool
+    message: str
+
+
+def run_checks(frame: SeriesFrame, checks: Sequence[CheckConfig], as_of: datetime) -> list[CheckResult]:
+    """Return the result of every check, in order.
+
+    Args:
+        frame: what is known at ``as_of``.
+        checks: what to demand.
+        as_of: the moment ages and spans count back from.
+
+    Raises:
+        DataError: a check names a column that the data lacks.
+    """
+    return [_run(frame, check, as_of) for check in checks]
+
+
+def _run(frame: SeriesFrame, check: CheckConfig, as_of: datetime) -> CheckResult:
+    if isinstance(check, NonEmptyCheck):
+        failures, what = _short_series(frame, check)
+    elif isinstance(check, FreshCheck):
+        failures, what = _stale_series(frame, check, as_of)
+    elif isinstance(check, NullShareCheck):
+        failures, what = _sparse_columns(frame, check, as_of)
+    else:
+        failures, what = _outlying_columns(frame, check, as_of)
+    message = f"{len(failures)} {what}" + (f": {listing(failures, 3)}" if failures else "")
+    return CheckResult(kind=check.kind, severity=check.severity, passed=not failures, message=message)
+
+
+def _short_series(frame: SeriesFrame, check: NonEmptyCheck) -> tuple[list[str], str]:
+    seen = pl.any_horizontal(pl.col(frame.schema.targets).is_not_null())
+    counts = frame.table.group_by("series_id", maintain_order=True).agg(seen.sum().alias("rows"))
+    short = counts.filter(pl.col("rows") < check.min_rows)
+    failures = [f"'{name}' has {rows}" for name, rows in short.iter_rows()]
+    return failures, f"of {counts.height} series have fewer than {check.min_rows} observed row(s)"
+
+
+def _stale_series(frame: SeriesFrame, check: FreshCheck, as_of: datetime) -> tuple[list[str], str]:
+    oldest = before(as_of, check.max_age)
+    last = frame.last_observed()
+    stale = last.filter(pl.col("time").is_null() | (pl.col("time") < oldest))
+    failures = [f"'{name}' ends at {time or 'no time at all'}" for name, time in stale.iter_rows()]
+    return failures, f"of {last.height} series have no target newer than {check.max_age} before {as_of:%Y-%m-%d %H:%M}"
+
+
+def _recent(frame: SeriesFrame, span: str, as_of: datetime) -> pl.DataFrame:
+    return frame.table.filter((pl.col("time") > before(as_of, span)) & (pl.col("time") <= as_of))
+
+
+def _require_columns(frame: SeriesFrame, names: Sequence[str], kind: str) -> None:
+    unknown = [name for name in names if name not in frame.schema.columns]
+    if unknown:
+        hint = nearest(unknown[0], frame.schema.columns)
+        raise DataError(f"the {kind} check names {listing(unknown)}, which the data lacks{hint}")
+
+
+def _sparse_columns(frame: SeriesFrame, check: NullShareCheck, as_of: datetime) -> tuple[list[str], str]:
+    columns = check.columns or frame.schema.targets
+    _require_columns(frame, columns, check.kind)
+    shares = _recent(frame, check.span, as_of).group_by("series_id", maintain_order=True)
+    table = shares.agg(pl.col(columns).is_null().mean()).unpivot(index="series_id")
+    bad = table.filter(pl.col("value") > check.max_share)
+    failures = [f"{name}.{column} {share:.0%}" for name, column, share in bad.iter_rows()]
+    missing = [name for name in frame.series_ids if name not in set(table["series_id"])]
+    failures += [f"{name} has no row at all" for name in missing]
+    return failures, f"target(s) lack more than {check.max_share:.0%} of their values in the last {check.span}"
+
+
+def _outlying_columns(frame: SeriesFrame, check: RangeCheck, as_of: datetime) -> tuple[list[str], str]:
+    _require_columns(frame, tuple(check.limits), check.kind)
+    outside = []
+    for name, (low, high) in check.limits.items():
+        beyond = pl.lit(False)
+        if low is not None:
+            beyond |= pl.col(name) < low
+        if high is not None:
+            beyond |= pl.col(name) > high
+        outside.append(beyond.mean().alias(name))  # a missing value is neither inside nor outside
+    table = _recent(frame, check.span, as_of).group_by("series_id", maintain_order=True).agg(outside)
+    bad = table.unpivot(index="series_id").filter(pl.col("value") > check.max_share)
+    failures = [f"{name}.{column} {share:.1%}" for name, column, share in bad.iter_rows()]
+    return failures, f"column(s) have more than {check.max_share:.1%} of their values outside their limits"

@@ -1,0 +1,181 @@
+"""Published batches: one folder per job and as_of, whole or absent, described by its manifest.
+
+``published/JOB/as_of=2026-03-01T06-00-00Z/`` holds ``forecast.parquet``, ``scores.parquet``, ``events.parquet`` (those
+the batch was asked for) and ``manifest.json``. The folder gets its name by one rename once everything in it is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from tsforge.core.atomic import atomic_directory
+from tsforge.core.errors import ArtifactError
+from tsforge.core.workspace import Workspace
+
+FORMAT = 1
+_FORM = "as_of=%Y-%m-%dT%H-%M-%SZ"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """One published batch.
+
+    Attributes:
+        job, as_of: its key.
+        path: its folder.
+        manifest: what it holds and where it comes from.
+    """
+
+    job: str
+    as_of: datetime
+    path: Path
+    manifest: Mapping[str, Any]
+
+    def table(self, name: str) -> pl.DataFrame | None:
+        """Return ``forecast``, ``scores`` or ``events``, or None when the batch made none."""
+        path = self.path / f"{name}.parquet"
+        return pl.read_parquet(path) if path.exists() else None
+
+
+def partition_path(workspace: Workspace, job: str, as_of: datetime) -> Path:
+    """Return the folder of a batch, whether it exists or not."""
+    return workspace.published / job / as_of.astimezone(UTC).strftime(_FORM)
+
+
+def read_partition(path: Path) -> Partition | None:
+    """Return the batch in a folder, or None when there is none.
+
+    Raises:
+        ArtifactError: the manifest is unreadable or of a newer format, or a file it names is missing.
+    """
+    if not path.is_dir():
+        return None
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        as_of = datetime.fromisoformat(manifest["as_of"])
+        missing = [name for name in manifest["files"] if not (path / name).is_file()]
+        version = int(manifest["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"the batch in {path} has no readable manifest ({error}); publish it again with --force"
+        ) from error
+    if version > FORMAT:
+        raise ArtifactError(f"the batch in {path} has format {version}; this tsforge reads up to {FORMAT}, upgrade it")
+    if missing:
+        raise ArtifactError(f"the batch in {path} lacks {', '.join(missing)}; publish it again with --force")
+    return Partition(job=manifest["job"], as_of=as_of, path=path, manifest=manifest)
+
+
+def verify_partition(partition: Partition) -> None:
+    """Check every file of a batch against the hash in its manifest.
+
+    Raises:
+        ArtifactError: a file was changed.
+    """
+    for name, facts in partition.manifest["files"].items():
+        if _sha256(partition.path / name) != facts["sha256"]:
+            raise ArtifactError(
+                f"{partition.path / name} was changed after it was published; publish it again with --force"
+            )
+
+
+def write_partition(
+    path: Path, tables: Mapping[str, pl.DataFrame], manifest: Mapping[str, Any], *, replace: bool = False
+) -> Partition:
+    """Publish tables and manifest as one folder and return it.
+
+    Args:
+        path: the folder (``partition_path``).
+        tables: name -> table.
+        manifest: ``job``, ``as_of`` and whatever else is worth knowing; format and hashes are added here.
+        replace: exchange a published folder.
+
+    Raises:
+        BackendError: the folder exists, or cannot be written; nothing is changed then.
+    """
+    with atomic_directory(path, replace=replace) as folder:
+        files: dict[str, Any] = {}
+        for name, table in tables.items():
+            target = folder / f"{name}.parquet"
+            table.write_parquet(target)
+            files[target.name] = {"rows": table.height, "bytes": target.stat().st_size, "sha256": _sha256(target)}
+        full = {"format": FORMAT, **manifest, "files": files}
+        (folder / "manifest.json").write_text(json.dumps(full, indent=2, default=str) + "\n", encoding="utf-8")
+    return Partition(
+        job=str(manifest["job"]), as_of=datetime.fromisoformat(str(manifest["as_of"])), path=path, manifest=full
+    )
+
+
+def recover(path: Path) -> int:
+    """Tidy up after killed runs of this batch; return how many half-written folders went.
+
+    A run killed while it exchanged a published folder leaves the old one aside: it gets its name back. The caller
+    holds the claim on the batch, so no living process works in these folders.
+    """
+    for aside in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(path)
+    unfinished = list(path.parent.glob(f".{path.name}.*.tmp"))
+    for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(unfinished)
+
+
+def jobs(workspace: Workspace) -> list[str]:
+    """Return the names of all jobs that published something."""
+    if not workspace.published.is_dir():
+        return []
+    return sorted(folder.name for folder in workspace.published.iterdir() if any(folder.glob("as_of=*")))
+
+
+def partitions(workspace: Workspace, job: str, *, until: datetime | None = None) -> list[Partition]:
+    """Return the published batches of a job, oldest first, up to and including ``until`` (None = all).
+
+    Raises:
+        ArtifactError: see ``read_partition``.
+    """
+    folder = workspace.published / job
+    last = None if until is None else until.astimezone(UTC).strftime(_FORM)
+    names = sorted(path for path in folder.glob("as_of=*") if last is None or path.name <= last)
+    return [found for found in map(read_partition, names) if found is not None]
+
+
+def latest(workspace: Workspace, job: str) -> Partition | None:
+    """Return the newest published batch of a job, or None."""
+    names = sorted((workspace.published / job).glob("as_of=*"))
+    return read_partition(names[-1]) if names else None
+
+
+def events(workspace: Workspace, job: str, *, until: datetime | None = None) -> pl.DataFrame | None:
+    """Return every published event of a job once, in its latest version, by start; None when there is none.
+
+    Batches score overlapping spans, so a long event is published several times; ``event_id`` tells that it is the same.
+    ``first_as_of`` and ``last_as_of`` say which batches saw it.
+    """
+    found = []
+    for partition in partitions(workspace, job, until=until):
+        table = partition.table("events")
+        if table is not None and table.height:
+            found.append(table.with_columns(as_of=pl.lit(partition.as_of)))
+    if not found:
+        return None
+    history = pl.concat(found, how="diagonal_relaxed").sort("as_of", maintain_order=True)
+    seen = history.group_by("event_id").agg(first_as_of=pl.col("as_of").min(), last_as_of=pl.col("as_of").max())
+    newest = history.unique("event_id", keep="last", maintain_order=True).drop("as_of")
+    return newest.join(seen, on="event_id", how="left", maintain_order="left").sort("start", "event_id")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
