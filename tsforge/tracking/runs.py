@@ -358,6 +358,20 @@ class Tracker:
             )
         return str(found.experiment_id)
 
+    def experiment_id(self) -> str:
+        """Return the id of the experiment, created when it is new."""
+        return self._connect()
+
+    def ping(self) -> str:
+        """Return one line about the store after a real request to it.
+
+        Raises:
+            BackendError: it does not answer; the message says what to do.
+        """
+        if not self.enabled:
+            return "tracking is off"
+        return f"{redact(self.tracking_uri)}, experiment '{self.experiment}' ({self._connect()})"
+
     def mark_stale_runs(self) -> list[str]:
         """Close runs that say RUNNING although their process is gone (power cut, ``kill -9``); return their ids.
 
@@ -390,6 +404,23 @@ class Tracker:
         experiment_id = self._connect()
         found = self._client.search_runs([experiment_id], max_results=limit, order_by=["attributes.start_time DESC"])
         return [_record(run) for run in found]
+
+    def history(self, run_id: str) -> list[dict[str, Any]]:
+        """Return every logged number of a run as records ``epoch, name, value``, by name and epoch.
+
+        Raises:
+            BackendError: the store does not answer, or has no such run.
+        """
+        if not self.enabled:
+            return []
+        self._connect()
+        exceptions = import_mlflow().exceptions
+        try:
+            names = sorted(self._client.get_run(run_id).data.metrics)
+            points = [point for name in names for point in self._client.get_metric_history(run_id, name)]
+        except (exceptions.MlflowException, OSError) as error:
+            raise BackendError(f"the tracking store {redact(self.tracking_uri)}: {brief(error)}") from error
+        return [{"epoch": point.step, "name": point.key, "value": point.value} for point in points]
 
 
 def _record(run: Any) -> dict[str, Any]:
