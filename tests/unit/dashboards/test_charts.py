@@ -1,0 +1,116 @@
+"""Charts show what the tables say: every row, every band, every event."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import polars as pl
+import pytest
+
+from dashboards import charts
+
+START = datetime(2024, 1, 1)
+
+
+def times(count: int, first: int = 0) -> list[datetime]:
+    return [START + timedelta(hours=first + index) for index in range(count)]
+
+
+@pytest.fixture
+def forecast() -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "cutoff": [START + timedelta(hours=19)] * 4,
+            "step": [4, 3, 2, 1],  # unsorted on purpose
+            "time": times(4, 20)[::-1],
+            "mean": [4.0, 3.0, 2.0, 1.0],
+            "q0.05": [0.0] * 4,
+            "q0.25": [0.5] * 4,
+            "q0.75": [4.5] * 4,
+            "q0.95": [6.0] * 4,
+            "q0.5": [2.0] * 4,
+        }
+    )
+
+
+def test_quantile_pairs_are_symmetric_and_widest_first() -> None:
+    columns = ["mean", "q0.05", "q0.25", "q0.5", "q0.75", "q0.95", "q0.99"]
+    assert charts.quantile_pairs(columns) == [("q0.05", "q0.95", 0.9), ("q0.25", "q0.75", 0.5)]
+    assert charts.quantile_pairs(["mean", "q0.5"]) == []
+
+
+def test_fan_chart_draws_bands_history_forecast_and_truth(forecast: pl.DataFrame) -> None:
+    history = pl.DataFrame({"time": times(20), "value": [float(i) for i in range(20)]})
+    actual = pl.DataFrame({"time": times(4, 20), "value": [1.0, 2.0, 3.0, 9.0]})
+    figure = charts.fan_chart(history, forecast, actual=actual, variate="temp")
+    assert [trace.name for trace in figure.data] == [
+        "90% interval",
+        "50% interval",
+        "history",
+        "forecast",
+        "what happened",
+    ]
+    assert list(figure.data[3].y) == [1.0, 2.0, 3.0, 4.0]  # in time order
+    assert list(figure.data[0].y) == [6.0] * 4 + [0.0] * 4
+    assert figure.layout.yaxis.title.text == "temp"
+    assert figure.layout.shapes[0].x0 == START + timedelta(hours=19)
+
+
+def test_gaps_stay_gaps(forecast: pl.DataFrame) -> None:
+    history = pl.DataFrame({"time": times(3), "value": [1.0, None, 3.0]})
+    figure = charts.fan_chart(history, forecast)
+    assert list(next(trace for trace in figure.data if trace.name == "history").y) == [1.0, None, 3.0]
+    assert not any(trace.connectgaps for trace in figure.data)
+
+
+def test_components_have_a_panel_each() -> None:
+    table = pl.DataFrame(
+        {"time": times(2) * 3, "component": ["level"] * 2 + ["ar"] * 2 + ["season"] * 2, "value": [1.0] * 6}
+    )
+    figure = charts.components_chart(table)
+    assert [item.text for item in figure.layout.annotations] == ["level", "ar", "season"]
+
+
+def test_timeline_marks_every_event_even_of_one_step() -> None:
+    values = pl.DataFrame({"time": times(10), "value": [1.0] * 10})
+    scores = pl.DataFrame({"time": times(10), "score": [1.0] * 10, "threshold": [3.0] * 10})
+    events = pl.DataFrame(
+        {"event_id": ["a", "b"], "start": [times(10)[2], times(10)[5]], "end": [times(10)[2], times(10)[7]]}
+    )
+    figure = charts.anomaly_timeline(values, scores, events, variate="temp")
+    spans = {(shape.x0, shape.x1) for shape in figure.layout.shapes}
+    assert spans == {(times(10)[2], times(10)[2]), (times(10)[5], times(10)[7])}
+    assert all(shape.line.width > 0 for shape in figure.layout.shapes)
+    assert figure.layout.yaxis2.type is None
+
+
+def test_timeline_of_an_extreme_score_is_logarithmic() -> None:
+    scores = pl.DataFrame({"time": times(5), "score": [1.0, 1.0, 900.0, None, 1.0], "threshold": [3.0] * 5})
+    values = pl.DataFrame({"time": times(5), "value": [1.0] * 5})
+    events = pl.DataFrame(schema={"event_id": pl.String, "start": pl.Datetime, "end": pl.Datetime})
+    assert charts.anomaly_timeline(values, scores, events).layout.yaxis2.type == "log"
+
+
+def test_attribution_and_leaderboard_put_the_first_on_top() -> None:
+    bars = charts.attribution_chart(
+        [{"variate": "a", "contribution": 1.0}, {"variate": "b", "contribution": 9.0}]
+    ).data[0]
+    assert (bars.y[-1], bars.x[-1]) == ("b", 9.0)
+    board = charts.leaderboard_chart(pl.DataFrame({"model": ["x", "y", "z"], "mae": [2.0, 1.0, None]}), metric="mae")
+    assert list(board.data[0].y) == ["x", "y"]
+
+
+def test_error_by_step_and_history_have_a_line_a_name() -> None:
+    table = pl.DataFrame({"model": ["m", "m", "n"], "step": [2, 1, 1], "mae": [0.2, 0.1, 0.5]})
+    figure = charts.error_by_step(table, metric="mae")
+    assert {trace.name: list(trace.y) for trace in figure.data} == {"m": [0.1, 0.2], "n": [0.5]}
+    curves = charts.history_chart(pl.DataFrame({"epoch": [1, 0], "name": ["loss"] * 2, "value": [0.1, 0.2]}))
+    assert list(curves.data[0].y) == [0.2, 0.1]
+
+
+def test_missing_cells_are_placed_by_series_and_column() -> None:
+    report = pl.DataFrame({"series_id": ["s", "s", "t"], "column": ["a", "b", "a"], "null_share": [0.1, 0.2, 0.3]})
+    heat = charts.null_share_chart(report).data[0]
+    assert list(heat.x) == ["a", "b"]
+    assert list(heat.y) == ["s", "t"]
+    assert [list(row) for row in heat.z] == [[0.1, 0.2], [0.3, None]]
