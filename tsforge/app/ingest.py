@@ -1,0 +1,271 @@
+"""Ingest: read a source, check it, bring it into the store; and read stored data back the way models want it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import polars as pl
+
+from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, run_checks
+from tsforge.core.config import Config, validate
+from tsforge.core.errors import BackendError, DataError, listing, nearest
+from tsforge.core.logs import get_logger, log_event
+from tsforge.core.workspace import Workspace
+from tsforge.data.calendar import CalendarConfig, add_calendar
+from tsforge.data.cleaning import Dataset, read_dataset
+from tsforge.data.config import DataConfig
+from tsforge.data.findings import IngestReport
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import TimeLike
+from tsforge.data.schema import SeriesSchema
+from tsforge.data.store import SeriesStore
+from tsforge.data.store_records import BatchRecord
+
+_LOG = get_logger(__name__)
+
+
+class IngestConfig(Config):
+    """What to ingest and what it must satisfy."""
+
+    data: DataConfig
+    checks: tuple[CheckConfig, ...] = (NonEmptyCheck(),)
+    """A failed check of severity ``block`` keeps the whole batch out of the store."""
+    as_of: datetime | None = None
+    """Moment the checks count ages back from; None = now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestResult:
+    """What an ingestion did.
+
+    Attributes:
+        record: the batch as the store holds it.
+        report: what reading did to the rows.
+        checks: results of the checks, all of the blocking ones passed.
+        seconds: wall time.
+    """
+
+    record: BatchRecord
+    report: IngestReport
+    checks: tuple[CheckResult, ...]
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Return the facts of the batch for a terminal or a log."""
+        record = self.record
+        return {
+            "dataset": record.dataset,
+            "batch": record.id,
+            "source": record.source,
+            "rows_in": record.rows_in,
+            "rows_new": record.rows_new,
+            "rows_changed": record.rows_changed,
+            "rows_unchanged": record.rows_unchanged,
+            "rows_refused": record.rows_refused,
+            "warnings": [check.message for check in self.checks if not check.passed],
+            "fingerprint": record.fingerprint,
+            "seconds": round(self.seconds, 2),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one record per flaw that was found and what was done about it."""
+        return [
+            {"done": item.kind, "count": item.count, "what": item.what, "examples": listing(item.examples, 3)}
+            for item in self.report.findings
+        ]
+
+
+def ingest(config: IngestConfig, workspace: Workspace, *, progress: bool = False) -> IngestResult:
+    """Read, check and store one batch, and return what it did; running it again changes nothing.
+
+    Every attempt leaves a batch record, a refused one with the reason.
+
+    Args:
+        config: the dataset and its checks.
+        workspace: whose store to write.
+        progress: show the step at work on standard error.
+
+    Raises:
+        DataError: the source is unreadable or a blocking check failed; nothing was stored.
+        BackendError: the database or disk did not do its part; nothing was stored.
+    """
+    started = datetime.now(UTC)
+    name = config.data.name
+    with closing(SeriesStore(workspace.database_url)) as store, _steps(progress) as step:
+        step(f"reading {name}")
+        dataset = _read(config.data, store)
+        step(f"checking {name}")
+        checks = _check(config, dataset, store, config.as_of or started)
+        step(f"storing {dataset.report.rows_out} rows of {name}")
+        record = store.write(
+            name,
+            dataset.frame,
+            report=dataset.report,
+            config=config.data.model_dump(mode="json"),
+            nulls=config.data.nulls,
+            labels=dataset.labels,
+        )
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    result = IngestResult(record=record, report=dataset.report, checks=checks, seconds=seconds)
+    for finding in dataset.report.findings:
+        log_event(_LOG, str(finding), dataset=name)
+    facts = {key: value for key, value in result.summary().items() if key != "warnings"}
+    log_event(_LOG, "ingested", **facts)
+    return result
+
+
+@contextmanager
+def _steps(progress: bool) -> Iterator[Any]:
+    """Yield a function that shows the step at work, or does nothing."""
+    if not progress:
+        with nullcontext():
+            yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield status.update
+
+
+def _read(data: DataConfig, store: SeriesStore) -> Dataset:
+    try:
+        return read_dataset(data)
+    except (DataError, BackendError) as error:
+        _record_refusal(store, data.name, IngestReport(f"{data.source.kind} source"), error)
+        raise
+
+
+def _record_refusal(store: SeriesStore, name: str, report: IngestReport, error: Exception) -> None:
+    try:
+        record = store.record_refusal(name, report, str(error))
+    except BackendError as second:  # the first error is the one to hear about
+        _LOG.warning("the refused batch could not be recorded: %s", second)
+        return
+    log_event(_LOG, "refused", dataset=name, batch=record.id)
+
+
+def _check(config: IngestConfig, dataset: Dataset, store: SeriesStore, as_of: datetime) -> tuple[CheckResult, ...]:
+    checks = config.checks
+    if dataset.frame.schema.has_integer_time:
+        timed = [check.kind for check in checks if check.kind not in ("non_empty", "schema", "frequency")]
+        if timed:
+            raise DataError(f"dataset '{config.data.name}' has integer time; remove the check(s) {listing(timed)}")
+    moment = as_of if as_of.tzinfo else as_of.replace(tzinfo=UTC)
+    results = tuple(run_checks(dataset.frame, checks, moment))
+    blocked = [
+        f"{result.kind}: {result.message}" for result in results if not result.passed and result.severity == "block"
+    ]
+    for result in results:
+        if not result.passed and result.severity == "warn":
+            _LOG.warning("check %s: %s", result.kind, result.message)
+    if blocked:
+        error = DataError(
+            f"dataset '{config.data.name}': {len(blocked)} blocking check(s) failed ({listing(blocked, 3)}); nothing "
+            "was stored, repair the source or change the checks"
+        )
+        _record_refusal(store, config.data.name, dataset.report, error)
+        raise error
+    return results
+
+
+def load_dataset(
+    workspace: Workspace,
+    data: str | DataConfig,
+    *,
+    series: Sequence[str] | None = None,
+    start: TimeLike | None = None,
+    end: TimeLike | None = None,
+    masked: bool = False,
+) -> SeriesFrame:
+    """Return stored data with its calendar features, values outside the valid range still visible.
+
+    Args:
+        workspace: whose store to read.
+        data: name of the dataset, then its stored settings hold; or a config, whose roles, ranges and calendar hold.
+        series, start, end: only these series and this span, both ends included.
+        masked: hide values outside ``valid_range``, as for training (see ``mask_invalid``).
+
+    Raises:
+        DataError: the dataset, a series or a column is not in the store; the message says what to run.
+        BackendError: the database did not answer.
+    """
+    name = data if isinstance(data, str) else data.name
+    with closing(SeriesStore(workspace.database_url)) as store:
+        frame = store.read(name, series=series, start=start, end=end)
+        stored = store.config(name)
+    if isinstance(data, str):
+        settings: Mapping[str, Any] = stored
+        calendar = validate(CalendarConfig, stored.get("calendar", {}), where=f"dataset {name}.calendar")
+    else:
+        settings, calendar = data.model_dump(mode="json"), data.calendar
+        frame = _with_roles(frame, data)
+    frame = add_calendar(frame, calendar)
+    return _masked(frame, settings, name) if masked else frame
+
+
+def _with_roles(frame: SeriesFrame, data: DataConfig) -> SeriesFrame:
+    """Return the frame with the roles a config states; without stated targets the stored roles hold."""
+    if not data.targets:
+        return frame
+    stored = frame.schema
+    wanted = SeriesSchema(
+        targets=data.targets, past=data.past, known=data.known, static=data.static, freq=data.freq or stored.freq
+    )
+    if wanted == stored:
+        return frame
+    known = (*stored.columns, *stored.static)
+    missing = [name for name in (*wanted.columns, *wanted.static) if name not in known]
+    if missing:
+        raise DataError(
+            f"dataset '{data.name}' holds no column {listing(map(repr, missing))}{nearest(missing[0], known)} "
+            f"(it has {listing(known, 20)}); ingest it with that column first"
+        )
+    if wanted.freq != stored.freq:
+        raise DataError(f"dataset '{data.name}' is stored with freq {stored.freq}, the config says {wanted.freq}")
+    return SeriesFrame(frame.table, wanted, frame.static, require_targets=False)
+
+
+def mask_invalid(frame: SeriesFrame, data: str | DataConfig, workspace: Workspace | None = None) -> SeriesFrame:
+    """Return the frame with values outside the dataset's ``valid_range`` hidden; the counts are logged.
+
+    Args:
+        frame: rows of the dataset.
+        data: its config, or its name, for which ``workspace`` is needed.
+        workspace: whose store knows the settings of a named dataset.
+
+    Raises:
+        DataError: the named dataset is not in the store.
+    """
+    if not isinstance(data, str):
+        return _masked(frame, data.model_dump(mode="json"), data.name)
+    with closing(SeriesStore((workspace or Workspace.open()).database_url)) as store:
+        return _masked(frame, store.config(data), data)
+
+
+def _masked(frame: SeriesFrame, settings: Mapping[str, Any], name: str) -> SeriesFrame:
+    ranges = {
+        column: (low, high)
+        for column, (low, high) in dict(settings.get("valid_range", {})).items()
+        if column in frame.schema.columns
+    }
+    if not ranges:
+        return frame
+    masked, counts = frame.mask_outside(ranges)
+    hidden = {column: count for column, count in counts.items() if count}
+    if hidden:
+        log_event(_LOG, "values outside their valid range hidden", dataset=name, **hidden)
+    return masked
+
+
+def max_age(settings: Mapping[str, Any]) -> timedelta | None:
+    """Return the ``max_age`` of a dataset's stored settings, or None where none is stated."""
+    text = settings.get("max_age")
+    if not text:
+        return None
+    start = datetime(2000, 1, 1)
+    end: datetime = pl.select(pl.lit(start).dt.offset_by(text)).item()
+    return end - start
