@@ -98,21 +98,20 @@ def precision_matrix(weight: Tensor, length: int) -> Tensor:
     return first @ first.T - second @ second.T
 
 
-def conditional_fill(weight: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def conditional_fill(precision: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Return ``values`` [R, L] with every gap replaced by its expectation given the observed values of the same row.
 
     Feeding the result to any linear forecaster of the process gives its exact conditional forecast, because the
     expectation of a linear function is the function of the expectation.
 
     Args:
-        weight: [p] stationary coefficients, lag 1 first, p at most L; p = 0 fills with 0, the mean.
+        precision: [L, L] inverse covariance of a row up to a factor, from ``precision_matrix``.
         values: deviations from the mean, anything where not observed.
         mask: [R, L] bool.
     """
     clean = torch.where(mask, values.to(torch.float64), 0.0)
-    if bool(mask.all()) or not weight.numel():
+    if bool(mask.all()):
         return clean.to(values.dtype)
-    precision = precision_matrix(weight.to(torch.float64), values.shape[1])
     missing = ~mask
     counts = missing.sum(1)
     pull = clean @ precision  # [R, L]; at a gap: the pull of the observed values on it
@@ -132,7 +131,11 @@ def conditional_fill(weight: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         inner = torch.where(real[:, :, None] & real[:, None, :], inner, 0.0)
         inner = inner + torch.diag_embed((~real).to(torch.float64))
         right = torch.where(real, -pull[block[:, None], place], 0.0)
-        solved = torch.cholesky_solve(right[..., None], torch.linalg.cholesky(inner))[..., 0]
+        factor, info = torch.linalg.cholesky_ex(inner)
+        if bool((info == 0).all()):
+            solved = torch.cholesky_solve(right[..., None], factor)[..., 0]
+        else:  # a root within rounding of the unit circle
+            solved = torch.linalg.solve(inner, right)
         clean[block[:, None].expand_as(place)[real], place[real]] = solved[real]
         start = stop
     return clean.to(values.dtype)

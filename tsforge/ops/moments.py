@@ -10,9 +10,10 @@ Legend: n rows of a series, m = n - D + 1 windows, D window width, T targets, p 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from scipy.fft import next_fast_len
@@ -91,6 +92,68 @@ def cross_moments(left: Tensor, right: Tensor, rows: int, left_width: int, right
     return result
 
 
+class Channel(NamedTuple):
+    """One run of columns of a window: ``width`` consecutive rows of a series, beginning ``start`` rows into the window.
+
+    Shapes:
+        values [N], mask [N] bool or None when nothing is missing; all series one after another.
+    """
+
+    values: Tensor
+    width: int
+    start: int = 0
+    mask: Tensor | None = None
+
+
+def channel_moments(channels: Sequence[Channel], runs: Sequence[tuple[int, int]], span: int) -> WindowMoments:
+    """Return the moments of windows whose columns are the channels side by side; no window crosses the end of a run.
+
+    Args:
+        channels: what a window holds; ``start + width`` of each is at most ``span``.
+        runs: [start, stop) rows without gaps (``observed_runs``); shorter ones than ``span`` add nothing.
+        span: rows a window covers.
+
+    Raises:
+        ModelError: no run is long enough.
+    """
+    total: WindowMoments | None = None
+    for first, last in runs:
+        if last - first >= span:
+            parts = [channel.values[first + channel.start : last].to(torch.float64) for channel in channels]
+            moments = _run_moments(channels, parts, last - first - span + 1)
+            total = moments if total is None else total + moments
+    if total is None:
+        raise ModelError(
+            f"no gap-free stretch of the training span has {span} rows (context plus horizon); "
+            "use shorter windows or more data"
+        )
+    return total
+
+
+def _run_moments(channels: Sequence[Channel], parts: Sequence[Tensor], rows: int) -> WindowMoments:
+    """Return the moments of the ``rows`` windows of one run; each part begins where its channel's first column does."""
+
+    def block(i: int, j: int) -> Tensor:
+        return cross_moments(parts[i], parts[j], rows, channels[i].width, channels[j].width)
+
+    sums = []
+    for channel, part in zip(channels, parts, strict=True):
+        cumulative = torch.cat([part.new_zeros(1), part[: rows + channel.width - 1].cumsum(0)])
+        sums.append(cumulative[rows:] - cumulative[: channel.width])
+    return WindowMoments(_blocks(channels, block), torch.cat(sums), float(rows))
+
+
+def _blocks(channels: Sequence[Channel], block: Callable[[int, int], Tensor]) -> Tensor:
+    """Return the symmetric matrix whose block (i, j), i <= j, is ``block(i, j)``."""
+    upper = {(i, j): block(i, j) for i in range(len(channels)) for j in range(i, len(channels))}
+    return torch.cat(
+        [
+            torch.cat([upper[i, j] if i <= j else upper[j, i].T for j in range(len(channels))], dim=1)
+            for i in range(len(channels))
+        ]
+    )
+
+
 def window_moments(segments: Iterable[Tensor], width: int) -> WindowMoments:
     """Return the moments of every window of ``width`` rows inside each segment; no window crosses a seam.
 
@@ -100,22 +163,10 @@ def window_moments(segments: Iterable[Tensor], width: int) -> WindowMoments:
     Raises:
         ModelError: no segment is long enough.
     """
-    total: WindowMoments | None = None
-    for segment in segments:
-        rows = segment.numel() - width + 1
-        if rows < 1:
-            continue
-        values = segment.to(torch.float64)
-        cumulative = torch.cat([values.new_zeros(1), values.cumsum(0)])
-        sums = cumulative[rows : rows + width] - cumulative[:width]
-        part = WindowMoments(cross_moments(values, values, rows, width, width), sums, float(rows))
-        total = part if total is None else total + part
-    if total is None:
-        raise ModelError(
-            f"no gap-free stretch of the training span has {width} rows (context plus horizon); "
-            "use shorter windows or more data"
-        )
-    return total
+    parts = list(segments)
+    ends = [0, *accumulate(part.numel() for part in parts)]
+    values = torch.cat(parts) if parts else torch.zeros(0)
+    return channel_moments([Channel(values, width)], list(pairwise(ends)), width)
 
 
 def window_moments_reference(segments: Iterable[Tensor], width: int) -> WindowMoments:
@@ -141,42 +192,60 @@ def observed_runs(mask: Tensor, bounds: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def pairwise_moments(values: Tensor, mask: Tensor, bounds: Sequence[int], width: int) -> WindowMoments:
+def pairwise_moments(channels: Sequence[Channel], bounds: Sequence[int], span: int) -> WindowMoments:
     """Return window moments from every observed pair, for data with too many gaps for whole windows.
 
     Each entry is the mean product of the pairs seen at that place, shrunk towards its mean over the diagonal (a
     stationary series has equal diagonals) by the missing share, then eigenvalues are clipped at a small positive value,
-    because pairwise moments need not be a covariance. ``values`` must be centred; ``sums`` come back as 0.
-
-    Shapes:
-        values [N] (anything where not observed), mask [N] bool, bounds as in ``observed_runs``.
+    because pairwise moments need not be a covariance. Values must be centred; ``sums`` come back as 0, and ``rows`` is
+    the smallest number of pairs behind an entry.
 
     Raises:
-        ModelError: no series has ``width`` rows, or a lag was never seen twice.
+        ModelError: no series has ``span`` rows, or a pair of columns was never seen together.
     """
-    clean = torch.where(mask, values.to(torch.float64), 0.0)
-    seen = mask.to(torch.float64)
-    products, counts = clean.new_zeros(width, width), clean.new_zeros(width, width)
-    for start, stop in pairwise(bounds):
-        rows = stop - start - width + 1
-        if rows >= 1:
-            products += cross_moments(clean[start:stop], clean[start:stop], rows, width, width)
-            counts += cross_moments(seen[start:stop], seen[start:stop], rows, width, width).round()
-    by_lag = torch.stack([products.diagonal(lag).sum() for lag in range(width)])
-    pairs = torch.stack([counts.diagonal(lag).sum() for lag in range(width)])
-    if not bool((pairs > 0).all()):
-        missing = int((pairs <= 0).sum())
-        raise ModelError(f"{missing} of {width} lags have no observed pair in the training span; use shorter windows")
-    lag_mean = by_lag / pairs
-    place = torch.arange(width, device=clean.device)
-    toeplitz = lag_mean[(place[:, None] - place[None, :]).abs()]
-    own = torch.where(counts > 0, products / counts.clamp(min=1.0), toeplitz)
-    shrink = 1.0 - float(seen.mean())
-    mixed = (1.0 - shrink) * own + shrink * toeplitz
+    seen = [torch.ones_like(c.values, dtype=torch.bool) if c.mask is None else c.mask for c in channels]
+    clean = [torch.where(mask, c.values.to(torch.float64), 0.0) for c, mask in zip(channels, seen, strict=True)]
+    counted = [mask.to(torch.float64) for mask in seen]
+    fits = [(first, last) for first, last in pairwise(bounds) if last - first >= span]
+    if not fits:
+        raise ModelError(f"no series of the training span has {span} rows (context plus horizon); use shorter windows")
+    fewest: list[float] = []
+
+    def block(i: int, j: int) -> Tensor:
+        left, right = channels[i], channels[j]
+        products = torch.zeros(left.width, right.width, dtype=torch.float64, device=left.values.device)
+        counts = torch.zeros_like(products)
+        for first, last in fits:
+            rows = last - first - span + 1
+            a, b = slice(first + left.start, last), slice(first + right.start, last)
+            products += cross_moments(clean[i][a], clean[j][b], rows, left.width, right.width)
+            counts += cross_moments(counted[i][a], counted[j][b], rows, left.width, right.width).round()
+        shrink = 1.0 - min(float(counted[i].mean()), float(counted[j].mean()))
+        fewest.append(float(counts[counts > 0].min()) if bool((counts > 0).any()) else 0.0)
+        return _shrunk_means(products, counts, shrink)
+
+    mixed = _blocks(channels, block)
     eigenvalues, vectors = torch.linalg.eigh(0.5 * (mixed + mixed.T))
     clipped = eigenvalues.clamp(min=1e-6 * float(eigenvalues[-1].clamp(min=1e-12)))
-    rows_seen = float(counts[counts > 0].min())
-    return WindowMoments((vectors * clipped) @ vectors.T * rows_seen, clean.new_zeros(width), rows_seen)
+    rows_seen = min(fewest)
+    gram = (vectors * clipped) @ vectors.T * rows_seen
+    return WindowMoments(gram, gram.new_zeros(len(gram)), rows_seen)
+
+
+def _shrunk_means(products: Tensor, counts: Tensor, shrink: float) -> Tensor:
+    """Return mean products, drawn towards their diagonal's mean by ``shrink``; an unseen entry takes that mean."""
+    rows, columns = products.shape
+    place = torch.arange(columns, device=products.device)[None, :] - torch.arange(rows, device=products.device)[:, None]
+    place = place + rows - 1  # 0 .. rows + columns - 2, one value a diagonal
+    size = rows + columns - 1
+    totals = products.new_zeros(size).index_add_(0, place.flatten(), products.flatten())
+    pairs = products.new_zeros(size).index_add_(0, place.flatten(), counts.flatten())
+    if not bool((pairs > 0).all()):
+        missing = int((pairs <= 0).sum())
+        raise ModelError(f"{missing} of {size} lags have no observed pair in the training span; use shorter windows")
+    toeplitz = (totals / pairs)[place]
+    own = torch.where(counts > 0, products / counts.clamp(min=1.0), toeplitz)
+    return (1.0 - shrink) * own + shrink * toeplitz
 
 
 def solve_gram(gram: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,14 +104,18 @@ def _shrink(rho: Array, threshold: Array, group: bool) -> Array:
     return rho * (max(norm - limit, 0.0) / norm) if norm > 0.0 else rho
 
 
-def _descend(moments: Moments, theta: Array, threshold: Array, *, group: bool, max_sweeps: int = 200) -> Array:
-    """Return the minimiser of ``mse + 2 sum threshold |theta|`` by coordinate descent with active sets."""
+def _descend(moments: Moments, theta: Array, threshold: Array, *, group: bool, max_sweeps: int = 40) -> Array:
+    """Return the minimiser of ``mse + 2 sum threshold |theta|`` by coordinate descent with active sets.
+
+    Every few sweeps the active coefficients are solved for exactly with their signs held, which replaces the slow tail
+    of coordinate descent on correlated lags. Stopping early is harmless: every step lowers the bound.
+    """
     theta = theta.copy()
     gram, diagonal = moments.gram, np.maximum(moments.gram.diagonal(), 1e-300)
     residual = moments.cross - theta @ gram  # [T, p]
-    tolerance = 1e-7 * float(np.sqrt(moments.power.max(initial=1e-300)))
+    tolerance = 1e-6 * float(np.sqrt(moments.power.max(initial=1e-300)))
     scale = np.sqrt(diagonal)
-    for _ in range(max_sweeps):
+    for sweep in range(max_sweeps):
         rho = residual + diagonal * theta
         touched = (theta != 0.0) | (np.abs(rho) > threshold)
         largest = 0.0
@@ -126,7 +130,25 @@ def _descend(moments: Moments, theta: Array, threshold: Array, *, group: bool, m
                 largest = max(largest, biggest * float(scale[index]))
         if largest < tolerance:
             break
+        if not group and sweep % 4 == 3:
+            theta = _solve_active(moments, theta, threshold)
+            residual = moments.cross - theta @ gram
     return theta
+
+
+def _solve_active(moments: Moments, theta: Array, threshold: Array) -> Array:
+    """Return the exact minimiser over each target's non-zero coefficients, where it keeps all their signs."""
+    moved = theta.copy()
+    for target in range(theta.shape[0]):
+        support = np.flatnonzero(theta[target])
+        if not len(support):
+            continue
+        signs = np.sign(theta[target, support])
+        right = moments.cross[target, support] - threshold[target, support] * signs
+        solution, _ = _solve(moments.gram[np.ix_(support, support)], right)
+        if np.array_equal(np.sign(solution), signs):
+            moved[target, support] = solution
+    return moved
 
 
 def reweighted_l1(

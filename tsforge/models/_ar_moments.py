@@ -1,0 +1,153 @@
+"""Moments of lag windows of a training span: what every closed-form linear model here is fitted from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tsforge.ops.moments import Channel, WindowMoments, channel_moments, observed_runs, pairwise_moments
+
+MissingRule = Literal["auto", "windows", "pairs"]
+_CHUNK_VALUES = 4_000_000
+
+
+@dataclass(frozen=True)
+class LagLayout:
+    """Columns of one training window: own lags, lags of each past covariate, then the steps to be predicted.
+
+    Attributes:
+        lags: p own lags.
+        horizon: steps predicted by the fit (1 for a recursive model).
+        covariate_lags: q lags of each past covariate.
+        num_past: P past covariates.
+    """
+
+    lags: int
+    horizon: int
+    covariate_lags: int = 0
+    num_past: int = 0
+
+    @property
+    def reach(self) -> int:
+        """Rows before the origin that a window needs."""
+        return max(self.lags, self.covariate_lags if self.num_past else 0)
+
+    @property
+    def span(self) -> int:
+        """Rows a window covers."""
+        return self.reach + self.horizon
+
+    @property
+    def features(self) -> Tensor:
+        """Columns of the inputs: own lags newest first, then each covariate's lags newest first."""
+        own = torch.arange(self.lags - 1, -1, -1)
+        base = self.lags + self.horizon
+        newest_first = torch.arange(self.covariate_lags - 1, -1, -1)
+        return torch.cat([own, *(base + j * self.covariate_lags + newest_first for j in range(self.num_past))])
+
+    @property
+    def targets(self) -> Tensor:
+        """Columns of the steps to be predicted."""
+        return torch.arange(self.lags, self.lags + self.horizon)
+
+    def channels(self, values: Tensor, mask: Tensor, past: Tensor | None) -> list[Channel]:
+        """Return the columns as channels of one variate's values [N] and the past covariates [N, P]."""
+        own = Channel(values, self.lags + self.horizon, self.reach - self.lags, mask)
+        if past is None or not self.num_past:
+            return [own]
+        start = self.reach - self.covariate_lags
+        return [own, *(Channel(past[:, j], self.covariate_lags, start) for j in range(self.num_past))]
+
+
+def lag_moments(
+    layout: LagLayout,
+    values: Tensor,
+    mask: Tensor,
+    bounds: Sequence[int],
+    *,
+    past: Tensor | None = None,
+    missing: MissingRule = "auto",
+    uses_scale: bool = False,
+) -> tuple[WindowMoments, bool]:
+    """Return moments summed over variates and series, and whether observed pairs (not whole windows) were used.
+
+    Whole windows are exact least squares on every gap-free window. With ``"auto"``, pairs take over when gaps leave
+    less than half of the windows whole and fewer than ten of them a column. ``uses_scale`` appends one more column,
+    the standard deviation of the context.
+
+    Shapes:
+        values [N, V] centred, mask [N, V], bounds [num_series + 1] rows, past [N, P].
+
+    Raises:
+        ModelError: the span holds no window.
+    """
+    total: WindowMoments | None = None
+    used_pairs = False
+    for variate in range(values.shape[1]):
+        seen = mask[:, variate]
+        if not bool(seen.any()):
+            continue
+        channels = layout.channels(values[:, variate], seen, past)
+        if uses_scale:
+            channels.append(window_scale(values[:, variate], seen, layout.lags))
+        runs = observed_runs(seen, bounds)
+        pairs = missing == "pairs" or (missing == "auto" and _too_few(layout, channels, runs, bounds))
+        moments = (
+            pairwise_moments(channels, bounds, layout.span) if pairs else channel_moments(channels, runs, layout.span)
+        )
+        used_pairs = used_pairs or pairs
+        total = moments if total is None else total + moments
+    if total is None:  # nothing observed at all: say so the way an empty span does
+        return channel_moments([Channel(values[:, 0], layout.span)], [], layout.span), False
+    return total, used_pairs
+
+
+def window_scale(values: Tensor, mask: Tensor, length: int) -> Channel:
+    """Return the standard deviation of the observed values among the ``length`` rows from each row on, as a channel.
+
+    Two cumulative sums give it for every window at once. Windows without two observations do not count as observed.
+    """
+    clean = torch.where(mask, values.double(), 0.0)
+    sums = [torch.cat([clean.new_zeros(1), part.cumsum(0)]) for part in (mask.double(), clean, clean.square())]
+    start = torch.arange(len(values), device=values.device)
+    stop = (start + length).clamp(max=len(values))
+    count, total, square = (part[stop] - part[start] for part in sums)
+    variance = square / count.clamp(min=1.0) - (total / count.clamp(min=1.0)).square()
+    return Channel(variance.clamp(min=0.0).sqrt(), 1, 0, count > 1)
+
+
+def _too_few(
+    layout: LagLayout, channels: Sequence[Channel], runs: Sequence[tuple[int, int]], bounds: Sequence[int]
+) -> bool:
+    def count(spans: Sequence[tuple[int, int]]) -> int:
+        return sum(max(last - first - layout.span + 1, 0) for first, last in spans)
+
+    whole = count(runs)
+    possible = count(list(pairwise(bounds)))
+    width = sum(channel.width for channel in channels)
+    return possible > 0 and whole < 0.5 * possible and whole < 10 * width
+
+
+def explicit_windows(
+    layout: LagLayout, values: Tensor, mask: Tensor, bounds: Sequence[int], past: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (features [c, p + P q], targets [c, H]) of every gap-free window in chunks, ordered as in ``LagLayout``."""
+    for variate in range(values.shape[1]):
+        channels = layout.channels(values[:, variate], mask[:, variate], past)
+        for first, last in observed_runs(mask[:, variate], bounds):
+            rows = last - first - layout.span + 1
+            if rows < 1:
+                continue
+            views = [
+                channel.values[first + channel.start : last].double().unfold(0, channel.width, 1)[:rows]
+                for channel in channels
+            ]
+            step = max(_CHUNK_VALUES // sum(channel.width for channel in channels), 1)
+            for start in range(0, rows, step):
+                window = torch.cat([view[start : start + step] for view in views], dim=1)
+                yield window[:, layout.features], window[:, layout.targets]

@@ -1,0 +1,249 @@
+"""Linear: one matrix from the context to the horizon, fitted in closed form from window moments.
+
+The model class of Linear, NLinear and OLS/ridge forecasters: remove nothing, the window mean or the last value from
+the context, multiply, add it back. Toner and Darlow (2024) show that the linear forecasters of the literature differ
+only in such features, and that the closed form beats their SGD fits in most settings. ``offset: window_scale`` is their
+OLS+IN, whose extra input is the standard deviation of the context in place of an intercept.
+
+Deviations: the extra input is penalised like any other weight only where ``ridge`` is set; their fixed 1e-5 "for
+stability" is replaced by resolving the one direction without variance exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
+from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.core.config import tunable
+from tsforge.core.errors import ConfigError
+from tsforge.models._ar_gaps import GapFiller
+from tsforge.models._ar_moments import LagLayout, MissingRule, explicit_windows, lag_moments
+from tsforge.models._ar_windows import residual_scale, series_bounds
+from tsforge.models.registry import register
+from tsforge.ops.moments import LeastSquares, WindowMoments, least_squares
+
+_GAP_ORDER = 168  # lags of the autoregression that fills gaps: a week of hours, cheap at any context length
+
+Removal = Literal["none", "window_mean", "last"]
+Offset = Literal["none", "constant", "window_scale"]
+
+
+class LinearConfig(ModelConfig):
+    """Settings of the linear forecaster."""
+
+    name: Literal["linear"] = "linear"
+    weights: Literal["shared", "per_variate"] = tunable("shared", choices=["shared", "per_variate"])
+    """One matrix for all variates, or one for each."""
+    remove: Removal = tunable("window_mean", choices=["none", "window_mean", "last"])
+    """What is subtracted from each context and added back: ``last`` is NLinear."""
+    ridge: float = tunable(100.0, low=1e-2, high=1e6, log=True, ge=0.0)
+    """Added to the diagonal of X'X summed over all windows (and variates when shared), scikit-learn's alpha."""
+    offset: Literal["auto"] | Offset = "auto"
+    """What a step adds besides the lags: nothing, a constant, or a multiple of the context's standard deviation.
+    Auto: a constant where nothing is removed, else nothing (it would continue the mean drift of the training span)."""
+    solver: Literal["closed_form", "sgd"] = "closed_form"
+    missing: MissingRule = "auto"
+    """Training gaps: use whole windows only, or every observed pair; auto takes windows while enough are whole."""
+
+    @property
+    def fitted_offset(self) -> Offset:
+        """The offset in use."""
+        if self.offset == "auto":
+            return "constant" if self.remove == "none" else "none"
+        return self.offset
+
+    def model_post_init(self, context: object, /) -> None:
+        """Refuse settings without effect."""
+        if self.solver == "sgd" and "ridge" in self.model_fields_set:
+            raise ConfigError("model.ridge has no effect with solver 'sgd'; use train.weight_decay")
+
+
+def remove_level(moments: WindowMoments, columns: int, length: int, remove: Removal) -> WindowMoments:
+    """Return the moments after subtracting the level of the context from the first ``columns`` columns.
+
+    Subtracting a linear function of the context is linear in the window, so no window needs to be seen again. The
+    centred context has one direction without variance; it gets the mean variance, which changes no forecast and makes
+    the fit unique.
+    """
+    if remove == "none":
+        return moments
+    level, moved = torch.zeros_like(moments.sums), torch.zeros_like(moments.sums)
+    moved[:columns] = 1.0
+    if remove == "window_mean":
+        level[:length] = 1.0 / length
+    else:
+        level[length - 1] = 1.0
+    cross = moments.gram @ level  # [D]
+    gram = moments.gram - torch.outer(moved, cross) - torch.outer(cross, moved)
+    gram = gram + (level @ cross) * torch.outer(moved, moved)
+    null = level / level.norm()
+    gram = gram + gram.diagonal()[:length].mean() * torch.outer(null, null)
+    return WindowMoments(gram, moments.sums - (level @ moments.sums) * moved, moments.rows)
+
+
+def fit_moments(moments: WindowMoments, layout: LagLayout, config: LinearConfig) -> tuple[LeastSquares, Tensor]:
+    """Return the forecaster that fits the windows best, and its offset weights [H] (of 1, or of the context's scale).
+
+    ``weight`` of the fit has its columns oldest first. With ``offset: window_scale`` the moments hold one more column.
+    """
+    length, columns = layout.lags, layout.lags + layout.horizon
+    centred = remove_level(moments, columns, length, config.remove)
+    features = torch.arange(length)
+    if config.fitted_offset == "window_scale":
+        features = torch.cat([features, torch.tensor([columns])])
+    fit = least_squares(
+        centred, features, layout.targets, ridge=config.ridge, intercept=config.fitted_offset == "constant"
+    )
+    if config.fitted_offset != "window_scale":
+        return fit, fit.bias
+    return replace(fit, weight=fit.weight[:, :-1].contiguous()), fit.weight[:, -1]
+
+
+def fit_windows_reference(context: Tensor, target: Tensor, config: LinearConfig) -> tuple[Tensor, Tensor]:
+    """Return weight [H, L] and offset weights [H] fitted on explicit windows [m, L] and [m, H] (slow, for tests)."""
+    level = {
+        "none": torch.zeros_like(context[:, :1]),
+        "window_mean": context.mean(1, keepdim=True),
+        "last": context[:, -1:],
+    }[config.remove]
+    inputs, outputs = context - level, target - level
+    penalty = torch.full((context.shape[1],), config.ridge, dtype=inputs.dtype)
+    if config.fitted_offset == "constant":
+        inputs, penalty = torch.cat([inputs, torch.ones_like(level)], 1), torch.cat([penalty, penalty.new_zeros(1)])
+    elif config.fitted_offset == "window_scale":
+        scale = context.std(1, keepdim=True, correction=0)
+        inputs, penalty = torch.cat([inputs, scale], 1), torch.cat([penalty, penalty[:1]])
+    stacked = torch.cat([inputs, penalty.sqrt().diag()])
+    answer = torch.cat([outputs, outputs.new_zeros(len(penalty), outputs.shape[1])])
+    weight = torch.linalg.lstsq(stacked, answer, driver="gelsd").solution.T
+    if config.fitted_offset == "none":
+        return weight, weight.new_zeros(len(weight))
+    return weight[:, :-1], weight[:, -1]
+
+
+@register("linear")
+class Linear(ForecastModel[LinearConfig]):
+    """A linear map of the whole context, one row a step.
+
+    Shapes:
+        weight [G, H, L] oldest value first (G = 1 shared, else V), bias [G, H], spread [H, V, K - 1]: constants of the
+        other outputs, moved only by gradient training.
+    """
+
+    config_class = LinearConfig
+    capabilities = Capabilities(closed_form=True, scaling=("global", "series", "none"))
+    source = "Toner, Darlow (2024), An Analysis of Linear Time Series Forecasting Models, ICML, arXiv 2403.14587"
+    test_configs = (
+        {},
+        {"remove": "none", "weights": "per_variate"},
+        {"remove": "last", "solver": "sgd"},
+    )
+
+    def __init__(self, config: LinearConfig, spec: DataSpec) -> None:
+        super().__init__(config, spec)
+        groups = spec.num_variates if config.weights == "per_variate" else 1
+        limit = 1.0 / math.sqrt(spec.context_length)
+        self.weight = nn.Parameter(torch.empty(groups, spec.horizon, spec.context_length).uniform_(-limit, limit))
+        if config.fitted_offset == "none":
+            self.register_buffer("offset", torch.zeros(groups, spec.horizon))
+        else:
+            self.offset = nn.Parameter(torch.zeros(groups, spec.horizon))
+        if spec.num_params > 1:
+            self.spread = nn.Parameter(torch.zeros(spec.horizon, spec.num_variates, spec.num_params - 1))
+        self.gaps = GapFiller(groups, min(_GAP_ORDER, spec.context_length), spec.num_variates)
+
+    def _level(self, context: Tensor) -> Tensor:
+        if self.config.remove == "window_mean":
+            return context.mean(1, keepdim=True)
+        return context[:, -1:] if self.config.remove == "last" else torch.zeros_like(context[:, :1])
+
+    def _parts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the level [B, 1, V], what the lags add to it and what the offset adds, both [B, H, V]."""
+        context = self.gaps(batch.context, batch.context_mask)
+        level = self._level(context)
+        offset = self.offset.T  # [H, G]
+        if self.config.fitted_offset == "window_scale":
+            offset = offset * context.std(1, keepdim=True, correction=0)
+        mapped = map_lags(self.weight, context - level)
+        return level, mapped, offset.expand_as(mapped)
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Return raw parameters [B, H, V, K]."""
+        level, mapped, offset = self._parts(batch)
+        location = (level + mapped + offset).unsqueeze(-1)
+        if self.spec.num_params == 1:
+            return Prediction(location)
+        return Prediction(torch.cat([location, self.spread.expand(len(location), -1, -1, -1).to(location)], dim=-1))
+
+    def components(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the removed level, what the lags add to it, and the offset."""
+        level, mapped, offset = self._parts(batch)
+        parts = {"lags": mapped, "offset": offset}
+        return parts if self.config.remove == "none" else {self.config.remove: level.expand_as(mapped), **parts}
+
+    @torch.no_grad()
+    def solve(self, data: TrainingSeries) -> SolveReport | None:
+        """Fit all weights by ridge regression on every window of the training span.
+
+        Raises:
+            ModelError: no series has context_length + horizon rows.
+        """
+        bounds = series_bounds(data)
+        self.gaps.fit(data.values, data.mask, bounds)
+        if self.config.solver == "sgd":
+            return None
+        length, horizon = self.spec.context_length, self.spec.horizon
+        layout = LagLayout(length, horizon)
+        shared = self.config.weights == "shared"
+        details = {"rows": 0.0, "dof": 0.0, "used_pairs": 0.0}
+        for group in range(len(self.weight)):
+            chosen = slice(None) if shared else slice(group, group + 1)
+            values, mask = data.values[:, chosen].double(), data.mask[:, chosen]
+            center = torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)  # keeps sums of squares small
+            if self.config.remove == "none" and self.config.fitted_offset != "constant":
+                center = torch.zeros_like(center)  # nothing in this model could undo a shift
+            centred = torch.where(mask, values - center, 0.0)
+            moments, pairs = lag_moments(
+                layout,
+                centred,
+                mask,
+                bounds,
+                missing=self.config.missing,
+                uses_scale=self.config.fitted_offset == "window_scale",
+            )
+            fit, offset = fit_moments(moments, layout, self.config)
+            self.weight[group] = fit.weight.to(self.weight)
+            if self.config.remove == "none":  # undo the centring
+                offset = (
+                    offset + center * (1.0 - fit.weight.sum(1)) if self.config.fitted_offset == "constant" else offset
+                )
+            self.offset[group] = offset.to(self.offset)
+            details["rows"] += fit.rows
+            details["dof"] = max(details["dof"], fit.dof)
+            details["used_pairs"] = max(details["used_pairs"], float(pairs))
+        scale = residual_scale(self, data)
+        if scale is not None:  # in-sample errors are too small by the coefficients they were fitted with
+            scale = scale * math.sqrt(1.0 / max(1.0 - details["dof"] * len(self.weight) / details["rows"], 0.1))
+        method = "ridge" if self.config.ridge > 0.0 else "ols"
+        return SolveReport(finished=True, method=method, residual_scale=scale, details=details)
+
+
+def map_lags(weight: Tensor, context: Tensor) -> Tensor:
+    """Return [B, H, V] from weight [G, H, L] and context [B, L, V]; G is 1 or V."""
+    rows = context.transpose(1, 2)  # [B, V, L]
+    if weight.shape[0] == 1:
+        return nn.functional.linear(rows, weight[0]).transpose(1, 2)
+    return torch.einsum("bvl,vhl->bhv", rows, weight)
+
+
+def windows_of(data: TrainingSeries, length: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """Return every gap-free window of a training span, contexts [m, L] oldest first and targets [m, H] (for tests)."""
+    layout = LagLayout(length, horizon)
+    parts = list(explicit_windows(layout, data.values.double(), data.mask, series_bounds(data)))
+    return torch.cat([features for features, _ in parts]).flip(1), torch.cat([targets for _, targets in parts])
