@@ -1,0 +1,102 @@
+"""Joint scores over variates, from normalised residuals z [N, V]; larger = stranger, NaN = not scorable.
+
+All of them look at one row at a time: latency 0.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tsforge.anomaly.covariance import Covariance, squared_distance
+from tsforge.core.errors import DataError
+
+FloatArray = NDArray[np.float64]
+
+
+def winsorise(z: ArrayLike, limit: float = 50.0) -> FloatArray:
+    """Return z cut at ``limit`` on both sides; NaN stays."""
+    return np.clip(np.asarray(z, dtype=np.float64), -limit, limit)
+
+
+def mean_abs(z: ArrayLike) -> FloatArray:
+    """Return mean_v |z_v| over the observed variates: broad faults."""
+    return _over_variates(z, np.nanmean)
+
+
+def max_abs(z: ArrayLike) -> FloatArray:
+    """Return max_v |z_v| over the observed variates: single-sensor faults."""
+    return _over_variates(z, np.nanmax)
+
+
+def top_k(z: ArrayLike, k: int) -> FloatArray:
+    """Return the mean of the k largest |z_v| (of all observed ones when fewer than k are).
+
+    Raises:
+        DataError: k is smaller than 1 or larger than the number of variates.
+    """
+    size = np.abs(np.asarray(z, dtype=np.float64))
+    if not 1 <= k <= size.shape[1]:
+        raise DataError(f"top_k needs k from 1 to the number of variates, {size.shape[1]}; given {k}")
+    largest = -np.sort(np.where(np.isnan(size), np.inf, -size), axis=1)[:, :k]
+    return mean_abs(np.where(np.isinf(largest), np.nan, largest))
+
+
+def mahalanobis(z: ArrayLike, covariance: Covariance | None, constant: NDArray[np.bool_] | None = None) -> FloatArray:
+    """Return ``d2 = z' S^-1 z``, brought to V degrees of freedom where variates are missing.
+
+    Args:
+        z: [N, V]. covariance: of the variates that are not constant, None when all are.
+        constant: [V] variates kept out of the covariance; they add their own z^2, as independent ones would.
+
+    Raises:
+        DataError: no covariance, although some variates need one.
+    """
+    r = np.asarray(z, dtype=np.float64)
+    own = np.zeros(r.shape[1], dtype=bool) if constant is None else constant
+    added: FloatArray = np.nansum(np.square(r[:, own]), axis=1)
+    if own.all():
+        return np.where(np.isnan(r).all(axis=1), np.nan, added)
+    if covariance is None:
+        raise DataError(f"{int((~own).sum())} of {own.size} variates need a covariance; fit one on the scale span")
+    return squared_distance(covariance, r[:, ~own]) + added
+
+
+def fisher(p_values: ArrayLike) -> FloatArray:
+    """Return ``-2 sum_v log p_v`` over observed variates, scaled up to V where some are missing.
+
+    Variates are dependent, so the sum is a score to calibrate, not a chi-square statistic.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    mean: FloatArray = _over_variates(-2.0 * np.log(p), np.nanmean)
+    return np.asarray(mean * p.shape[1])
+
+
+def smooth(scores: ArrayLike, weight: float) -> FloatArray:
+    """Return ``S[t] = a s[t] + (1 - a) S[t-1]``, started at the first score and afresh after every missing one.
+
+    Causal. Calibrate after smoothing: smoothed scores have another distribution.
+    """
+    from scipy.signal import lfilter
+
+    s = np.asarray(scores, dtype=np.float64)
+    out = np.full_like(s, np.nan)
+    for start, stop in runs(~np.isnan(s)):
+        piece = s[start:stop]
+        out[start:stop] = lfilter([weight], [1.0, weight - 1.0], piece, zi=[(1.0 - weight) * piece[0]])[0]
+    return out
+
+
+def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return [start, stop) of every maximal run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _over_variates(z: ArrayLike, reduce: Callable[..., FloatArray]) -> FloatArray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # rows without any observed variate stay NaN, as documented
+        return np.asarray(reduce(np.abs(np.asarray(z, dtype=np.float64)), axis=1))

@@ -1,0 +1,114 @@
+"""The score model of one series: everything fitted on its scale span, applied to any later row.
+
+Legend: deviations [N, K, V] of K forecast steps (residuals, or normal deviates of the predictive tail), z [N, V].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tsforge.anomaly.calibration import Calibration, fit_calibration
+from tsforge.anomaly.config import ScoreConfig
+from tsforge.anomaly.covariance import Covariance, fit_covariance
+from tsforge.anomaly.residuals import ResidualScale, TrainingRange, fit_residual_scale, reduce_horizon
+from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, smooth, top_k, winsorise
+
+FloatArray = NDArray[np.float64]
+TAIL_FLOOR = 0.1  # smallest scale of normal deviates, whose scale is 1 for a calibrated forecast
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of consecutive rows: z [N, V] not winsorised (for attribution), joint [N]; NaN = not scorable."""
+
+    z: FloatArray
+    joint: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreModel:
+    """Fitted scale, covariance and, for ``fisher``, one calibration a variate.
+
+    Attributes:
+        used: [V] variates inside the covariance: neither constant in training nor without a scale.
+    """
+
+    config: ScoreConfig
+    scale: ResidualScale
+    used: NDArray[np.bool_]
+    covariance: Covariance | None
+    variate_calibrations: tuple[Calibration | None, ...] = ()
+
+    def score(self, deviations: ArrayLike, values: ArrayLike) -> Scores:
+        """Return the scores of rows in time order; row t depends on rows up to t only.
+
+        Shapes:
+            deviations [N, K, V]; values [N, V], which judge variates that were constant in training.
+        """
+        z = reduce_horizon(self.scale.normalise(deviations, values), self.config.horizon_reduction)
+        joint = self._joint(winsorise(z, self.config.winsor))
+        if self.config.smoothing is not None:
+            joint = smooth(joint, self.config.smoothing)
+        return Scores(z=z, joint=joint)
+
+    @property
+    def constant(self) -> NDArray[np.bool_]:
+        """Which variates [V] stand outside the covariance on their own."""
+        return ~self.used
+
+    def _joint(self, z: FloatArray) -> FloatArray:
+        name = self.config.joint
+        if name == "mean_abs":
+            return mean_abs(z)
+        if name == "max_abs":
+            return max_abs(z)
+        if name == "top_k":
+            return top_k(z, self.config.top_k or 1)
+        if name == "mahalanobis":
+            return mahalanobis(z, self.covariance, self.constant)
+        columns = [
+            np.full(len(z), np.nan) if calibration is None else calibration.p_values(np.abs(z[:, v]))
+            for v, calibration in enumerate(self.variate_calibrations)
+        ]
+        return fisher(np.stack(columns, axis=1))
+
+    def facts(self) -> dict[str, Any]:
+        """Return how many variates are scored how, for a report."""
+        return {
+            "variates_scored": int(self.scale.scored.sum()),
+            "variates_constant": int(self.scale.constant.sum()),
+            "variates_without_scale": int((~self.scale.scored).sum()),
+        }
+
+
+def fit_score_model(
+    deviations: ArrayLike,
+    values: ArrayLike,
+    training: TrainingRange,
+    config: ScoreConfig,
+) -> ScoreModel:
+    """Return the score model of one series from its scale span.
+
+    Args:
+        deviations: [N, K, V] out of sample. values: [N, V] of the same rows.
+        training: range of the variates in training.
+        config: which scores.
+
+    Raises:
+        DataError: too few residuals to set any scale.
+    """
+    floor = TAIL_FLOOR if config.kind == "tail" else config.scale_floor * (training.high - training.low)
+    scale = fit_residual_scale(deviations, training, smallest=floor, constant_score=config.constant_score)
+    z = winsorise(reduce_horizon(scale.normalise(deviations, values), config.horizon_reduction), config.winsor)
+    used = ~scale.constant & ((~np.isnan(z)).sum(axis=0) >= 2)
+    covariance = fit_covariance(z[:, used]) if used.any() else None
+    calibrations: tuple[Calibration | None, ...] = ()
+    if config.joint == "fisher":
+        calibrations = tuple(
+            fit_calibration(np.abs(z[:, v])) if (~np.isnan(z[:, v])).any() else None for v in range(z.shape[1])
+        )
+    return ScoreModel(config=config, scale=scale, used=used, covariance=covariance, variate_calibrations=calibrations)
