@@ -1,4 +1,4 @@
-"""One ingestion: read, check, store. ``python -m pipelines.ingest [--config CONFIG] [key=value ...]``, such as ``data=csv``.
+"""One ingestion: read, check, store. ``python -m pipelines.ingest data=csv`` (``--config NAME`` for another config).
 
 Exit status: 0 stored (or nothing new), 3 the data was refused, 6 the database or disk failed; then nothing was stored.
 One JSON line an event on standard error, the result as one JSON document on standard output.

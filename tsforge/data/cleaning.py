@@ -112,9 +112,12 @@ def _variate(column: str, separator: str | None) -> str:
 
 
 def _value_columns(names: list[str], keys: list[str], config: DataConfig) -> tuple[dict[str, str], list[str]]:
-    """Return source column -> variate for every column to read, and which of them nobody named."""
+    """Return source column -> variate for every column to read, and which of them nobody named.
+
+    A column without a name (an index that a tool wrote along) is left out.
+    """
     named = (*config.targets, *config.past, *config.known, *config.static)
-    values = {name: _variate(name, config.separator) for name in names if name not in keys}
+    values = {name: _variate(name, config.separator) for name in names if name and name not in keys}
     split = config.separator
     if split is not None and not any(split in name for name in values):
         raise DataError(f"no column name contains the separator '{split}' (it has {listing(names, 20)})")

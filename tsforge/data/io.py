@@ -249,7 +249,7 @@ def _read_sql(source: SqlSource) -> RawTable:
     engine = open_engine(url, read_only=True)
     origin = f"{safe_url(engine.url)} {source.table or 'query'}"
     try:
-        with explained(engine.url, "read"), engine.connect() as connection:
+        with explained(engine, "read"), engine.connect() as connection:
             statement = text(source.query) if source.query else _whole_table(source.table or "", connection)
             try:
                 result = connection.execution_options(stream_results=True).execute(statement)

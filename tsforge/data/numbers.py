@@ -74,7 +74,7 @@ class NumberReader:
             coded = numbers.is_in(known.implode()).fill_null(False)
             self._report.add("replaced", f"sentinel values in column '{name}'", int(coded.sum()))
             numbers = numbers.set(coded, None)
-        numbers = numbers.cast(pl.Float64)
+        numbers = numbers.cast(pl.Float64) + 0.0  # one zero: SQLite keeps no sign of -0.0
         infinite = numbers.is_infinite().fill_null(False)
         if infinite.any():
             self._flaws.append(("infinite", name, int(infinite.sum()), row_examples(table[ROW], cells, infinite)))

@@ -20,7 +20,7 @@ def data_report(frame: SeriesFrame, *, max_age: timedelta | None = None, as_of: 
     Columns: ``series_id, column, role``; ``rows`` (steps of the series) and ``observed``; ``start, end`` (first and
     last observed time); ``gaps`` and ``longest_gap`` (runs of missing steps between them, and the longest in steps);
     ``null_share`` of all steps; ``constant``; ``outliers`` (values more than 6 robust standard deviations from the
-    median); ``min, mean, max``; ``age`` of the last value and ``stale`` (null for integer time, or without ``max_age``).
+    median); ``min, mean, max``; ``age`` of the last value and ``stale`` (null without ``max_age``).
 
     Args:
         frame: the series.

@@ -40,12 +40,13 @@ def safe_url(url: str | URL) -> str:
 
 
 @contextmanager
-def explained(url: str | URL, action: str) -> Iterator[None]:
+def explained(engine: Engine, action: str) -> Iterator[None]:
     """Turn every database error inside into one ``BackendError``: what was tried, where, why, what to do."""
+    of_driver: type[Exception] = engine.dialect.loaded_dbapi.Error  # COPY and executemany run past SQLAlchemy
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        raise BackendError(f"cannot {action} {safe_url(url)}: {_reason(error)}; nothing was changed") from error
+    except (SQLAlchemyError, of_driver) as error:
+        raise BackendError(f"cannot {action} {safe_url(engine.url)}: {_reason(error)}; nothing was changed") from error
 
 
 def _reason(error: Exception) -> str:
@@ -139,7 +140,7 @@ def transaction(engine: Engine, action: str, *, write: bool = True) -> Iterator[
     Raises:
         BackendError: the database refused or is gone.
     """
-    with explained(engine.url, action):
+    with explained(engine, action):
         prepared = engine.execution_options(**{_WRITE: True}) if write else engine
         with prepared.begin() as connection:
             yield connection

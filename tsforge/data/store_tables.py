@@ -31,7 +31,7 @@ from tsforge.core.errors import DataError, listing
 from tsforge.data.schema import SeriesSchema
 
 FORMAT = 1
-MAX_COLUMNS = 900  # SQLite nests at most 1,000 comparisons in one statement
+MAX_COLUMNS = 800  # PostgreSQL joins at most 1,664 columns, SQLite nests at most 1,000 comparisons
 
 METADATA = MetaData()
 _ID: TypeEngine[int] = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers only INTEGER keys by itself
