@@ -25,14 +25,16 @@ from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, 
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset, mask_invalid
 from tsforge.artifact import Artifact, check_frame, load_artifact
 from tsforge.core.config import Config, fingerprint
-from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, TsforgeError
+from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
+from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
 from tsforge.forecasting.predict import predict
 from tsforge.scheduling.jobs import BUSY_EXIT_CODE
 from tsforge.scheduling.ledger import Claim, Ledger
+from tsforge.tracking.registry import resolve
 
 LOGGER = get_logger(__name__)
 
@@ -264,12 +266,15 @@ def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
     """Run the five stages and publish."""
     config = work.config
     with work.stage("ingest") as facts:
-        frame = _known_at(work, facts)
+        raw = _known_at(work, facts)
     with work.stage("check") as facts:
-        artifact = load_artifact(_resolve(config.model, work.workspace))
+        artifact = load_artifact(resolve(config.model, work.workspace))
         trained_until = _check_model(artifact, config, work.as_of)
+        steps = config.forecast.horizon if config.forecast is not None else None
+        raw = add_calendar(raw.extend(steps or artifact.window.horizon), config.data.calendar)
+        frame = mask_invalid(raw, config.data)
         check_frame(artifact, frame)
-        checks = _check_data(frame, work, facts)
+        checks = _check_data(raw.until(work.as_of), work, facts)
     if config.forecast is not None:
         with work.stage("forecast") as facts:
             table = predict(
@@ -279,7 +284,7 @@ def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
             facts["rows"] = work.counts["forecasts"] = table.height
     if config.detect is not None:
         with work.stage("detect") as facts:
-            _detect(artifact, frame, config.detect, work)
+            _detect(artifact, frame.until(work.as_of), raw.until(work.as_of), work)
             facts.update(rows=work.tables["scores"].height, events=work.counts["events"], new=work.counts["new_events"])
     manifest = _manifest(work, artifact, frame, checks) | {"trained_until": trained_until}
     with work.stage("publish") as facts:
@@ -289,12 +294,16 @@ def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
 
 
 def _known_at(work: _Work, facts: dict[str, Any]) -> SeriesFrame:
-    """Return what was known at as_of: rows up to it, and later values of known covariates only."""
+    """Return what was known at as_of: rows up to it, and later values of known covariates only.
+
+    Values outside their range are not hidden and calendar features not added yet.
+    """
     config = work.config
     if config.ingest:
-        record = ingest(IngestConfig(data=config.data), work.workspace)
-        facts.update(record.summary())
-    frame = mask_invalid(load_dataset(work.workspace, config.data), config.data)
+        record = ingest(IngestConfig(data=config.data, checks=(), as_of=work.as_of), work.workspace).record
+        facts.update(rows_in=record.rows_in, rows_new=record.rows_new, rows_changed=record.rows_changed)
+    plain = config.data.model_copy(update={"calendar": CalendarConfig()})  # added once the frame reaches the horizon
+    frame = load_dataset(work.workspace, plain)
     if frame.schema.has_integer_time:
         raise DataError(f"data set '{config.data.name}' has integer time; a batch stands at a calendar time")
     known = frame.until(work.as_of, keep_known=True)
@@ -303,39 +312,26 @@ def _known_at(work: _Work, facts: dict[str, Any]) -> SeriesFrame:
     return known
 
 
-def _resolve(model: str, workspace: Workspace) -> Path:
-    """Return the folder of a model given by path, artifact id or registry alias."""
-    for candidate in (Path(model).expanduser(), workspace.artifacts / model):
-        if (candidate / "manifest.json").is_file():
-            return candidate
-    if "@" not in model:
-        raise ArtifactError(
-            f"no model '{model}': neither a folder nor an artifact below {workspace.artifacts}; "
-            "tsforge data and tsforge models list what there is, NAME@champion asks the registry"
-        )
-    from tsforge.tracking.registry import resolve
-
-    return resolve(model, workspace)
+def data_seen_until(artifact: Artifact) -> datetime | None:
+    """Return the last time the fit of an artifact has seen (training and validation), None when it does not say."""
+    spans = artifact.provenance.get("spans") or {}
+    ends = [datetime.fromisoformat(str(spans[part][1])) for part in ("train", "valid") if spans.get(part)]
+    return max((end.replace(tzinfo=UTC) if end.tzinfo is None else end for end in ends), default=None)
 
 
 def _check_model(artifact: Artifact, config: BatchConfig, as_of: datetime) -> str | None:
     """Return until when the model has seen data; refuse one that knows the future of as_of."""
-    spans = artifact.provenance.get("spans") or {}
-    ends = [datetime.fromisoformat(str(spans[part][1])) for part in ("train", "valid") if spans.get(part)]
-    if not ends:
-        return None
-    last = max(end.replace(tzinfo=UTC) if end.tzinfo is None else end for end in ends)
-    if last > as_of and not config.allow_future_model:
+    last = data_seen_until(artifact)
+    if last is not None and last > as_of and not config.allow_future_model:
         raise DataError(
             f"artifact {artifact.id} was fitted on data up to {last.isoformat()}, after as_of {as_of.isoformat()}: its "
             "results would look better than they could have been; fit an older model, or set allow_future_model=true"
         )
-    return last.isoformat()
+    return None if last is None else last.isoformat()
 
 
-def _check_data(frame: SeriesFrame, work: _Work, facts: dict[str, Any]) -> list[CheckResult]:
+def _check_data(observed: SeriesFrame, work: _Work, facts: dict[str, Any]) -> list[CheckResult]:
     """Run the checks on what was observed; refuse when a blocking one fails."""
-    observed = frame.until(work.as_of)
     results = run_checks(observed, work.config.checks, work.as_of)
     failed = [result for result in results if not result.passed]
     facts.update(checks=len(results), failed=len(failed))
@@ -350,17 +346,24 @@ def _check_data(frame: SeriesFrame, work: _Work, facts: dict[str, Any]) -> list[
     return results
 
 
-def _detect(artifact: Artifact, frame: SeriesFrame, stage: DetectStage, work: _Work) -> None:
-    """Score the last span and note which events no earlier batch has published."""
+def _detect(artifact: Artifact, seen: SeriesFrame, judged: SeriesFrame, work: _Work) -> None:
+    """Score the last span and note which events no earlier batch has published.
+
+    Args:
+        artifact: the model.
+        seen: what the network reads, values outside their range hidden.
+        judged: the same rows with those values: the first thing a detector should report.
+        work: gets the tables and counts.
+    """
+    stage = work.config.detect or DetectStage()
     start = before(work.as_of, stage.span)
-    report = detect(artifact, frame.until(work.as_of), stage.detector, start=start, stop=work.as_of)
+    report = detect(artifact, seen, stage.detector, start=start, stop=work.as_of, values=judged)
     earlier = published.events(work.workspace, work.config.name, until=work.as_of - timedelta(seconds=1))
-    seen = set() if earlier is None else set(earlier["event_id"])
-    fresh = ~report.events["event_id"].is_in(list(seen)) if seen else pl.Series([True] * report.events.height)
+    old = [] if earlier is None else earlier["event_id"].to_list()
     work.tables["scores"] = report.scores.table
-    work.tables["events"] = report.events.with_columns(fresh.cast(pl.Boolean).alias("is_new"))
+    work.tables["events"] = report.events.with_columns(is_new=~pl.col("event_id").is_in(old))
     work.counts["events"] = report.events.height
-    work.counts["new_events"] = int(fresh.sum())
+    work.counts["new_events"] = int(work.tables["events"]["is_new"].sum())
 
 
 def _manifest(work: _Work, artifact: Artifact, frame: SeriesFrame, checks: list[CheckResult]) -> dict[str, Any]:
