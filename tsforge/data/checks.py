@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import calendar
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,7 +16,7 @@ from tsforge.data.grid import (
     Ints,
     TimeGrid,
     describe_steps,
-    is_month_end,
+    month_day,
     normalise_time,
     parse_freq,
     show_time,
@@ -174,8 +176,14 @@ def _check_duplicates(table: pl.DataFrame) -> None:
 
 def _on_grid(table: pl.DataFrame, schema: SeriesSchema) -> tuple[TimeGrid, Ints]:
     times = table["time"]
-    month_end = parse_freq(schema.freq).kind == "month" and is_month_end(times)
-    grid = TimeGrid(times.min(), schema.freq, month_end)  # type: ignore[arg-type]
+    origin: Any = times.min()
+    if parse_freq(schema.freq).kind != "month":
+        grid = TimeGrid(origin, schema.freq)
+    else:
+        # days that do not belong together leave the origin off any common day: the plain grid then names the odd ones
+        day = month_day(times)
+        shortest = min(day, calendar.monthrange(origin.year, origin.month)[1])
+        grid = TimeGrid(origin, schema.freq, day if shortest == origin.day else None)
     index, fits = grid.locate(times)
     if not fits.all():
         _raise_off_grid(table, grid, fits)

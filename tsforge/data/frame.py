@@ -122,7 +122,7 @@ class SeriesFrame:
         frame._schema = schema
         frame._indptr = positions(table)
         times = table["time"]
-        frame._grid = TimeGrid(times.min(), schema.freq, grid.month_end)  # type: ignore[arg-type]
+        frame._grid = TimeGrid(times.min(), schema.freq, grid.month_day)  # type: ignore[arg-type]
         frame._offset = frame._grid.index_of(times.gather(frame._indptr[:-1]))
         ids = pl.DataFrame({"series_id": frame.series_ids})
         frame._static = None if static is None else ids.join(static, on="series_id", how="left", maintain_order="left")

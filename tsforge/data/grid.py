@@ -176,10 +176,10 @@ def _last_days(months: Ints) -> Ints:
     return ends - starts - 1
 
 
-def is_month_end(times: pl.Series) -> bool:
-    """Return whether every time lies on the last day of its month."""
+def month_day(times: pl.Series) -> int:
+    """Return the day of the month that monthly times stand for: 31 when all end their month, else the latest."""
     months, days, _ = _month_parts(_physical(normalise_time(times.drop_nulls())))
-    return bool(np.array_equal(days, _last_days(months)))
+    return 31 if np.array_equal(days, _last_days(months)) else int(days.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -189,16 +189,16 @@ class TimeGrid:
     Attributes:
         origin: time of index 0, an aware UTC datetime, or an integer with ``freq`` in ``i``.
         freq: the step, see the module.
-        month_end: monthly steps fall on the last day of each month (else on the origin's day, or the month's last
-            day where the month is shorter).
+        month_day: day on which monthly steps fall, the last day in shorter months (31: always the last); by default
+            the origin's day. Of no meaning for other steps.
 
     Raises:
-        ConfigError: ``origin`` and ``freq`` are of different kinds.
+        ConfigError: ``origin`` and ``freq`` are of different kinds, or the origin does not fall on ``month_day``.
     """
 
     origin: datetime | int
     freq: str
-    month_end: bool = False
+    month_day: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "freq", canonical_freq(self.freq))
@@ -206,6 +206,13 @@ class TimeGrid:
             raise ConfigError(f"a grid with freq '{self.freq}' cannot start at {self.origin!r}")
         if isinstance(self.origin, datetime):
             object.__setattr__(self, "origin", parse_time(self.origin, integer=False))
+        if parse_freq(self.freq).kind != "month" or not isinstance(self.origin, datetime):
+            object.__setattr__(self, "month_day", None)
+            return
+        day = self.origin.day if self.month_day is None else self.month_day
+        object.__setattr__(self, "month_day", day)
+        if not 1 <= day <= 31 or self._values_at(np.zeros(1, dtype=np.int64))[0] != self._origin_value:
+            raise ConfigError(f"a monthly grid on day {day} cannot start at {show_time(self.origin)}")
 
     @property
     def is_integer(self) -> bool:
@@ -222,10 +229,9 @@ class TimeGrid:
         step = parse_freq(self.freq)
         if step.kind != "month":
             return self._origin_value + index * step.count
-        (month,), (day,), (rest,) = _month_parts(np.array([self._origin_value], dtype=np.int64))
+        (month,), _, (rest,) = _month_parts(np.array([self._origin_value], dtype=np.int64))
         months = month + index * step.count
-        last = _last_days(months)
-        days = last if self.month_end else np.minimum(day, last)
+        days = np.minimum((self.month_day or 31) - 1, _last_days(months))
         starts = months.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64)
         values: Ints = (starts + days) * _MICROSECONDS["d"] + rest
         return values
@@ -302,7 +308,7 @@ class TimeGrid:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types that ``from_dict`` reads back."""
         origin = self.origin if isinstance(self.origin, int) else self.origin.isoformat()
-        return {"origin": origin, "freq": self.freq, "month_end": self.month_end}
+        return {"origin": origin, "freq": self.freq, "month_day": self.month_day}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TimeGrid:
@@ -311,7 +317,7 @@ class TimeGrid:
         return cls(
             origin if isinstance(origin, int) else datetime.fromisoformat(origin),
             values["freq"],
-            bool(values.get("month_end", False)),
+            values.get("month_day"),
         )
 
 
@@ -369,7 +375,7 @@ def infer_freq(times: pl.Series, groups: pl.Series | None = None) -> str:
     months = False
     if not integer and steps["step"][0] >= _SHORTEST_MONTH:
         number, day, rest = _month_parts(values)
-        same_day = len(np.unique(day)) == 1 or np.array_equal(day, _last_days(number))
+        same_day = np.array_equal(day, np.minimum(day.max(), _last_days(number)))
         if same_day and len(np.unique(rest)) == 1:
             months, steps = True, _sorted_steps(number, groups)
     modal = int(steps["step"][0])

@@ -79,7 +79,7 @@ class Panel:
         columns = frame.table.select(frame.schema.columns)
         observed = np.column_stack([column.is_not_null().to_numpy() for column in columns.get_columns()])
         values = np.column_stack([column.fill_null(0.0).to_numpy() for column in columns.get_columns()])
-        static = None if frame.static is None else frame.static.select(frame.schema.static).to_numpy()
+        static = None if frame.static is None else frame.static.select(frame.schema.static).to_numpy(writable=True)
         ids = frame.series_ids
         if series_ids is not None and tuple(series_ids) != ids:
             values, observed, starts, offset, static = _reordered(
