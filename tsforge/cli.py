@@ -352,7 +352,8 @@ def data_batches(
 ) -> None:
     """List what each ingestion of a data set added, changed and refused."""
     rows = _attribute("tsforge.app.catalog:dataset_batches")(_workspace(home), name).to_dicts()
-    print_json(rows) if as_json else print_table(rows, title=name)
+    shown = [{key: row[key] for key in row if key not in ("dataset", "fingerprint", "reasons")} for row in rows]
+    print_json(rows) if as_json else print_table(shown, title=name)
 
 
 @data_app.command("export")

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import Any
 
 
@@ -20,6 +20,8 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, datetime | date):
         return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
     if isinstance(value, str | int | bool) or value is None:
         return value
     if hasattr(value, "item"):
@@ -36,8 +38,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, title: str = "", limit: in
     """Print records as a table on standard output; rows past ``limit`` are counted, not shown."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     if not rows:
         console.print(f"{title}: nothing yet" if title else "nothing yet")
         return
@@ -47,7 +50,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, title: str = "", limit: in
         numeric = all(isinstance(row.get(name), int | float) or row.get(name) is None for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows[:limit]:
-        table.add_row(*(cell(row.get(name)) for name in columns))
+        table.add_row(*(Text(cell(row.get(name))) for name in columns))  # no markup: [t] is text
     console.print(table)
     if len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more rows (--json prints all)")
@@ -63,6 +66,9 @@ def cell(value: Any) -> str:
         return f"{value:.4g}" if math.isfinite(value) else "n/a"
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%d %H:%M")
+    if isinstance(value, timedelta):
+        hours, minutes = divmod(round(value.total_seconds() / 60), 60)
+        return f"{value.days} d" if value.days else f"{hours} h {minutes} min"
     if isinstance(value, list | tuple):
         return ", ".join(cell(item) for item in value)
     return str(value)

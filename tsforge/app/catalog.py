@@ -1,4 +1,4 @@
-"""Read-only questions that the dashboard and the ``data`` and ``models`` commands ask. Nothing here changes anything."""
+"""Read-only questions that the dashboard and the ``data`` and ``models`` commands ask."""
 
 from __future__ import annotations
 
@@ -65,11 +65,17 @@ def list_models() -> list[dict[str, Any]]:
             {
                 "model": name,
                 "source": model.source,
-                "fit": "closed form" if can.closed_form else ("gradient" if can.trainable else "none"),
+                "fit": _fit_kind(closed_form=can.closed_form, trainable=can.trainable),
                 "covariates": ", ".join(takes) or "none",
             }
         )
     return rows
+
+
+def _fit_kind(*, closed_form: bool, trainable: bool) -> str:
+    if not trainable:
+        return "nothing to fit"
+    return "closed form or gradient" if closed_form else "gradient"
 
 
 def list_datasets(workspace: Workspace) -> list[dict[str, Any]]:

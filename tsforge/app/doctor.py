@@ -69,8 +69,9 @@ def _store(workspace: Workspace) -> dict[str, Any]:
 def _tracking(workspace: Workspace) -> dict[str, Any]:
     from tsforge.tracking.runs import Tracker
 
+    kind = workspace.tracking_uri.split(":", 1)[0]
     try:
-        detail = Tracker.from_workspace(workspace).ping()
+        newest = Tracker.open(workspace).runs(limit=1)
     except TsforgeError as error:
         return _fact("tracking", str(error), ok=False)
-    return _fact("tracking", detail)
+    return _fact("tracking", f"{kind}, newest run: {newest[0]['name'] if newest else 'none yet'}")

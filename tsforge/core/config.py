@@ -212,9 +212,14 @@ def _struct_override(text: str, roots: set[Path]) -> str:
     """Let an override add a key that the YAML leaves at its default; pydantic refuses unknown keys later."""
     if "=" not in text:
         raise ConfigError(f"'{text}' is not an override; write key=value, for example model=ar_net or model.lags=48")
-    key = text.split("=", 1)[0]
-    is_group = any((root / key).is_dir() for root in roots)
-    return text if is_group or key.startswith(("+", "~")) else f"++{text}"
+    key, value = text.split("=", 1)
+    groups = [root / key for root in roots if (root / key).is_dir()]
+    if not groups:
+        return text if key.startswith(("+", "~")) else f"++{text}"
+    choices = sorted(path.stem for group in groups for path in group.glob("*.yaml"))
+    if value not in choices:
+        raise ConfigError(f"{key}={value}: no such choice{nearest(value, choices)} (known: {listing(choices, 30)})")
+    return text
 
 
 def load(cls: type[C], name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> C:

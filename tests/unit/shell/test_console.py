@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -46,6 +46,11 @@ def test_table_counts_what_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> 
     assert "3 more rows" in out
 
 
+def test_brackets_are_text_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([{"source": "y[t+h] = y[t]"}])
+    assert "y[t+h] = y[t]" in capsys.readouterr().out
+
+
 def test_empty_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     print_table([], title="runs")
     assert capsys.readouterr().out == "runs: nothing yet\n"
@@ -60,6 +65,12 @@ def test_cells() -> None:
         "a, 2",
         "2024-01-02 03:04",
     ]
+
+
+def test_durations_read_well() -> None:
+    spans = (timedelta(days=4710, hours=3), timedelta(hours=3, minutes=12), timedelta(seconds=90))
+    assert [cell(span) for span in spans] == ["4710 d", "3 h 12 min", "0 h 2 min"]
+    assert plain(spans[2]) == 90.0
 
 
 def test_facts_are_aligned_and_errors_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
