@@ -1,0 +1,88 @@
+"""Gap filling: closed-form precision, conditional expectation and the Kalman filter agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tsforge.core.errors import ModelError
+from tsforge.ops import kalman
+from tsforge.ops.ar_process import draw_weights
+from tsforge.ops.kalman import conditional_fill, kalman_forecast, precision_matrix
+from tsforge.ops.stability import impulse_response
+
+
+def covariance(weight: np.ndarray, length: int) -> np.ndarray:
+    """Autocovariances of unit noise from a long impulse response: an independent oracle."""
+    psi = impulse_response(torch.from_numpy(weight), 4000).numpy()
+    acov = [psi[: len(psi) - lag] @ psi[lag:] for lag in range(length)]
+    return np.array([[acov[abs(i - j)] for j in range(length)] for i in range(length)])
+
+
+@pytest.mark.parametrize(("order", "length"), [(1, 1), (1, 4), (3, 3), (3, 4), (4, 11)])
+def test_precision_is_the_inverse_covariance(order: int, length: int) -> None:
+    weight = draw_weights(order, np.random.default_rng(order), limit=0.8)
+    product = precision_matrix(torch.from_numpy(weight), length).numpy() @ covariance(weight, length)
+    np.testing.assert_allclose(product, np.eye(length), atol=1e-8)
+
+
+def test_precision_refuses_more_lags_than_rows() -> None:
+    with pytest.raises(ModelError, match="at least 3 rows"):
+        precision_matrix(torch.tensor([0.1, 0.1, 0.1]), 2)
+
+
+def test_fill_is_the_gaussian_conditional_mean() -> None:
+    rng = np.random.default_rng(0)
+    weight = np.array([0.2, 0.3, -0.5])
+    values, mask = rng.normal(size=(20, 9)), rng.random((20, 9)) > 0.4
+    mask[0], mask[1] = True, False
+    gamma = covariance(weight, 9)
+    filled = conditional_fill(
+        precision_matrix(torch.from_numpy(weight), 9),
+        torch.from_numpy(np.where(mask, values, 99.0)),
+        torch.from_numpy(mask),
+    ).numpy()
+    for row in range(20):
+        seen = mask[row]
+        expected = np.where(seen, values[row], 0.0)
+        if seen.any():
+            expected[~seen] = gamma[np.ix_(~seen, seen)] @ np.linalg.solve(gamma[np.ix_(seen, seen)], values[row, seen])
+        np.testing.assert_allclose(filled[row], expected, atol=1e-9)
+
+
+def test_fill_in_blocks_equals_fill_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    precision = precision_matrix(torch.tensor([0.6, -0.2], dtype=torch.float64), 8)
+    values, mask = torch.from_numpy(rng.normal(size=(30, 8))), torch.from_numpy(rng.random((30, 8)) > 0.5)
+    whole = conditional_fill(precision, values, mask)
+    monkeypatch.setattr(kalman, "_MAX_SOLVE_ENTRIES", 20)
+    torch.testing.assert_close(conditional_fill(precision, values, mask), whole, atol=1e-12, rtol=0)
+
+
+def test_filter_forecast_equals_forecast_from_filled_values() -> None:
+    rng = np.random.default_rng(2)
+    weight = np.array([0.5, 0.2, -0.3])
+    values, mask = rng.normal(size=15), rng.random(15) > 0.4
+    mask[-2:] = False  # a block of gaps right before the origin
+    filled = conditional_fill(
+        precision_matrix(torch.from_numpy(weight), 15), torch.from_numpy(values)[None], torch.from_numpy(mask)[None]
+    )[0].numpy()
+    path = list(filled)
+    for _ in range(6):
+        path.append(weight @ np.array(path[-1:-4:-1]))
+    found = kalman_forecast(weight, 1.0, values, mask, 6)
+    np.testing.assert_allclose(found.mean, path[15:], atol=1e-12)
+    assert (np.diff(found.variance) > -1e-12).all()
+
+
+def test_filter_variance_without_gaps_is_the_sum_of_squared_responses() -> None:
+    weight = np.array([0.5, 0.2, -0.3])
+    found = kalman_forecast(weight, 4.0, np.zeros(10), np.ones(10, dtype=bool), 5)
+    psi = impulse_response(torch.from_numpy(weight), 5).numpy()
+    np.testing.assert_allclose(found.variance, 4.0 * np.cumsum(psi**2), rtol=1e-9)
+
+
+def test_filter_refuses_an_explosive_process() -> None:
+    with pytest.raises(ModelError, match="not stationary"):
+        kalman_forecast(np.array([1.01]), 1.0, np.zeros(3), np.ones(3, dtype=bool), 1)
