@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
@@ -31,18 +32,20 @@ _ENVIRONMENT = {
 }
 
 
-def import_mlflow() -> ModuleType:
-    """Return the ``mlflow`` module, imported with telemetry off and without its chatter on standard error."""
+def import_mlflow(*modules: str) -> ModuleType:
+    """Return the ``mlflow`` module, and ``modules`` of it, imported without telemetry and chatter on standard error."""
     with _IMPORT_LOCK, warnings.catch_warnings():
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # MLflow's SQL models use a loader strategy that SQLAlchemy 2.1 deprecates; nothing a user could act on.
         warnings.filterwarnings("ignore", message=".*``noload`` loader strategy", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType", category=UserWarning)
         logger = logging.getLogger("mlflow")
         wanted = max(logger.level, logging.WARNING)  # importing mlflow resets its loggers to "info"
         import mlflow
-        import mlflow.store.tracking.sqlalchemy_store
 
+        for name in ("mlflow.store.tracking.sqlalchemy_store", *modules):
+            importlib.import_module(name)
         logger.setLevel(wanted)
         # prints whole tracebacks of errors that are raised as well, and reach the user as one line
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,30 +125,31 @@ def _new_version(client: Any, artifact: Artifact, name: str, run_id: str | None,
     except mlflow.exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = client.create_model_version(
-        name, source=logged.artifact_location, run_id=run_id, tags=tags, model_id=logged.model_id
-    )
+    # without a run MLflow would look the logged model up in the store that is the process-wide default
+    link = logged.model_id if run_id is not None else None
+    made = client.create_model_version(name, source=logged.artifact_location, run_id=run_id, tags=tags, model_id=link)
     return str(made.version)
 
 
 def _write_bundle(artifact: Artifact, folder: Path, logged: Any, run_id: str | None) -> None:
-    import mlflow.pyfunc
-    from mlflow.models import Model
-
-    mlflow.pyfunc.save_model(
-        str(folder),
-        loader_module=_LOADER,
-        data_path=str(artifact.path),
-        signature=signature(artifact),
-        pip_requirements=requirements(_REQUIREMENTS),
-        metadata={"artifact_id": artifact.id, "model": artifact.model_name},
-        mlflow_model=Model(
-            artifact_path=logged.artifact_location,
-            run_id=run_id,
-            model_uuid=logged.model_id,
-            model_id=logged.model_id,
-        ),
-    )
+    mlflow = import_mlflow("mlflow.pyfunc", "mlflow.models")
+    with warnings.catch_warnings():
+        # MLflow asks for example rows to infer a signature from; ours is exact, it follows from the schema
+        warnings.filterwarnings("ignore", message=".*input example was not provided", category=UserWarning)
+        mlflow.pyfunc.save_model(
+            str(folder),
+            loader_module=_LOADER,
+            data_path=str(artifact.path),
+            signature=signature(artifact),
+            pip_requirements=requirements(_REQUIREMENTS),
+            metadata={"artifact_id": artifact.id, "model": artifact.model_name},
+            mlflow_model=mlflow.models.Model(
+                artifact_path=logged.artifact_location,
+                run_id=run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            ),
+        )
 
 
 def versions(name: str, workspace: Workspace) -> list[ModelVersion]:
@@ -327,15 +329,13 @@ def _fetch(found: ModelVersion, workspace: Workspace) -> Path:
     target = workspace.root / "cache" / "models" / f"{found.name}-{found.version}-{found.artifact_id or 'model'}"
     if (target / MANIFEST).is_file():
         return target.resolve()
-    import_mlflow()
-    import mlflow.artifacts
-
-    with _store(workspace), tempfile.TemporaryDirectory() as folder:
+    mlflow = import_mlflow("mlflow.artifacts")
+    with _store(workspace) as client, tempfile.TemporaryDirectory() as folder:
+        # by its address: a ``models:/`` reference would be looked up in the store that is the process-wide default
         mlflow.artifacts.download_artifacts(
-            artifact_uri=f"models:/{found.name}/{found.version}",
+            artifact_uri=client.get_model_version_download_uri(found.name, found.version),
             dst_path=folder,
             tracking_uri=workspace.tracking_uri,
-            registry_uri=workspace.tracking_uri,
         )
         manifests = list(Path(folder).rglob(MANIFEST))
         if len(manifests) != 1:
