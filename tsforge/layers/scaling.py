@@ -240,10 +240,10 @@ class Scaler(nn.Module):
             stats: what ``stats(batch)`` returned, if it is at hand.
         """
         loc, scale = stats if stats is not None else self.stats(batch)
-        context = torch.where(batch.context_mask, (batch.context - loc) / scale, 0.0)
+        context = torch.where(batch.context_mask, _standardise(batch.context, loc, scale), 0.0)
         target = batch.target
         if target is not None:
-            target = (target - loc) / scale
+            target = _standardise(target, loc, scale)
             if batch.target_mask is not None:
                 target = torch.where(batch.target_mask, target, 0.0)
         return batch._replace(
@@ -287,6 +287,14 @@ class Scaler(nn.Module):
             known=self._covariate(data.known, "known"),
             static=self._covariate(data.static, "static"),
         )
+
+
+def _standardise(values: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """Return (values - loc) / scale; statistics shared by the batch are laid out along time first (faster)."""
+    if loc.stride(0) == 0 and loc.shape[0] > 1:
+        shape = (1, *values.shape[1:])
+        loc, scale = loc[:1].expand(shape).contiguous(), scale[:1].expand(shape).contiguous()
+    return (values - loc) / scale
 
 
 def _spans(indptr: Tensor) -> list[tuple[int, int]]:

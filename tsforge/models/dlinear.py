@@ -7,11 +7,11 @@ gives the same forecast with a third of the work. Legend: A moving-average matri
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool1d, pad
+from torch.nn.functional import pad
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
 from tsforge.contracts.tensors import Batch, DataSpec, Prediction
@@ -27,6 +27,36 @@ class DLinearConfig(ModelConfig):
     kernel: int = tunable(25, choices=[5, 13, 25, 49], ge=1)
     """Steps of the moving average, odd (Sec. 4 and the released code: 25)."""
     bias: bool = True
+
+
+def _moving_sum(rows: Tensor, kernel: int) -> Tensor:
+    """Return sums over ``kernel`` neighbouring columns, one for each full stretch of them."""
+    sums = pad(rows.cumsum(-1), (1, 0))
+    return sums[..., kernel:] - sums[..., :-kernel]
+
+
+class _Averaged(torch.autograd.Function):
+    """``weight @ A`` in O(L) a row; ``A`` averages ``kernel`` steps of a context extended by its edge values."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, kernel: int) -> Tensor:
+        """Spread each weight over its neighbours; what falls outside the context belongs to the edge value."""
+        ctx.kernel = kernel
+        half, length = kernel // 2, weight.shape[-1]
+        spread = _moving_sum(pad(weight, (2 * half, 2 * half)), kernel) / kernel  # [.., L + 2 half]
+        inner = spread[..., half : half + length].clone()
+        inner[..., 0] += spread[..., :half].sum(-1)
+        inner[..., -1] += spread[..., half + length :].sum(-1)
+        return inner
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return ``grad @ A.T``: the moving average of each row, extended by its edge values."""
+        half = ctx.kernel // 2
+        extended = torch.cat(
+            [grad[..., :1].expand(*grad.shape[:-1], half), grad, grad[..., -1:].expand(*grad.shape[:-1], half)], dim=-1
+        )
+        return _moving_sum(extended, ctx.kernel) / ctx.kernel, None
 
 
 @register("dlinear")
@@ -49,20 +79,11 @@ class DLinear(ForecastModel[DLinearConfig]):
         self.remainder = nn.Linear(spec.context_length, outputs, bias=config.bias)
 
     def averaged(self, weight: Tensor) -> Tensor:
-        """Return ``weight @ A``: what a map of the trend does to the raw context.
-
-        ``A`` averages ``kernel`` steps of the context, extended at both ends by its edge values. Its transpose spreads
-        each weight over ``kernel`` neighbours; what falls outside belongs to the edge value.
-        """
-        half = self.config.kernel // 2
-        if half == 0:
+        """Return ``weight @ A``: what a map of the trend does to the raw context."""
+        if self.config.kernel == 1:
             return weight
-        spread = avg_pool1d(pad(weight, (2 * half, 2 * half)).unsqueeze(0), self.config.kernel, stride=1).squeeze(0)
-        first = spread[:, : half + 1].sum(1, keepdim=True)
-        last = spread[:, -half - 1 :].sum(1, keepdim=True)
-        if weight.shape[1] == 1:
-            return spread.sum(1, keepdim=True)
-        return torch.cat([first, spread[:, half + 1 : -half - 1], last], dim=1)
+        averaged: Tensor = _Averaged.apply(weight, self.config.kernel)  # type: ignore[no-untyped-call]
+        return averaged
 
     def composed(self) -> tuple[Tensor, Tensor | None]:
         """Return the one matrix [K * H, L] and bias [K * H] that DLinear amounts to."""
@@ -75,7 +96,7 @@ class DLinear(ForecastModel[DLinearConfig]):
         batch, length, variates = context.shape
         rows = context.transpose(1, 2).reshape(batch * variates, length)
         out = nn.functional.linear(rows, weight, bias)
-        return out.view(batch, variates, self.spec.horizon, self.spec.num_params).transpose(1, 2)
+        return out.view(batch, variates, self.spec.horizon, self.spec.num_params).transpose(1, 2).contiguous()
 
     def forward(self, batch: Batch) -> Prediction:
         """Return raw parameters [B, H, V, K]."""

@@ -25,7 +25,7 @@ from tsforge.core.logs import get_logger, log_event
 from tsforge.network import ForecastNetwork
 from tsforge.training.callbacks import EpochRecord, OnEpoch, ProgressLine, StopTraining, mean_metrics
 from tsforge.training.config import TrainConfig
-from tsforge.training.module import EpochStream, TrainModule, Windows
+from tsforge.training.module import EpochStream, TrainModule, ValidatedModule, Windows
 
 LOGGER = get_logger(__name__)
 CHECKPOINT = "last.ckpt"
@@ -236,7 +236,8 @@ class _Run:
             record.remember_start(self.network, self.start)
         stopper = self._stopper()
         callbacks = [record, *([stopper] if stopper else []), *([ProgressLine()] if progress else [])]
-        module = TrainModule(self.network, config, total_steps=config.max_epochs * len(stream))
+        kind = TrainModule if self.valid is None else ValidatedModule
+        module = kind(self.network, config, total_steps=config.max_epochs * len(stream))
         with _quiet_lightning(), _own_random_state(), _plain_interrupt(), _explained_disk_errors(checkpoint):
             trainer = self._trainer([*callbacks, *self._saver()])
             device = trainer.strategy.root_device

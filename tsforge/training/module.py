@@ -49,23 +49,9 @@ class TrainModule(pl.LightningModule):
         _add(self.train_sum, {"loss": loss.detach() * size, "windows": size})
         return loss
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Add up losses and errors weighted by observed cells."""
-        parts = self.network.evaluate(batch)
-        cells = parts.pop("cells")
-        _add(self.valid_sum, {name: value * cells for name, value in parts.items()} | {"cells": cells})
-
     def on_train_epoch_start(self) -> None:
         """Forget the sums of the last epoch."""
         self.train_sum = {}
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the sums of the last validation."""
-        self.valid_sum = {}
-
-    def on_validation_epoch_end(self) -> None:
-        """Publish the mean validation loss for early stopping."""
-        self.log("valid_loss", self.valid_sum["loss"] / self.valid_sum["cells"].clamp(min=1))
 
     def train_loss(self) -> float:
         """Return the mean training loss of the epoch so far (the weights change while it is taken)."""
@@ -97,6 +83,24 @@ class TrainModule(pl.LightningModule):
                 optimizer, max_lr=settings.learning_rate, total_steps=self.total_steps
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ValidatedModule(TrainModule):
+    """A ``TrainModule`` that is also validated after each epoch."""
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Add up losses and errors weighted by observed cells."""
+        parts = self.network.evaluate(batch)
+        cells = parts.pop("cells")
+        _add(self.valid_sum, {name: value * cells for name, value in parts.items()} | {"cells": cells})
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the last validation."""
+        self.valid_sum = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Publish the mean validation loss for early stopping."""
+        self.log("valid_loss", self.valid_sum["loss"] / self.valid_sum["cells"].clamp(min=1))
 
 
 def _add(total: dict[str, Any], parts: dict[str, Any]) -> None:
