@@ -10,13 +10,14 @@ from tsforge.core.errors import DataError, listing, nearest
 from tsforge.data.config import DataConfig, ResampleConfig, SyntheticSource
 from tsforge.data.findings import ROW, IngestReport, row_examples
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.grid import parse_freq
+from tsforge.data.grid import Frequency, parse_freq
 from tsforge.data.io import RawTable, collect, column_types, read_source
 from tsforge.data.layout import long_table, wide_table
 from tsforge.data.numbers import NumberReader
 from tsforge.data.synthetic import generate
 from tsforge.data.timestamps import read_times
 
+_MIN_ROWS_FOR_STEP = 5  # fewer rows say little about a frequency
 _ONE_SERIES = "\x00series"  # stands in for the series column where the whole table is one series
 
 
@@ -73,7 +74,9 @@ def _note_constants(frame: SeriesFrame, report: IngestReport) -> None:
 def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> SeriesFrame:
     types = column_types(raw)
     keys = [config.time, *([config.series] if config.series else [])]
-    _require(keys, types)
+    for setting, name in zip(("time", "series"), keys, strict=False):
+        if name not in types:
+            raise DataError(f"no column '{name}'{nearest(name, types)} (it has {listing(types, 20)}); set {setting}")
     columns, optional = _value_columns(list(types), keys, config)
     table = collect(raw, [*keys, *columns]).with_row_index(ROW, offset=1)
     report.rows_in = table.height
@@ -98,13 +101,6 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> SeriesFra
     return _frame(table.drop(ROW, strict=False), group, roles, config)
 
 
-def _require(names: list[str], known: dict[str, pl.DataType]) -> None:
-    missing = [name for name in names if name not in known]
-    if missing:
-        hint = nearest(missing[0], known)
-        raise DataError(f"no column {listing(map(repr, missing))}{hint} (it has {listing(known, 20)})")
-
-
 def _variate(column: str, separator: str | None) -> str:
     if separator is None:
         return column
@@ -123,7 +119,7 @@ def _value_columns(names: list[str], keys: list[str], config: DataConfig) -> tup
         raise DataError(f"no column name contains the separator '{split}' (it has {listing(names, 20)})")
     variates = dict.fromkeys(values.values())
     for what, wanted in (
-        ("role", named),
+        ("roles", named),
         ("sentinels", [name for name in config.sentinels if name != "*"]),
         ("valid_range", list(config.valid_range)),
         ("resample.columns", list(config.resample.columns) if config.resample else []),
@@ -177,7 +173,8 @@ def _note_order(table: pl.DataFrame, keys: list[str], report: IngestReport) -> N
 
 
 def _without_duplicates(table: pl.DataFrame, keys: list[str], config: DataConfig, report: IngestReport) -> pl.DataFrame:
-    extra = ~table.select(pl.struct(keys).is_first_distinct()).to_series()
+    key = pl.struct(keys) if len(keys) > 1 else pl.col(keys[0])
+    extra = ~table.select(key.is_first_distinct()).to_series()
     count = int(extra.sum())
     if not count:
         return table
@@ -251,4 +248,29 @@ def _frame(
         )
     else:
         plain, schema, static = long_table(table, series_id=group, time=config.time, roles=roles, freq=freq)
+        if freq is None:
+            _check_one_frequency(plain, schema.freq)
     return SeriesFrame(plain, schema, static, require_targets=config.empty_targets == "error")
+
+
+def _check_one_frequency(table: pl.DataFrame, freq: str) -> None:
+    """Refuse series whose most frequent step differs from the inferred one; months have steps of many lengths."""
+    step = parse_freq(freq)
+    if step.kind == "month":
+        return
+    steps = (
+        table.lazy()
+        .select("series_id", pl.col("time").cast(pl.Int64))
+        .sort("series_id", "time")
+        .group_by("series_id", maintain_order=True)
+        .agg(pl.col("time").diff().drop_nulls().mode().min().alias("step"), pl.len().alias("rows"))
+        .filter((pl.col("rows") >= _MIN_ROWS_FOR_STEP) & (pl.col("step") != step.count))
+        .collect()
+    )
+    if steps.height:
+        odd = Frequency(int(steps["step"][0]), step.kind).text
+        raise DataError(
+            f"{steps.height} of {table['series_id'].n_unique()} series have another frequency than {freq} (first: "
+            f"'{steps['series_id'][0]}' with {odd}); ingest them under another name, resample, or state freq={freq} to "
+            "keep them as gappy series"
+        )

@@ -9,6 +9,7 @@ import csv
 import glob
 import io
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from sqlalchemy import MetaData, Table, select, text
-from sqlalchemy.exc import NoSuchTableError, ProgrammingError
+from sqlalchemy.exc import NoSuchTableError, OperationalError, ProgrammingError
 from sqlalchemy.sql.expression import Executable
 
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _FETCH_ROWS = 50_000
+_SQLITE_MISTAKE = re.compile(r"no such|syntax error|incomplete input|ambiguous column")  # not told apart by class
 
 
 @dataclass(frozen=True)
@@ -253,8 +255,11 @@ def _read_sql(source: SqlSource) -> RawTable:
             statement = text(source.query) if source.query else _whole_table(source.table or "", connection)
             try:
                 result = connection.execution_options(stream_results=True).execute(statement)
-            except ProgrammingError as error:
-                raise DataError(f"{origin}: the query failed: {str(error.orig).strip().splitlines()[0]}") from error
+            except (ProgrammingError, OperationalError) as error:
+                reason = str(error.orig).strip().splitlines()[0]
+                if isinstance(error, OperationalError) and not _SQLITE_MISTAKE.search(reason):
+                    raise
+                raise DataError(f"{origin}: the query failed: {reason}") from error
             names = [str(name) for name in result.keys()]  # noqa: SIM118 - a result is no mapping
             columns: list[list[Any]] = [[] for _ in names]
             for rows in result.partitions(_FETCH_ROWS):
@@ -292,7 +297,7 @@ def to_pandas(frame: SeriesFrame | pl.DataFrame) -> pd.DataFrame:
 
 
 def from_pandas(table: pd.DataFrame) -> pl.DataFrame:
-    """Return a pandas table as polars; an index that carries names becomes columns.
+    """Return a pandas table as polars, times with a zone in UTC; an index that carries names becomes columns.
 
     Raises:
         DataError: a column name is not a string.
@@ -302,4 +307,6 @@ def from_pandas(table: pd.DataFrame) -> pl.DataFrame:
     odd = [name for name in table.columns if not isinstance(name, str)]
     if odd:
         raise DataError(f"column names must be strings (not {listing(map(repr, odd))}); rename them")
-    return pl.from_pandas(table)
+    zoned = [str(name) for name, kind in table.dtypes.items() if getattr(kind, "tz", None) is not None]
+    plain = table.assign(**{name: table[name].dt.tz_convert(None) for name in zoned})  # UTC, without saying so
+    return pl.from_pandas(plain).with_columns(pl.col(name).dt.replace_time_zone("UTC") for name in zoned)
