@@ -310,11 +310,11 @@ def _rebuild(spec: Mapping[str, Any], weights: bytes) -> ForecastNetwork:
     return network.eval()
 
 
-def check_frame(artifact: Artifact, frame: SeriesFrame) -> None:
-    """Refuse a frame that the artifact's network cannot forecast.
+def match_frame(artifact: Artifact, frame: SeriesFrame) -> SeriesFrame:
+    """Return the frame with exactly the columns that the artifact's network reads; other covariates are left out.
 
     Raises:
-        ArtifactError: frequency, grid, targets, covariates or series differ; the message says which.
+        ArtifactError: frequency, grid, targets or series differ, or a covariate is missing; the message says which.
     """
     mine, theirs = artifact.schema, frame.schema
     name = f"artifact {artifact.id}"
@@ -323,17 +323,16 @@ def check_frame(artifact: Artifact, frame: SeriesFrame) -> None:
             f"{name} was fitted on freq {mine.freq}, the data has {theirs.freq}; resample the data or refit"
         )
     for role in ("targets", "past", "known", "static"):
-        wanted, given = getattr(mine, role), getattr(theirs, role)
-        missing = [column for column in wanted if column not in given]
-        extra = [column for column in given if column not in wanted]
+        missing = [column for column in getattr(mine, role) if column not in getattr(theirs, role)]
         if missing:
             raise ArtifactError(f"{name} needs the {role} column(s) {listing(missing)}, which the data lacks")
-        if extra:
-            raise ArtifactError(f"{name} does not know the {role} column(s) {listing(extra)}; drop them or refit")
-        if wanted != given:
-            raise ArtifactError(
-                f"{name} reads {role} in the order {listing(wanted, 20)}, the data has {listing(given, 20)}"
-            )
+    extra = [column for column in theirs.targets if column not in mine.targets]
+    if extra:
+        raise ArtifactError(f"{name} does not know the target(s) {listing(extra)}; drop them or refit")
+    if mine.targets != theirs.targets:
+        raise ArtifactError(
+            f"{name} reads targets in the order {listing(mine.targets, 20)}, the data has {listing(theirs.targets, 20)}"
+        )
     try:
         artifact.grid.index_of(frame.table["time"].head(1))
     except DataError as error:
@@ -344,3 +343,6 @@ def check_frame(artifact: Artifact, frame: SeriesFrame) -> None:
             f"{name} was not fitted on {len(strangers)} of {len(frame.series_ids)} series ({listing(strangers)}) and "
             "its scaling 'series' needs them; refit with them, or fit with scaling 'window'"
         )
+    if mine == theirs:
+        return frame
+    return frame.with_covariates(past=mine.past, known=mine.known, static=mine.static)

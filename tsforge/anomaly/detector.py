@@ -15,7 +15,7 @@ from tsforge.anomaly.residuals import TrainingRange
 from tsforge.anomaly.series import SeriesResult, SeriesRows, detect_series
 from tsforge.anomaly.spans import ScoredSpan, choose_span, series_spans
 from tsforge.anomaly.thresholds import ThresholdRule, build_rule
-from tsforge.artifact import Artifact, check_frame
+from tsforge.artifact import Artifact, match_frame
 from tsforge.contracts.tables import AnomalyReport
 from tsforge.core.errors import DataError, listing
 from tsforge.core.logs import get_logger, log_event
@@ -70,9 +70,8 @@ def detect(
         ModelError: tail scores of an artifact that forecasts points only.
     """
     settings = config or DetectConfig()
-    judged = frame if values is None else values
-    check_frame(artifact, frame)
-    check_frame(artifact, judged)
+    judged = match_frame(artifact, frame if values is None else values)
+    frame = match_frame(artifact, frame)
     panel = artifact_panel(artifact, judged)
     data_start, data_stop = panel.span()
     span = choose_span(artifact, data_start, data_stop - 1, start, stop)

@@ -23,7 +23,7 @@ from tsforge.anomaly.detector import detect
 from tsforge.app import published
 from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, run_checks
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset, mask_invalid
-from tsforge.artifact import Artifact, check_frame, load_artifact
+from tsforge.artifact import Artifact, match_frame, load_artifact
 from tsforge.core.config import Config, fingerprint
 from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
@@ -273,7 +273,7 @@ def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
         steps = config.forecast.horizon if config.forecast is not None else None
         raw = add_calendar(raw.extend(steps or artifact.window.horizon), config.data.calendar)
         frame = mask_invalid(raw, config.data)
-        check_frame(artifact, frame)
+        frame = match_frame(artifact, frame)
         checks = _check_data(raw.until(work.as_of), work, facts)
     if config.forecast is not None:
         with work.stage("forecast") as facts:

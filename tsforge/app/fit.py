@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, SerializeAsAny, field_validator
@@ -21,7 +21,7 @@ from tsforge.artifact import Artifact, collect_provenance, create_artifact, save
 from tsforge.contracts.model import ModelConfig
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
 from tsforge.core.config import Config, fingerprint
-from tsforge.core.errors import DataError
+from tsforge.core.errors import DataError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.seeding import derive_seed, seed_everything
 from tsforge.core.workspace import Workspace
@@ -35,6 +35,7 @@ from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.layers.likelihoods import LikelihoodConfig, Point
 from tsforge.layers.scaling import ScalingConfig
 from tsforge.metrics.point import ErrorSums
+from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network, resolve_model_config
 from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.registry import register
@@ -43,6 +44,7 @@ from tsforge.training.config import TrainConfig
 from tsforge.training.loop import TrainResult, fit_network
 
 _LOG = get_logger(__name__)
+_COVARIATES = ("past", "known", "static")
 
 
 class WindowConfig(Config):
@@ -77,6 +79,8 @@ class FitConfig(Config):
     scaling: ScalingConfig = ScalingConfig()
     train: TrainConfig = TrainConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    covariates: Literal["usable", "all"] = "usable"
+    """``usable`` leaves out, with a warning, the kinds of covariates that the model cannot take; ``all`` refuses."""
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("model", mode="before")
@@ -165,6 +169,18 @@ def _make_spans(panel: Panel, config: FitConfig, splits: Splits, *, aligned: boo
     )
 
 
+def _usable(frame: SeriesFrame, model: str) -> SeriesFrame:
+    """Return the frame without the kinds of covariates that the model cannot take; each is named once."""
+    can = MODELS.get(model).capabilities
+    schema = frame.schema
+    kept = {kind: getattr(schema, kind) if getattr(can, f"{kind}_covariates") else () for kind in _COVARIATES}
+    left_out = [name for kind in _COVARIATES for name in getattr(schema, kind) if name not in kept[kind]]
+    if not left_out:
+        return frame
+    _LOG.warning("model '%s' cannot take the covariate(s) %s; fitted without them", model, listing(left_out, 10))
+    return frame.with_covariates(**kept)
+
+
 def _data_spec(panel: Panel, config: FitConfig, splits: Splits) -> DataSpec:
     schema = panel.schema
     return DataSpec(
@@ -238,6 +254,8 @@ def fit_frame(
     """
     seed = config.train.seed
     seed_everything(seed)
+    if config.covariates == "usable":
+        frame = _usable(frame, config.model.name)
     panel = Panel.from_frame(frame)
     splits = make_splits(panel, config.split)
     network = build_network(config.network, _data_spec(panel, config, splits), seed=derive_seed(seed, "weights"))
@@ -312,12 +330,7 @@ def fit(
     checkpoint_dir = workspace.checkpoints / fingerprint(config)
     name = f"{config.model.name} on {config.data.name}"
     tags = {"tsforge.model": config.model.name, "tsforge.dataset": config.data.name}
-    with Tracker.open(workspace, config.tracking).start(
-        name,
-        config=config,
-        tags={"tsforge.model": config.model.name, "tsforge.dataset": config.data.name},
-        parent=parent,
-    ) as run:
+    with Tracker.open(workspace, config.tracking).start(name, config=config, tags=tags, parent=parent) as run:
         run.log_data(config.data.name, frame.fingerprint(), profile={"rows": frame.num_rows})
 
         def after_epoch(epoch: int, metrics: dict[str, float]) -> None:

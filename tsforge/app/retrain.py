@@ -19,7 +19,7 @@ from tsforge.app.batch import BatchBusy, data_seen_until, parse_as_of
 from tsforge.app.checks import before
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset
-from tsforge.artifact import Artifact, check_frame, load_artifact
+from tsforge.artifact import Artifact, match_frame, load_artifact
 from tsforge.core.config import Config
 from tsforge.core.errors import ArtifactError, ConfigError, DataError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
@@ -207,7 +207,7 @@ def _retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Re
     start = before(as_of, config.compare.span)
     champion = _champion(config, workspace)
     if champion is not None:
-        check_frame(champion, frame)
+        match_frame(champion, frame)
         seen = data_seen_until(champion)
         if seen is not None and seen > start:
             raise DataError(

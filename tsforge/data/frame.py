@@ -271,6 +271,26 @@ class SeriesFrame:
             self._table.with_columns(checked_columns(columns, self.num_rows)), schema, self._static, self._grid
         )
 
+    def with_covariates(
+        self, *, past: Sequence[str] = (), known: Sequence[str] = (), static: Sequence[str] = ()
+    ) -> SeriesFrame:
+        """Return the frame with only these of its covariates, in this order; targets stay.
+
+        Raises:
+            DataError: the frame has no covariate of that name and role.
+        """
+        wanted = {"past": tuple(past), "known": tuple(known), "static": tuple(static)}
+        for role, names in wanted.items():
+            missing = [name for name in names if name not in getattr(self._schema, role)]
+            if missing:
+                raise DataError(f"the data has no {role} covariate {listing(missing)}")
+        schema = replace(self._schema, **wanted)
+        constants = (
+            None if self._static is None or not schema.static else self._static.select("series_id", *schema.static)
+        )
+        table = self._table.select("series_id", "time", *schema.columns)
+        return SeriesFrame._trusted(table, schema, constants, self._grid)
+
     def mask_outside(
         self, ranges: Mapping[str, tuple[float | None, float | None]]
     ) -> tuple[SeriesFrame, dict[str, int]]:

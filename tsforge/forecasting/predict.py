@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tsforge.artifact import Artifact, check_frame
+from tsforge.artifact import Artifact, match_frame
 from tsforge.contracts.tables import Forecast, quantile_column
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.core.logs import get_logger
@@ -64,7 +64,7 @@ def predict(
         DataError: too short a history, nothing observed in it, or known covariates missing; series are named.
         ModelError: more steps than trained without ``rollout``, or a model that cannot be rolled.
     """
-    check_frame(artifact, frame)
+    frame = match_frame(artifact, frame)
     trained = artifact.window.horizon
     steps = _steps(artifact, horizon, rollout)
     levels = offered_levels(artifact) if quantile_levels is None else _checked_levels(artifact, quantile_levels)

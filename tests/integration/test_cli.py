@@ -1,0 +1,155 @@
+"""The command line as a newcomer meets it: right exit status, one line a mistake, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tsforge.cli import main
+
+SMALL = [
+    "data=synthetic",
+    "data.source.generator.num_rows=600",
+    "data.source.generator.num_series=2",
+    "data.source.generator.num_variates=2",
+    "data.source.generator.num_anomalies=0",
+]
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def tsforge(workspace_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["tsforge", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err, captured.err
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+def test_version_and_help(tsforge: Any) -> None:
+    assert tsforge("--version").out.strip() == "0.1.0"
+    help_text = tsforge("--help").out
+    for command in ("ingest", "fit", "predict", "backtest", "detect", "tune", "batch", "schedule", "promote", "doctor"):
+        assert command in help_text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "fragment"),
+    [
+        (["fitt"], 2, "No such command"),
+        (["fit", "--nonsense"], 2, "No such option"),
+        (["fit", "model.lagz=3"], 2, "did you mean 'lags'"),
+        (["fit", "model=ar_nett"], 2, "did you mean 'ar_net'"),
+        (["fit", "window.horizon=-3"], 2, "window.horizon"),
+        (["fit", "window.horizon=soon"], 2, "window.horizon"),
+        (["fit", "--config", "nowhere.yaml"], 2, "does not exist"),
+        (["fit", "model.lags"], 2, "not an override"),
+        (["fit", "data=nyc_weather"], 3, "ingest"),
+        (["ingest", "data=csv", "data.name=x", "data.source.path=/nowhere.csv"], 3, "/nowhere.csv"),
+        (["predict", "artifact=ghost"], 5, "ghost"),
+        (["data", "report", "ghost"], 3, "ghost"),
+        (["benchmark", "--data", "/nowhere.parquet", "--models", "linear"], 3, "/nowhere.parquet"),
+        (["--log-level", "loud", "models"], 2, "loud"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_status(tsforge: Any, arguments: list[str], code: int, fragment: str) -> None:
+    outcome = tsforge(*arguments)
+    assert fragment in outcome.err
+    assert outcome.code == code
+    assert sum(line.startswith("error: ") for line in outcome.err.splitlines()) == 1
+    assert outcome.out == ""
+
+
+def test_dry_run_prints_a_config_that_loads_back(tsforge: Any, tmp_path: Path) -> None:
+    first = tsforge("fit", "data=nyc_weather", "model=linear", "--dry-run")
+    assert first.code == 0
+    assert yaml.safe_load(first.out)["model"]["name"] == "linear"
+    own = tmp_path / "own.yaml"
+    own.write_text(first.out, encoding="utf-8")
+    again = tsforge("fit", "--config", str(own), "--dry-run")
+    assert again.out == first.out
+
+
+def test_read_only_workspace(tsforge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("TSFORGE_HOME", str(tmp_path / "file" / "home"))
+    outcome = tsforge("data", "list")
+    assert outcome.code == 6
+    assert "cannot create the workspace" in outcome.err
+
+
+def test_main_journey_through_the_command_line(tsforge: Any, tmp_path: Path) -> None:
+    assert tsforge("ingest", *SMALL).code == 0
+    again = json.loads(tsforge("ingest", *SMALL, "--json").out)
+    assert (again["rows_new"], again["rows_changed"]) == (0, 0)
+    fitted = json.loads(
+        tsforge(
+            "fit",
+            *SMALL,
+            "model=linear",
+            "window.context_length=48",
+            "window.horizon=6",
+            "tracking.enabled=false",
+            "--json",
+        ).out
+    )
+    assert fitted["test_mae"] < 1.5
+    target = tmp_path / "forecast.parquet"
+    assert tsforge("predict", f"artifact={fitted['artifact']}", "--output", str(target)).code == 0
+    import polars as pl
+
+    table = pl.read_parquet(target)
+    assert table.height == 2 * 2 * 6  # series, variates, steps
+    assert table["step"].max() == 6
+    latest = json.loads(tsforge("predict", "artifact=latest", "--json").out)
+    assert len(latest["rows"]) == table.height
+    assert tsforge("predict", "artifact=latest", "--output", str(tmp_path / "forecast.xlsx")).code == 2
+
+
+def test_interrupted_training_resumes_to_the_same_result(workspace_root: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    base = [sys.executable, "-m", "tsforge"]
+    subprocess.run([*base, "ingest", *SMALL], check=True, capture_output=True, env=environment, timeout=120)
+    command = [
+        *base, "fit", *SMALL, "model=dlinear", "window.context_length=48", "window.horizon=6", "tracking.enabled=false",
+        "train.max_epochs=60", "train.patience=null", "train.batch_size=16", "--json",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    checkpoints = workspace_root / "checkpoints"
+    deadline = time.monotonic() + 90
+    while not list(checkpoints.rglob("*.ckpt")):
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, timeout=200)
+    fresh = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    one, other = json.loads(resumed.stdout), json.loads(fresh.stdout)
+    assert one["epochs"] == other["epochs"] == 60
+    assert one["test_mse"] == other["test_mse"]
+    assert not list(checkpoints.rglob("*.ckpt"))
