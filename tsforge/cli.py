@@ -186,8 +186,10 @@ def benchmark(
     """Measure models on a data set with the literature's splits, every test window, resumable."""
     settings = list(overrides or [])
     if data is not None:
-        settings.append(f"data='{data}'")
-    for key, value in (("models", models), ("context_lengths", context_length), ("horizons", horizons)):
+        settings.append(f"path='{data}'")
+    if models is not None:  # quoted, since an entry may hold its own settings (linear:ridge=5e4)
+        settings.append("models=[" + ",".join(f"'{entry.strip()}'" for entry in models.split(",")) + "]")
+    for key, value in (("context_lengths", context_length), ("horizons", horizons)):
         if value is not None:
             settings.append(f"{key}=[{value}]")
     if seeds is not None:

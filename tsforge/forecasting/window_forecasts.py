@@ -15,6 +15,7 @@ from torch import Tensor
 from tsforge.contracts.tensors import Batch
 from tsforge.core.errors import DataError, ModelError
 from tsforge.data.windows import WindowDataset
+from tsforge.metrics.point import ErrorSums
 from tsforge.network import ForecastNetwork
 
 FloatArray = NDArray[np.float64]
@@ -159,6 +160,34 @@ def predict_windows(
     if not parts:
         raise DataError("there is no window to forecast; the span is shorter than one horizon")
     return concatenate(parts)
+
+
+@torch.no_grad()
+def error_sums(network: ForecastNetwork, windows: WindowDataset, *, batch_size: int | None = None) -> ErrorSums:
+    """Return squared and absolute errors of the mean forecast summed over all windows, per step and variate.
+
+    Errors are taken in single precision where the network lives and summed in double precision.
+
+    Raises:
+        DataError: the windows have no target.
+        ModelError: a forecast is not finite.
+    """
+    sums = ErrorSums(network.spec.horizon, network.spec.num_variates)
+    with evaluating(network):
+        for batch in window_batches(network, windows, batch_size=batch_size):
+            if batch.target is None or batch.target_mask is None:
+                raise DataError("errors need windows with targets; these are for prediction only")
+            error = (network.predict(batch).mean - batch.target).masked_fill_(~batch.target_mask, 0.0)
+            absolute = error.abs().sum(dim=0, dtype=torch.float64)
+            squared = error.square_().sum(dim=0, dtype=torch.float64)
+            count = batch.target_mask.sum(dim=0)
+            sums.add_sums(as_array(squared), as_array(absolute), count.cpu().numpy(), len(error))
+    if not np.isfinite(sums.squared).all():
+        raise ModelError(
+            f"model '{network.config.model.name}' gave forecasts that are not finite; its training diverged or its "
+            "input lies far outside the training range"
+        )
+    return sums
 
 
 def concatenate(parts: Sequence[WindowForecasts]) -> WindowForecasts:

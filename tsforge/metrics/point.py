@@ -174,10 +174,14 @@ class ErrorSums:
         """Add one batch of windows."""
         scored = scored_cells(target, mask)
         error = np.where(scored, _float(target) - _float(forecast), 0.0)
-        self.squared += np.einsum("bhv,bhv->hv", error, error)
-        self.absolute += np.abs(error).sum(axis=0)
-        self.count += scored.sum(axis=0)
-        self.windows += error.shape[0]
+        self.add_sums(np.square(error).sum(axis=0), np.abs(error).sum(axis=0), scored.sum(axis=0), len(error))
+
+    def add_sums(self, squared: ArrayLike, absolute: ArrayLike, count: ArrayLike, windows: int) -> None:
+        """Add sums [H, V] over ``windows`` windows that were taken elsewhere, for example on a device."""
+        self.squared += _float(squared)
+        self.absolute += _float(absolute)
+        self.count += np.asarray(count, dtype=np.int64)
+        self.windows += windows
 
     def mse(self, axis: Axis = None) -> Score:
         """Return the mean squared error over ``axis`` of [H, V]."""
