@@ -88,7 +88,8 @@ def test_burg_equals_statsmodels() -> None:
     rho, sigma2 = reference(values, order=4, demean=False)
     found = burg([values], 4)
     np.testing.assert_allclose(found.weight, rho, atol=1e-12)
-    assert found.variances[-1] == pytest.approx(sigma2, rel=1e-12)
+    assert found.variances[-1] == pytest.approx(sigma2, rel=0.02)  # they average the last errors over fewer rows
+    assert found.variances[-1] == pytest.approx(values @ values / 300 * np.prod(1 - found.pacf**2), rel=1e-12)
 
 
 def test_burg_pools_segments_and_refuses_short_ones() -> None:
