@@ -129,9 +129,10 @@ class Panel:
             DataError: no target is observed anywhere.
         """
         last = self.last_observed()
-        if (last < self.offset).all():
+        seen = last >= self.offset
+        if not seen.any():
             raise DataError("no target is observed in any series")
-        return int(self.offset[self.lengths > 0].min()), int(last.max()) + 1
+        return int(self.offset[self.lengths > 0].min()), int(last[seen].max()) + 1
 
     def last_observed(self) -> Ints:
         """Return int64 [num_series]: absolute row of the last observed target, ``offset - 1`` where there is none."""

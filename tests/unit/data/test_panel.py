@@ -133,6 +133,15 @@ def test_tensors_are_made_once_and_shared() -> None:
     assert rows.static.tolist() == pytest.approx(np.array([[0.1], [0.2]]))
 
 
+def test_the_last_observed_row_of_a_series_is_its_own() -> None:
+    table = pl.DataFrame(
+        {"series_id": list("aabbcc"), "time": [0, 1, 5, 6, 2, 3], "y": [1.0, None, None, None, 3.0, 4.0]}
+    )
+    panel = Panel.from_frame(SeriesFrame(table, SeriesSchema(targets=("y",), freq="1i")))
+    assert panel.last_observed().tolist() == [0, 4, 3]  # b has none: the row before its first
+    assert panel.span() == (0, 4)
+
+
 def test_a_panel_without_observed_targets_has_no_span() -> None:
     table = pl.DataFrame({"series_id": ["a", "a"], "time": [0, 1], "y": [None, None]})
     empty = SeriesFrame(table, SeriesSchema(targets=("y",), freq="1i"), require_targets=False)
