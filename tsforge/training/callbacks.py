@@ -6,10 +6,12 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -155,6 +157,17 @@ class EpochRecord(pl.Callback):
             )
         for name in ("history", "start", "best_epoch", "best_loss", "best_state", "train_seconds", "windows_seen"):
             setattr(self, name, state_dict[name])
+
+
+class EpochCheckpoint(Checkpoint):
+    """Writes the whole state of the run after each epoch, after every other callback; the file is replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace the checkpoint."""
+        trainer.save_checkpoint(self.path)
 
 
 def mean_metrics(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -16,19 +16,20 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 
 from tsforge.contracts.tensors import SolveReport, TrainingSeries
 from tsforge.core.config import fingerprint
 from tsforge.core.errors import BackendError, ConfigError, ModelError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.network import ForecastNetwork
-from tsforge.training.callbacks import EpochRecord, OnEpoch, ProgressLine, StopTraining, mean_metrics
+from tsforge.training.callbacks import EpochCheckpoint, EpochRecord, OnEpoch, ProgressLine, StopTraining, mean_metrics
 from tsforge.training.config import TrainConfig
 from tsforge.training.module import EpochStream, TrainModule, ValidatedModule, Windows
 
 LOGGER = get_logger(__name__)
 CHECKPOINT = "last.ckpt"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,7 @@ def _check_windows(network: ForecastNetwork, train: Windows, valid: Windows | No
                 f"the {name} span holds no window of {spec.context_length} + {spec.horizon} steps; shorten "
                 "context_length or horizon, widen the span, or lower min_observed"
             )
-        if network.capabilities.rows_coupled and not getattr(windows, "aligned", False):
+        if network.capabilities.rows_coupled and windows.rows_per_item != windows.panel.num_series:
             raise ConfigError(
                 f"model '{network.config.model.name}' couples the rows of a batch; build its {name} windows aligned"
             )
@@ -235,11 +236,18 @@ class _Run:
         if self.start is not None:
             record.remember_start(self.network, self.start)
         stopper = self._stopper()
-        callbacks = [record, *([stopper] if stopper else []), *([ProgressLine()] if progress else [])]
+        callbacks: list[pl.Callback] = [
+            record,
+            *([stopper] if stopper else []),
+            *([ProgressLine()] if progress else []),
+        ]
         kind = TrainModule if self.valid is None else ValidatedModule
         module = kind(self.network, config, total_steps=config.max_epochs * len(stream))
         with _quiet_lightning(), _own_random_state(), _plain_interrupt(), _explained_disk_errors(checkpoint):
-            trainer = self._trainer([*callbacks, *self._saver()])
+            if checkpoint is not None:
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                callbacks.append(EpochCheckpoint(checkpoint))
+            trainer = self._trainer(callbacks)
             device = trainer.strategy.root_device
             stream.windows = self.train.to(device)
             valid_stream = None
@@ -261,17 +269,6 @@ class _Run:
         if self.valid is None or config.patience is None:
             return None
         return EarlyStopping("valid_loss", patience=config.patience, min_delta=config.min_delta, check_finite=False)
-
-    def _saver(self) -> list[pl.Callback]:
-        if self.checkpoint is None:
-            return []
-        saver = ModelCheckpoint(
-            dirpath=self.checkpoint.parent,
-            filename=self.checkpoint.stem,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-        return [saver]
 
     def _trainer(self, callbacks: list[pl.Callback]) -> pl.Trainer:
         config = self.config
@@ -308,7 +305,7 @@ def _explained_disk_errors(checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if checkpoint is None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if checkpoint is None or error.errno not in _DISK_ERRORS:
             raise
         raise BackendError(
             f"cannot keep checkpoints in {checkpoint.parent}: {error.strerror}; free space or choose another folder"

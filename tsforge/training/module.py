@@ -11,12 +11,16 @@ from torch import Tensor
 
 from tsforge.contracts.tensors import Batch
 from tsforge.core.seeding import derive_seed
+from tsforge.data.panel import Panel
 from tsforge.network import ForecastNetwork
 from tsforge.training.config import TrainConfig
 
 
 class Windows(Protocol):
     """What training needs of a window dataset: whole batches gathered from resident tensors."""
+
+    rows_per_item: int
+    panel: Panel
 
     def __len__(self) -> int: ...
 
