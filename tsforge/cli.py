@@ -7,6 +7,7 @@ before a subcommand runs.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,8 @@ app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config settings.")]
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="Name below configs/ or a YAML file.")]
+INTERRUPTED = 130  # the shell's status of a process ended by Ctrl-C
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Workspace folder (default TSFORGE_HOME or .tsforge).")]
@@ -43,23 +46,24 @@ Home = Annotated[Path | None, typer.Option("--home", help="Workspace folder (def
 def main() -> None:
     """Run the command line; every error a user can cause is one line and a non-zero exit status."""
     try:
-        app(standalone_mode=False)
+        # Typer returns the status of typer.Exit instead of raising it, and turns Ctrl-C into status 130
+        code = app(standalone_mode=False) or 0
     except TsforgeError as error:
         print_error(str(error))
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print_error("interrupted; what was stored before is untouched, run the same command again to go on")
-        sys.exit(130)
+        code = INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         sys.exit(141)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             print_error(f"{error.format_message()} (tsforge --help lists the commands and options)")
             sys.exit(2)
         raise
+    if code == INTERRUPTED:
+        print_error("interrupted; what was stored before is untouched, run the same command again to go on")
+    sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)

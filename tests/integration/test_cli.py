@@ -98,6 +98,13 @@ def test_read_only_workspace(tsforge: Any, tmp_path: Path, monkeypatch: pytest.M
     assert "cannot create the workspace" in outcome.err
 
 
+def test_closed_pipe_is_no_error(workspace_root: Path) -> None:
+    command = f"{sys.executable} -m tsforge models --json | head -c 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+
+
 def test_main_journey_through_the_command_line(tsforge: Any, tmp_path: Path) -> None:
     assert tsforge("ingest", *SMALL).code == 0
     again = json.loads(tsforge("ingest", *SMALL, "--json").out)
