@@ -181,7 +181,8 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(path.parent), version_base="1.3"):
-                settings = [_struct_override(text, {root, path.parent}) for text in overrides]
+                placed = _placed_groups(path)
+                settings = [_struct_override(text, {root, path.parent}, placed) for text in overrides]
                 composed = hydra_compose(path.stem, overrides=[*extra, *settings])
             plain = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -208,18 +209,32 @@ def _config_path(name: str, root: Path) -> Path:
     return path
 
 
-def _struct_override(text: str, roots: set[Path]) -> str:
-    """Let an override add a key that the YAML leaves at its default; pydantic refuses unknown keys later."""
+def _placed_groups(path: Path) -> dict[str, str]:
+    """Return ``{group: group@place}`` of the groups that a config file puts somewhere else (``data@fit.data: csv``)."""
+    import yaml
+
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = plain.get("defaults") or [] if isinstance(plain, dict) else []
+    keys = [str(key).removeprefix("/") for entry in entries if isinstance(entry, dict) for key in entry]
+    return {key.partition("@")[0]: key for key in keys if "@" in key}
+
+
+def _struct_override(text: str, roots: set[Path], placed: Mapping[str, str]) -> str:
+    """Let an override add a key that the YAML leaves at its default; pydantic refuses unknown keys later.
+
+    A choice of a group goes where the config file has placed the group.
+    """
     if "=" not in text:
         raise ConfigError(f"'{text}' is not an override; write key=value, for example model=ar_net or model.lags=48")
     key, value = text.split("=", 1)
-    groups = [root / key for root in roots if (root / key).is_dir()]
+    group = key.partition("@")[0]
+    groups = [root / group for root in roots if (root / group).is_dir()]
     if not groups:
         return text if key.startswith(("+", "~")) else f"++{text}"
     choices = sorted(path.stem for group in groups for path in group.glob("*.yaml"))
     if value not in choices:
         raise ConfigError(f"{key}={value}: no such choice{nearest(value, choices)} (known: {listing(choices, 30)})")
-    return text
+    return f"{placed.get(key, key)}={value}"
 
 
 def load(cls: type[C], name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> C:

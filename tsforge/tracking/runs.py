@@ -68,10 +68,13 @@ class Run:
         self._metrics: list[Any] = []
         self._flushed = time.monotonic()
         self._broken_since: float | None = None
+        self._curves: dict[str, list[tuple[int, float]]] = {}
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one epoch; they are sent in batches."""
+        """Record the metrics of one epoch; they are sent in batches and drawn at the end of the run."""
         self.log_metrics(metrics, step=epoch)
+        for name, value in metrics.items():
+            self._curves.setdefault(name, []).append((epoch, float(value)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record numbers. Characters that MLflow does not allow in a name become ``_``."""
@@ -201,6 +204,10 @@ class Run:
         self._broken_since = None  # the end deserves an attempt of its own
         status, message = outcome(error)
         self.flush()
+        if any(len(points) > 1 for points in self._curves.values()):
+            from tsforge.tracking.figures import learning_curves
+
+            self.log_figure("plots/learning_curves.png", learning_curves(self._curves))
         if message:
             self.set_tags({_ERROR: message})
         if not self._send("its end", lambda: self._client.set_terminated(self.id, status)):
@@ -404,6 +411,17 @@ class Tracker:
         experiment_id = self._connect()
         found = self._client.search_runs([experiment_id], max_results=limit, order_by=["attributes.start_time DESC"])
         return [_record(run) for run in found]
+
+    def find(self, tag: str, value: str) -> str | None:
+        """Return the id of the newest run whose ``tag`` has this value, None when there is none or tracking is off."""
+        if not self.enabled:
+            return None
+        experiment_id = self._connect()
+        quoted = value.replace("'", "")
+        found = self._client.search_runs(
+            [experiment_id], f"tags.`{tag}` = '{quoted}'", max_results=1, order_by=["attributes.start_time DESC"]
+        )
+        return str(found[0].info.run_id) if found else None
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
         """Return every logged number of a run as records ``epoch, name, value``, by name and epoch.

@@ -31,7 +31,7 @@ class SpaceOverride(Config):
 class TuneConfig(Config):
     """Settings of a study; running it again with the same name continues it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$", max_length=80)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", max_length=80)
     """Name of the study and of its files."""
     num_trials: int = Field(default=30, ge=1)
     """Finished trials wanted in all, those of earlier sessions included."""

@@ -148,3 +148,12 @@ def test_config_dir_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TSFORGE_CONFIGS", str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match="not a folder"):
         config_dir()
+
+
+def test_a_group_choice_goes_where_the_file_placed_the_group(tree: Path) -> None:
+    (tree / "job.yaml").write_text("defaults:\n  - inner@fit.part: small\n  - _self_\nother: 1\n", encoding="utf-8")
+    assert compose("job", [], tree) == {"fit": {"part": {"width": 2}}, "other": 1}
+    for override in ("inner=large", "inner@fit.part=large"):
+        assert compose("job", [override, "fit.part.width=7"], tree)["fit"] == {"part": {"width": 7, "kind": "b"}}
+    with pytest.raises(ConfigError, match="did you mean 'large'"):
+        compose("job", ["inner=larg"], tree)

@@ -1,0 +1,89 @@
+"""Plots that go with a run: how the training went, what the forecast looks like. Pictures, no network needed.
+
+Figures are made without pyplot, so they are safe in threads and need no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+from matplotlib.figure import Figure
+
+from tsforge.contracts.tables import Forecast, quantile_column
+from tsforge.core.errors import DataError
+
+_LINE, _BAND, _PAST = "#1f6feb", "#1f6feb", "#57606a"
+
+
+def learning_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Return one line a metric over epochs; losses that stay positive are drawn on a logarithmic axis.
+
+    Args:
+        history: metric -> (epoch, value) pairs in order.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in history:
+        groups.setdefault(name.rpartition("_")[2], []).append(name)  # train_loss and valid_loss share a picture
+    figure = Figure(figsize=(7, 2.8 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+    for axis, (group, names) in zip(axes, sorted(groups.items()), strict=True):
+        for name in sorted(names):
+            epochs, values = zip(*history[name], strict=True)
+            axis.plot(epochs, values, marker=".", label=name)
+        if all(value > 0 for name in names for _, value in history[name]):
+            axis.set_yscale("log")
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(group)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    return figure
+
+
+def forecast_figure(
+    history: pl.DataFrame, forecast: Forecast, *, series_id: str | None = None, num_past: int = 200
+) -> Figure:
+    """Return history, forecast mean and quantile bands of every variate of one series.
+
+    Args:
+        history: ``series_id, time`` and one column a variate; rows after the cutoff are drawn too (what came true).
+        forecast: of one or more series; the last cutoff of the series is drawn.
+        series_id: default the first of the forecast.
+        num_past: rows of history before the cutoff.
+
+    Raises:
+        DataError: the forecast does not hold the series.
+    """
+    name = series_id if series_id is not None else forecast.table["series_id"][0]
+    table = forecast.table.filter(pl.col("series_id") == name)
+    if not table.height:
+        raise DataError(f"the forecast holds no series '{name}'")
+    cutoff = table["cutoff"].max()
+    table = table.filter(pl.col("cutoff") == cutoff)
+    own = history.filter(pl.col("series_id") == name).sort("time")
+    past = own.filter(pl.col("time") <= cutoff).tail(num_past)
+    shown = pl.concat([past, own.filter(pl.col("time").is_in(table["time"].unique().implode()))])
+    variates = table["variate"].unique(maintain_order=True).to_list()
+    figure = Figure(figsize=(9, 2.4 * len(variates)), layout="constrained")
+    axes = figure.subplots(len(variates), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, variate in zip(axes, variates, strict=True):
+        _draw(axis, shown, table.filter(pl.col("variate") == variate).sort("step"), variate, forecast.quantile_levels)
+    axes[0].set_title(f"{name}, forecast from {cutoff!s}", loc="left", fontsize=10)
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw(axis: Any, shown: pl.DataFrame, table: pl.DataFrame, variate: str, levels: Sequence[float]) -> None:
+    axis.plot(shown["time"].to_list(), shown[variate].to_list(), color=_PAST, linewidth=0.9, label="observed")
+    times = table["time"].to_list()
+    for low in (level for level in levels if level < 0.5):
+        high = next((level for level in levels if abs(level - (1 - low)) < 1e-9), None)
+        if high is None:
+            continue
+        low_values, high_values = (table[quantile_column(level)].cast(pl.Float64).to_list() for level in (low, high))
+        bounds = [[float("nan") if value is None else value for value in side] for side in (low_values, high_values)]
+        axis.fill_between(times, *bounds, color=_BAND, alpha=0.12, linewidth=0)
+    axis.plot(times, table["mean"].to_list(), color=_LINE, linewidth=1.4, label="forecast")
+    axis.set_ylabel(variate)
+    axis.grid(alpha=0.3)
