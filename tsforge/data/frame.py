@@ -283,8 +283,9 @@ class SeriesFrame:
         for role, names in wanted.items():
             missing = [name for name in names if name not in getattr(self._schema, role)]
             if missing:
-                raise DataError(f"the data has no {role} covariate {listing(missing)}")
-        schema = replace(self._schema, **wanted)
+                have = listing(getattr(self._schema, role)) or "none"
+                raise DataError(f"the data has no {role} covariate {listing(missing)} (it has {have})")
+        schema = replace(self._schema, past=wanted["past"], known=wanted["known"], static=wanted["static"])
         constants = (
             None if self._static is None or not schema.static else self._static.select("series_id", *schema.static)
         )

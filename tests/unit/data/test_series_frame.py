@@ -297,6 +297,20 @@ def test_known_columns_can_be_added_once() -> None:
         frame.with_known([pl.Series("k", [1.0, 2, 3, 4, 5, np.inf])])
 
 
+def test_covariates_can_be_left_out_by_role() -> None:
+    static = pl.DataFrame({"series_id": ["a", "b"], "s": [1.0, 2.0], "r": [3.0, 4.0]})
+    roles = schema(past=("p",), known=("k", "h"), static=("s", "r"))
+    frame = SeriesFrame(table(p=[1.0] * 5, k=[2.0] * 5, h=[3.0] * 5), roles, static)
+    part = frame.with_covariates(known=["h"], static=["r"])
+    assert part.schema == schema(known=("h",), static=("r",))
+    assert part.table.columns == ["series_id", "time", "y", "h"]
+    assert part.static is not None
+    assert part.static.rows() == [("a", 3.0), ("b", 4.0)]
+    assert frame.with_covariates().static is None
+    with pytest.raises(DataError, match=r"no past covariate h \(it has p\)"):
+        frame.with_covariates(past=["h"])
+
+
 def test_validating_two_million_rows_takes_seconds() -> None:
     import time
 
