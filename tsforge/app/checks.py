@@ -14,8 +14,9 @@ import polars as pl
 from pydantic import Field, field_validator
 
 from tsforge.core.config import Config
-from tsforge.core.errors import DataError, listing, nearest
+from tsforge.core.errors import ConfigError, DataError, listing, nearest
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import canonical_freq
 
 Severity = Literal["block", "warn"]
 
@@ -92,7 +93,35 @@ class RangeCheck(_Spanned):
     max_share: float = Field(0.0, ge=0, le=1)
 
 
-CheckConfig = Annotated[NonEmptyCheck | FreshCheck | NullShareCheck | RangeCheck, Field(discriminator="kind")]
+class SchemaCheck(_Check):
+    """The data has these columns, and with ``exact`` no other."""
+
+    kind: Literal["schema"] = "schema"
+    columns: tuple[str, ...] = Field(min_length=1)
+    exact: bool = False
+
+
+class FrequencyCheck(_Check):
+    """The data has this step (a source that silently changes from hourly to daily is caught here)."""
+
+    kind: Literal["frequency"] = "frequency"
+    freq: str
+
+    @field_validator("freq")
+    @classmethod
+    def _is_frequency(cls, value: str) -> str:
+        try:
+            return canonical_freq(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+
+CheckConfig = Annotated[
+    NonEmptyCheck | FreshCheck | NullShareCheck | RangeCheck | SchemaCheck | FrequencyCheck,
+    Field(discriminator="kind"),
+]
+TIMELESS = ("non_empty", "schema", "frequency")
+"""Kinds that need no clock, so that integer time passes them too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +161,13 @@ def _run(frame: SeriesFrame, check: CheckConfig, as_of: datetime) -> CheckResult
         failures, what = _stale_series(frame, check, as_of)
     elif isinstance(check, NullShareCheck):
         failures, what = _sparse_columns(frame, check, as_of)
-    else:
+    elif isinstance(check, RangeCheck):
         failures, what = _outlying_columns(frame, check, as_of)
+    elif isinstance(check, SchemaCheck):
+        failures, what = _other_columns(frame, check)
+    else:
+        failures = [] if frame.schema.freq == check.freq else [f"the data has {frame.schema.freq}"]
+        what = f"frequency other than {check.freq}"
     message = f"{len(failures)} {what}" + (f": {listing(failures, 3)}" if failures else "")
     return CheckResult(kind=check.kind, severity=check.severity, passed=not failures, message=message)
 
@@ -152,6 +186,14 @@ def _stale_series(frame: SeriesFrame, check: FreshCheck, as_of: datetime) -> tup
     stale = last.filter(pl.col("time").is_null() | (pl.col("time") < oldest))
     failures = [f"'{name}' ends at {time or 'no time at all'}" for name, time in stale.iter_rows()]
     return failures, f"of {last.height} series have no target newer than {check.max_age} before {as_of:%Y-%m-%d %H:%M}"
+
+
+def _other_columns(frame: SeriesFrame, check: SchemaCheck) -> tuple[list[str], str]:
+    present = (*frame.schema.columns, *frame.schema.static)
+    failures = [f"no '{name}'{nearest(name, present)}" for name in check.columns if name not in present]
+    if check.exact:
+        failures += [f"'{name}' is new" for name in present if name not in check.columns]
+    return failures, f"column(s) differ from the {len(check.columns)} expected"
 
 
 def _recent(frame: SeriesFrame, span: str, as_of: datetime) -> pl.DataFrame:

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, run_checks
+from tsforge.app.checks import TIMELESS, CheckConfig, CheckResult, NonEmptyCheck, run_checks
 from tsforge.core.config import Config, validate
 from tsforge.core.errors import BackendError, DataError, listing, nearest
 from tsforge.core.logs import get_logger, log_event
@@ -149,27 +149,44 @@ def _record_refusal(store: SeriesStore, name: str, report: IngestReport, error: 
 
 
 def _check(config: IngestConfig, dataset: Dataset, store: SeriesStore, as_of: datetime) -> tuple[CheckResult, ...]:
-    checks = config.checks
-    if dataset.frame.schema.has_integer_time:
-        timed = [check.kind for check in checks if check.kind not in ("non_empty", "schema", "frequency")]
-        if timed:
-            raise DataError(f"dataset '{config.data.name}' has integer time; remove the check(s) {listing(timed)}")
-    moment = as_of if as_of.tzinfo else as_of.replace(tzinfo=UTC)
-    results = tuple(run_checks(dataset.frame, checks, moment))
-    blocked = [
-        f"{result.kind}: {result.message}" for result in results if not result.passed and result.severity == "block"
-    ]
-    for result in results:
-        if not result.passed and result.severity == "warn":
-            _LOG.warning("check %s: %s", result.kind, result.message)
-    if blocked:
-        error = DataError(
-            f"dataset '{config.data.name}': {len(blocked)} blocking check(s) failed ({listing(blocked, 3)}); nothing "
-            "was stored, repair the source or change the checks"
-        )
+    try:
+        return _demand(config, dataset.frame, as_of)
+    except DataError as error:
         _record_refusal(store, config.data.name, dataset.report, error)
-        raise error
+        raise
+
+
+def _demand(config: IngestConfig, frame: SeriesFrame, as_of: datetime) -> tuple[CheckResult, ...]:
+    """Return the results of all checks; a failed one of severity ``block`` is an error."""
+    name = config.data.name
+    timed = [check.kind for check in config.checks if check.kind not in TIMELESS]
+    if timed and frame.schema.has_integer_time:
+        raise DataError(f"dataset '{name}' has integer time; remove the check(s) {listing(timed)}")
+    moment = as_of if as_of.tzinfo else as_of.replace(tzinfo=UTC)
+    results = tuple(run_checks(frame, config.checks, moment))
+    failed = [result for result in results if not result.passed]
+    for result in failed:
+        if result.severity == "warn":
+            _LOG.warning("check %s: %s", result.kind, result.message)
+    blocking = [f"{result.kind}: {result.message}" for result in failed if result.severity == "block"]
+    if blocking:
+        raise DataError(
+            f"dataset '{name}': {len(blocking)} blocking check(s) failed ({listing(blocking, 3)}); nothing was stored, "
+            "repair the source or change the checks"
+        )
     return results
+
+
+def check_stored(config: IngestConfig, workspace: Workspace) -> tuple[CheckResult, ...]:
+    """Return the results of the checks on what the store holds, without reading the source.
+
+    Raises:
+        DataError: the dataset is not in the store, or a check does not fit it.
+        BackendError: the database did not answer.
+    """
+    frame = load_dataset(workspace, config.data.name)
+    moment = config.as_of or datetime.now(UTC)
+    return tuple(run_checks(frame, config.checks, moment if moment.tzinfo else moment.replace(tzinfo=UTC)))
 
 
 def load_dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -96,18 +97,32 @@ def _sqlite_engine(url: URL, *, read_only: bool) -> Engine:
     if read_only:
         if not path.is_file():
             raise BackendError(f"the SQLite file {path} does not exist; check the path")
-        address = f"file:{quote(str(path))}?mode=ro"
-        return create_engine(
-            url, poolclass=NullPool, creator=lambda: sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS)
-        )
+        return create_engine(url, poolclass=NullPool, creator=lambda: _connect_to_read(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BackendError(f"cannot create the folder {path.parent}: {error.strerror}; choose another one") from error
-    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_SECONDS})
+    engine = create_engine(url, poolclass=NullPool, creator=lambda: _connect(path))
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    if path.exists() and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        return _connect_to_read(path)
+    return sqlite3.connect(path, timeout=BUSY_SECONDS)
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a file that is not to be changed; a write fails as on a read-only disk.
+
+    Reading in write-ahead mode needs two files beside the database. Where they are absent and cannot be made, nobody
+    writes the database either, and SQLite may be told so.
+    """
+    is_still = not Path(f"{path}-wal").exists() and not os.access(path.parent, os.W_OK)
+    options = "mode=ro&immutable=1" if is_still else "mode=ro"
+    return sqlite3.connect(f"file:{quote(str(path))}?{options}", uri=True, timeout=BUSY_SECONDS)
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
