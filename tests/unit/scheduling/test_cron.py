@@ -122,6 +122,7 @@ class TestDaylightSaving:
             ("Europe/Berlin", "2026-10-24 12:00", "2026-10-25 12:00"),
             ("America/New_York", "2026-11-01 00:00", "2026-11-02 00:00"),
             ("Australia/Lord_Howe", "2026-04-04 00:00", "2026-04-05 12:00"),
+            ("Australia/Lord_Howe", "2026-10-03 06:00", "2026-10-04 00:00"),
         ],
     )
     def test_an_hourly_job_follows_elapsed_time(self, zone: str, after: str, until: str) -> None:

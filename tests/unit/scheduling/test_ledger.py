@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -233,8 +234,13 @@ for number in range(25):
 """
 
 
-def test_of_several_processes_exactly_one_wins_each_slot(database_url: str, tmp_path: Path) -> None:
-    """They also race for creating the tables: the database is empty when they start."""
+@pytest.mark.parametrize("before", ["empty", "failed"])
+def test_of_several_processes_exactly_one_wins_each_slot(database_url: str, tmp_path: Path, before: str) -> None:
+    """With an empty database they also race for creating the tables; slots that failed are raced for by update."""
+    if before == "failed":
+        with closing(Ledger(database_url)) as ledger:
+            for number in range(25):
+                ledger.fail(claimed(ledger, datetime(2026, 3, 1, tzinfo=UTC) + timedelta(hours=number)), "x")
     gate = tmp_path / "gate"
     gate.mkdir()
     names = [f"p{number}" for number in range(5)]
@@ -256,12 +262,12 @@ def test_of_several_processes_exactly_one_wins_each_slot(database_url: str, tmp_
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         won += output.splitlines()
-    assert sorted(won, key=lambda line: int(line.split()[0])) == [f"{number} 1" for number in range(25)]
-    ledger = Ledger(database_url)
-    runs = ledger.runs("job")
+    attempt = 1 if before == "empty" else 2
+    assert sorted(won, key=lambda line: int(line.split()[0])) == [f"{number} {attempt}" for number in range(25)]
+    with closing(Ledger(database_url)) as ledger:
+        runs = ledger.runs("job")
     assert len(runs) == 25
     assert {run.status for run in runs} == {"done"}
-    ledger.close()
 
 
 HOLDER = """

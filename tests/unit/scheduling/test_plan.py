@@ -65,6 +65,7 @@ def test_latest_runs_the_last_and_gives_up_the_rest_with_one_record() -> None:
     assert [hours(skip.slots) for skip in found.skips] == [[7]]
     assert "2 more until 2026-03-01 09:00" in found.skips[0].reason
     assert found.settled_until == hour(9)
+    assert hours(plan(job(catch_up="latest", grace_seconds=1), hour(6)).run) == [10], "however late it is"
 
 
 def test_none_runs_only_what_is_on_time() -> None:
