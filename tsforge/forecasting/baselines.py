@@ -10,21 +10,11 @@ from tsforge.core.config import validate
 from tsforge.core.errors import ModelError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
-from tsforge.data.schema import SeriesSchema
 from tsforge.data.windows import WindowSpec
 from tsforge.forecasting.seasons import season_length
 from tsforge.network import ForecastNetwork, NetworkConfig
 
 BASELINES = ("last_value", "seasonal_naive", "drift")
-
-
-def targets_only(frame: SeriesFrame) -> SeriesFrame:
-    """Return the frame without covariates, which no naive forecast can use."""
-    schema = frame.schema
-    if schema.columns == schema.targets and not schema.static:
-        return frame
-    plain = SeriesSchema(targets=schema.targets, freq=schema.freq)
-    return SeriesFrame(frame.table.select("series_id", "time", *schema.targets), plain, require_targets=False)
 
 
 def frame_season(frame: SeriesFrame, declared: int | None = None) -> int:
@@ -93,4 +83,4 @@ def fit_baseline(
     scaling = "series" if per_series else "global"
     network = {"model": settings, "likelihood": {"name": "normal"}, "scaling": {"kind": scaling}}
     window = WindowSpec(context_length=max(context_length, season, 2), horizon=horizon)
-    return fit_solved(targets_only(frame), validate(NetworkConfig, network), window)
+    return fit_solved(frame.with_covariates(), validate(NetworkConfig, network), window)

@@ -106,6 +106,14 @@ def artifact_panel(artifact: Artifact, frame: SeriesFrame) -> Panel:
     return Panel.from_frame(frame, grid=artifact.grid, series_ids=artifact.series_ids + strangers)
 
 
+def padded_panel(artifact: Artifact, frame: SeriesFrame, stop: int) -> Panel:
+    """Return the panel with every series reaching at least to row ``stop``, so that windows may end after the data."""
+    panel = artifact_panel(artifact, frame)
+    last = panel.last_observed()[panel.lengths > 0]
+    missing = int((stop - 1 - last).max(initial=0))
+    return panel if missing <= 0 else artifact_panel(artifact, frame.extend(missing))
+
+
 def network_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:
     """Return the levels to ask of the network itself: none of a point network, whose intervals are all calibration."""
     if not artifact.network.likelihood.has_distribution:

@@ -16,7 +16,7 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset
-from tsforge.forecasting.predict import artifact_panel
+from tsforge.forecasting.predict import padded_panel
 from tsforge.forecasting.window_forecasts import (
     FloatArray,
     as_array,
@@ -96,7 +96,7 @@ def rolling_forecasts(
         raise ConfigError(f"steps is {steps}; the artifact forecasts 1 to {horizon} steps ahead")
     if stop <= start:
         raise ConfigError(f"the span of rows [{start}, {stop}) is empty")
-    panel = _padded_panel(artifact, frame, stop + horizon)
+    panel = padded_panel(artifact, frame, stop + horizon)
     length, variates = stop - start, panel.num_targets
     rows = (panel.num_series, length, steps, variates)
     result = {name: np.full(rows, np.nan) for name in ("mean", "scale", *outputs)}
@@ -125,14 +125,6 @@ def rolling_forecasts(
         cdf=picked.get("cdf"),
         log_tail=picked.get("log_tail"),
     )
-
-
-def _padded_panel(artifact: Artifact, frame: SeriesFrame, stop: int) -> Panel:
-    """Return the panel with every series reaching at least to row ``stop``, so that windows may end after the data."""
-    panel = artifact_panel(artifact, frame)
-    last = panel.last_observed()[panel.lengths > 0]
-    missing = int((stop - 1 - last).max(initial=0))
-    return panel if missing <= 0 else artifact_panel(artifact, frame.extend(missing))
 
 
 def _targets(panel: Panel, start: int, stop: int) -> FloatArray:

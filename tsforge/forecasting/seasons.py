@@ -63,7 +63,7 @@ def find_season(values: NDArray[np.floating], max_lag: int = 1000) -> int:
     if not len(candidates):
         return 1
     best = inner[candidates].max()
-    first = candidates[inner[candidates] >= 0.9 * best][0]  # multiples of a season echo about as loudly
+    first = candidates[inner[candidates] >= 0.8 * best][0]  # multiples of a season echo about as loudly
     return int(first) + 2
 
 

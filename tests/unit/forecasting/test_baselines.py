@@ -1,0 +1,124 @@
+"""Season lengths and the naive forecasts every report holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tsforge.core.errors import ConfigError, DataError, ModelError
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.windows import WindowSpec
+from tsforge.forecasting.baselines import BASELINES, fit_baseline, fit_solved, frame_season
+from tsforge.forecasting.predict import predict
+from tsforge.forecasting.seasons import autocorrelation, find_season, season_length
+from tsforge.network import NetworkConfig
+
+
+@pytest.mark.parametrize(
+    ("freq", "season"),
+    [
+        ("1h", 24),
+        ("15m", 96),
+        ("30m", 48),
+        ("1m", 1440),
+        ("1d", 7),
+        ("1w", 52),
+        ("1mo", 12),
+        ("1q", 4),
+        ("1i", 1),
+        ("7h", 1),
+    ],
+)
+def test_frequencies_imply_seasons(freq: str, season: int) -> None:
+    assert season_length(freq) == season
+    assert season_length(freq, declared=5) == 5
+
+
+def test_a_declared_season_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="season_length is 0"):
+        season_length("1h", declared=0)
+
+
+@pytest.mark.parametrize("period", [4, 7, 12, 24, 50])
+def test_a_season_without_frequency_is_found(period: int) -> None:
+    rng = np.random.default_rng(period)
+    shape = rng.normal(size=period)
+    values = (
+        np.tile(shape, 600 // period + 1)[:600, None] + 0.3 * rng.normal(size=(600, 2)) + np.arange(600)[:, None] * 0.01
+    )
+    values[rng.random(values.shape) < 0.1] = np.nan
+    assert find_season(values) == period
+    assert season_length("1i", values) == period
+
+
+def test_noise_walks_constants_and_short_series_have_no_season() -> None:
+    rng = np.random.default_rng(0)
+    assert find_season(rng.normal(size=(500, 1))) == 1
+    assert find_season(rng.normal(size=(500, 1)).cumsum(axis=0)) == 1
+    assert find_season(np.full((500, 1), 3.0)) == 1
+    assert find_season(np.full((500, 1), np.nan)) == 1
+    assert find_season(np.zeros((5, 1))) == 1
+
+
+def test_autocorrelation_equals_a_loop_over_present_pairs() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=60)
+    values[rng.random(60) < 0.2] = np.nan
+    centred = values - np.nanmean(values)
+    variance = np.nanmean(centred**2)
+    for lag, found in enumerate(autocorrelation(values, 10)):
+        products = centred[lag:] * centred[: 60 - lag]
+        assert found == pytest.approx(np.nanmean(products) / variance)
+
+
+def test_naive_forecasts_follow_their_definitions(frame) -> None:
+    known = frame.select_series(["a"])
+    y = known.table["y"].to_numpy()
+    expected = {
+        "last_value": np.full(30, y[-1]),
+        "seasonal_naive": y[-24:][np.arange(30) % 24],
+        "drift": y[-1] + np.arange(1, 31) * (y[-1] - y[-48]) / 47,
+    }
+    assert set(expected) == set(BASELINES)
+    for name, values in expected.items():
+        artifact = fit_baseline(name, known, horizon=30, season=24, context_length=48)
+        table = predict(artifact, known).table.filter(variate="y")
+        assert np.allclose(table["mean"], values, atol=1e-4)
+        assert (table["q0.95"] > table["q0.05"]).all()
+
+
+def test_baselines_ignore_covariates(frame) -> None:
+    with_known = SeriesFrame.from_long(
+        frame.table.with_columns(k=pl.lit(1.0)), time="time", series_id="series_id", targets=["y", "z"], known=["k"]
+    )
+    artifact = fit_baseline("last_value", with_known, horizon=3, season=24, context_length=24)
+    assert artifact.schema.columns == ("y", "z")
+    assert predict(artifact, with_known).table.equals(predict(artifact, frame).table)
+
+
+def test_a_long_season_lengthens_the_context(frame) -> None:
+    artifact = fit_baseline("seasonal_naive", frame, horizon=3, season=168, context_length=24)
+    assert artifact.window.context_length == 168
+
+
+def test_frame_season_looks_at_the_frequency_then_at_the_data(frame) -> None:
+    assert frame_season(frame) == 24
+    assert frame_season(frame, declared=12) == 12
+    numbered = (
+        frame.select_series(["a"]).table.with_row_index("row").select(pl.col("row").cast(pl.Int64).alias("time"), "y")
+    )
+    assert frame_season(SeriesFrame.from_wide(numbered, time="time")) == 24
+
+
+def test_models_that_need_gradients_are_refused(frame) -> None:
+    config = NetworkConfig.model_validate({"model": {"name": "linear", "solver": "sgd"}})
+    with pytest.raises(ModelError, match="gradient training"):
+        fit_solved(frame, config, WindowSpec(context_length=24, horizon=3))
+
+
+def test_nothing_observed_is_refused(frame) -> None:
+    empty = frame.table.with_columns(y=pl.lit(None, dtype=pl.Float64), z=pl.lit(None, dtype=pl.Float64))
+    hollow = SeriesFrame(empty, frame.schema, require_targets=False)
+    with pytest.raises((DataError, ModelError)):
+        fit_baseline("last_value", hollow, horizon=3, season=24, context_length=24)
