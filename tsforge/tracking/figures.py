@@ -18,26 +18,22 @@ _LINE, _BAND, _PAST = "#1f6feb", "#1f6feb", "#57606a"
 
 
 def learning_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Return one line a metric over epochs; losses that stay positive are drawn on a logarithmic axis.
+    """Return the losses over epochs (every metric, when none is called a loss), logarithmic where all are positive.
 
     Args:
         history: metric -> (epoch, value) pairs in order.
     """
-    groups: dict[str, list[str]] = {}
-    for name in history:
-        groups.setdefault(name.rpartition("_")[2], []).append(name)  # train_loss and valid_loss share a picture
-    figure = Figure(figsize=(7, 2.8 * len(groups)), layout="constrained")
-    axes = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
-    for axis, (group, names) in zip(axes, sorted(groups.items()), strict=True):
-        for name in sorted(names):
-            epochs, values = zip(*history[name], strict=True)
-            axis.plot(epochs, values, marker=".", label=name)
-        if all(value > 0 for name in names for _, value in history[name]):
-            axis.set_yscale("log")
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(group)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+    names = sorted(name for name in history if name.endswith("loss")) or sorted(history)
+    figure = Figure(figsize=(7, 3.2), layout="tight")
+    axis = figure.subplots()
+    for name in names:
+        epochs, values = zip(*history[name], strict=True)
+        axis.plot(epochs, values, marker=".", label=name)
+    if all(value > 0 for name in names for _, value in history[name]):
+        axis.set_yscale("log")
+    axis.set_xlabel("epoch")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
     return figure
 
 

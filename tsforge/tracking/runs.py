@@ -61,9 +61,10 @@ class Run:
         name: what a person reads.
     """
 
-    def __init__(self, client: Any, run_id: str | None, name: str) -> None:
+    def __init__(self, client: Any, run_id: str | None, name: str, *, is_drawn: bool = True) -> None:
         self.id = run_id
         self.name = name
+        self._is_drawn = is_drawn
         self._client = client
         self._metrics: list[Any] = []
         self._flushed = time.monotonic()
@@ -71,7 +72,7 @@ class Run:
         self._curves: dict[str, list[tuple[int, float]]] = {}
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one epoch; they are sent in batches and drawn at the end of the run."""
+        """Record the metrics of one epoch; they are sent in batches, and drawn at the end (not for a part of a run)."""
         self.log_metrics(metrics, step=epoch)
         for name, value in metrics.items():
             self._curves.setdefault(name, []).append((epoch, float(value)))
@@ -204,7 +205,7 @@ class Run:
         self._broken_since = None  # the end deserves an attempt of its own
         status, message = outcome(error)
         self.flush()
-        if any(len(points) > 1 for points in self._curves.values()):
+        if self._is_drawn and any(len(points) > 1 for points in self._curves.values()):
             from tsforge.tracking.figures import learning_curves
 
             self.log_figure("plots/learning_curves.png", learning_curves(self._curves))
@@ -315,7 +316,7 @@ class Tracker:
                 f"the tracking store {redact(self.tracking_uri)} took no new run: {brief(error)}; "
                 "or switch tracking off (tracking.enabled=false)"
             ) from error
-        run = Run(self._client, created.info.run_id, name)
+        run = Run(self._client, created.info.run_id, name, is_drawn=parent is None)
         if config is not None:
             run.log_config(config)
         run.log_text("environment.json", json.dumps(environment(), indent=2))
