@@ -79,38 +79,32 @@ def _times(grid: TimeGrid, rows: tuple[int, int]) -> list[str]:
 def _score_table(context: ReportContext, result: SeriesResult) -> pl.DataFrame:
     """Return the joint rows and, if kept, those of every variate; NaN becomes null."""
     times = context.grid.time_at(np.arange(result.start, result.start + result.joint.size))
-    joint = pl.DataFrame(
-        {
-            "series_id": result.series_id,
-            "time": times,
-            "variate": JOINT,
-            "score": result.joint,
-            "p_value": result.p_values,
-            "threshold": result.decisions.threshold,
-            "alarm": result.decisions.alarm,
-            "value": pl.lit(None, dtype=pl.Float64),
-            "expected": pl.lit(None, dtype=pl.Float64),
-        }
-    )
-    tables = [joint]
+    nothing = np.full(result.joint.size, np.nan)
+    decisions = result.decisions
+    columns = [(JOINT, result.joint, result.p_values, decisions.threshold, nothing, nothing)]
     if context.config.keep_variate_scores:
-        for v, name in enumerate(context.artifact.schema.targets):
-            tables.append(
-                pl.DataFrame(
-                    {
-                        "series_id": result.series_id,
-                        "time": times,
-                        "variate": name,
-                        "score": np.abs(result.z[:, v]),
-                        "p_value": result.variate_p_values[:, v],
-                        "threshold": pl.lit(None, dtype=pl.Float64),
-                        "alarm": pl.lit(None, dtype=pl.Boolean),
-                        "value": result.values[:, v],
-                        "expected": result.expected[:, v],
-                    }
-                )
-            )
-    return pl.concat(tables).with_columns(pl.col("score", "p_value", "value", "expected").fill_nan(None))
+        columns += [
+            (name, np.abs(result.z[:, v]), result.variate_p_values[:, v], nothing, result.values[:, v], expected)
+            for v, (name, expected) in enumerate(zip(context.artifact.schema.targets, result.expected.T, strict=True))
+        ]
+    tables = [
+        pl.DataFrame(
+            {
+                "series_id": [result.series_id] * times.len(),
+                "time": times,
+                "variate": [variate] * times.len(),
+                "score": score,
+                "p_value": p_value,
+                "threshold": threshold,
+                "alarm": decisions.alarm if variate == JOINT else [None] * times.len(),
+                "value": value,
+                "expected": expected,
+            },
+            schema_overrides={"alarm": pl.Boolean},
+        )
+        for variate, score, p_value, threshold, value, expected in columns
+    ]
+    return pl.concat(tables).with_columns(pl.col("score", "p_value", "threshold", "value", "expected").fill_nan(None))
 
 
 def _event_table(context: ReportContext, result: SeriesResult) -> pl.DataFrame:
