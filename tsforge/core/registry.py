@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -43,6 +44,17 @@ class Registry(Generic[T]):
             return cls
 
         return decorate
+
+    @contextmanager
+    def borrowed(self, name: str, cls: type[T]) -> Iterator[None]:
+        """File ``cls`` under ``name`` for the time of a block, for checks of classes that are not installed."""
+        before = dict(self._classes)
+        self._classes[name] = cls
+        try:
+            yield
+        finally:
+            self._classes.pop(name)
+            self._classes.update({key: value for key, value in before.items() if key == name})
 
     def names(self) -> list[str]:
         """Return every known name, sorted, without importing the modules behind them."""

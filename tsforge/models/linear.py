@@ -60,7 +60,7 @@ class LinearConfig(ModelConfig):
 
     def model_post_init(self, context: object, /) -> None:
         """Refuse settings without effect."""
-        if self.solver == "sgd" and "ridge" in self.model_fields_set:
+        if self.solver == "sgd" and self.ridge != type(self).model_fields["ridge"].default:
             raise ConfigError("model.ridge has no effect with solver 'sgd'; use train.weight_decay")
 
 
@@ -205,6 +205,9 @@ class Linear(ForecastModel[LinearConfig]):
         for group in range(len(self.weight)):
             chosen = slice(None) if shared else slice(group, group + 1)
             values, mask = data.values[:, chosen].double(), data.mask[:, chosen]
+            if not bool(mask.any()):  # a variate that was never observed keeps the training mean, 0
+                self.weight[group], self.offset[group] = 0.0, 0.0
+                continue
             center = torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)  # keeps sums of squares small
             if self.config.remove == "none" and self.config.fitted_offset != "constant":
                 center = torch.zeros_like(center)  # nothing in this model could undo a shift
@@ -229,7 +232,9 @@ class Linear(ForecastModel[LinearConfig]):
             details["used_pairs"] = max(details["used_pairs"], float(pairs))
         scale = residual_scale(self, data)
         if scale is not None:  # in-sample errors are too small by the coefficients they were fitted with
-            scale = scale * math.sqrt(1.0 / max(1.0 - details["dof"] * len(self.weight) / details["rows"], 0.1))
+            scale = scale * math.sqrt(
+                1.0 / max(1.0 - details["dof"] * len(self.weight) / max(details["rows"], 1.0), 0.1)
+            )
         method = "ridge" if self.config.ridge > 0.0 else "ols"
         return SolveReport(finished=True, method=method, residual_scale=scale, details=details)
 
