@@ -1,0 +1,135 @@
+"""Retraining: the better model wins by a margin, the worse never does, a second run changes nothing."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tsforge.app.retrain import CompareConfig, Contest, RetrainConfig, compare, retrain
+from tsforge.core.config import validate
+from tsforge.core.errors import ConfigError, DataError
+from tsforge.core.workspace import Workspace
+from tsforge.scheduling.ledger import Ledger
+from tsforge.tracking.registry import resolve
+
+AS_OF = datetime(2026, 3, 10, 12, tzinfo=UTC)
+
+
+def config(site: Any, model: str, **changes: Any) -> RetrainConfig:
+    fit = {
+        "data": site.data(),
+        "model": {"name": model},
+        "window": {"context_length": 48, "horizon": 12},
+        "split": {"train": 0.85, "valid": 0.15, "test": 0.0},
+        "tracking": {"register_as": "plant", "alias": "challenger"},
+    }
+    compare = {"span": "6d", "cutoffs": 12, "margin": 0.05}
+    return validate(RetrainConfig, {"name": "plant", "fit": fit, "compare": compare} | changes)
+
+
+def test_the_story_of_a_champion(site: Any) -> None:
+    """First of its name; beaten by a better model; a worse one does not take over; repeating changes nothing."""
+    workspace = Workspace.open()
+    first = retrain(config(site, "last_value"), AS_OF - timedelta(days=8), workspace)
+    assert first.promoted
+    assert "no champion" in first.reason
+    better = retrain(config(site, "linear"), AS_OF, workspace)
+    assert better.promoted, better.reason
+    assert better.facts["improvement"] > 0.5
+    assert resolve("plant@champion", workspace).name == better.facts["challenger"]
+    again = retrain(config(site, "linear"), AS_OF, workspace)
+    assert again.status == "unchanged"
+    assert again.promoted
+    assert again.facts["challenger"] == better.facts["challenger"]
+    worse = retrain(config(site, "last_value", name="other"), AS_OF, workspace)
+    assert not worse.promoted
+    assert worse.facts["improvement"] < 0
+    assert resolve("plant@champion", workspace).name == better.facts["challenger"]
+    assert resolve("plant@challenger", workspace).name == worse.facts["challenger"]
+
+
+def test_the_challenger_never_sees_the_span_of_the_contest(site: Any) -> None:
+    from tsforge.app.batch import data_seen_until
+    from tsforge.artifact import load_artifact
+
+    workspace = Workspace.open()
+    result = retrain(config(site, "last_value", promote="never"), AS_OF, workspace)
+    assert not result.promoted
+    seen = data_seen_until(load_artifact(workspace.artifacts / result.facts["challenger"]))
+    assert seen is not None
+    assert seen <= AS_OF - timedelta(days=6)
+
+
+def test_a_champion_that_saw_the_span_is_refused(site: Any) -> None:
+    workspace = Workspace.open()
+    assert retrain(config(site, "last_value"), AS_OF, workspace).promoted
+    with pytest.raises(DataError, match="into the span of the comparison"):
+        retrain(config(site, "linear"), AS_OF - timedelta(days=2), workspace)
+    ledger = Ledger(workspace.database_url)
+    run = ledger.find("retrain/plant", AS_OF - timedelta(days=2))
+    ledger.close()
+    assert run is not None
+    assert run.status == "failed"
+
+
+def test_the_errors_equal_a_plain_loop(site: Any) -> None:
+    """Recomputed cell by cell: forecasts from the published function, everything else by hand."""
+    from tsforge.app.ingest import load_dataset
+    from tsforge.artifact import load_artifact
+    from tsforge.forecasting.predict import predict
+
+    workspace = Workspace.open()
+    artifact = load_artifact(workspace.artifacts / site.artifact)
+    frame = load_dataset(workspace, "plant", masked=True).until(AS_OF)
+    start = AS_OF - timedelta(days=2)
+    contest = compare(artifact, artifact, frame, start, AS_OF, CompareConfig(span="2d", cutoffs=4))
+    assert contest.champion_error == contest.challenger_error
+    assert contest.improvement == 0.0
+    moments = [start + timedelta(hours=hours) for hours in range(49)][: 49 - 12]
+    chosen = sorted({round(place) for place in np.linspace(0, len(moments) - 1, 4)})
+    table = {(row["series_id"], row["time"]): row for row in frame.table.to_dicts()}
+    history = frame.table.filter(pl.col("time") <= start)
+    deviation = {name: float(np.std(history[name].drop_nulls().to_numpy(), ddof=1)) for name in ("x", "y")}
+    means, cells = [], 0
+    for place in chosen:
+        errors = []
+        for row in predict(artifact, frame, cutoff=moments[place], quantile_levels=()).table.to_dicts():
+            truth = table[(row["series_id"], row["time"])][row["variate"]]
+            if truth is not None:
+                errors.append(abs(row["mean"] - truth) / deviation[row["variate"]])
+        means.append(sum(errors) / len(errors))
+        cells += len(errors)
+    assert contest.cells == cells
+    assert contest.champion_error == pytest.approx(sum(means) / len(means), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("improvement", "p_value", "won"),
+    [(0.2, 0.01, True), (0.2, 0.5, False), (0.005, 0.01, False), (-0.2, 0.01, False), (0.2, float("nan"), False)],
+)
+def test_winning_takes_margin_and_certainty(improvement: float, p_value: float, won: bool) -> None:
+    contest = Contest(
+        champion_error=1.0,
+        challenger_error=1.0 - improvement,
+        improvement=improvement,
+        p_value=p_value,
+        cutoffs=9,
+        cells=9,
+    )
+    assert contest.is_won(CompareConfig(margin=0.01, max_p_value=0.1)) is won
+
+
+def test_without_a_test_the_margin_decides() -> None:
+    contest = Contest(
+        champion_error=1.0, challenger_error=0.8, improvement=0.2, p_value=float("nan"), cutoffs=4, cells=4
+    )
+    assert contest.is_won(CompareConfig(margin=0.1, max_p_value=1.0))
+
+
+def test_a_model_without_registered_name_is_refused(site: Any) -> None:
+    with pytest.raises(ConfigError, match="register_as"):
+        config(site, "linear", fit=config(site, "linear").fit.model_dump() | {"tracking": {"register_as": None}})
