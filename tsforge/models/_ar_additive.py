@@ -76,6 +76,7 @@ class Additive(nn.Module):
     floating type cannot move time.
     """
 
+    weight: Tensor
     center: Tensor
     origin: Tensor
     length: Tensor
@@ -91,7 +92,11 @@ class Additive(nn.Module):
             )
         self.plain = [column for column in range(spec.num_known) if column not in plan.events]
         self.labels = self._labels()
-        self.weight = nn.Parameter(torch.zeros(spec.num_variates, len(self.labels)))
+        effects = torch.zeros(spec.num_variates, len(self.labels))
+        if self.labels:
+            self.weight = nn.Parameter(effects)
+        else:  # nothing to train: a parameter without a gradient would look like a mistake
+            self.register_buffer("weight", effects)
         self.register_buffer("center", torch.zeros(len(self.labels), dtype=torch.float64))
         self.register_buffer("origin", torch.zeros((), dtype=torch.int64))
         self.register_buffer("length", torch.tensor(max(spec.train_length, 1), dtype=torch.int64))
@@ -191,8 +196,10 @@ class Additive(nn.Module):
     def place(self, data: TrainingSeries) -> None:
         """Take the position of the training span and the column means from it."""
         lengths = torch.diff(data.indptr)
-        self.origin.fill_(int(data.offset.min()))
-        self.length.fill_(max(int((data.offset + lengths).max()) - int(data.offset.min()), 1))
+        first, last = data.offset[lengths > 0], (data.offset + lengths)[lengths > 0]  # absent series have no place
+        if len(first):
+            self.origin.fill_(int(first.min()))
+            self.length.fill_(max(int(last.max()) - int(first.min()), 1))
         self.center.zero_()
         total = torch.zeros_like(self.center)
         for _, _, columns in self.pieces(data):
@@ -222,14 +229,19 @@ class Additive(nn.Module):
             if last - first <= lags:
                 continue
             design = torch.cat([columns, columns.new_ones(len(columns), 1)], dim=1)
+            inputs, used = design, None
             for variate in range(variates):
-                inputs, seen = design, data.mask[first:last, variate]
+                seen = data.mask[first:last, variate]
                 values = torch.where(seen, data.values[first:last, variate].double(), 0.0)
                 if filters is not None:
-                    values, inputs, seen = _innovations(filters[variate], values, design, seen)
-                inputs, values = inputs[seen], values[seen]
-                gram[variate] += (inputs.T @ inputs).cpu()
-                right[variate] += (inputs.T @ values).cpu()
+                    if used is not filters[variate]:  # shared coefficients filter the columns once
+                        used = filters[variate]
+                        inputs = _filtered(used, design)
+                    values = _filtered(used, values[:, None])[:, 0]
+                    seen = _complete(seen, lags + 1)
+                rows, values = inputs[seen], values[seen]
+                gram[variate] += (rows.T @ rows).cpu()
+                right[variate] += (rows.T @ values).cpu()
         for variate in range(variates):
             solution, _ = solve_gram(gram[variate], right[variate][:, None])
             self.weight[variate] = solution[:-1, 0].to(self.weight)
@@ -246,12 +258,14 @@ def _shifted(column: Tensor, offset: int) -> Tensor:
     return torch.cat([column[..., size:], blank], dim=-1)
 
 
-def _innovations(weight: Tensor, values: Tensor, design: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values and columns filtered by ``1 - w(B)`` from row p on, and which rows had all their lags."""
-    lags = len(weight)
+def _filtered(weight: Tensor, columns: Tensor) -> Tensor:
+    """Return ``(1 - w(B)) columns`` [T - p, C] from columns [T, C], from the first row with all its lags."""
     kernel = torch.cat([weight.new_ones(1), -weight]).double().cpu().numpy()
-    filtered = torch.from_numpy(oaconvolve(values.cpu().numpy(), kernel, mode="valid"))
-    columns = torch.from_numpy(oaconvolve(design.cpu().numpy(), kernel[:, None], mode="valid", axes=0))
-    count = torch.cat([torch.zeros(1, dtype=torch.int64), seen.cpu().long().cumsum(0)])
-    whole = count[lags + 1 :] - count[: -lags - 1] == lags + 1
-    return filtered, columns, whole
+    found = oaconvolve(columns.cpu().numpy(), kernel[:, None], mode="valid", axes=0)
+    return torch.from_numpy(found).to(columns.device)
+
+
+def _complete(seen: Tensor, width: int) -> Tensor:
+    """Return [T - width + 1] whether each run of ``width`` rows is observed throughout."""
+    count = torch.cat([seen.new_zeros(1, dtype=torch.int64), seen.long().cumsum(0)])
+    return count[width:] - count[:-width] == width

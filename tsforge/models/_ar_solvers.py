@@ -63,6 +63,8 @@ def fit_lags(config: ARNetConfig, layout: LagLayout, span: Span) -> LagFit:
     Raises:
         ModelError: the span holds no window of lags plus horizon.
     """
+    if not bool(span.mask.any()):
+        return _nothing(layout)
     if config.solver in ("yule_walker", "burg"):
         return _fit_toeplitz(config, layout, span)
     moments, used_pairs = lag_moments(
@@ -78,6 +80,13 @@ def fit_lags(config: ARNetConfig, layout: LagLayout, span: Span) -> LagFit:
     else:
         fit = _fit_least_squares(config, layout, moments, solver)
     return replace(fit, details={**fit.details, "used_pairs": float(used_pairs)})
+
+
+def _nothing(layout: LagLayout) -> LagFit:
+    """Return the fit of a variate that was never observed: it forecasts the mean, with the spread of scaled data."""
+    weight = torch.zeros(layout.horizon, len(layout.features), dtype=torch.float64)
+    bias = weight.new_zeros(layout.horizon)
+    return LagFit(weight, bias, torch.zeros_like(weight), torch.ones_like(bias), 0.0, 0.0, "none")
 
 
 def _noise(rss: Tensor, rows: float, dof: float) -> Tensor:

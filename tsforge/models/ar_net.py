@@ -41,6 +41,7 @@ Solver = Literal["auto", "ols", "ridge", "sparse", "omp", "yule_walker", "burg",
 DIRECT_UP_TO = 48  # steps: longer horizons default to the recursive form
 _RAMP_SHARE = 0.5  # share of training over which the SGD penalty rises
 _OUTPUTS_WITHOUT_HIDDEN = 1
+_SETTLED = 1e-5  # relative fall of the one-step error below which effects and lags are not solved again
 
 
 class ARNetConfig(ModelConfig):
@@ -346,7 +347,7 @@ class ARNet(ForecastModel[ARNetConfig]):
         for group, span in enumerate(self._spans(residual, data)):
             fit = fit_lags(self.config, self._layout(), span)
             self._keep(group, fit, span)
-            method = fit.method
+            method = fit.method if fit.rows else method
             dof_share = max(dof_share, (fit.dof + self.additive.num_columns) / max(fit.rows, 1.0))
             details.update({f"{key}_{group}" if len(self.bias) > 1 else key: v for key, v in fit.details.items()})
         self.gaps.set(self.ar.weight[:, 0].detach())
@@ -399,7 +400,7 @@ class ARNet(ForecastModel[ARNetConfig]):
                 self.additive.weight.copy_(before)
                 break
             rounds, filters, gain, reached = rounds + 1, proposed, reached - error, error
-            if gain < 1e-7 * reached:
+            if gain < _SETTLED * reached:
                 break
         if rounds and self._lag_error(data, self._layout().horizon)[0] > plain_error:
             self.additive.weight.copy_(plain)
@@ -414,6 +415,9 @@ class ARNet(ForecastModel[ARNetConfig]):
         layout = LagLayout(self.lags, horizon)
         total, weights = 0.0, []
         for span in self._spans(residual, data):
+            if not bool(span.mask.any()):
+                weights.append(torch.zeros(self.lags, dtype=torch.float64))
+                continue
             moments, _ = lag_moments(layout, span.values, span.mask, span.bounds, missing=self.config.missing)
             fit = least_squares(moments, layout.features, layout.targets)
             total += float(fit.rss.sum())

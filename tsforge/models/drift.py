@@ -37,7 +37,6 @@ class Drift(ForecastModel[DriftConfig]):
         closed_form=True, trainable=False, probabilistic=False, scaling=("global", "series", "none")
     )
     source = "Definition: y_hat[t + h] = y[t] + h (y[t] - y[t - k]) / k"
-    test_configs = ({}, {"steps": 1})
 
     def __init__(self, config: DriftConfig, spec: DataSpec) -> None:
         super().__init__(config, spec)

@@ -37,7 +37,7 @@ class SeasonalNaive(ForecastModel[SeasonalNaiveConfig]):
         closed_form=True, trainable=False, probabilistic=False, scaling=("global", "series", "none")
     )
     source = "Definition: y_hat[t + h] = y[t + h - m ceil(h / m)]"
-    test_configs = ({"season_length": 1}, {"season_length": 4})
+    test_configs = ({"season_length": 1},)
 
     def __init__(self, config: SeasonalNaiveConfig, spec: DataSpec) -> None:
         super().__init__(config, spec)

@@ -130,7 +130,7 @@ def _descend(moments: Moments, theta: Array, threshold: Array, *, group: bool, m
                 largest = max(largest, biggest * float(scale[index]))
         if largest < tolerance:
             break
-        if not group and sweep % 4 == 3:
+        if not group and sweep % 3 == 2:
             theta = _solve_active(moments, theta, threshold)
             residual = moments.cross - theta @ gram
     return theta
@@ -159,6 +159,7 @@ def reweighted_l1(
     penalty: Penalty | None = None,
     group: bool = False,
     max_rounds: int = 8,
+    max_sweeps: int = 40,
 ) -> SparseFit:
     """Return a stationary point of the AR-Net objective, reached from ``start`` (least squares) [T, p].
 
@@ -169,13 +170,14 @@ def reweighted_l1(
         penalty: default the paper's constants.
         group: targets share one support: the penalty acts on the root mean square of a lag over targets.
         max_rounds: tangent updates; stops earlier when the objective no longer falls.
+        max_sweeps: of coordinate descent within a round.
     """
     rule = penalty or Penalty()
     theta = np.asarray(start, dtype=np.float64)
     history = [objective(moments, theta, strength, rule, group=group)]
     for _ in range(max_rounds):
         threshold = 0.5 * strength * rule.slope(_magnitude(theta, group))
-        proposal = _descend(moments, theta, threshold, group=group)
+        proposal = _descend(moments, theta, threshold, group=group, max_sweeps=max_sweeps)
         reached = objective(moments, proposal, strength, rule, group=group)
         theta = proposal if reached <= history[-1] else theta
         history.append(min(reached, history[-1]))
@@ -243,7 +245,9 @@ def information_path(
     best, best_theta = np.full(theta.shape[0], np.inf), np.zeros_like(theta)
     chosen, seen, history = np.zeros(theta.shape[0]), None, []
     for strength in path:
-        fit = reweighted_l1(moments, theta, float(strength), penalty=penalty, group=group)
+        fit = reweighted_l1(
+            moments, theta, float(strength), penalty=penalty, group=group, max_rounds=3, max_sweeps=8
+        )  # only the support matters here: every candidate is refitted
         theta = fit.theta
         history.append(fit.objective[-1])
         support = theta != 0.0

@@ -311,6 +311,25 @@ def test_penalty_rises_with_progress_and_changes_no_weight() -> None:
     assert torch.equal(model.ar.weight, before)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"solver": "burg", "lags": 3}, {"trend": "linear", "lags": 3}, {"weights": "shared"}]
+)
+def test_a_variate_without_any_observation_forecasts_the_mean(settings: dict[str, Any]) -> None:
+    data = training(size=600, split=False)
+    mask = data.mask.clone()
+    mask[:, 1] = False
+    holed = data._replace(mask=mask, values=torch.where(mask, data.values, 0.0))
+    model, report = solved(holed, **settings)
+    assert report.residual_scale is not None
+    assert bool(torch.isfinite(report.residual_scale).all())
+    batch = windows(model, holed, 5)
+    assert torch.isfinite(model(batch).raw).all()
+    if settings.get("weights") != "shared":
+        assert float(model(batch).raw[:, :, 1].abs().max().detach()) < 1e-9
+        alone, _ = solved(data._replace(values=data.values[:, :1], mask=data.mask[:, :1]), **settings)
+        torch.testing.assert_close(alone.ar.weight[0], model.ar.weight[0])
+
+
 def test_solving_twice_gives_the_same_model() -> None:
     data = training(known=1)
     model, _ = solved(data, trend="piecewise", season_lengths=(24,), lags=5)

@@ -161,6 +161,18 @@ def test_sgd_leaves_the_weights_to_training_and_refuses_a_ridge() -> None:
         LinearConfig(solver="sgd", ridge=1.0)
 
 
+def test_a_variate_without_any_observation_forecasts_the_mean() -> None:
+    data = training()
+    mask = data.mask.clone()
+    mask[:, 1] = False
+    model = fitted(data._replace(mask=mask), weights="per_variate", remove="none")
+    context = data.values[None, :L]
+    seen = mask[None, :L]
+    assert not forecast(model, context, seen)[..., 1].any()
+    other = fitted(data, weights="per_variate", remove="none")
+    torch.testing.assert_close(forecast(model, context, seen)[..., 0], forecast(other, context)[..., 0])
+
+
 def test_a_span_without_a_window_is_refused() -> None:
     data = training()
     short = data._replace(
