@@ -119,7 +119,10 @@ def backtest(
         for name, make in _makers(fits, visible, frame, config, (steps, season)):
             if name in done:  # an unnamed fit turned out to be this baseline
                 continue
-            table, offered, timing = _run_fold(name, make, frame, fold, (steps, config.quantile_levels))
+            asked = config.quantile_levels
+            if asked is None and name not in fits:  # scores of quantiles compare at equal levels only
+                asked = next((found for found in levels.values() if found), None)
+            table, offered, timing = _run_fold(name, make, frame, fold, (steps, asked))
             done.add(timing["model"])
             levels[timing["model"]] = offered
             parts.append(table)
@@ -193,7 +196,7 @@ def _run_fold(
             f"horizon {steps} is beyond the {artifact.window.horizon} steps of artifact {artifact.id}; fit with more"
         )
     offered = offered_levels(artifact)
-    levels = offered if asked is None else tuple(level for level in asked if offered)
+    levels = offered if asked is None or not offered else tuple(asked)
     table = forecasts_at(artifact, frame, fold.cutoffs, steps=steps, levels=levels)
     label = name or artifact.model_name
     timing = {
@@ -314,6 +317,8 @@ def _report(
     summary = pl.concat(wide, how="diagonal").join(board, on="model")
     costs = timings.group_by("model").agg(pl.col("fit_seconds", "predict_seconds").sum(), pl.len().alias("fits"))
     summary = _with_skill(summary.join(costs, on="model"), reference).sort("mean_rank", "model")
+    if len({found for found in levels.values() if found}) > 1:
+        notes.append("models offer different quantile levels: their wql and crps do not compare, set quantile_levels")
     if scales["scale"].is_nan().any():
         units = scales.select("series_id", "variate", "scale").unique(["series_id", "variate"])
         flat = int(units["scale"].is_nan().sum())

@@ -11,7 +11,8 @@ from typing import Any
 import polars as pl
 
 from tsforge.core.atomic import atomic_directory
-from tsforge.core.errors import BackendError, listing
+from tsforge.core.errors import BackendError, DataError, listing
+from tsforge.metrics.summary import SCOPES
 
 _TABLES = ("forecasts", "metrics", "leaderboard", "folds")
 _SHOWN = ("model", "mean_rank", "mase", "mae", "rmse", "smape", "wql", "crps", "skill_mae", "win_share", "p_value")
@@ -59,9 +60,22 @@ class BacktestReport:
         return self.leaderboard.select(self._columns()).to_dicts()
 
     def _columns(self) -> list[str]:
-        intervals = [name for name in self.leaderboard.columns if name.startswith("coverage_")]
+        covered = [name for name in self.leaderboard.columns if name.startswith("coverage_")]
+        widest = sorted(covered, key=lambda name: -float(name.removeprefix("coverage_")))[:1]
         shown = [name for name in _SHOWN if name in self.leaderboard.columns]
-        return [*shown, *intervals, "fit_seconds", "predict_seconds"]
+        return [*shown, *widest, "fit_seconds", "predict_seconds"]
+
+    def by(self, scope: str) -> pl.DataFrame:
+        """Return the metrics of a scope (``step``, ``series``, ``variate`` ...) wide: model, dimensions, metrics.
+
+        Raises:
+            DataError: there is no such scope.
+        """
+        if scope not in SCOPES:
+            raise DataError(f"a report has no scope '{scope}'; it has {listing(SCOPES, 10)}")
+        index = ["model", *SCOPES[scope]]
+        rows = self.metrics.filter(pl.col("scope") == scope)
+        return rows.pivot(on="metric", index=index, values="value", maintain_order=True).sort(index)
 
     def markdown(self) -> str:
         """Return the report as a page: settings, leaderboard, errors by step and by variate."""

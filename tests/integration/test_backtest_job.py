@@ -1,0 +1,98 @@
+"""Backtest and predict as use-cases on a stored data set."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tsforge.app.backtest import BacktestJobConfig, backtest, list_reports, read_report
+from tsforge.app.fit import FitConfig
+from tsforge.app.forecast import PredictConfig, find_artifact, predict
+from tsforge.core.config import load, validate
+from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, ModelError
+from tsforge.core.workspace import Workspace
+
+
+def job(site: Any, **changes: Any) -> BacktestJobConfig:
+    settings = {
+        "data": site.data(),
+        "model": {"name": "linear"},
+        "window": {"context_length": 48, "horizon": 12},
+        "backtest": {"num_cutoffs": 6, "refit_every": 3},
+        "calibration": {"quantile_levels": [0.1, 0.5, 0.9]},
+    }
+    return validate(BacktestJobConfig, settings | changes)
+
+
+def test_a_backtest_is_graded_stored_and_listed(site: Any) -> None:
+    workspace = Workspace.open()
+    assert list_reports(workspace) == []
+    report = backtest(job(site, compare=["dlinear"], train={"max_epochs": 1}), workspace)
+    assert set(report.leaderboard["model"]) == {"linear", "dlinear", "last_value", "seasonal_naive", "drift"}
+    assert report.folds.filter(model="linear").height == 2
+    best = report.summary()
+    assert best["best"] == "linear"  # the made-up data is waves plus noise
+    row = report.leaderboard.filter(model="linear").row(0, named=True)
+    assert row["skill_mae"] > 0.2
+    assert row["skill_crps"] > 0.2
+    assert 0.6 < row["coverage_80"] <= 1.0
+    assert {tuple(found) for found in report.settings["quantile_levels"].values()} == {(0.1, 0.5, 0.9)}
+    assert tuple(report.rows()[0])[:2] == ("model", "mean_rank")
+    (listed,) = list_reports(workspace)
+    assert (listed["dataset"], listed["model"]) == ("plant", "linear")
+    back = read_report(workspace, listed["id"])
+    assert back.forecasts.equals(report.forecasts)
+    assert back.by("step").filter(model="linear")["step"].to_list() == list(range(1, 13))
+    assert back.by("series")["series_id"].unique().sort().to_list() == ["a", "b"]
+    json.dumps(report.rows(), default=str)
+    with pytest.raises(BackendError, match="no backtest 'gone'"):
+        read_report(workspace, "gone")
+    with pytest.raises(DataError, match="no scope 'moon'"):
+        back.by("moon")
+
+
+def test_settings_without_effect_are_refused(site: Any) -> None:
+    with pytest.raises(ConfigError, match="split has no effect"):
+        job(site, split={"kind": "fractions"})
+    with pytest.raises(ConfigError, match="linear would be measured twice"):
+        job(site, compare=["linear"])
+
+
+def test_the_shipped_config_composes() -> None:
+    config = load(BacktestJobConfig, "backtest", ["model=linear", "backtest.num_cutoffs=3", "compare=[drift]"])
+    assert config.backtest.num_cutoffs == 3
+    fit = config.fit_config()
+    assert type(fit) is FitConfig
+    assert (fit.split.train, fit.split.valid, fit.split.test) == (0.85, 0.15, 0.0)
+    assert config.fit_config("drift").model.name == "drift"
+
+
+def test_predict_uses_the_newest_artifact_and_its_own_data(site: Any) -> None:
+    workspace = Workspace.open()
+    forecast = predict(PredictConfig(), workspace)
+    assert forecast.metadata["artifact_id"] == site.artifact
+    assert forecast.metadata["dataset"] == "plant"
+    assert forecast.table.height == 2 * 2 * 12
+    named = predict(PredictConfig(artifact=site.artifact, series=("a",), horizon=3, quantile_levels=(0.5,)), workspace)
+    same = forecast.table.filter(pl.col("series_id") == "a", pl.col("step") <= 3)
+    assert np.allclose(named.table["mean"], same["mean"], rtol=1e-6)
+    assert named.table.columns[-1] == "q0.5"
+    early = predict(PredictConfig(cutoff="2026-02-20T05:00"), workspace).table
+    assert early["time"].min().isoformat() == "2026-02-20T06:00:00+00:00"
+    with pytest.raises(ModelError, match="asked for 40"):
+        predict(PredictConfig(horizon=40), workspace)
+    assert predict(PredictConfig(horizon=40, rollout=True), workspace).table["step"].max() == 40
+
+
+def test_missing_things_are_named(site: Any, tmp_path: Any) -> None:
+    workspace = Workspace.open()
+    with pytest.raises(DataError, match="nowhere"):
+        predict(PredictConfig(dataset="nowhere"), workspace)
+    with pytest.raises(DataError, match="zz"):
+        predict(PredictConfig(series=("zz",)), workspace)
+    with pytest.raises(ArtifactError, match="run tsforge fit first"):
+        find_artifact("latest", Workspace.open(tmp_path / "empty"))

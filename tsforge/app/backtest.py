@@ -1,0 +1,120 @@
+"""Backtest: fit on the past again and again, grade against what came, keep the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from tsforge.app.fit import FitConfig, fit_frame
+from tsforge.app.ingest import load_dataset
+from tsforge.artifact import Artifact
+from tsforge.core.config import validate
+from tsforge.core.errors import BackendError, ConfigError, listing
+from tsforge.core.logs import get_logger, log_event
+from tsforge.core.workspace import Workspace
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.splits import SplitConfig
+from tsforge.forecasting.backtest import BacktestConfig, Fit
+from tsforge.forecasting.backtest import backtest as backtest_frame
+from tsforge.forecasting.report import BacktestReport, load_report
+
+_LOG = get_logger(__name__)
+FOLDER = "backtests"
+
+
+class BacktestJobConfig(FitConfig):
+    """A fit config, and the cutoffs it is tried from."""
+
+    backtest: BacktestConfig = BacktestConfig()
+    valid: float = Field(0.15, ge=0, lt=1)
+    """Share of the rows before each cutoff that stops the training and calibrates the intervals."""
+    compare: tuple[str, ...] = ()
+    """Further models, with their default settings, in the same report."""
+
+    @model_validator(mode="after")
+    def _no_split(self) -> BacktestJobConfig:
+        if self.split != SplitConfig():
+            raise ConfigError("split has no effect in a backtest: every fit ends at its cutoff; set valid (a share)")
+        twice = [name for name in self.compare if name == self.model.name or self.compare.count(name) > 1]
+        if twice:
+            raise ConfigError(f"compare: {listing(dict.fromkeys(twice))} would be measured twice")
+        return self
+
+    def fit_config(self, model: str | None = None) -> FitConfig:
+        """Return how one fit runs: no test part, since what follows the cutoff is the test."""
+        shares = SplitConfig(train=1.0 - self.valid, valid=self.valid, test=0.0)
+        values = {name: getattr(self, name) for name in FitConfig.model_fields}
+        changes: dict[str, Any] = {"split": shares} if model is None else {"split": shares, "model": model}
+        return validate(FitConfig, {**values, **changes})
+
+
+def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool = False) -> BacktestReport:
+    """Return the report of a backtest on stored data, kept below ``reports/backtests``.
+
+    Args:
+        config: data, model, training, cutoffs.
+        workspace: where the data lies and the report goes.
+        progress: log a line for each fit.
+
+    Raises:
+        DataError: no such data set, or too few rows for the cutoffs.
+        ConfigError, ModelError: a model that does not fit the data.
+    """
+    frame = load_dataset(workspace, config.data, masked=True)
+    fits = {name: _fit(config.fit_config(None if name == config.model.name else name)) for name in _names(config)}
+    report = backtest_frame(fits, frame, config.backtest, horizon=config.window.horizon, progress=progress)
+    created = datetime.now(UTC)
+    about = {
+        "dataset": config.data.name,
+        "model": config.model.name,
+        "created": created.isoformat(timespec="seconds"),
+        "data_fingerprint": frame.fingerprint(),
+        "config": config.model_dump(mode="json"),
+    }
+    report = replace(report, settings={**about, **report.settings})
+    name = f"{config.data.name}-{config.model.name}-{created:%Y%m%dT%H%M%S%f}Z"
+    report = report.save(workspace.reports / FOLDER / name)
+    log_event(_LOG, "backtested", dataset=config.data.name, model=config.model.name, report=name)
+    return report
+
+
+def list_reports(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return one record a stored backtest, newest first: ``id, dataset, model, created``; damaged ones are left out."""
+    records = []
+    for place in (workspace.reports / FOLDER).glob("*/report.json"):
+        try:
+            settings = json.loads(place.read_text())["settings"]
+            created = datetime.fromisoformat(settings["created"])
+        except (OSError, ValueError, KeyError):
+            continue
+        shown = {name: settings.get(name) for name in ("dataset", "model")}
+        records.append({"id": place.parent.name, **shown, "created": created})
+    return sorted(records, key=lambda record: (record["created"], record["id"]), reverse=True)
+
+
+def read_report(workspace: Workspace, name: str) -> BacktestReport:
+    """Return a stored backtest.
+
+    Raises:
+        BackendError: it is not here, or damaged.
+    """
+    if Path(name).name != name or not (workspace.reports / FOLDER / name).is_dir():
+        known = [record["id"] for record in list_reports(workspace)]
+        raise BackendError(f"no backtest '{name}' (known: {listing(known) or 'none'})")
+    return load_report(workspace.reports / FOLDER / name)
+
+
+def _names(config: BacktestJobConfig) -> tuple[str, ...]:
+    return (config.model.name, *config.compare)
+
+
+def _fit(config: FitConfig) -> Fit:
+    def fit(frame: SeriesFrame, cutoff: Any) -> Artifact:
+        return fit_frame(frame, config)[0]
+
+    return fit
