@@ -6,7 +6,7 @@ All take complete arrays [N, V], learn from training rows only and score row by 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -210,8 +210,9 @@ def build_baseline(name: str, *, seed: int = 0, season_length: int | None = None
     """
     if name == "random":
         return RandomScore(seed)
-    if name in ("mean_abs", "max_abs", "mahalanobis"):
-        return ZScore(name)
+    for joint in get_args(BaselineJoint):
+        if name == joint:
+            return ZScore(joint)
     if name == "pca_residual":
         return PcaResidual()
     if name in ("var1_mean_abs", "var1_mahalanobis"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tsforge.core.config import Config
 
@@ -138,3 +138,9 @@ class DetectConfig(Config):
     """Rows of the longest season, for the rolling window (null: a week of the grid, none where time is a number)."""
     keep_variate_scores: bool = True
     """Store the score of every variate beside the joint one."""
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _default_kind(cls, value: Any) -> Any:
+        """Let ``rule.alarms_per_day=1`` stand alone: a rule without a kind is a budget."""
+        return {"kind": "budget", **value} if isinstance(value, dict) else value

@@ -20,7 +20,7 @@ from tsforge.data.grid import TimeGrid, show_time
 HEALTH_DAYS = 7
 HEALTH_ROWS = 5_000
 HEALTH_RATIO = 5.0
-HEALTH_MIN_ALARMS = 30  # fewer alarm rows say nothing about a rate: one long event has as many
+HEALTH_MIN_ALARMS = 10  # fewer alarm rows say nothing about a rate
 VARIATE_TYPE = pl.Struct(
     {"variate": pl.String, "contribution": pl.Float64, "conditional": pl.Float64, "additive": pl.Float64}
 )

@@ -148,4 +148,6 @@ def tail_to_normal(signed_tail: ArrayLike) -> FloatArray:
     moderate = norm.isf(0.5 * np.exp(-np.minimum(size, 600.0)))
     # past the smallest float: P(|Z| > z) ~ exp(-z^2 / 2), continued from the last exact point
     anchor = float(norm.isf(0.5 * np.exp(-600.0)))
-    return np.asarray(np.sign(t) * np.where(size <= 600.0, moderate, np.sqrt(anchor**2 + 2.0 * (size - 600.0))))
+    return np.asarray(
+        np.sign(t) * np.where(size <= 600.0, moderate, np.sqrt(anchor**2 + 2.0 * np.maximum(size - 600.0, 0.0)))
+    )
