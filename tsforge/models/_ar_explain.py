@@ -13,6 +13,7 @@ from torch import Tensor
 from tsforge.ops.ar_process import ljung_box
 from tsforge.ops.moments import observed_runs
 from tsforge.ops.stability import impulse_response, roots
+from tsforge.ops.toeplitz import self_correlation
 
 if TYPE_CHECKING:
     from tsforge.models._ar_solvers import Span
@@ -40,9 +41,7 @@ def whiteness(weight: Tensor, bias: float, span: Span, num_lags: int = 20) -> tu
                 continue
             values = span.values[first:last, variate].double().cpu().numpy()
             residual = oaconvolve(values, kernel, mode="valid") - bias
-            size = 2 * len(residual)
-            spectrum = np.abs(np.fft.rfft(residual, size)) ** 2
-            products += np.fft.irfft(spectrum, size)[: reach + 1]
+            products += self_correlation(residual, reach)
             rows += len(residual)
     if rows == 0 or products[0] <= 0.0:
         return 0.0, 1.0

@@ -40,7 +40,8 @@ class Levinson:
         return int(np.argmin(rows * np.log(np.maximum(self.variances, 1e-300)) + price * orders))
 
 
-def _self_correlation(values: Array, max_lag: int) -> Array:
+def self_correlation(values: Array, max_lag: int) -> Array:
+    """Return ``sum_t values[t] values[t + d]`` for d = 0 .. ``max_lag``, by one FFT."""
     size = next_fast_len(len(values) + max_lag + 1, real=True)
     spectrum = rfft(values, size)
     return np.asarray(irfft(np.abs(spectrum) ** 2, size)[: max_lag + 1], dtype=np.float64)
@@ -62,12 +63,12 @@ def autocovariance(values: Array, mask: NDArray[np.bool_], bounds: Sequence[int]
     clean = np.where(mask, values, 0.0)
     lags = np.arange(max_lag + 1)
     for start, stop in pairwise(bounds):
-        products += _self_correlation(clean[start:stop], max_lag)
+        products += self_correlation(clean[start:stop], max_lag)
         full += np.maximum(stop - start - lags, 0)
         if mask[start:stop].all():
             counts += np.maximum(stop - start - lags, 0)
         else:
-            counts += np.round(_self_correlation(mask[start:stop].astype(np.float64), max_lag))
+            counts += np.round(self_correlation(mask[start:stop].astype(np.float64), max_lag))
     if counts[0] < 1:
         raise ModelError("no observed value in the training span")
     result: Array = products / np.maximum(counts, 1.0) * full / full[0]
