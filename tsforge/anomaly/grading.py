@@ -23,7 +23,7 @@ class Grade:
 
     Attributes:
         kinds: one row a kind and one for ``all``: ``kind, labelled, found, recall, median_delay`` (rows from the
-            start of the anomaly to the first reported row in it), ``scorable`` (anomalies with at least one scored row),
+            start of the anomaly to the first reported row in it), ``scorable`` (those with at least one scored row),
             ``right_variate`` (share of found ones whose first-ranked variate is among the labelled).
         overall: event precision, plain and penalised, false events a day and series, share of anomalous rows, AUC-PR of
             the joint score and its chance level, right_variate_chance.
