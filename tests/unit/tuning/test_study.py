@@ -41,6 +41,7 @@ def test_the_search_comes_close_to_the_best_of_an_exhaustive_one(tmp_path: Path)
     assert result.trials[0].values == DEFAULTS, "the configured values are tried first"
     assert result.trials[0].value is not None
     assert result.best.value < 0.8 * result.trials[0].value
+    assert len({tuple(trial.values.values()) for trial in result.trials[:6]}) == 6, "the random start repeats itself"
     assert set(result.importance) == set(SPACE)
     assert sum(result.importance.values()) == pytest.approx(1.0)
     history = result.history()
@@ -99,7 +100,8 @@ def interrupt_after(folder: Path, number: int, after: int) -> int:
 )
 def test_no_trial_is_lost_when_a_process_ends_in_the_middle(tmp_path: Path, endings: list[int]) -> None:
     whole = study(tmp_path / "whole", 14)
-    codes = [interrupt_after(tmp_path / "cut", ending, after=3) for ending in endings]
+    # first in the trial of the configured values, then in one the sampler suggested
+    codes = [interrupt_after(tmp_path / "cut", ending, after) for ending, after in zip(endings, (1, 3), strict=True)]
     assert all(
         code == 130 if ending != signal.SIGKILL else code == -9 for code, ending in zip(codes, endings, strict=True)
     )
@@ -120,6 +122,7 @@ def test_a_trial_that_ends_its_process_every_time_is_given_up(tmp_path: Path) ->
     assert [trial.state for trial in result.trials].count("interrupted") == 2
     (failed,) = [trial for trial in result.trials if trial.state == "failed"]
     assert failed.error == "the process ended during this trial 3 times"
+    assert failed.values == DEFAULTS
     assert [trial.state for trial in result.trials].count("complete") == 5
 
 
