@@ -156,6 +156,9 @@ def transaction(engine: Engine, action: str, *, write: bool = True) -> Iterator[
         BackendError: the database refused or is gone.
     """
     with explained(engine, action):
-        prepared = engine.execution_options(**{_WRITE: True}) if write else engine
+        options: dict[str, object] = {_WRITE: True}
+        if not write:  # one snapshot for all queries of a reader; SQLite gives that by itself
+            options = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}
+        prepared = engine.execution_options(**options)
         with prepared.begin() as connection:
             yield connection

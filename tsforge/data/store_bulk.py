@@ -50,6 +50,8 @@ def stage_rows(connection: Connection, columns: Iterable[str], rows: pl.DataFram
     statement = str(CreateTable(stage).compile(dialect=connection.dialect)).strip()
     connection.exec_driver_sql(f"{statement} ON COMMIT DROP" if connection.dialect.name == "postgresql" else statement)
     insert_rows(connection, stage, rows)
+    if connection.dialect.name == "postgresql":  # it plans a join without statistics for a handful of rows
+        connection.exec_driver_sql(f"ANALYZE {_quoted(connection, stage)}")
     return stage
 
 

@@ -91,6 +91,18 @@ def test_a_frame_comes_back_as_it_was(store: SeriesStore) -> None:
     assert back.fingerprint() == given.fingerprint()
 
 
+def test_static_values_are_corrected_and_kept(store: SeriesStore) -> None:
+    def sites(**area: float) -> SeriesFrame:
+        table = pl.DataFrame({"series_id": list(area), "area": list(area.values())})
+        return frame({name: [(1.0,)] for name in area}, constants=table, static=("area",))
+
+    store.write("data", sites(a=1.0, b=2.0))
+    store.write("data", sites(b=3.0, c=4.0))
+    static = store.read("data").static
+    assert static is not None
+    assert dict(static.rows()) == {"a": 1.0, "b": 3.0, "c": 4.0}
+
+
 def test_integer_time_comes_back(store: SeriesStore) -> None:
     schema = SeriesSchema(targets=("x",), freq="1i")
     table = pl.DataFrame({"series_id": "s", "time": [0, 1, 3], "x": [1.0, 2.0, 4.0]})
@@ -121,15 +133,15 @@ def test_overlap_adds_corrects_and_keeps(store: SeriesStore, url: str) -> None:
 
 def test_a_null_keeps_the_older_value_unless_told_to_erase(store: SeriesStore, url: str) -> None:
     store.write("data", frame({"a": [(1.0, 5.0), (2.0, 6.0), (3.0, 7.0)]}, ("x", "y")))
-    nulls = frame({"a": [(None, 5.0), (None, None), (3.5, 7.0)]}, ("x", "y"))
+    nulls = frame({"a": [(None, 50.0), (None, None), (3.5, 7.0)]}, ("x", "y"))
     kept = store.write("data", nulls)
-    assert (kept.rows_new, kept.rows_changed, kept.rows_unchanged) == (0, 1, 1)
-    assert store.read("data").table["x"].to_list() == [1.0, 2.0, 3.5]
+    assert (kept.rows_new, kept.rows_changed, kept.rows_unchanged) == (0, 2, 0)
+    assert store.read("data").table.select("x", "y").rows() == [(1.0, 50.0), (2.0, 6.0), (3.5, 7.0)]
     erased = store.write("data", nulls, nulls="erase")
     assert (erased.rows_new, erased.rows_changed, erased.rows_unchanged) == (0, 2, 1)
     back = store.read("data").table
     assert back["x"].to_list() == [None, None, 3.5]
-    assert back["y"].to_list() == [5.0, None, 7.0]
+    assert back["y"].to_list() == [50.0, None, 7.0]
     assert stored_rows(url) == 2, "a row without any value is not kept"
     assert store.datasets()["rows"].to_list() == [2]
 
