@@ -67,7 +67,7 @@ class TestOneBatch:
         manifest = json.loads((partition.path / "manifest.json").read_text())
         assert manifest["artifact"] == site.artifact
         assert manifest["trained_until"].startswith("2026-02-19T23:00")
-        assert manifest["counts"]["rows"] == 2 * (62 * 24 + 7)
+        assert manifest["counts"]["rows_known"] == 2 * (62 * 24 + 7)
         assert set(manifest["seconds"]) == {"ingest", "check", "forecast", "detect"}
         row = ledger_row()
         assert row is not None
@@ -332,3 +332,10 @@ class TestPipelines:
         assert partition is not None
         assert set(partition.manifest["files"]) == {"scores.parquet", "events.parquet"}
         assert self.call(site, "pipelines.batch_detect", "detect=null").returncode == 2
+
+
+def test_the_summary_leaves_room_for_the_table(site: Any) -> None:
+    """The command line prints summary and table as one JSON document under the key ``rows``."""
+    result = run(site, detect=None)
+    assert "rows" not in result.summary()
+    assert result.rows() == [{"file": "forecast.parquet", "rows": 48}]

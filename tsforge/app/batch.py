@@ -23,7 +23,7 @@ from tsforge.anomaly.detector import detect
 from tsforge.app import published
 from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, run_checks
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset, mask_invalid
-from tsforge.artifact import Artifact, match_frame, load_artifact
+from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config, fingerprint
 from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
@@ -307,8 +307,8 @@ def _known_at(work: _Work, facts: dict[str, Any]) -> SeriesFrame:
     if frame.schema.has_integer_time:
         raise DataError(f"data set '{config.data.name}' has integer time; a batch stands at a calendar time")
     known = frame.until(work.as_of, keep_known=True)
-    work.counts["rows"] = known.until(work.as_of).num_rows
-    facts["rows_known"] = work.counts["rows"]
+    work.counts["rows_known"] = known.until(work.as_of).num_rows
+    facts["rows_known"] = work.counts["rows_known"]
     return known
 
 

@@ -19,7 +19,7 @@ from tsforge.app.batch import BatchBusy, data_seen_until, parse_as_of
 from tsforge.app.checks import before
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset
-from tsforge.artifact import Artifact, match_frame, load_artifact
+from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config
 from tsforge.core.errors import ArtifactError, ConfigError, DataError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
