@@ -1,0 +1,83 @@
+"""What README and docs tell people to type is what the program understands; links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tsforge.cli import app, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DRY = {"ingest", "fit", "predict", "backtest", "benchmark", "detect", "tune"}
+PLACEHOLDER = re.compile(r"\b(ID|NAME|PATH|FILE|CONFIG|JOB|TIME)\b|[<>…]|\.\.\.")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return (page, command line) of every tsforge call in a shell block."""
+    found = []
+    for page in PAGES:
+        for language in ("sh", "bash", "console"):
+            for block in blocks(page, language):
+                for line in block.replace("\\\n", " ").splitlines():
+                    text = line.strip().removeprefix("$ ").removeprefix(".venv/bin/")
+                    if text.startswith("tsforge "):
+                        found.append((page.name, text))
+    return found
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(commands()) >= 10
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: str(value)[:60])
+def test_command_is_understood(
+    page: str, line: str, workspace_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(line.split(" | ")[0].split(" && ")[0].split(" > ")[0], comments=True)[1:]
+    command = next((word for word in words if not word.startswith("-")), "")
+    known = {item.name or item.callback.__name__ for item in app.registered_commands if item.callback}  # type: ignore[attr-defined]
+    known |= {group.name for group in app.registered_groups}
+    assert not command or command in known, f"{page}: {line}"
+    if command in DRY and not PLACEHOLDER.search(line):
+        monkeypatch.setattr(sys, "argv", ["tsforge", *words, "--dry-run"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0, f"{page}: {line}\n{capfd.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    local = [target for target in targets if not target.startswith(("http:", "https:", "mailto:"))]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_nothing_committed_names_this_machine() -> None:
+    suspicious = re.compile(r"/work/|/opt/wheels|/root/|\.library\b")
+    folders = ("tsforge", "pipelines", "dashboards", "configs", "docs", "benchmarks", "deploy", "scripts")
+    files = [
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".md", ".yaml", ".json", ".toml"}
+    ]
+    files += [
+        ROOT / name for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt", "docker-compose.yml")
+    ]
+    hits = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in files
+        if path.is_file()
+        for match in suspicious.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert hits == []

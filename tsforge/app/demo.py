@@ -1,0 +1,132 @@
+"""The main job on the embedded data, as a newcomer sees it first: a few minutes of work that a night's batch would do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import polars as pl
+
+from tsforge.app.backtest import BacktestJobConfig, backtest
+from tsforge.app.batch import BatchConfig, parse_as_of, run_batch
+from tsforge.app.detect import DetectJobConfig, detect
+from tsforge.app.fit import FitConfig, fit
+from tsforge.app.ingest import IngestConfig, ingest, load_dataset
+from tsforge.core.config import load
+from tsforge.core.errors import ModelError
+from tsforge.core.workspace import Workspace
+
+AS_OF = "2013-12-20T00:00Z"
+
+Say = Callable[[str], None]
+
+
+def run_demo(workspace: Workspace, *, progress: bool = True) -> dict[str, Any]:
+    """Run the main job and return what it made: rows, errors, the sensor error found, grades, the published batch.
+
+    Repeating it is safe: ingestion and the batch do nothing the second time, fits make new artifacts.
+
+    Args:
+        workspace: everything is kept there.
+        progress: tell each step on standard output.
+    """
+    say: Say = print if progress else _silent
+    started = time.perf_counter()
+    made: dict[str, Any] = {}
+    with _step("Ingest a year of real weather at three airports, and generated series with known anomalies", say):
+        made["ingest"] = [_ingest(name, workspace, say) for name in ("nyc_weather", "synthetic")]
+    with _step("Fit AR-Net a day ahead from three days of weather; tracked, calibrated, registered as champion", say):
+        made["weather"] = _fit("experiment/demo_weather", workspace, say)
+    with _step("Backtest it beside the naive forecasts, from six cutoffs of the past", say):
+        made["backtest"] = _backtest(workspace, say)
+    with _step("Watch the sensors with a model that has seen January only", say):
+        made["sensor"] = _find_sensor_error(workspace, say)
+    with _step("Grade the detector on generated anomalies, whose truth is known", say):
+        made["grade"] = _grade(workspace, say)
+    with _step(f"Run the nightly batch as of {AS_OF}: ingest, check, forecast, detect, publish", say):
+        made["batch"] = _batch(workspace, say)
+    made["seconds"] = round(time.perf_counter() - started, 1)
+    say(f"\nDone in {made['seconds']:.0f} s. Everything is in {workspace.root}")
+    say("Look at it:  .venv/bin/tsforge dashboard        (then open http://localhost:8501)")
+    say("Ask for it:  .venv/bin/tsforge predict artifact=weather@champion")
+    return made
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+@contextmanager
+def _step(title: str, say: Say) -> Iterator[None]:
+    say(f"\n== {title}")
+    started = time.perf_counter()
+    yield
+    say(f"   ({time.perf_counter() - started:.1f} s)")
+
+
+def _facts(say: Say, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in facts.items():
+        say(f"   {name}: {value}")
+    return facts
+
+
+def _ingest(name: str, workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    result = ingest(load(IngestConfig, "ingest", [f"data={name}"]), workspace).summary()
+    return _facts(say, {"data set": name, "new rows": result["rows_new"], "unchanged rows": result["rows_unchanged"]})
+
+
+def _fit(experiment: str, workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    result = fit(load(FitConfig, experiment), workspace)
+    return _facts(
+        say,
+        {
+            "artifact": result.artifact.id,
+            "error on the test span": f"{result.metrics['test_mae']:.3f} standard deviations (mean absolute)",
+            "registered version": result.version,
+        },
+    )
+
+
+def _backtest(workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    job = load(BacktestJobConfig, "experiment/demo_backtest")
+    report = backtest(job, workspace)
+    rows = {row["model"]: round(row["mase"], 3) for row in report.leaderboard.to_dicts()}
+    return _facts(say, {"MASE by model (smaller is better)": rows})
+
+
+def _find_sensor_error(workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    artifact = fit(load(FitConfig, "experiment/demo_sensor"), workspace).artifact
+    found = detect(load(DetectJobConfig, "experiment/demo_watch", [f"artifact={artifact.id}"]), workspace).report
+    strongest = found.events.sort("peak_score", descending=True).to_dicts()[0]
+    blamed = strongest["variates"][0]["variate"]
+    raw = load_dataset(workspace, "nyc_weather", series=[strongest["series_id"]]).table
+    value = raw.filter(pl.col("time") == strongest["peak_time"])[blamed][0]
+    return _facts(
+        say,
+        {
+            "scored": f"{found.metadata['scored'][0]} to {found.metadata['scored'][1]}",
+            "events": found.events.height,
+            "strongest event": f"{strongest['series_id']} at {strongest['peak_time']:%Y-%m-%d %H:%M} UTC",
+            "variate blamed": f"{blamed}, which read {value:,.0f}",
+        },
+    )
+
+
+def _grade(workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    artifact = fit(load(FitConfig, "experiment/demo_graded"), workspace).artifact
+    grade = detect(load(DetectJobConfig, "detect", [f"artifact={artifact.id}"]), workspace).grade
+    if grade is None:
+        raise ModelError("the generated data set carries no labels in the scored span")
+    shown = {name: round(value, 3) if isinstance(value, float) else value for name, value in grade.overall.items()}
+    found = {
+        row["kind"]: f"{row['found']} of {row['scorable']}" if row["scorable"] else "no values to score"
+        for row in grade.rows()
+    }
+    return _facts(say, {**shown, "found by kind": found})
+
+
+def _batch(workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    job = load(BatchConfig, "experiment/demo_batch")
+    return _facts(say, run_batch(job, parse_as_of(AS_OF), workspace).summary())
