@@ -1,4 +1,4 @@
-"""The main job on the embedded data, as a newcomer sees it first: a few minutes of work that a night's batch would do."""
+"""The main job on the embedded data, as a newcomer sees it first: what a night would do, in about a minute."""
 
 from __future__ import annotations
 
