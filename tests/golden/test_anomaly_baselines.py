@@ -1,9 +1,8 @@
 """Baseline scorers and the rolling rule on labelled server data, against earlier measurements.
 
-Setting of the numbers: one model a series, fitted on the first 70 % of the training file, mean over series; z
-cut at 20, scale floor 0.01, ridge 0.01 a row; rules calibrated on the other 30 %. Columns constant over the training file
-are left out here. The rows of the Mahalanobis scores on ASD differ by up to 0.03 from that implementation and are not
-asserted.
+Setting of the numbers: one model a series, fitted on the first 70 % of the training file, mean over series; z cut at
+20, scale floor 0.01, ridge 0.01 a row; rules calibrated on the other 30 %. Columns constant over the training file are
+left out here. The rows of the Mahalanobis scores on ASD differ by up to 0.03 from that setting and are not asserted.
 """
 
 from __future__ import annotations
