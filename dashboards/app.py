@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 from dashboards.views import anomalies, backtests, data, forecasts, overview, runs
@@ -19,5 +21,7 @@ PAGES = {
     ],
 }
 
-st.set_page_config(page_title="tsforge", page_icon=":material/timeline:", layout="wide")
+ICON = Path(__file__).with_name("icon.svg")  # a named icon would be fetched from the internet
+
+st.set_page_config(page_title="tsforge", page_icon=str(ICON), layout="wide")
 st.navigation(PAGES).run()

@@ -1,6 +1,7 @@
 """Charts from tables. Nothing here knows Streamlit; every function takes polars tables and returns a plotly figure.
 
-Colours are distinguishable with the common colour-vision deficiencies; a gap in the data is a gap in the line.
+Colours are distinguishable with the common colour-vision deficiencies and readable on a light and on a dark page, whose
+own colours apply to text and background. A gap in the data is a gap in the line.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import plotly.graph_objects as go
 import polars as pl
 from plotly.subplots import make_subplots
 
-INK = "#1c2733"
-HISTORY = "#5b6b7b"
-FORECAST = "#1f5fa8"
-ALARM = "#c8442b"
+HISTORY = "#7a8896"
+FORECAST = "#2f7fd1"
+BAND = "47,127,209"
+OBSERVED = "#2e9e6b"
+ALARM = "#d5533b"
+ALARM_BAND = "rgba(213,83,59,0.2)"
 ACCENT = "#e0912f"
-CYCLE = ("#1f5fa8", "#e0912f", "#3c8d5a", "#8a4fa3", "#c8442b", "#5b6b7b", "#a8812f", "#2f9fa8")
-GRID = "#e3e8ee"
+CYCLE = ("#2f7fd1", "#e0912f", "#2e9e6b", "#a065bd", "#d5533b", "#7a8896", "#b8912f", "#2fa3ac")
+GRID = "rgba(128,140,152,0.22)"
 
 
 def _style(figure: go.Figure, *, height: int = 380, title: str = "", y_title: str = "") -> go.Figure:
@@ -30,12 +33,12 @@ def _style(figure: go.Figure, *, height: int = 380, title: str = "", y_title: st
         margin={"l": 10, "r": 10, "t": 46 if title else 16, "b": 10},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": INK, "size": 13},
+        font={"size": 13},
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
         hovermode="x unified",
     )
-    figure.update_xaxes(gridcolor=GRID, zeroline=False)
-    figure.update_yaxes(gridcolor=GRID, zeroline=False)
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, automargin=True)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, automargin=True)
     if y_title:
         figure.update_yaxes(title_text=y_title, selector=0)
     return figure
@@ -74,7 +77,7 @@ def fan_chart(
                 x=x + x[::-1],
                 y=table[high].to_list() + table[low].to_list()[::-1],
                 fill="toself",
-                fillcolor=f"rgba(31,95,168,{min(shade, 0.45):.2f})",
+                fillcolor=f"rgba({BAND},{min(shade, 0.45):.2f})",
                 line={"width": 0},
                 name=f"{coverage:.0%} interval",
                 hoverinfo="skip",
@@ -97,7 +100,7 @@ def fan_chart(
                 x=actual["time"].to_list(),
                 y=actual["value"].to_list(),
                 name="what happened",
-                line={"color": INK, "dash": "dot"},
+                line={"color": OBSERVED, "width": 2, "dash": "dot"},
             )
         )
     if table.height and isinstance(table["cutoff"][0], datetime):
@@ -108,38 +111,38 @@ def fan_chart(
 def components_chart(components: pl.DataFrame) -> go.Figure:
     """Return one panel per additive component of a forecast; columns ``time, component, value``."""
     names = components["component"].unique(maintain_order=True).to_list()
+    parts = {name: components.filter(pl.col("component") == name).sort("time") for name in names}
+    return _panels({name: (part["time"], part["value"]) for name, part in parts.items()})
+
+
+def series_chart(values: pl.DataFrame, *, columns: Sequence[str]) -> go.Figure:
+    """Return one panel per column of a wide table with a ``time`` column: each has its own scale."""
+    return _panels({name: (values["time"], values[name]) for name in columns})
+
+
+def _panels(lines: Mapping[str, tuple[pl.Series, pl.Series]]) -> go.Figure:
+    """Return lines below each other over one time axis, the name of each above it."""
+    count = max(len(lines), 1)
+    height = 60 + 140 * count
     figure = make_subplots(
-        rows=max(len(names), 1), cols=1, shared_xaxes=True, subplot_titles=names, vertical_spacing=0.08
+        rows=count, cols=1, shared_xaxes=True, subplot_titles=list(lines), vertical_spacing=34 / height
     )
-    for row, name in enumerate(names, start=1):
-        part = components.filter(pl.col("component") == name).sort("time")
+    for row, (name, (times, values)) in enumerate(lines.items(), start=1):
         figure.add_trace(
             go.Scatter(
-                x=part["time"].to_list(),
-                y=part["value"].to_list(),
+                x=times.to_list(),
+                y=values.to_list(),
                 name=name,
                 showlegend=False,
-                line={"color": CYCLE[(row - 1) % len(CYCLE)]},
+                line={"color": CYCLE[(row - 1) % len(CYCLE)], "width": 1.5},
             ),
             row=row,
             col=1,
         )
-    return _style(figure, height=120 + 130 * max(len(names), 1))
-
-
-def series_chart(values: pl.DataFrame, *, columns: Sequence[str], title: str = "") -> go.Figure:
-    """Return one line per column of a wide table with a ``time`` column."""
-    figure = go.Figure()
-    for index, name in enumerate(columns):
-        figure.add_trace(
-            go.Scatter(
-                x=values["time"].to_list(),
-                y=values[name].to_list(),
-                name=name,
-                line={"color": CYCLE[index % len(CYCLE)], "width": 1.4},
-            )
-        )
-    return _style(figure, title=title)
+    figure = _style(figure, height=height)
+    figure.update_layout(margin={"t": 30}, hovermode="x")
+    figure.update_annotations(x=0, xanchor="left", font={"size": 13})
+    return figure
 
 
 def anomaly_timeline(
@@ -148,7 +151,7 @@ def anomaly_timeline(
     """Return values above scores with their threshold; events are shaded over both.
 
     Args:
-        values: columns ``time, value``.
+        values: columns ``time, value`` and, where the model said something about them, ``expected``.
         scores: columns ``time, score, threshold``.
         events: columns ``start, end, event_id``.
     """
@@ -160,8 +163,19 @@ def anomaly_timeline(
         row=1,
         col=1,
     )
+    if "expected" in values.columns:
+        figure.add_trace(
+            go.Scatter(
+                x=values["time"].to_list(),
+                y=values["expected"].to_list(),
+                name="expected",
+                line={"color": FORECAST, "width": 1.2, "dash": "dot"},
+            ),
+            row=1,
+            col=1,
+        )
     figure.add_trace(
-        go.Scatter(x=scores["time"].to_list(), y=scores["score"].to_list(), name=score_name, line={"color": FORECAST}),
+        go.Scatter(x=scores["time"].to_list(), y=scores["score"].to_list(), name=score_name, line={"color": CYCLE[3]}),
         row=2,
         col=1,
     )
@@ -179,7 +193,7 @@ def anomaly_timeline(
     for event in events.iter_rows(named=True):
         # a one-step event has no width: the line keeps it visible at any zoom
         figure.add_vrect(
-            x0=event["start"], x1=event["end"], fillcolor=ALARM, opacity=0.18, line={"color": ALARM, "width": 1.5}
+            x0=event["start"], x1=event["end"], fillcolor=ALARM_BAND, line={"color": ALARM, "width": 1.2}, layer="below"
         )
     figure.update_yaxes(title_text=variate, row=1, col=1)
     figure.update_yaxes(title_text=score_name, row=2, col=1)
@@ -202,65 +216,112 @@ def attribution_chart(variates: Sequence[Mapping[str, Any]]) -> go.Figure:
     return _style(figure, height=110 + 28 * len(ranked), title="Which variates are strange (in standard deviations)")
 
 
-def leaderboard_chart(summary: pl.DataFrame, *, metric: str) -> go.Figure:
-    """Return bars of one metric per model, best first; columns ``model`` and the metric."""
+def leaderboard_chart(summary: pl.DataFrame, *, metric: str, name: str = "") -> go.Figure:
+    """Return bars of one metric per model, best on top; columns ``model`` and the metric (``name`` in words)."""
     table = summary.drop_nulls(metric).sort(metric, descending=True)
     figure = go.Figure(
-        go.Bar(x=table[metric].to_list(), y=table["model"].to_list(), orientation="h", marker_color=FORECAST)
-    )
-    return _style(figure, height=120 + 34 * table.height, title=f"{metric} (smaller is better)")
-
-
-def error_by_step(metrics: pl.DataFrame, *, metric: str) -> go.Figure:
-    """Return one line per model over the forecast step; columns ``model, step`` and the metric."""
-    figure = go.Figure()
-    for index, name in enumerate(metrics["model"].unique(maintain_order=True).to_list()):
-        part = metrics.filter(pl.col("model") == name).sort("step")
-        figure.add_trace(
-            go.Scatter(
-                x=part["step"].to_list(),
-                y=part[metric].to_list(),
-                name=name,
-                line={"color": CYCLE[index % len(CYCLE)]},
-            )
-        )
-    figure.update_xaxes(title_text="steps ahead")
-    return _style(figure, y_title=metric)
-
-
-def null_share_chart(report: pl.DataFrame) -> go.Figure:
-    """Return a heat map of missing cells; columns ``series_id, column, null_share``."""
-    wide = report.pivot(on="column", index="series_id", values="null_share", aggregate_function="first")
-    columns = [name for name in wide.columns if name != "series_id"]
-    figure = go.Figure(
-        go.Heatmap(
-            z=[list(row) for row in wide.select(columns).iter_rows()],
-            x=columns,
-            y=wide["series_id"].to_list(),
-            colorscale=[[0, "#f3f6fa"], [0.02, "#f4d9b0"], [1, ALARM]],
-            zmin=0,
-            zmax=1,
-            colorbar={"title": "missing", "tickformat": ".0%"},
-            hovertemplate="%{y} %{x}: %{z:.1%}<extra></extra>",
+        go.Bar(
+            x=table[metric].to_list(),
+            y=table["model"].to_list(),
+            orientation="h",
+            marker_color=FORECAST,
+            texttemplate="%{x:.4g}",
+            textposition="auto",
         )
     )
-    figure = _style(figure, height=150 + 26 * wide.height)
+    figure = _style(figure, height=120 + 40 * table.height, title=f"{name or metric} (smaller is better)")
     figure.update_layout(hovermode="closest")
     return figure
 
 
-def history_chart(history: pl.DataFrame) -> go.Figure:
-    """Return training and validation curves; columns ``epoch, name, value``."""
+def error_by_step(metrics: pl.DataFrame, *, metric: str, name: str = "") -> go.Figure:
+    """Return one line per model over the forecast step; columns ``model, step`` and the metric (``name`` in words)."""
     figure = go.Figure()
-    for index, name in enumerate(history["name"].unique(maintain_order=True).to_list()):
-        part = history.filter(pl.col("name") == name).sort("epoch")
+    for index, model in enumerate(metrics["model"].unique(maintain_order=True).to_list()):
+        part = metrics.filter(pl.col("model") == model).sort("step")
         figure.add_trace(
             go.Scatter(
-                x=part["epoch"].to_list(),
-                y=part["value"].to_list(),
-                name=name,
+                x=part["step"].to_list(),
+                y=part[metric].to_list(),
+                name=model,
                 line={"color": CYCLE[index % len(CYCLE)]},
             )
         )
-    figure.update_xaxes(title_text="epoch")
-    return _style(figure)
+    figure.update_xaxes(title_text="steps ahead")
+    return _style(figure, y_title=name or metric)
+
+
+def null_share_chart(report: pl.DataFrame) -> go.Figure:
+    """Return a heat map of missing cells with their shares; columns ``series_id, column, null_share``.
+
+    The scale ends at the largest share, but not below 5 %: a rare gap must not look like an empty column.
+    """
+    wide = report.pivot(on="column", index="series_id", values="null_share", aggregate_function="first")
+    columns = [name for name in wide.columns if name != "series_id"]
+    cells = [list(row) for row in wide.select(columns).iter_rows()]
+    most = max((share for row in cells for share in row if share is not None), default=0.0)
+    readable = wide.height * len(columns) <= 400
+    figure = go.Figure(
+        go.Heatmap(
+            z=cells,
+            x=columns,
+            y=wide["series_id"].to_list(),
+            colorscale=[[0, "rgba(128,140,152,0.10)"], [0.001, "#f7e3c8"], [1, ALARM]],
+            zmin=0,
+            zmax=max(most, 0.05),
+            xgap=2,
+            ygap=2,
+            texttemplate="%{z:.2~%}" if readable else None,
+            colorbar={"title": "missing", "tickformat": ".0%", "len": 1},
+            hovertemplate="%{y} %{x}: %{z:.2%}<extra></extra>",
+        )
+    )
+    figure = _style(figure, height=max(190, 90 + 34 * min(wide.height, 30)))
+    figure.update_layout(hovermode="closest")
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False, autorange="reversed", type="category")
+    return figure
+
+
+def history_chart(history: pl.DataFrame) -> go.Figure:
+    """Return learning curves, one panel a quantity, training and validation together; columns ``epoch, name, value``.
+
+    ``train_loss`` and ``valid_loss`` share the panel ``loss``; a name without such a beginning has its own.
+    """
+    names = history["name"].unique(maintain_order=True).to_list()
+    panels: dict[str, list[str]] = {}
+    for name in names:
+        panels.setdefault(re.sub("^(train|valid)_", "", name), []).append(name)
+    ordered = sorted(panels, key=lambda panel: (panel != "loss", -len(panels[panel]), panel))
+    columns = min(max(len(ordered), 1), 3)
+    rows = max(-(-len(ordered) // columns), 1)
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        subplot_titles=[panel.replace("_", " ") for panel in ordered],
+        vertical_spacing=0.28 / rows,
+    )
+    shown: set[str] = set()
+    for place, panel in enumerate(ordered):
+        for name in panels[panel]:
+            part = history.filter(pl.col("name") == name).sort("epoch")
+            kind = "training" if name.startswith("train_") else "validation" if name.startswith("valid_") else "value"
+            color = {"training": FORECAST, "validation": ACCENT, "value": HISTORY}[kind]
+            figure.add_trace(
+                go.Scatter(
+                    x=part["epoch"].to_list(),
+                    y=part["value"].to_list(),
+                    name=kind,
+                    legendgroup=kind,
+                    showlegend=kind not in shown,
+                    mode="lines+markers",
+                    line={"color": color},
+                ),
+                row=place // columns + 1,
+                col=place % columns + 1,
+            )
+            shown.add(kind)
+    figure = _style(figure, height=40 + 230 * rows)
+    figure.update_layout(margin={"t": 50}, legend={"y": 1.12})
+    figure.update_xaxes(title_text="epoch", row=rows)
+    return figure

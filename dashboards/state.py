@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import streamlit as st
 
-from tsforge.app import catalog
+from tsforge.app import catalog, catalog_results
 from tsforge.core.errors import TsforgeError
 from tsforge.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tsforge.app.catalog_live import LiveForecast
+
+MINUTE = "%Y-%m-%d %H:%M"
 
 
 def workspace() -> Workspace:
@@ -31,7 +38,7 @@ def page(title: str, draw: Callable[[Workspace], None], *, lead: str = "") -> No
 
 
 def choose(
-    label: str, options: Sequence[str], key: str, *, names: dict[str, str] | None = None, where: Any = st
+    label: str, options: Sequence[str], key: str, *, names: Mapping[str, str] | None = None, where: Any = st
 ) -> str:
     """Return the chosen option of a select box; the choice is part of the URL, so that it can be sent as a link.
 
@@ -44,20 +51,74 @@ def choose(
     """
     wanted = st.query_params.get(key)
     if wanted is not None and wanted not in options:
-        where.warning(f"The link names {label.lower()} '{wanted}', which is not here; showing '{options[0]}'.")
+        where.warning(f"The link names {label.lower()} '{wanted}', which is not here; showing another one.")
     index = options.index(wanted) if wanted in options else 0
+    shown = dict(names or {})
     value: str = where.selectbox(
-        label, options, index=index, format_func=lambda item: (names or {}).get(item, item), key=f"choice-{key}"
+        label, options, index=index, format_func=lambda item: shown.get(item, item), key=f"choice-{key}"
     )
     if st.query_params.get(key) != value:
         st.query_params[key] = value
     return value
 
 
+def labels(records: Iterable[Mapping[str, Any]], text: Callable[[Mapping[str, Any]], str]) -> dict[str, str]:
+    """Return ``{id: text}`` of records; equal texts get a number, since people choose by what they read."""
+    found = {str(record["id"]): text(record) for record in records}
+    repeated = {name for name, count in Counter(found.values()).items() if count > 1}
+    seen: Counter[str] = Counter()
+    for key, name in found.items():
+        if name in repeated:
+            seen[name] += 1
+            found[key] = f"{name} #{seen[name]}"
+    return found
+
+
 def empty(what: str, command: str) -> None:
     """Say that there is nothing yet and which command makes some."""
     st.info(f"**No {what} yet.** Make some with:", icon=":material/inbox:")
     st.code(command, language="bash")
+
+
+def table(
+    rows: Sequence[Mapping[str, Any]] | pl.DataFrame,
+    columns: Mapping[str, str] | None = None,
+    *,
+    integers: Sequence[str] = (),
+    percentages: Sequence[str] = (),
+) -> None:
+    """Draw a table with readable headings, times to the minute and numbers of four significant digits.
+
+    Args:
+        rows: records or a table.
+        columns: column -> heading, in the order shown; default all, underscores as spaces.
+        integers, percentages: columns to show with grouped digits, or as a share of one.
+    """
+    frame = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(list(rows), infer_schema_length=None)
+    headings = {name: name.replace("_", " ") for name in frame.columns} if columns is None else dict(columns)
+    frame = frame.select([name for name in headings if name in frame.columns])
+    config: dict[str, Any] = {}
+    for name, kind in frame.schema.items():
+        heading = headings[name]
+        if isinstance(kind, pl.Datetime):
+            config[name] = st.column_config.DatetimeColumn(heading, format="YYYY-MM-DD HH:mm")
+        elif isinstance(kind, pl.Duration):
+            frame = frame.with_columns(pl.col(name).map_elements(catalog.in_words, return_dtype=pl.String))
+            config[name] = heading
+        elif name in percentages:
+            config[name] = st.column_config.NumberColumn(heading, format="percent")
+        elif name in integers:
+            config[name] = st.column_config.NumberColumn(heading, format="localized")
+        elif kind.is_float():
+            config[name] = st.column_config.NumberColumn(heading, format="%.4g")
+        else:
+            config[name] = heading
+    st.dataframe(frame, width="stretch", hide_index=True, column_config=config)
+
+
+def moment(value: object) -> str:
+    """Return a time to the minute; other positions (integer time) as they are."""
+    return value.strftime(MINUTE) if isinstance(value, datetime) else str(value)
 
 
 def series_table(name: str, series: str) -> pl.DataFrame:
@@ -77,18 +138,39 @@ def data_report(name: str) -> pl.DataFrame:
     return _data_report(str(home.root), name, catalog.dataset_version(home, name))
 
 
-@st.cache_data(show_spinner="Examining the data ...", max_entries=8)
+@st.cache_data(show_spinner="Examining the data ...", max_entries=8, ttl=600)
 def _data_report(root: str, name: str, version: str) -> pl.DataFrame:
     return catalog.dataset_report(Workspace.open(root), name)
 
 
-def live_forecast(artifact: str, series: str, cutoff: object) -> catalog.LiveForecast:
+def live_forecast(artifact: str, dataset: str, series: str, cutoff: object) -> LiveForecast:
     """Return the forecast of a stored artifact for one series made at ``cutoff``; cached per artifact and cutoff."""
     home = workspace()
-    dataset = catalog.artifact_facts(home, artifact)["dataset"]
     return _live_forecast(str(home.root), artifact, series, cutoff, catalog.dataset_version(home, dataset))
 
 
 @st.cache_data(show_spinner="Forecasting ...", max_entries=64)
-def _live_forecast(root: str, artifact: str, series: str, cutoff: object, version: str) -> catalog.LiveForecast:
-    return catalog.live_forecast(Workspace.open(root), artifact, series, cutoff)
+def _live_forecast(root: str, artifact: str, series: str, cutoff: Any, version: str) -> LiveForecast:
+    from tsforge.app.catalog_live import live_forecast  # brings torch: no other page waits for it
+
+    return live_forecast(Workspace.open(root), artifact, series, cutoff)
+
+
+def detection(record: Mapping[str, Any]) -> catalog_results.StoredDetection:
+    """Return the detection of a record of ``list_detections``; cached until it is published again."""
+    return _detection(str(workspace().root), record["id"], record["created"])
+
+
+@st.cache_data(show_spinner="Reading scores ...", max_entries=8)
+def _detection(root: str, name: str, created: datetime) -> catalog_results.StoredDetection:
+    return catalog_results.load_detection(Workspace.open(root), name)
+
+
+def backtest(name: str) -> catalog_results.StoredBacktest:
+    """Return a stored backtest; cached, it never changes."""
+    return _backtest(str(workspace().root), name)
+
+
+@st.cache_data(show_spinner="Reading the backtest ...", max_entries=8)
+def _backtest(root: str, name: str) -> catalog_results.StoredBacktest:
+    return catalog_results.load_backtest(Workspace.open(root), name)

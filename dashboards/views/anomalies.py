@@ -8,10 +8,23 @@ import polars as pl
 import streamlit as st
 
 from dashboards import charts
-from dashboards.state import choose, empty, page, series_table
-from tsforge.app import catalog
+from dashboards.state import MINUTE, choose, detection, empty, labels, moment, page, series_table, table
+from tsforge.app import catalog_results
+from tsforge.app.catalog_results import StoredDetection
 from tsforge.contracts.tables import JOINT
 from tsforge.core.workspace import Workspace
+
+_AROUND = 72  # rows shown before and after an event
+_EVENTS = {
+    "start": "from (UTC)",
+    "end": "to (UTC)",
+    "length": "rows",
+    "peak_score": "peak score",
+    "threshold": "threshold",
+    "p_value": "p-value",
+    "first": "first variate",
+    "state": "state",
+}
 
 
 def show() -> None:
@@ -20,69 +33,117 @@ def show() -> None:
 
 
 def _draw(workspace: Workspace) -> None:
-    detections = catalog.list_detections(workspace)
+    detections = catalog_results.list_detections(workspace)
     if not detections:
-        empty("detection", "tsforge detect data=nyc_weather artifact=ID")
+        empty("detection", "tsforge detect artifact=latest")
         return
-    names = {
-        item["id"]: f"{item['dataset']}, {item['model']}, {item['created']:%Y-%m-%d %H:%M} ({item['events']} events)"
-        for item in detections
-    }
+    names = labels(
+        detections,
+        lambda item: (
+            f"{item['dataset']}, {item['model']}: {item['source']}, {item['created']:{MINUTE}}"
+            f" ({_count(item['events'])})"
+        ),
+    )
     left, right = st.columns([2, 1])
     chosen = choose("Detection", list(names), "detection", names=names, where=left)
-    report = catalog.load_detection(workspace, chosen)
-    for notice in report.metadata.get("notices", []):
+    report = detection(next(item for item in detections if item["id"] == chosen))
+    series = _choose_series(report, right)
+    for notice in report.metadata["notices"]:
         st.warning(str(notice), icon=":material/monitor_heart:")
-    all_series = report.scores["series_id"].unique(maintain_order=True).to_list()
-    counts = dict(report.events.group_by("series_id").len().iter_rows())
-    labels = {name: f"{name} ({counts.get(name, 0)} events)" for name in all_series}
-    series = choose("Series", all_series, "series", names=labels, where=right)
     events = report.events.filter(pl.col("series_id") == series).sort("peak_score", descending=True)
     if events.is_empty():
         st.success("No event in this series: every score stayed below its threshold.", icon=":material/check_circle:")
         _timeline(report, series, None, None)
-        return
-    event = _choose_event(events)
-    _timeline(report, series, event, events)
-    left, right = st.columns(2)
-    left.plotly_chart(charts.attribution_chart(event["variates"]), width="stretch", key="attribution")
-    with right:
-        st.markdown(f"**Event {event['event_id']}**")
-        st.dataframe(
-            [{"": name, "value": str(event[name])} for name in event if name not in ("variates", "event_id")],
-            width="stretch",
-            hide_index=True,
-        )
-    with st.expander(f"All {events.height} events of {series}"):
-        st.dataframe(events.drop("variates"), width="stretch", hide_index=True)
-        st.download_button("Download CSV", events.drop("variates").write_csv(), file_name=f"events-{series}.csv")
+    else:
+        event = _choose_event(events)
+        _timeline(report, series, event, events)
+        _one_event(event)
+        with st.expander(f"All events of {series} ({events.height})", expanded=True):
+            first = events.with_columns(first=pl.col("variates").list.first().struct.field("variate"))
+            table(first.sort("start"), _EVENTS)
+            st.download_button("Download CSV", events.drop("variates").write_csv(), file_name=f"events-{series}.csv")
+    _method(report.metadata)
+
+
+def _count(events: int) -> str:
+    return "1 event" if events == 1 else f"{events} events"
+
+
+def _choose_series(report: StoredDetection, where: Any) -> str:
+    """Return the chosen series; the one with most events comes first."""
+    counts: dict[str, int] = dict(report.events.group_by("series_id").len().iter_rows())
+    ids = report.scores["series_id"].unique(maintain_order=True).to_list()
+    ids.sort(key=lambda name: -counts.get(name, 0))
+    names = {name: f"{name} ({_count(counts.get(name, 0))})" for name in ids}
+    return choose("Series", ids, "series", names=names, where=where)
 
 
 def _choose_event(events: pl.DataFrame) -> dict[str, Any]:
     rows = {row["event_id"]: row for row in events.iter_rows(named=True)}
     names = {
-        key: f"{row['start']} to {row['end']}, peak {row['peak_score']:.3g}, first {row['variates'][0]['variate']}"
+        key: f"{_span(row)}, peak {row['peak_score']:.3g}, first {row['variates'][0]['variate']}"
         for key, row in rows.items()
     }
     return rows[choose("Event (strongest first)", list(rows), "event", names=names)]
 
 
-def _timeline(report: Any, series: str, event: dict[str, Any] | None, events: pl.DataFrame | None) -> None:
-    table = series_table(report.metadata["dataset"], series)
-    variates = [name for name in report.metadata["variates"] if name in table.columns]
+def _span(event: dict[str, Any]) -> str:
+    start, end = moment(event["start"]), moment(event["end"])
+    return start if start == end else f"{start} to {end}"
+
+
+def _timeline(report: StoredDetection, series: str, event: dict[str, Any] | None, events: pl.DataFrame | None) -> None:
+    rows = series_table(report.metadata["dataset"], series)
+    variates = [name for name in report.metadata["variates"] if name in rows.columns]
     if event is not None:
         ranked = [item["variate"] for item in event["variates"]]
-        variates = sorted(variates, key=lambda name: ranked.index(name) if name in ranked else len(ranked))
-    variate = choose("Variate shown", variates, "variate")
+        variates.sort(key=lambda name: ranked.index(name) if name in ranked else len(ranked))
+    left, right = st.columns([1, 3], vertical_alignment="bottom")
+    variate = choose("Variate shown", variates, "variate", where=left)
     scores = report.scores.filter(pl.col("series_id") == series)
-    scores = scores.filter(pl.col("variate") == (JOINT if JOINT in scores["variate"].unique() else variate))
-    if event is not None and st.toggle("Zoom to the event", value=True):
-        position = int((scores["time"] < event["start"]).sum())
-        length = int(((scores["time"] >= event["start"]) & (scores["time"] <= event["end"])).sum())
-        scores = scores.slice(max(position - 72, 0), length + 144)
-    first, last = scores["time"].min(), scores["time"].max()
-    values = table.filter(pl.col("time").is_between(first, last)).select("time", pl.col(variate).alias("value"))
-    shown = report.events.head(0) if events is None else events.filter(pl.col("end") >= first, pl.col("start") <= last)
+    joint = scores.filter(pl.col("variate") == JOINT).sort("time")
+    own = scores.filter(pl.col("variate") == variate).sort("time")
+    drawn = joint if joint.height else own
+    if event is not None and right.toggle("Zoom to the event", value=True):
+        position = int((drawn["time"] < event["start"]).sum())
+        length = int(((drawn["time"] >= event["start"]) & (drawn["time"] <= event["end"])).sum())
+        drawn = drawn.slice(max(position - _AROUND, 0), length + 2 * _AROUND)
+    first, last = drawn["time"].min(), drawn["time"].max()
+    inside = pl.col("time").is_between(first, last)
+    values = rows.filter(inside).select("time", pl.col(variate).alias("value"))
+    if own["expected"].count() if "expected" in own.columns else False:
+        values = values.join(own.filter(inside).select("time", "expected"), on="time", how="left").sort("time")
+    near = report.events.clear() if events is None else events.filter(pl.col("end") >= first, pl.col("start") <= last)
     st.plotly_chart(
-        charts.anomaly_timeline(values, scores, shown, variate=variate), width="stretch", key="anomaly-timeline"
+        charts.anomaly_timeline(values, drawn, near, variate=variate), width="stretch", key="anomaly-timeline"
     )
+
+
+def _one_event(event: dict[str, Any]) -> None:
+    left, right = st.columns(2)
+    left.plotly_chart(charts.attribution_chart(event["variates"]), width="stretch", key="attribution")
+    facts = {
+        "strongest at": moment(event["peak_time"]),
+        "score there": f"{event['peak_score']:.4g}",
+        "threshold": f"{event['threshold']:.4g}" if event["threshold"] is not None else "none",
+        "p-value": f"{event['p_value']:.2g}" if event["p_value"] is not None else "none",
+        "rows": str(event.get("length") or ""),
+        "state": "still going on at the end of the data" if event["state"] == "open" else "over",
+    }
+    with right:
+        st.markdown(f"**Event of {_span(event)}**")
+        table([{"fact": name, "value": value} for name, value in facts.items() if value])
+        st.caption(f"Rule: {event['rule']}")
+
+
+def _method(facts: dict[str, Any]) -> None:
+    """Show what was scored with what, and the grade where the truth is known."""
+    grade = facts.get("grade")
+    if grade:
+        st.subheader("Graded against the known anomalies")
+        shown = {name: value for name, value in grade["overall"].items() if isinstance(value, int | float)}
+        table([{"measure": name.replace("_", " "), "value": float(value)} for name, value in shown.items()])
+        if grade.get("kinds"):
+            table(grade["kinds"])
+    with st.expander("How this was measured"):
+        st.json({name: value for name, value in facts.items() if name not in ("notices", "grade")}, expanded=1)

@@ -6,9 +6,39 @@ import polars as pl
 import streamlit as st
 
 from dashboards import charts
-from dashboards.state import choose, data_report, empty, page, series_table
+from dashboards.state import choose, data_report, empty, page, series_table, table
 from tsforge.app import catalog
 from tsforge.core.workspace import Workspace
+
+_REPORT = {
+    "series_id": "series",
+    "column": "column",
+    "null_share": "missing",
+    "gaps": "gaps",
+    "longest_gap": "longest gap (steps)",
+    "outliers": "outliers",
+    "constant": "constant",
+    "age": "age",
+    "stale": "stale",
+    "min": "min",
+    "mean": "mean",
+    "max": "max",
+    "start": "from",
+    "end": "to",
+    "rows": "rows",
+    "role": "role",
+}
+_BATCHES = {
+    "started": "started (UTC)",
+    "status": "status",
+    "source": "source",
+    "rows_in": "rows in",
+    "rows_new": "new",
+    "rows_changed": "changed",
+    "rows_unchanged": "unchanged",
+    "rows_refused": "refused",
+    "error": "why refused",
+}
 
 
 def show() -> None:
@@ -28,24 +58,30 @@ def _draw(workspace: Workspace) -> None:
     st.subheader("Missing cells")
     st.plotly_chart(charts.null_share_chart(report), width="stretch", key="missing")
     st.subheader(f"Values of {series}")
-    table = series_table(name, series)
-    columns = [column for column in table.columns if column not in ("series_id", "time")]
-    default = columns[: min(2, len(columns))]
-    chosen = st.multiselect("Columns", columns, default=default, key="columns")
+    rows = series_table(name, series)
+    columns = [column for column in rows.columns if column not in ("series_id", "time")]
+    chosen = st.multiselect("Columns", columns, default=columns[:3], key=f"columns-{name}")
     if chosen:
-        st.plotly_chart(charts.series_chart(thinned(table), columns=chosen), width="stretch", key="values")
+        st.plotly_chart(charts.series_chart(thinned(rows), columns=chosen), width="stretch", key="values")
     else:
         st.caption("Choose at least one column.")
     st.subheader("Report")
-    st.dataframe(report, width="stretch", hide_index=True)
+    table(
+        report,
+        {key: heading for key, heading in _REPORT.items() if key != "stale" or report["stale"].count()},
+        integers=("rows", "gaps", "longest_gap", "outliers"),
+        percentages=("null_share",),
+    )
+    st.caption("Outliers lie more than 6 robust standard deviations from the median.")
     st.subheader("Ingestions")
-    st.dataframe(catalog.dataset_batches(workspace, name), width="stretch", hide_index=True)
+    batches = catalog.dataset_batches(workspace, name)
+    table(batches, _BATCHES, integers=tuple(column for column in _BATCHES if column.startswith("rows_")))
 
 
-def thinned(table: pl.DataFrame, limit: int = 20_000) -> pl.DataFrame:
+def thinned(rows: pl.DataFrame, limit: int = 20_000) -> pl.DataFrame:
     """Return at most ``limit`` evenly spaced rows and say so; a browser gains nothing from more."""
-    if table.height <= limit:
-        return table
-    every = -(-table.height // limit)
-    st.caption(f"Showing every {every}th of {table.height:,} rows.")
-    return table.gather_every(every)
+    if rows.height <= limit:
+        return rows
+    every = -(-rows.height // limit)
+    st.caption(f"Showing every {every}th of {rows.height:,} rows.")
+    return rows.gather_every(every)

@@ -2,88 +2,136 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import polars as pl
 import streamlit as st
 
 from dashboards import charts
-from dashboards.state import choose, empty, live_forecast, page, series_table
-from tsforge.app import catalog
+from dashboards.state import MINUTE, choose, empty, labels, live_forecast, moment, page, series_table, table
+from tsforge.app import catalog, catalog_results
 from tsforge.core.workspace import Workspace
+
+LIVE, PUBLISHED = "on demand", "published"
+_SOURCES = {LIVE: "Fitted model, any cutoff", PUBLISHED: "Published by a batch"}
+_FURTHEST = 1440  # steps that the slider reaches back
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """What the page draws: one series and variate of a forecast, its parts, the stored rows, a name for files."""
+
+    forecast: pl.DataFrame
+    parts: pl.DataFrame | None
+    rows: pl.DataFrame
+    variate: str
+    name: str
 
 
 def show() -> None:
     """Draw the page."""
-    page(
-        "Forecasts", _draw, lead="Any fitted model, from any cutoff: what it would have said with the data until then."
-    )
+    page("Forecasts", _draw, lead="What a model says, what happened then, and what the forecast is made of.")
 
 
 def _draw(workspace: Workspace) -> None:
     artifacts = catalog.list_artifacts(workspace)
-    if not artifacts:
-        empty("fitted model", "tsforge ingest data=nyc_weather && tsforge fit data=nyc_weather model=ar_net")
+    published = catalog_results.list_forecasts(workspace)
+    if not artifacts and not published:
+        empty("fitted model", "tsforge ingest data=nyc_weather\ntsforge fit data=nyc_weather model=ar_net")
         return
-    names = {
-        item["id"]: f"{item['model']} on {item['dataset']}, {item['created']:%Y-%m-%d %H:%M}" for item in artifacts
-    }
-    left, middle, right = st.columns([2, 1, 1])
-    artifact = choose("Model", list(names), "artifact", names=names, where=left)
-    facts = catalog.artifact_facts(workspace, artifact)
-    series = choose("Series", list(facts["series"]), "series", where=middle)
-    variate = choose("Variate", list(facts["variates"]), "variate", where=right)
-
-    table = series_table(facts["dataset"], series)
-    observed = table.filter(pl.col(variate).is_not_null())["time"]
-    usable = observed[facts["context_length"] :]
-    if usable.is_empty():
-        st.warning(
-            f"{series} has {observed.len()} observed rows of {variate}; this model reads {facts['context_length']}."
-        )
-        return
-    cutoff = _choose_cutoff(usable)
-    forecast = live_forecast(artifact, series, cutoff)
-    shown = forecast.table.filter(pl.col("variate") == variate)
-    history = _window(table, variate, cutoff, back=max(3 * facts["horizon"], 96), ahead=0)
-    actual = _window(table, variate, cutoff, back=0, ahead=facts["horizon"])
-    st.plotly_chart(charts.fan_chart(history, shown, actual=actual, variate=variate), width="stretch", key="fan")
-    _errors(shown, actual)
-
-    st.subheader("Parts of this forecast")
-    parts = forecast.components.filter(pl.col("variate") == variate)
-    if parts.is_empty():
-        st.caption("This model has no additive parts to show.")
+    columns = st.columns([1.2, 2, 1, 1])
+    sources = [name for name, found in ((LIVE, artifacts), (PUBLISHED, published)) if found]
+    source = choose("Source", sources, "source", names=_SOURCES, where=columns[0])
+    if source == LIVE:
+        shown = _live(workspace, artifacts, columns[1:])
     else:
-        st.plotly_chart(charts.components_chart(parts), width="stretch", key="parts")
+        shown = _published(workspace, published, columns[1:])
+    if shown is None:
+        return
+    _fan(shown)
+    _parts(shown)
     with st.expander("Table"):
-        st.dataframe(shown, width="stretch", hide_index=True)
-        st.download_button("Download CSV", shown.write_csv(), file_name=f"{artifact}-{series}-{variate}.csv")
-    with st.expander("What the model learnt"):
-        if not facts["explanation"]:
-            st.caption("Nothing recorded for this model.")
-        for name, records in facts["explanation"].items():
-            st.markdown(f"**{name.replace('_', ' ')}**")
-            st.dataframe(records, width="stretch", hide_index=True)
+        table(shown.forecast.select(pl.exclude("series_id", "variate")))
+        st.download_button("Download CSV", shown.forecast.write_csv(), file_name=f"{shown.name}.csv")
+    if source == LIVE:
+        _explanation(catalog.artifact_facts(workspace, st.query_params["artifact"]), shown.variate)
+
+
+def _live(workspace: Workspace, artifacts: list[dict[str, Any]], where: list[Any]) -> _Shown | None:
+    """Return the forecast of a chosen model from a chosen cutoff, None when the series is too short."""
+    names = labels(artifacts, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
+    artifact = choose("Model", list(names), "artifact", names=names, where=where[0])
+    facts = catalog.artifact_facts(workspace, artifact)
+    series = choose("Series", facts["series"], "series", where=where[1])
+    variate = choose("Variate", facts["variates"], "variate", where=where[2])
+    rows = series_table(facts["dataset"], series)
+    times = _cutoffs(rows, facts, variate)
+    if times.is_empty():
+        seen = rows[variate].count() if variate in rows.columns else 0
+        st.warning(
+            f"{series} has {seen} observed rows of {variate}; this model reads {facts['context_length']} rows"
+            + (f" and {facts['horizon']} of its known covariates ahead." if facts["known"] else ".")
+        )
+        return None
+    cutoff = _choose_cutoff(times)
+    found = live_forecast(artifact, facts["dataset"], series, cutoff)
+    mine = pl.col("variate") == variate
+    name = f"{artifact}-{series}-{variate}"
+    return _Shown(
+        forecast=found.table.filter(mine), parts=found.components.filter(mine), rows=rows, variate=variate, name=name
+    )
+
+
+def _published(workspace: Workspace, published: list[dict[str, Any]], where: list[Any]) -> _Shown:
+    """Return the chosen published forecast."""
+    names = labels(published, lambda item: f"{item['source']} ({item['model']} on {item['dataset']})")
+    records = {item["id"]: item for item in published}
+    batch = choose("Batch", list(records), "batch", names=names, where=where[0])
+    found = catalog_results.load_forecast(workspace, batch)
+    series = choose("Series", found["series_id"].unique(maintain_order=True).to_list(), "series", where=where[1])
+    variate = choose("Variate", found["variate"].unique(maintain_order=True).to_list(), "variate", where=where[2])
+    forecast = found.filter(pl.col("series_id") == series, pl.col("variate") == variate)
+    st.caption(f"Published {moment(records[batch]['created'])} UTC; cutoff **{moment(forecast['cutoff'][0])}**.")
+    rows = series_table(records[batch]["dataset"], series)
+    return _Shown(forecast=forecast, parts=None, rows=rows, variate=variate, name=f"{batch}-{series}-{variate}")
+
+
+def _cutoffs(rows: pl.DataFrame, facts: dict[str, Any], variate: str) -> pl.Series:
+    """Return the times to forecast from: enough history before, known covariates of the data over the horizon."""
+    if variate not in rows.columns:
+        return rows["time"].clear()
+    times = rows.filter(pl.col(variate).is_not_null())["time"][facts["context_length"] :]
+    known = [name for name in facts["known"] if name in rows.columns]  # calendar features are made as needed
+    if known:
+        given = rows.filter(pl.all_horizontal(pl.col(known).is_not_null()))["time"][: -facts["horizon"]]
+        times = times.filter(times <= given.max()) if given.len() else times.clear()
+    return times
 
 
 def _choose_cutoff(times: pl.Series) -> object:
     """Return the chosen cutoff; the position from the end is kept in the URL."""
-    last = times.len() - 1
+    last = min(times.len() - 1, _FURTHEST)
     wanted = st.query_params.get("back", "0")
     back = min(int(wanted), last) if wanted.isdigit() else 0
-    choice = st.slider("Steps before the end of the data", 0, min(last, 24 * 60), min(back, 24 * 60), key="choice-back")
+    choice = st.slider("Steps back from the newest cutoff", 0, last, back, key="choice-back") if last else 0
     if st.query_params.get("back") != str(choice):
         st.query_params["back"] = str(choice)
-    cutoff = times[last - choice]
-    st.caption(f"Cutoff: **{cutoff}**. The model sees nothing after it.")
+    cutoff = times[times.len() - 1 - choice]
+    st.caption(f"Cutoff **{moment(cutoff)}**: the model sees nothing that was observed after it.")
     return cutoff
 
 
-def _window(table: pl.DataFrame, variate: str, cutoff: object, *, back: int, ahead: int) -> pl.DataFrame:
-    """Return ``time, value`` of the rows around the cutoff (``back`` up to it, or ``ahead`` after it)."""
-    values = table.select("time", pl.col(variate).alias("value"))
-    before = values.filter(pl.col("time") <= cutoff).tail(back) if back else values.clear()
-    after = values.filter(pl.col("time") > cutoff).head(ahead) if ahead else values.clear()
-    return pl.concat([before, after])
+def _fan(shown: _Shown) -> None:
+    cutoff, horizon = shown.forecast["cutoff"][0], shown.forecast.height
+    values = shown.rows.select("time", pl.col(shown.variate).alias("value"))
+    history = values.filter(pl.col("time") <= cutoff).tail(max(3 * horizon, 96))
+    ends = shown.forecast["time"].max()
+    actual = values.filter(pl.col("time") > cutoff, pl.col("time") <= ends).filter(pl.col("value").is_not_null().any())
+    st.plotly_chart(
+        charts.fan_chart(history, shown.forecast, actual=actual, variate=shown.variate), width="stretch", key="fan"
+    )
+    _errors(shown.forecast, actual)
 
 
 def _errors(forecast: pl.DataFrame, actual: pl.DataFrame) -> None:
@@ -91,10 +139,54 @@ def _errors(forecast: pl.DataFrame, actual: pl.DataFrame) -> None:
     if joined.is_empty():
         st.caption("Nothing has been observed after this cutoff yet.")
         return
-    error = (joined["actual"] - joined["mean"]).abs()
+    error = (joined["actual"] - joined["mean"]).abs().to_numpy()
     cells = [("Mean absolute error", f"{error.mean():.3g}"), ("Largest error", f"{error.max():.3g}")]
     for low, high, coverage in charts.quantile_pairs(forecast.columns):
         inside = ((joined["actual"] >= joined[low]) & (joined["actual"] <= joined[high])).mean()
         cells.append((f"Inside the {coverage:.0%} interval", f"{inside:.0%}"))
     for column, (label, value) in zip(st.columns(len(cells)), cells, strict=True):
         column.metric(label, value)
+    if joined.height < forecast.height:
+        st.caption(f"Over the {joined.height} of {forecast.height} steps observed so far.")
+
+
+def _parts(shown: _Shown) -> None:
+    if shown.parts is None:
+        return
+    st.subheader("Parts of this forecast")
+    if shown.parts.is_empty():
+        st.caption("This model has no additive parts to show.")
+        return
+    st.caption("They add up to the forecast; every panel has its own scale.")
+    st.plotly_chart(charts.components_chart(shown.parts), width="stretch", key="parts")
+
+
+def _explanation(facts: dict[str, Any], variate: str) -> None:
+    with st.expander("What the model learnt"):
+        found = {name: records for name, records in facts["explanation"].items() if records}
+        if not found:
+            st.caption("Nothing recorded for this model.")
+            return
+        for tab, records in zip(st.tabs([name.replace("_", " ") for name in found]), found.values(), strict=True):
+            with tab:
+                if isinstance(records, list) and all(isinstance(record, dict) for record in records):
+                    table(_named(records, facts, variate))
+                else:
+                    st.json(records, expanded=False)
+
+
+def _named(records: list[dict[str, Any]], facts: dict[str, Any], variate: str) -> list[dict[str, Any]]:
+    """Return the records of one variate, with names for the numbers of variates and known covariates."""
+    names, covariates = facts["variates"], facts["covariates"]
+    chosen = []
+    for record in records:
+        number = record.get("variate")
+        if number is not None and names[number] != variate:
+            continue
+        shown = {key: value for key, value in record.items() if key != "variate"}
+        if isinstance(shown.get("column"), str):
+            kind, _, place = shown["column"].partition(" ")
+            if kind in covariates and place.isdigit():
+                shown["column"] = covariates[kind][int(place)]
+        chosen.append(shown)
+    return chosen

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import streamlit as st
 
-from dashboards.state import empty, page
-from tsforge.app import catalog
+from dashboards.state import empty, page, table
+from tsforge.app import catalog, catalog_results
 from tsforge.core.workspace import Workspace
+
+_DATASETS = {
+    "name": "data set",
+    "freshness": "freshness",
+    "age": "age of the newest row",
+    "series": "series",
+    "rows": "rows",
+    "freq": "step",
+    "start": "from",
+    "end": "to",
+    "updated": "last ingestion",
+}
+_MODELS = {
+    "model": "model",
+    "dataset": "fitted on",
+    "created": "fitted at (UTC)",
+    "context_length": "context",
+    "horizon": "horizon",
+    "valid_mae": "validation MAE",
+    "test_mae": "test MAE",
+    "id": "artifact",
+}
+JOBS = {
+    "job": "job",
+    "status": "status",
+    "slot": "due (UTC)",
+    "started": "started (UTC)",
+    "seconds": "seconds",
+    "rows": "rows",
+    "message": "message",
+}
 
 
 def show() -> None:
     """Draw the page."""
-    page("Overview", _draw, lead="Data sets, their freshness, and the last runs.")
+    page("Overview", _draw, lead="Data sets and their freshness, fitted models, the last runs.")
 
 
 def _draw(workspace: Workspace) -> None:
@@ -20,38 +53,34 @@ def _draw(workspace: Workspace) -> None:
         empty("data", "tsforge ingest data=nyc_weather")
         return
     artifacts = catalog.list_artifacts(workspace)
-    detections = catalog.list_detections(workspace)
-    jobs = catalog.job_runs(workspace)
-    events = detections[0]["events"] if detections else None
-    failed = sum(run["status"] == "failed" for run in jobs[:20])
-    for column, (label, value) in zip(
-        st.columns(4),
-        (
-            ("Data sets", len(datasets)),
-            ("Fitted models", len(artifacts)),
-            ("Events in the last detection", "none yet" if events is None else events),
-            ("Failed jobs of the last 20", failed if jobs else "none yet"),
-        ),
-        strict=True,
-    ):
-        column.metric(label, value)
+    detections = catalog_results.list_detections(workspace)
+    jobs = catalog.job_runs(workspace, limit=20)
+    failed = sum(run["status"] == "failed" for run in jobs)
+    cells = {
+        "Data sets": str(len(datasets)),
+        "Fitted models": str(len(artifacts)),
+        "Events in the last detection": str(detections[0]["events"]) if detections else "none yet",
+        "Failed of the last jobs": f"{failed} of {len(jobs)}" if jobs else "none yet",
+    }
+    for column, (label, value) in zip(st.columns(4), cells.items(), strict=True):
+        column.metric(label, value, border=True)
     st.subheader("Data sets")
-    st.dataframe(
-        datasets,
-        width="stretch",
-        hide_index=True,
-        column_config={"rows": st.column_config.NumberColumn(format="localized")},
-    )
-    stale = [item["name"] for item in datasets if item.get("stale")]
+    table([{**item, "freshness": _freshness(item)} for item in datasets], _DATASETS, integers=("rows", "series"))
+    stale = [item["name"] for item in datasets if item["stale"]]
     if stale:
         st.warning(f"Older than their stated maximum age: {', '.join(stale)}", icon=":material/schedule:")
     st.subheader("Fitted models")
     if artifacts:
-        st.dataframe(artifacts[:20], width="stretch", hide_index=True)
+        table(artifacts[:20], _MODELS)
+        st.caption("Errors are in standard deviations of each variate over the training span, so that models compare.")
     else:
         empty("fitted model", f"tsforge fit data={datasets[0]['name']} model=ar_net")
     st.subheader("Last scheduled runs")
     if jobs:
-        st.dataframe(jobs[:20], width="stretch", hide_index=True)
+        table(jobs, JOBS, integers=("rows",))
     else:
         empty("scheduled run", "tsforge batch run batch/nyc_weather --as-of 2013-12-20")
+
+
+def _freshness(item: dict[str, Any]) -> str:
+    return {None: "no limit stated", True: "stale", False: "fresh"}[item["stale"]]

@@ -5,9 +5,20 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboards import charts
-from dashboards.state import choose, empty, page
+from dashboards.state import MINUTE, choose, empty, labels, page, table
+from dashboards.views.overview import JOBS
 from tsforge.app import catalog
 from tsforge.core.workspace import Workspace
+
+_RUNS = {
+    "name": "run",
+    "state": "status",
+    "started": "started (UTC)",
+    "seconds": "seconds",
+    "valid_mae": "validation MAE",
+    "test_mae": "test MAE",
+    "error": "why it failed",
+}
 
 
 def show() -> None:
@@ -19,12 +30,12 @@ def _draw(workspace: Workspace) -> None:
     st.subheader("Trainings")
     runs = catalog.tracking_runs(workspace)
     if runs:
-        st.dataframe(runs, width="stretch", hide_index=True)
-        names = {run["run_id"]: f"{run['name']} ({run['status']})" for run in runs}
+        table([{**run, "state": run["status"].lower()} for run in runs], _RUNS)
+        names = labels(runs, lambda run: f"{run['name']}, {run['started']:{MINUTE}} ({run['status'].lower()})")
         chosen = choose("Run", list(names), "run", names=names)
         history = catalog.run_history(workspace, chosen)
         if history.is_empty():
-            st.caption("This run has no curves: it was solved in closed form, or it ended before the first epoch.")
+            st.caption("This run has no curves: it was solved in closed form, or it ended before the second epoch.")
         else:
             st.plotly_chart(charts.history_chart(history), width="stretch", key="history")
     else:
@@ -32,6 +43,6 @@ def _draw(workspace: Workspace) -> None:
     st.subheader("Scheduled jobs")
     jobs = catalog.job_runs(workspace)
     if jobs:
-        st.dataframe(jobs, width="stretch", hide_index=True)
+        table(jobs, JOBS, integers=("rows",))
     else:
         empty("job run", "tsforge batch run batch/nyc_weather --as-of 2013-12-20")

@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from tsforge.app.ingest import load_dataset, mask_invalid, max_age
-from tsforge.artifact import Artifact, load_artifact
+from tsforge.app.ingest import max_age
 from tsforge.core.errors import ArtifactError, listing
 from tsforge.core.workspace import Workspace
-from tsforge.data.panel import Panel
+from tsforge.data.calendar import PREFIX
 from tsforge.data.report import data_report
 from tsforge.data.store import SeriesStore
-from tsforge.data.windows import last_windows
-from tsforge.forecasting.predict import artifact_panel, predict
 from tsforge.models.registry import MODELS
 from tsforge.scheduling.ledger import Ledger
 from tsforge.tracking.runs import Tracker
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveForecast:
-    """A forecast made on demand, and its additive parts (columns ``variate, time, component, value``)."""
-
-    table: pl.DataFrame
-    components: pl.DataFrame
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredDetection:
-    """Scores, events and facts of a stored detection."""
-
-    scores: pl.DataFrame
-    events: pl.DataFrame
-    metadata: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredBacktest:
-    """Tables of a stored backtest: overall, by step, by series, and the metrics they have in common."""
-
-    summary: pl.DataFrame
-    by_step: pl.DataFrame
-    by_series: pl.DataFrame
-    metrics: tuple[str, ...]
-    metadata: dict[str, Any]
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -88,16 +54,27 @@ def list_datasets(workspace: Workspace) -> list[dict[str, Any]]:
     return records
 
 
-def _age(end: str | None, allowed: Any) -> tuple[str, bool | None]:
+def _age(end: str | None, allowed: timedelta | None) -> tuple[str, bool | None]:
     """Return how old a time is in words, and whether it exceeds ``allowed`` (None = no limit stated)."""
     try:
         moment = datetime.fromisoformat(str(end))
     except ValueError:
         return "", None
     age = datetime.now(UTC) - (moment if moment.tzinfo else moment.replace(tzinfo=UTC))
-    days, seconds = age.days, age.seconds
-    words = f"{days} d" if days else f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    return words, None if allowed is None else age > allowed
+    return in_words(age), None if allowed is None else age > allowed
+
+
+def in_words(span: timedelta) -> str:
+    """Return a span of time in its two largest units, or one: ``3 h 20 min``, ``5 d``, ``12.9 years``."""
+    minutes = max(int(span.total_seconds()) // 60, 0)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    days = minutes // (24 * 60)
+    if days < 14:
+        return f"{days} d {minutes // 60 % 24} h"
+    return f"{days} d" if days < 2 * 365 else f"{days / 365.25:.1f} years"
 
 
 class _store:
@@ -117,7 +94,8 @@ def dataset_version(workspace: Workspace, name: str) -> str:
     """Return a text that changes whenever the data set does; the key of every cached read."""
     with _store(workspace) as store:
         batches = store.batches(name)
-    return f"{name}-{batches['id'].max() if batches.height else 0}"
+    newest = max(batches["id"].to_list(), default=0)
+    return f"{name}-{newest}"
 
 
 def dataset_batches(workspace: Workspace, name: str) -> pl.DataFrame:
@@ -154,20 +132,34 @@ def _facts(path: Path) -> dict[str, Any] | None:
     """Return what is shown of an artifact without loading its network, None when the folder is incomplete."""
     try:
         parts = {name: json.loads((path / f"{name}.json").read_bytes()) for name in _FACT_FILES}
-    except (OSError, ValueError):
+        return _shown(path.name, **parts)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    window, provenance = parts["spec"]["window"], parts["provenance"]
+
+
+def _shown(
+    name: str,
+    *,
+    spec: dict[str, Any],
+    schema: dict[str, Any],
+    metrics: dict[str, Any],
+    explanation: dict[str, Any],
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    columns = schema["schema"]
     return {
-        "id": path.name,
-        "model": parts["spec"]["network"]["model"]["name"],
+        "id": name,
+        "model": spec["network"]["model"]["name"],
         "dataset": provenance.get("dataset", ""),
         "created": datetime.fromisoformat(provenance["created"]),
-        "horizon": window["horizon"],
-        "context_length": window["context_length"],
-        "series": parts["schema"]["series_ids"],
-        "variates": parts["schema"]["schema"]["targets"],
-        "metrics": parts["metrics"],
-        "explanation": parts["explanation"],
+        "horizon": spec["window"]["horizon"],
+        "context_length": spec["window"]["context_length"],
+        "series": schema["series_ids"],
+        "variates": columns["targets"],
+        "covariates": {kind: columns[kind] for kind in ("known", "past", "static")},
+        "known": [column for column in columns["known"] if not column.startswith(PREFIX)],
+        "metrics": metrics,
+        "explanation": explanation,
         "provenance": provenance,
     }
 
@@ -178,6 +170,8 @@ _FACT_FILES = ("spec", "schema", "metrics", "explanation", "provenance")
 def artifact_facts(workspace: Workspace, artifact: str) -> dict[str, Any]:
     """Return sizes, series, variates, metrics, explanation and provenance of a fitted model.
 
+    ``covariates`` are all it reads by role, ``known`` the known ones that no calendar can supply.
+
     Raises:
         ArtifactError: it is not here.
     """
@@ -186,34 +180,6 @@ def artifact_facts(workspace: Workspace, artifact: str) -> dict[str, Any]:
         known = [record["id"] for record in list_artifacts(workspace)]
         raise ArtifactError(f"no artifact '{artifact}' in {workspace.artifacts} (known: {listing(known) or 'none'})")
     return facts
-
-
-def live_forecast(workspace: Workspace, artifact: str, series: str, cutoff: object) -> LiveForecast:
-    """Return what a fitted model says from ``cutoff`` on, for one series, with the data up to then."""
-    facts = artifact_facts(workspace, artifact)
-    model = load_artifact(workspace.artifacts / artifact)
-    frame = mask_invalid(load_dataset(workspace, facts["dataset"]).select_series([series]), facts["dataset"], workspace)
-    forecast = predict(model, frame, cutoff=cutoff)  # type: ignore[arg-type]
-    parts = _components(model, artifact_panel(model, frame), series, forecast.table)
-    return LiveForecast(table=forecast.table, components=parts, metadata=dict(forecast.metadata))
-
-
-def _components(model: Artifact, panel: Panel, series: str, table: pl.DataFrame) -> pl.DataFrame:
-    windows = last_windows(panel, model.window, table["cutoff"][0], aligned=model.network.capabilities.rows_coupled)
-    rows = [index for index, number in enumerate(windows.series_index) if panel.series_ids[number] == series]
-    batch = windows.__getitems__(range(len(windows)))
-    times = table.filter(pl.col("variate") == model.schema.targets[0]).sort("step")["time"]
-    tables = [
-        pl.DataFrame(
-            {"time": times, "component": name, "variate": variate, "value": values[rows[0], :, place].double()}
-        )
-        for name, values in model.network.components(batch).items()
-        for place, variate in enumerate(model.schema.targets)
-    ]
-    empty = pl.DataFrame(
-        schema={"time": times.dtype, "component": pl.String, "variate": pl.String, "value": pl.Float64}
-    )
-    return pl.concat(tables) if tables else empty
 
 
 def job_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]]:
@@ -239,13 +205,18 @@ def job_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]]:
 
 
 def tracking_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]]:
-    """Return tracked runs, newest first: name, status, start, seconds, headline metrics."""
+    """Return tracked runs of all experiments, newest first: name, status, start, seconds, errors, message.
+
+    An embedded store that does not exist yet is not created by looking for it.
+    """
+    if not _has_tracking(workspace):
+        return []
     records = []
-    for run in Tracker.open(workspace).runs(limit):
+    for run in Tracker.open(workspace).runs(limit, every_experiment=True):
         start, end = run["start"], run["end"]
         records.append(
             {
-                "run_id": run["id"],
+                "id": run["id"],
                 "name": run["name"],
                 "status": run["status"],
                 "started": datetime.fromtimestamp(start / 1000, UTC),
@@ -258,8 +229,18 @@ def tracking_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]
     return records
 
 
+def _has_tracking(workspace: Workspace) -> bool:
+    file = workspace.tracking_uri.removeprefix("sqlite:///")
+    return file == workspace.tracking_uri or Path(file).exists()
+
+
 def run_history(workspace: Workspace, run_id: str) -> pl.DataFrame:
-    """Return the curves of a tracked run: columns ``epoch, name, value``."""
-    records: Sequence[dict[str, Any]] = Tracker.open(workspace).history(run_id)
+    """Return the curves of a tracked run: columns ``epoch, name, value``; numbers logged for one epoch are no curve.
+
+    The grades of the finished fit are logged last, again at step 0, under names that may be those of a curve: the first
+    value of an epoch is the curve's.
+    """
     schema = {"epoch": pl.Int64, "name": pl.String, "value": pl.Float64}
-    return pl.DataFrame(records, schema=schema).filter(pl.len().over("name") > 1)
+    table = pl.DataFrame(Tracker.open(workspace).history(run_id), schema=schema)
+    first = table.unique(["name", "epoch"], keep="first", maintain_order=True)
+    return first.filter(pl.len().over("name") > 1)

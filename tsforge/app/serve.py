@@ -26,6 +26,7 @@ def dashboard_command(address: str, port: int) -> list[str]:
         raise BackendError("the dashboard is not installed; reinstall tsforge with its dashboards folder")
     folder = Path(next(iter(found.submodule_search_locations)))
     theme = tomllib.loads((folder / "theme.toml").read_text(encoding="utf-8"))["theme"]
+    colours = {f"theme.{mode}.{name}": value for mode, chosen in theme.items() for name, value in chosen.items()}
     settings = {
         "server.address": address,
         "server.port": port,
@@ -33,7 +34,7 @@ def dashboard_command(address: str, port: int) -> list[str]:
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "viewer",
-        **{f"theme.{name}": value for name, value in theme.items()},
+        **colours,
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]
     return [sys.executable, "-m", "streamlit", "run", str(folder / "app.py"), *flags]

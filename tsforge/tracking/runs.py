@@ -400,17 +400,23 @@ class Tracker:
             closed.append(str(run.info.run_id))
         return closed
 
-    def runs(self, limit: int = 100) -> list[dict[str, Any]]:
+    def runs(self, limit: int = 100, *, every_experiment: bool = False) -> list[dict[str, Any]]:
         """Return the newest runs as plain records: id, name, status, start and end (ms since 1970), parameters,
         metrics, tags, error, parent.
+
+        Args:
+            limit: so many at most.
+            every_experiment: also those of other experiments in the store.
 
         Raises:
             BackendError: the store does not answer.
         """
         if not self.enabled:
             return []
-        experiment_id = self._connect()
-        found = self._client.search_runs([experiment_id], max_results=limit, order_by=["attributes.start_time DESC"])
+        experiments = [self._connect()]
+        if every_experiment:
+            experiments = [str(item.experiment_id) for item in self._client.search_experiments()]
+        found = self._client.search_runs(experiments, max_results=limit, order_by=["attributes.start_time DESC"])
         return [_record(run) for run in found]
 
     def find(self, tag: str, value: str) -> str | None:
@@ -425,7 +431,7 @@ class Tracker:
         return str(found[0].info.run_id) if found else None
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
-        """Return every logged number of a run as records ``epoch, name, value``, by name and epoch.
+        """Return every logged number of a run as records ``epoch, name, value``, by name, epoch and time.
 
         Raises:
             BackendError: the store does not answer, or has no such run.
@@ -439,6 +445,7 @@ class Tracker:
             points = [point for name in names for point in self._client.get_metric_history(run_id, name)]
         except (exceptions.MlflowException, OSError) as error:
             raise BackendError(f"the tracking store {redact(self.tracking_uri)}: {brief(error)}") from error
+        points.sort(key=lambda point: (point.key, point.step, point.timestamp))
         return [{"epoch": point.step, "name": point.key, "value": point.value} for point in points]
 
 

@@ -1,0 +1,79 @@
+"""A forecast on demand for the dashboard: a stored artifact applied from any cutoff, with its additive parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+
+from tsforge.app.ingest import load_dataset, mask_invalid
+from tsforge.artifact import Artifact, load_artifact, match_frame
+from tsforge.core.config import validate
+from tsforge.core.workspace import Workspace
+from tsforge.data.calendar import CalendarConfig, add_calendar
+from tsforge.data.config import DataConfig
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import TimeLike
+from tsforge.data.windows import last_windows
+from tsforge.forecasting.predict import artifact_panel, predict
+from tsforge.forecasting.window_forecasts import as_array, evaluating
+
+_NO_CALENDAR = CalendarConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveForecast:
+    """A forecast made on demand, and its additive parts (columns ``time, component, variate, value``)."""
+
+    table: pl.DataFrame
+    components: pl.DataFrame
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def live_forecast(workspace: Workspace, artifact: str, series: str, cutoff: TimeLike | None = None) -> LiveForecast:
+    """Return what a fitted model says from ``cutoff`` on (default: the end of the data), knowing the data up to then.
+
+    Args:
+        workspace: store and artifacts.
+        artifact: its id.
+        series: the one to forecast; a model that reads all series at once gets all of them.
+        cutoff: last time that may be seen.
+
+    Raises:
+        ArtifactError: no such artifact, damaged, or it does not fit the stored data.
+        DataError: no such series, too short a history, or known covariates missing over the horizon.
+    """
+    model = load_artifact(workspace.artifacts / artifact)
+    frame = _frame(workspace, model, series)
+    forecast = predict(model, frame, cutoff=cutoff)
+    table = forecast.table.filter(pl.col("series_id") == series)
+    return LiveForecast(
+        table=table, components=_components(model, frame, series, table), metadata=dict(forecast.metadata)
+    )
+
+
+def _frame(workspace: Workspace, model: Artifact, series: str) -> SeriesFrame:
+    """Return the stored rows in the roles of the fit, a horizon of calendar after them, impossible values hidden."""
+    data = validate(DataConfig, model.config["data"], where=f"artifact {model.id}, data")
+    wanted = None if model.network.capabilities.rows_coupled else [series]
+    plain = data.model_copy(update={"calendar": _NO_CALENDAR})  # added once the frame reaches the horizon
+    frame = load_dataset(workspace, plain, series=wanted).extend(model.window.horizon)
+    return mask_invalid(add_calendar(frame, data.calendar), data)
+
+
+def _components(model: Artifact, frame: SeriesFrame, series: str, table: pl.DataFrame) -> pl.DataFrame:
+    panel = artifact_panel(model, match_frame(model, frame))
+    windows = last_windows(panel, model.window, table["cutoff"][0], aligned=model.network.capabilities.rows_coupled)
+    row = [panel.series_ids[number] for number in windows.series_index].index(series)
+    batch = windows.__getitems__(range(len(windows)))
+    with evaluating(model.network):
+        parts = {name: as_array(part)[row] for name, part in model.network.components(batch).items()}
+    times = table.filter(pl.col("variate") == model.schema.targets[0]).sort("step")["time"]
+    tables = [
+        pl.DataFrame({"time": times, "component": name, "variate": variate, "value": part[:, place]})
+        for name, part in parts.items()
+        for place, variate in enumerate(model.schema.targets)
+    ]
+    schema = {"time": times.dtype, "component": pl.String(), "variate": pl.String(), "value": pl.Float64()}
+    return pl.concat(tables) if tables else pl.DataFrame(schema=schema)
