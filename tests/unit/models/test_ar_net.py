@@ -79,6 +79,48 @@ def test_effects_are_recovered_and_lags_work_on_what_is_left() -> None:
     assert float(model.noise[0, 0]) == pytest.approx(0.3, rel=0.05)
 
 
+def test_forecast_is_the_written_equation() -> None:
+    data = training(known=1, past=1, split=False)
+    model, _ = solved(data, lags=3, covariate_lags=2, trend="linear", season_lengths=(24,), season_orders=(1,))
+    origin, columns = 1234, model.additive.center.numpy()
+    known, past = data.known[:, 0].numpy(), data.past[:, 0].numpy()
+    effects = model.additive.weight.detach().numpy()
+
+    def g(row: int, variate: int) -> float:
+        angle = 2 * np.pi * row / 24
+        return float(effects[variate] @ (np.array([row / 3000, np.cos(angle), np.sin(angle), known[row]]) - columns))
+
+    place = torch.arange(origin - 30, origin + 4)
+    batch = Batch(
+        context=data.values[place[:30]][None],
+        context_mask=torch.ones(1, 30, 2, dtype=torch.bool),
+        past=data.past[place[:30]][None],
+        known=data.known[place][None],
+        cutoff_index=torch.tensor([origin]),
+    )
+    found = model(batch).raw[0, :, :, 0].detach().numpy()
+    weight, bias = model.ar.weight.detach().numpy(), model.bias.detach().numpy()
+    lagged = model.covariates.weight.detach().numpy()
+    mean = model.gaps.center.numpy()
+    for variate in range(2):
+        history = [
+            data.values[origin - lag, variate].item() - g(origin - lag, variate) - mean[variate] for lag in (1, 2, 3)
+        ]
+        for step in range(4):
+            expected = g(origin + step, variate) + mean[variate] + bias[variate, step]
+            expected += weight[variate, step] @ history + lagged[variate, step] @ past[[origin - 1, origin - 2]]
+            assert found[step, variate] == pytest.approx(expected, abs=1e-10)
+
+
+def test_training_windows_know_their_place() -> None:
+    data = training(size=120, variates=1)._replace(offset=torch.tensor([7, 500]))
+    model = build(data, length=50)
+    batch = next(training_windows(data, model.spec))
+    assert batch.series_index.tolist() == [0] * 7 + [1] * 7
+    assert batch.cutoff_index.tolist() == [*range(57, 64), *range(550, 557)]
+    assert torch.equal(batch.target[8], data.values[111:115])
+
+
 def test_joint_fit_of_effects_is_the_regression_with_autocorrelated_errors() -> None:
     """One step, one variate: the minimiser over effects and lags together, found by a general optimiser."""
     from scipy.optimize import least_squares
