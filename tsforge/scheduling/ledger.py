@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tsforge.core.errors import BackendError, ConfigError
 from tsforge.core.logs import get_logger, log_event
-from tsforge.scheduling.owner import Owner
+from tsforge.core.owner import Owner
 
 LOGGER = get_logger(__name__)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tsforge.core.errors import BackendError, ConfigError
+from tsforge.core.owner import Owner
 from tsforge.scheduling.ledger import Claim, Ledger
-from tsforge.scheduling.owner import Owner
 
 SLOT = datetime(2026, 3, 1, 6, tzinfo=UTC)
 
@@ -118,7 +118,7 @@ def test_exclusive_claims_of_one_job_do_not_overlap(ledger: Ledger) -> None:
 
 def dead_owner() -> Owner:
     """A process of this host that has ended."""
-    script = "from tsforge.scheduling.owner import Owner; print(Owner.current())"
+    script = "from tsforge.core.owner import Owner; print(Owner.current())"
     text = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     return Owner.parse(text.strip())
 
