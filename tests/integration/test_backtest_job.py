@@ -57,7 +57,7 @@ def test_a_backtest_is_graded_stored_and_listed(site: Any) -> None:
 
 def test_settings_without_effect_are_refused(site: Any) -> None:
     with pytest.raises(ConfigError, match="split has no effect"):
-        job(site, split={"kind": "fractions"})
+        job(site, split={"train": 0.8, "valid": 0.1, "test": 0.1})
     with pytest.raises(ConfigError, match="linear would be measured twice"):
         job(site, compare=["linear"])
 

@@ -45,26 +45,34 @@ def season_length(freq: str, values: NDArray[np.floating] | None = None, *, decl
 
 
 def find_season(values: NDArray[np.floating], max_lag: int = 1000) -> int:
-    """Return the lag of the strongest echo of the differenced series, averaged over variates; 1 when there is none.
+    """Return the lag with the strongest echo at its multiples in the differenced series, over all variates, else 1.
+
+    Seasons of 3 steps up to a sixth of the rows are looked for.
 
     Shapes:
         values [N, V], NaN where missing.
     """
     change = np.diff(np.asarray(values, dtype=np.float64), axis=0)
     number = len(change)
-    lags = min(max_lag, number // 3)
-    if lags < 3:
+    longest = min(max_lag, number // 6)
+    if longest < 4:
         return 1
-    correlation = np.mean([autocorrelation(column, lags) for column in change.T], axis=0)
-    inner = correlation[2:-1]
-    peaks = (inner > correlation[1:-2]) & (inner >= correlation[3:])
-    threshold = max(_MIN_CORRELATION, 3.0 / np.sqrt(number))
-    candidates = np.flatnonzero(peaks & (inner > threshold))
-    if not len(candidates):
+    correlation = np.mean([autocorrelation(column, 3 * longest + 3) for column in change.T], axis=0)
+    inner = correlation[3 : longest + 1]
+    valley = np.minimum.accumulate(correlation[2:longest])  # lag 1 left out: differencing noise digs one of its own
+    peaks = (inner > correlation[2:longest]) & (inner >= correlation[4 : longest + 2]) & (valley < 0.5 * inner)
+    lags = [int(lag) for lag in np.flatnonzero(peaks) + 3]
+    refined = [max((lag - 1, lag, lag + 1), key=lambda near: _echo(correlation, near)) for lag in lags]
+    echoes = [_echo(correlation, lag) for lag in refined]
+    if not echoes or max(echoes) < max(_MIN_CORRELATION, 3.0 / np.sqrt(number)):
         return 1
-    best = inner[candidates].max()
-    first = candidates[inner[candidates] >= 0.8 * best][0]  # multiples of a season echo about as loudly
-    return int(first) + 2
+    loud = 0.8 * max(echoes)  # multiples of a season echo about as loudly as the season itself
+    return next(lag for lag, echo in zip(refined, echoes, strict=True) if echo >= loud)
+
+
+def _echo(correlation: NDArray[np.float64], lag: int) -> float:
+    """Return the mean correlation at the first three multiples of a lag: noise moves one peak, not all of them."""
+    return float(correlation[lag : 3 * lag + 1 : lag].mean())
 
 
 def autocorrelation(values: NDArray[np.float64], max_lag: int) -> NDArray[np.float64]:

@@ -52,6 +52,13 @@ def test_a_season_without_frequency_is_found(period: int) -> None:
     assert season_length("1i", values) == period
 
 
+def test_a_smooth_wave_in_noise_is_no_short_season() -> None:
+    rng = np.random.default_rng(3)
+    wave = np.sin(2 * np.pi * np.arange(500) / 24)
+    for noise in (0.0, 0.05, 0.1):
+        assert find_season((wave + noise * rng.normal(size=500))[:, None]) == 24
+
+
 def test_noise_walks_constants_and_short_series_have_no_season() -> None:
     rng = np.random.default_rng(0)
     assert find_season(rng.normal(size=(500, 1))) == 1
