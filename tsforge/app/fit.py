@@ -21,7 +21,7 @@ from tsforge.artifact import Artifact, collect_provenance, create_artifact, save
 from tsforge.contracts.model import ModelConfig
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
 from tsforge.core.config import Config, fingerprint
-from tsforge.core.errors import DataError, listing
+from tsforge.core.errors import DataError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.seeding import derive_seed, seed_everything
 from tsforge.core.workspace import Workspace
@@ -31,6 +31,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.splits import SplitConfig, Splits, make_splits
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.conformal import DEFAULT_LEVELS, calibrate
+from tsforge.forecasting.predict import predict
 from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.layers.likelihoods import LikelihoodConfig, Point
 from tsforge.layers.scaling import ScalingConfig
@@ -38,6 +39,7 @@ from tsforge.metrics.point import ErrorSums
 from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network, resolve_model_config
 from tsforge.tracking.config import TrackingConfig
+from tsforge.tracking.figures import forecast_figure
 from tsforge.tracking.registry import register
 from tsforge.tracking.runs import Run, Tracker
 from tsforge.training.config import TrainConfig
@@ -344,6 +346,7 @@ def fit(
         artifact = save_artifact(artifact, workspace.artifacts)
         run.log_metrics({key: value for key, value in artifact.metrics.items() if np.isfinite(value)})
         run.log_artifact(artifact)
+        _log_plot(run, artifact, frame)
         version = None
         if config.tracking.enabled and config.tracking.register_as is not None:
             version = register(artifact, config.tracking.register_as, config.tracking.alias, workspace, run=run)
@@ -352,3 +355,16 @@ def fit(
     return FitResult(
         artifact=artifact, training=training, metrics=dict(artifact.metrics), run_id=run.id, version=version
     )
+
+
+def _log_plot(run: Run, artifact: Artifact, frame: SeriesFrame) -> None:
+    """Record what the artifact says one horizon before the end of the data, beside what came."""
+    if run.id is None:
+        return
+    last = Panel.from_frame(frame).span()[1] - 1
+    try:
+        forecast = predict(artifact, frame, cutoff=frame.grid.time_at(last - artifact.window.horizon))
+    except TsforgeError as error:  # a series may be too short there; the fit itself is fine
+        _LOG.warning("no forecast plot for the run: %s", error)
+        return
+    run.log_figure("plots/forecast.png", forecast_figure(frame.table, forecast))
