@@ -6,9 +6,11 @@ Figures are made without pyplot, so they are safe in threads and need no display
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import polars as pl
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
 from tsforge.contracts.tables import Forecast, quantile_column
@@ -67,6 +69,10 @@ def forecast_figure(
         _draw(axis, shown, table.filter(pl.col("variate") == variate).sort("step"), variate, forecast.quantile_levels)
     axes[0].set_title(f"{name}, forecast from {cutoff!s}", loc="left", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)
+    if isinstance(cutoff, datetime):
+        locator = AutoDateLocator(maxticks=9)
+        axes[-1].xaxis.set_major_locator(locator)
+        axes[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))
     return figure
 
 
