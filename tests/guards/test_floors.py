@@ -59,6 +59,7 @@ HEAVY: dict[str, set[str]] = {
     "typer": {"cli"},
     "rich": {"cli", "console", "training", "app", "tuning", "forecasting"},
     "holidays": {"data"},
+    "matplotlib": {"tracking"},
     "pickle": set(),
     "cloudpickle": set(),
     "joblib": set(),

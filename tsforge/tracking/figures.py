@@ -70,9 +70,9 @@ def forecast_figure(
     axes[0].set_title(f"{name}, forecast from {cutoff!s}", loc="left", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)
     if isinstance(cutoff, datetime):
-        locator = AutoDateLocator(maxticks=9)
+        locator = AutoDateLocator(maxticks=9)  # type: ignore[no-untyped-call]
         axes[-1].xaxis.set_major_locator(locator)
-        axes[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        axes[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     return figure
 
 
