@@ -82,7 +82,11 @@ class Detection:
             "events": self.report.events.height,
             "notices": list(facts["notices"]),
         }
-        return found if self.grade is None else {**found, "grade": self.grade.overall, "kinds": self.grade.rows()}
+        if self.grade is None:
+            return found
+        kinds = [f"{row['kind']} {row['found']} of {row['labelled']}" for row in self.grade.rows()]
+        overall = {f"grade_{name}": _rounded(value) for name, value in self.grade.overall.items()}
+        return {**found, "found": kinds, **overall}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one record an event, strongest first, with its three first-ranked variates."""
@@ -138,6 +142,10 @@ def detect(config: DetectJobConfig, workspace: Workspace) -> Detection:
         _save(report, graded, path)
     log_event(_LOG, "detection finished", dataset=dataset, artifact=artifact.id, events=report.events.height)
     return Detection(report=report, grade=graded, path=path)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _overlaps(labels: pl.DataFrame, report: AnomalyReport) -> bool:
