@@ -323,5 +323,7 @@ def history_chart(history: pl.DataFrame) -> go.Figure:
             shown.add(kind)
     figure = _style(figure, height=40 + 230 * rows)
     figure.update_layout(margin={"t": 50}, legend={"y": 1.12})
+    epochs = int(history["epoch"].n_unique())
+    figure.update_xaxes(tick0=0, dtick=max(1, -(-epochs // 6)))
     figure.update_xaxes(title_text="epoch", row=rows)
     return figure

@@ -101,6 +101,9 @@ def table(
     for name, kind in frame.schema.items():
         heading = headings[name]
         if isinstance(kind, pl.Datetime):
+            if kind.time_zone is not None:  # all times here are UTC; without the zone a table shows them as they are
+                plain = pl.col(name).dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+                frame = frame.with_columns(plain)
             config[name] = st.column_config.DatetimeColumn(heading, format="YYYY-MM-DD HH:mm")
         elif isinstance(kind, pl.Duration):
             frame = frame.with_columns(pl.col(name).map_elements(catalog.in_words, return_dtype=pl.String))
@@ -113,7 +116,9 @@ def table(
             config[name] = st.column_config.NumberColumn(heading, format="%.4g")
         else:
             config[name] = heading
-    st.dataframe(frame, width="stretch", hide_index=True, column_config=config)
+        if kind == pl.String:
+            frame = frame.with_columns(pl.col(name).fill_null(""))
+    st.dataframe(frame, width="stretch", hide_index=True, column_config=config, placeholder="–")
 
 
 def moment(value: object) -> str:

@@ -20,10 +20,8 @@ _NAMES = {
     "wql": "weighted quantile loss",
     "crps": "CRPS",
 }
-_SHOWN = {
-    "model": "model",
-    "mean_rank": "mean rank",
-    **_NAMES,
+_ERRORS = {"model": "model", "mean_rank": "mean rank", **_NAMES, "wql": "WQL"}
+_RANKS = {
     "skill_mae": "MAE skill",
     "win_share": "wins",
     "p_value": "p-value",
@@ -65,7 +63,7 @@ def _draw(workspace: Workspace) -> None:
         if name.startswith("coverage_")
     }
     shares = (*intervals, "win_share", "skill_mae")
-    table(report.summary, {**_SHOWN, **intervals}, percentages=shares)
+    table(report.summary, {**_ERRORS, **intervals, **_RANKS}, percentages=shares)
     st.caption(
         f"Skill is 1 - error / error of {report.metadata['reference']}; ranks and wins count series, variates and "
         "cutoffs; the p-value tests the ranks against the reference."
@@ -103,7 +101,6 @@ def _by_series(report: StoredBacktest, metric: str) -> None:
     wide = report.by_series.pivot(on="model", index="series_id", values=metric, maintain_order=True)
     models = [name for name in report.summary["model"] if name in wide.columns]
     first = report.metadata["model"] if report.metadata["model"] in models else models[0]
-    ordered = wide.select("series_id", first, *(name for name in models if name != first))
-    table(
-        ordered.sort(pl.col(first), descending=True, nulls_last=True), {"series_id": "series"} | {m: m for m in models}
-    )
+    ordered = [first, *(name for name in models if name != first)]
+    headings = {"series_id": "series"} | {name: name for name in ordered}
+    table(wide.sort(pl.col(first), descending=True, nulls_last=True), headings)

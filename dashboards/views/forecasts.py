@@ -85,7 +85,7 @@ def _live(workspace: Workspace, artifacts: list[dict[str, Any]], where: list[Any
 
 def _published(workspace: Workspace, published: list[dict[str, Any]], where: list[Any]) -> _Shown:
     """Return the chosen published forecast."""
-    names = labels(published, lambda item: f"{item['source']} ({item['model']} on {item['dataset']})")
+    names = labels(published, lambda item: f"{item['source'].removeprefix('batch ')} ({item['model']})")
     records = {item["id"]: item for item in published}
     batch = choose("Batch", list(records), "batch", names=names, where=where[0])
     found = catalog_results.load_forecast(workspace, batch)
@@ -142,7 +142,7 @@ def _errors(forecast: pl.DataFrame, actual: pl.DataFrame) -> None:
     error = (joined["actual"] - joined["mean"]).abs().to_numpy()
     cells = [("Mean absolute error", f"{error.mean():.3g}"), ("Largest error", f"{error.max():.3g}")]
     for low, high, coverage in charts.quantile_pairs(forecast.columns):
-        inside = ((joined["actual"] >= joined[low]) & (joined["actual"] <= joined[high])).mean()
+        inside = ((joined["actual"] >= joined[low]) & (joined["actual"] <= joined[high])).to_numpy().mean()
         cells.append((f"Inside the {coverage:.0%} interval", f"{inside:.0%}"))
     for column, (label, value) in zip(st.columns(len(cells)), cells, strict=True):
         column.metric(label, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import polars as pl
 import streamlit as st
 
 from dashboards import charts
@@ -19,6 +20,7 @@ _RUNS = {
     "test_mae": "test MAE",
     "error": "why it failed",
 }
+_SPEED = ("seconds", "windows_per_second")  # of the machine, not of the model
 
 
 def show() -> None:
@@ -33,11 +35,15 @@ def _draw(workspace: Workspace) -> None:
         table([{**run, "state": run["status"].lower()} for run in runs], _RUNS)
         names = labels(runs, lambda run: f"{run['name']}, {run['started']:{MINUTE}} ({run['status'].lower()})")
         chosen = choose("Run", list(names), "run", names=names)
+        error = next(run["error"] for run in runs if run["id"] == chosen)
+        if error:
+            st.warning(error, icon=":material/error:")
         history = catalog.run_history(workspace, chosen)
         if history.is_empty():
             st.caption("This run has no curves: it was solved in closed form, or it ended before the second epoch.")
         else:
-            st.plotly_chart(charts.history_chart(history), width="stretch", key="history")
+            changing = history.filter(pl.col("value").n_unique().over("name") > 1, ~pl.col("name").is_in(_SPEED))
+            st.plotly_chart(charts.history_chart(changing), width="stretch", key="history")
     else:
         empty("tracked run", "tsforge fit data=nyc_weather model=dlinear")
     st.subheader("Scheduled jobs")

@@ -1,0 +1,94 @@
+"""A workspace with something on every page, built once a session by the use-cases themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tsforge.core.errors import DataError
+from tsforge.core.workspace import Workspace
+
+ROWS = 1000
+HIDDEN = ("TSFORGE_DATABASE_URL", "MLFLOW_TRACKING_URI", "TSFORGE_HOME")
+_LATEST = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=1)
+LAST_ROW = _LATEST.strftime("%Y-%m-%dT%H:%MZ")
+
+
+@contextmanager
+def _own_services(root: Path) -> Iterator[Workspace]:
+    """Open a workspace that no shared service of this machine reaches into."""
+    kept = {name: os.environ.pop(name) for name in HIDDEN if name in os.environ}
+    try:
+        yield Workspace.open(root)
+    finally:
+        os.environ.update(kept)
+
+
+def plant() -> dict[str, Any]:
+    """Settings of two generated series with labelled anomalies in the last third, ending an hour ago."""
+    generator = {
+        "num_series": 2,
+        "num_rows": ROWS,
+        "anomalies": ["spike", "level_shift", "frozen_sensor"],
+        "num_anomalies": 4,
+        "anomaly_start": 0.68,
+        "start": (_LATEST - timedelta(hours=ROWS - 1)).strftime("%Y-%m-%d %H:%M"),
+        "seed": 3,
+    }
+    return {"name": "plant", "source": {"kind": "synthetic", "generator": generator}, "max_age": "2d"}
+
+
+def fit_settings(model: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Settings of a fit that has seen two thirds of the rows."""
+    return {
+        "data": plant(),
+        "model": model,
+        "window": {"context_length": 72, "horizon": 24},
+        "split": {"kind": "fractions", "train": 0.4, "valid": 0.25, "test": 0.35},
+    } | changes
+
+
+def fill(workspace: Workspace) -> None:
+    """Ingest, fit with and without curves, fail once, backtest, detect and publish two batches."""
+    from tsforge.app.backtest import BacktestJobConfig, backtest
+    from tsforge.app.batch import BatchConfig, run_batch
+    from tsforge.app.detect import DetectJobConfig, detect
+    from tsforge.app.fit import FitConfig, fit
+    from tsforge.app.ingest import IngestConfig, ingest
+    from tsforge.core.config import validate
+
+    weather = {"name": "nyc_weather", "source": {"kind": "embedded", "dataset": "nyc_weather"}, "separator": "."}
+    weather |= {"layout": "wide", "time": "ds", "freq": "1h", "targets": ["temp", "humid", "wind_speed"]}
+    for data in (plant(), weather):
+        ingest(validate(IngestConfig, {"data": data}), workspace)
+    short = {"max_epochs": 3, "max_steps_per_epoch": 12, "patience": None}
+    fit(validate(FitConfig, fit_settings({"name": "dlinear"}, train=short)), workspace)
+    with suppress(DataError):  # a context longer than the data: a run that failed
+        fit(validate(FitConfig, fit_settings({"name": "linear"}, window={"context_length": 5000})), workspace)
+    made = fit(validate(FitConfig, fit_settings({"name": "ar_net", "lags": 24})), workspace)
+    graded = {"backtest": {"num_cutoffs": 4}, "compare": ["linear"]}
+    settings = fit_settings({"name": "ar_net", "lags": 24}, **graded)
+    del settings["split"]
+    backtest(validate(BacktestJobConfig, settings), workspace)
+    detect(validate(DetectJobConfig, {"artifact": made.artifact.id}), workspace)
+    job = {"name": "nightly", "data": plant(), "model": made.artifact.id, "ingest": False, "detect": {"span": "4d"}}
+    for days in (2, 1):
+        run_batch(validate(BatchConfig, job), _LATEST - timedelta(days=days), workspace)
+
+
+@pytest.fixture(scope="session")
+def filled_workspace(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> Path:
+    """Root of the filled workspace; tests only read it."""
+    root = tmp_path_factory.mktemp("filled") / "home"
+    root.mkdir()
+    shutil.copy(mlflow_template, root / "mlflow.db")
+    with _own_services(root) as workspace:
+        fill(workspace)
+    return root

@@ -1,0 +1,180 @@
+"""Every page, headless: with content, without any, and with a store that does not answer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+VIEWS = ("overview", "forecasts", "anomalies", "backtests", "data", "runs")
+
+
+def draw(view: str, **query: str) -> Any:
+    """Run one view as its page would and return what is on it."""
+    test = AppTest.from_string(f"from dashboards.views import {view}\n{view}.show()\n", default_timeout=240)
+    for name, value in query.items():
+        test.query_params[name] = value
+    return test.run()
+
+
+def box(page: Any, label: str) -> Any:
+    return next(found for found in page.selectbox if found.label.startswith(label))
+
+
+@pytest.fixture
+def filled(filled_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The filled workspace, set as TSFORGE_HOME."""
+    monkeypatch.setenv("TSFORGE_HOME", str(filled_workspace))
+    for name in ("TSFORGE_DATABASE_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return filled_workspace
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_empty_page_says_what_to_run(view: str, workspace_root: Path) -> None:
+    page = draw(view)
+    assert not page.exception
+    assert page.title[0].value
+    assert page.info, "no empty state"
+    assert any("tsforge " in block.value for block in page.code)
+    assert not (workspace_root / "mlflow.db").exists(), "looking at a page made a tracking store"
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_broken_store_is_one_message(view: str, workspace_root: Path) -> None:
+    workspace_root.mkdir(parents=True)
+    (workspace_root / "store.db").write_bytes(b"this is no database" * 100)
+    (workspace_root / "mlflow.db").write_bytes(b"nor is this" * 100)
+    page = draw(view)
+    assert not page.exception
+    if view in ("overview", "data", "runs"):
+        assert len(page.error) == 1
+        assert "cannot be shown" in page.error[0].value
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_page_with_content(view: str, filled: Path) -> None:
+    page = draw(view)
+    assert not page.exception
+    assert not page.error
+    assert not page.info, "an empty state beside content"
+    assert page.dataframe or page.metric
+
+
+def test_damaged_results_are_one_message_or_left_out(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    home = tmp_path / "damaged"
+    shutil.copytree(filled, home)
+    monkeypatch.setenv("TSFORGE_HOME", str(home))
+    for name in ("published", "reports/detections"):
+        for table in (home / name).rglob("scores.parquet"):
+            table.write_bytes(b"PAR1 and then nothing")
+    for place in (home / "reports/backtests").rglob("report.json"):
+        place.write_text("{")
+    page = draw("anomalies")
+    assert not page.exception
+    assert len(page.error) == 1
+    assert "damaged" in page.error[0].value
+    assert draw("backtests").info, "a damaged backtest is not offered"
+
+
+def test_overview_tells_freshness_in_words(filled: Path) -> None:
+    page = draw("overview")
+    rows = {row["name"]: row for row in page.dataframe[0].value.to_dict("records")}
+    assert rows["plant"]["freshness"] == "fresh"
+    assert rows["nyc_weather"]["freshness"] == "no limit stated"
+    assert rows["plant"]["rows"] == 2000
+    assert {metric.label: metric.value for metric in page.metric}["Failed of the last jobs"] == "0 of 2"
+
+
+def test_forecast_page_grades_an_earlier_cutoff(filled: Path) -> None:
+    page = draw("forecasts", back="48")
+    assert not page.exception
+    labels = [metric.label for metric in page.metric]
+    assert "Mean absolute error" in labels
+    assert any(label.startswith("Inside the") for label in labels)
+
+
+def test_forecast_from_the_end_of_the_data_has_no_errors_yet(filled: Path) -> None:
+    model = next(path.name for path in (filled / "artifacts").iterdir() if path.name.startswith("dlinear"))
+    page = draw("forecasts", artifact=model)
+    assert not page.exception
+    assert not page.metric
+    assert any("Nothing has been observed" in caption.value for caption in page.caption)
+
+
+def test_known_covariates_bound_the_newest_cutoff(filled: Path) -> None:
+    model = next(path.name for path in (filled / "artifacts").iterdir() if path.name.startswith("ar_net"))
+    page = draw("forecasts", artifact=model)  # reads the driver, which ends with the data
+    assert not page.error
+    assert page.metric, "the forecast ends where the driver does, so all of it has been observed"
+
+
+def test_published_forecast_is_shown_as_it_was_published(filled: Path) -> None:
+    import polars as pl
+
+    page = draw("forecasts", source="published")
+    assert not page.exception
+    assert len(box(page, "Batch").options) == 2
+    newest = sorted((filled / "published/nightly").iterdir())[-1]
+    stored = pl.read_parquet(newest / "forecast.parquet").filter(series_id="series_0", variate="x1")
+    shown = next(frame.value for frame in page.dataframe if "mean" in frame.value.columns)
+    assert shown["mean"].tolist() == stored.sort("step")["mean"].to_list()
+
+
+def test_anomaly_page_shows_the_strongest_event_first(filled: Path) -> None:
+    report = next((filled / "reports/detections").iterdir()).name
+    page = draw("anomalies", detection=report)
+    events = box(page, "Event")
+    peaks = [float(option.split("peak ")[1].split(",")[0]) for option in events.options]
+    assert len(peaks) > 1
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_anomaly_page_grades_against_known_anomalies(filled: Path) -> None:
+    report = next((filled / "reports/detections").iterdir()).name
+    page = draw("anomalies", detection=report)
+    assert any("Graded" in head.value for head in page.subheader)
+
+
+def test_every_batch_of_a_job_can_be_read_as_one(filled: Path) -> None:
+    page = draw("anomalies", detection="batch/nightly")
+    assert not page.exception
+    assert not page.error
+    assert any("the last 2" in option for option in box(page, "Detection").options)
+
+
+def test_backtest_page_says_when_a_model_loses(filled: Path) -> None:
+    import polars as pl
+
+    folder = next((filled / "reports/backtests").iterdir())
+    board = {row["model"]: row for row in pl.read_parquet(folder / "leaderboard.parquet").to_dicts()}
+    for metric in ("mase", "mae"):
+        naive = min(board[name][metric] for name in ("last_value", "seasonal_naive", "drift"))
+        page = draw("backtests", metric=metric)
+        warned = any("does not beat" in warning.value for warning in page.warning)
+        assert warned == (board["ar_net"][metric] >= naive)
+
+
+def test_run_page_tells_why_a_run_failed(filled: Path) -> None:
+    page = draw("runs")
+    runs = page.dataframe[0].value
+    failed = runs[runs["state"] == "failed"]
+    assert len(failed) == 1
+    assert "context_length 5000" in failed.iloc[0]["error"]
+
+
+def test_link_to_something_gone_says_so(filled: Path) -> None:
+    page = draw("data", dataset="vanished")
+    assert not page.exception
+    assert any("vanished" in warning.value for warning in page.warning)
+
+
+def test_chosen_option_becomes_part_of_the_address(filled: Path) -> None:
+    page = draw("data", dataset="plant", series="series_1")
+    assert not page.warning
+    assert page.query_params["series"] == "series_1"
+    page = box(page, "Series").set_value("series_0").run()
+    assert page.query_params["series"] == "series_0"
