@@ -151,6 +151,15 @@ def test_low_margin_moves_the_lower_bound_and_high_the_upper() -> None:
     assert result.ravel().tolist() == [-6.0, 12.0]
 
 
+def test_margins_that_would_cross_push_the_outer_bound_outwards() -> None:
+    row = {"step": 1, "variate": "a", "n": 50, "score": "cqr", "status": "ok"}
+    inner, outer = {"level": 0.5, "low": -4.0, "high": 4.0}, {"level": 0.9, "low": 1.0, "high": -1.0}
+    table = pl.DataFrame([row | inner, row | outer])
+    quantiles = np.array([[[[-3.0, -1.0, 0.0, 1.0, 3.0]]]])
+    result = apply_calibration(table, np.zeros((1, 1, 1)), quantiles, LEVELS, np.ones((1, 1)), ("a",))
+    assert result.ravel().tolist() == [-5.0, -5.0, 0.0, 5.0, 5.0]
+
+
 def test_too_few_windows_are_marked_and_cover_everything() -> None:
     target, mean, scale = heteroscedastic(8, 4)
     scores = interval_scores(target, mean, None, LEVELS, scale)

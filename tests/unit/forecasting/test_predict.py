@@ -57,6 +57,11 @@ def test_a_cutoff_hides_everything_after_it(frame, make_artifact) -> None:
     assert not predict(artifact, SeriesFrame(nudged, frame.schema), cutoff=cutoff).table.equals(honest)
 
 
+def test_series_that_begin_after_the_cutoff_are_unknown_then(frame, make_artifact) -> None:
+    table = predict(make_artifact("last_value", context_length=20), frame, cutoff=hours(25)).table
+    assert table["series_id"].unique().sort().to_list() == ["a", "c"]
+
+
 def test_shorter_horizons_are_the_first_steps(frame, make_artifact) -> None:
     artifact = make_artifact("linear", "normal")
     full, cut = predict(artifact, frame).table, predict(artifact, frame, horizon=2).table
