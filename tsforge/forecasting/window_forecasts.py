@@ -166,7 +166,7 @@ def predict_windows(
 def error_sums(network: ForecastNetwork, windows: WindowDataset, *, batch_size: int | None = None) -> ErrorSums:
     """Return squared and absolute errors of the mean forecast summed over all windows, per step and variate.
 
-    Errors are taken in single precision where the network lives and summed in double precision.
+    Each batch is summed where the network lives and as precise as it computes, batches in double precision.
 
     Raises:
         DataError: the windows have no target.
@@ -177,11 +177,12 @@ def error_sums(network: ForecastNetwork, windows: WindowDataset, *, batch_size: 
         for batch in window_batches(network, windows, batch_size=batch_size):
             if batch.target is None or batch.target_mask is None:
                 raise DataError("errors need windows with targets; these are for prediction only")
-            error = (network.predict(batch).mean - batch.target).masked_fill_(~batch.target_mask, 0.0)
-            absolute = error.abs().sum(dim=0, dtype=torch.float64)
-            squared = error.square_().sum(dim=0, dtype=torch.float64)
-            count = batch.target_mask.sum(dim=0)
-            sums.add_sums(as_array(squared), as_array(absolute), count.cpu().numpy(), len(error))
+            error = network.predict(batch).mean - batch.target
+            count = torch.full(error.shape[1:], len(error))
+            if not bool(batch.target_mask.all()):
+                error, count = error.masked_fill_(~batch.target_mask, 0.0), batch.target_mask.sum(dim=0).cpu()
+            absolute = as_array(error.abs().sum(dim=0))
+            sums.add_sums(as_array(error.square_().sum(dim=0)), absolute, count.numpy(), len(error))
     if not np.isfinite(sums.squared).all():
         raise ModelError(
             f"model '{network.config.model.name}' gave forecasts that are not finite; its training diverged or its "
