@@ -31,6 +31,7 @@ FLAGS = [
     "--disable-sync",
 ]
 PAGES = ("Overview", "Forecasts", "Anomalies", "Backtests", "Data", "Runs")
+VIEWPORT = {"width": 1400, "height": 1500}
 PATIENCE = 120_000  # milliseconds; a machine under load draws slowly
 # A page opened by its own address first looks for the server below that address, then at the root.
 _PROBE = re.compile(r"http://localhost:\d+/\w+/_stcore/(health|host-config)")
@@ -86,7 +87,7 @@ class Visitor:
     """A browser page that remembers what went wrong on it and what it asked of other hosts."""
 
     def __init__(self, browser: Any, colours: str = "light") -> None:
-        self.page = browser.new_page(viewport={"width": 1400, "height": 1500}, color_scheme=colours)
+        self.page = browser.new_page(viewport=VIEWPORT, color_scheme=colours)
         self.errors: list[str] = []
         self.outside: list[str] = []
         self.page.on("console", self._console)
@@ -132,6 +133,7 @@ class Visitor:
             self.page.set_viewport_size({"width": 1400, "height": min(int(self.page.evaluate(inner)) + 20, 4000)})
             self.page.wait_for_timeout(1000)
             self.page.screenshot(path=str(Path(shots) / f"{name}.png"))
+            self.page.set_viewport_size(VIEWPORT)
 
     def check(self) -> None:
         assert self.page.get_by_test_id("stException").count() == 0

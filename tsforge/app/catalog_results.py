@@ -21,6 +21,7 @@ DETECTIONS = "detections"
 BACKTESTS = "backtests"
 BATCHES_SHOWN = 30  # of each job; the newest
 _BATCH = "batch"
+_BATCH_FACTS = {"data", "model", "artifact", "created", "counts", "checks"}
 # best known first; coverage and width are shown beside them, but no ranking follows from them alone
 _RANKING = ("mase", "mae", "rmse", "mse", "smape", "wql", "crps")
 
@@ -82,7 +83,7 @@ def _batches(workspace: Workspace, job: str) -> list[published.Partition]:
             batch = published.read_partition(path)
         except ArtifactError:  # damaged, or of a newer format: the next one may be readable
             continue
-        if batch is not None:
+        if batch is not None and batch.manifest.keys() >= _BATCH_FACTS:
             found.append(batch)
     return found
 

@@ -1,0 +1,257 @@
+"""What the dashboard asks: real stores, real folders, and damaged ones beside them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from tsforge.app import catalog, catalog_results, published
+from tsforge.app.ingest import IngestConfig, ingest
+from tsforge.core.config import validate
+from tsforge.core.errors import ArtifactError, BackendError, DataError
+from tsforge.core.workspace import Workspace
+from tsforge.tracking.config import TrackingConfig
+from tsforge.tracking.runs import Tracker
+
+AS_OF = datetime(2026, 3, 1, 6, tzinfo=UTC)
+
+
+@pytest.fixture
+def workspace(workspace_root: Path) -> Workspace:
+    return Workspace.open()
+
+
+def ingest_hours(workspace: Workspace, last: datetime, *, rows: int = 10, **settings: Any) -> None:
+    source = workspace.root / "plant.parquet"
+    times = [last - timedelta(hours=rows - 1 - hour) for hour in range(rows)]
+    pl.DataFrame({"ds": times, "a.x": [float(hour) for hour in range(rows)], "b.x": [1.0] * rows}).write_parquet(source)
+    data = {"name": "plant", "source": {"kind": "parquet", "path": str(source)}, "separator": ".", "freq": "1h"}
+    ingest(validate(IngestConfig, {"data": data | settings}), workspace)
+
+
+def this_hour() -> datetime:
+    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+
+
+@pytest.mark.parametrize(("hours", "limit", "stale"), [(3, "1d", False), (30, "1d", True), (30, None, None)])
+def test_freshness_counts_from_the_newest_row(workspace: Workspace, hours: int, limit: Any, stale: Any) -> None:
+    ingest_hours(workspace, this_hour() - timedelta(hours=hours), **({"max_age": limit} if limit else {}))
+    [record] = catalog.list_datasets(workspace)
+    assert (record["name"], record["series"], record["rows"]) == ("plant", 2, 20)
+    assert record["stale"] is stale
+    assert record["age"].startswith({3: "3 h", 30: "1 d 6 h"}[hours])
+
+
+@pytest.mark.parametrize(
+    ("span", "words"),
+    [
+        (timedelta(seconds=-5), "0 min"),
+        (timedelta(minutes=59, seconds=59), "59 min"),
+        (timedelta(hours=23, minutes=5), "23 h 5 min"),
+        (timedelta(days=13, hours=23), "13 d 23 h"),
+        (timedelta(days=400), "400 d"),
+        (timedelta(days=4711), "12.9 years"),
+    ],
+)
+def test_spans_in_words(span: timedelta, words: str) -> None:
+    assert catalog.in_words(span) == words
+
+
+def test_version_changes_with_every_ingestion(workspace: Workspace) -> None:
+    before = catalog.dataset_version(workspace, "plant")
+    ingest_hours(workspace, this_hour())
+    first = catalog.dataset_version(workspace, "plant")
+    ingest_hours(workspace, this_hour() + timedelta(hours=1))
+    assert len({before, first, catalog.dataset_version(workspace, "plant")}) == 3
+
+
+def test_series_report_and_batches_of_a_dataset(workspace: Workspace) -> None:
+    ingest_hours(workspace, this_hour())
+    rows = catalog.read_series(workspace, "plant", "a")
+    assert rows.columns == ["time", "x"]
+    assert rows["x"].to_list() == [float(hour) for hour in range(10)]
+    report = catalog.dataset_report(workspace, "plant")
+    assert dict(report.select("series_id", "constant").iter_rows()) == {"a": False, "b": True}
+    assert catalog.dataset_batches(workspace, "plant")["rows_new"].to_list() == [20]
+    for question in (catalog.dataset_report, catalog.dataset_batches):
+        with pytest.raises(DataError, match="vanished"):
+            question(workspace, "vanished")
+
+
+def store_artifact(workspace: Workspace, name: str, created: str) -> Path:
+    folder = workspace.artifacts / name
+    folder.mkdir(parents=True)
+    columns = {"targets": ["x"], "known": ["calendar.hour.sin", "price"], "past": [], "static": []}
+    parts = {
+        "spec": {"network": {"model": {"name": "linear"}}, "window": {"horizon": 4, "context_length": 8}},
+        "schema": {"schema": columns, "series_ids": ["a", "b"]},
+        "metrics": {"test_mae": 0.5},
+        "explanation": {},
+        "provenance": {"created": created, "dataset": "plant"},
+    }
+    for part, content in (parts | {"manifest": {}}).items():
+        (folder / f"{part}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_artifacts_newest_first_without_incomplete_ones(workspace: Workspace) -> None:
+    store_artifact(workspace, "older", "2026-01-01T00:00:00+00:00")
+    store_artifact(workspace, "newer", "2026-02-01T00:00:00+00:00")
+    (store_artifact(workspace, "lacking", "2026-03-01T00:00:00+00:00") / "schema.json").unlink()
+    (store_artifact(workspace, "garbled", "2026-03-01T00:00:00+00:00") / "spec.json").write_text("{}")
+    records = catalog.list_artifacts(workspace)
+    assert [record["id"] for record in records] == ["newer", "older"]
+    assert records[0]["test_mae"] == 0.5
+    facts = catalog.artifact_facts(workspace, "older")
+    assert facts["known"] == ["price"], "calendar features can be made for any time"
+    assert facts["covariates"]["known"] == ["calendar.hour.sin", "price"]
+    with pytest.raises(ArtifactError, match=r"no artifact 'gone'.*newer, older"):
+        catalog.artifact_facts(workspace, "gone")
+
+
+def test_runs_of_all_experiments_and_their_curves(tracked_workspace: Workspace) -> None:
+    for name in ("one", "two"):
+        with Tracker.open(tracked_workspace, TrackingConfig(experiment=name)).start(f"run {name}") as run:
+            for epoch, loss in enumerate((3.0, 2.0)):
+                run.log_epoch(epoch, {"valid_loss": loss, "valid_mae": loss})
+            run.flush()
+            run.log_metrics({"valid_mae": 0.25, "test_mae": 0.5})  # the grade, at step 0 again
+    runs = catalog.tracking_runs(tracked_workspace)
+    assert {run["name"] for run in runs} == {"run one", "run two"}
+    assert runs[0]["test_mae"] == 0.5
+    curves = catalog.run_history(tracked_workspace, runs[0]["id"])
+    assert set(curves["name"]) == {"valid_loss", "valid_mae"}, "a number logged once is no curve"
+    assert curves.filter(name="valid_mae").sort("epoch")["value"].to_list() == [3.0, 2.0]
+    with pytest.raises(BackendError):
+        catalog.run_history(tracked_workspace, "0" * 32)
+
+
+def test_looking_for_runs_makes_no_tracking_store(workspace: Workspace) -> None:
+    assert catalog.tracking_runs(workspace) == []
+    assert not (workspace.root / "mlflow.db").exists()
+
+
+def scores(hours: int, first: int = 0) -> pl.DataFrame:
+    times = [AS_OF + timedelta(hours=first + hour) for hour in range(hours)]
+    parts = {"*": 1.0, "x": 2.0}
+    return pl.concat(
+        pl.DataFrame({"series_id": ["a"] * hours, "time": times, "variate": [name] * hours, "score": [score] * hours})
+        for name, score in parts.items()
+    )
+
+
+def events(**ends: int) -> pl.DataFrame:
+    rows = [{"event_id": name, "series_id": "a", "end": AS_OF + timedelta(hours=end)} for name, end in ends.items()]
+    return pl.DataFrame(rows, schema={"event_id": pl.String, "series_id": pl.String, "end": pl.Datetime("us", "UTC")})
+
+
+def publish(workspace: Workspace, day: int, found: pl.DataFrame, *, passed: bool = True) -> None:
+    as_of = AS_OF + timedelta(days=day)
+    manifest = {
+        "job": "nightly",
+        "as_of": as_of.isoformat(),
+        "created": (as_of + timedelta(hours=1)).isoformat(),
+        "model": "linear",
+        "artifact": "linear-1",
+        "data": {"name": "plant"},
+        "counts": {"events": found.height},
+        "checks": [{"kind": "fresh", "passed": passed, "message": "2 series are old"}],
+    }
+    tables = {"scores": scores(3, first=day), "events": found, "forecast": pl.DataFrame({"mean": [float(day)]})}
+    published.write_partition(published.partition_path(workspace, "nightly", as_of), tables, manifest)
+
+
+def store_detection(workspace: Workspace, name: str = "plant-linear-1", **facts: Any) -> Path:
+    folder = workspace.reports / catalog_results.DETECTIONS / name
+    folder.mkdir(parents=True)
+    about = {"dataset": "plant", "model": "linear", "created": "2026-02-01T00:00:00+00:00", "events": 1} | facts
+    (folder / "report.json").write_text(json.dumps(about))
+    scores(4).write_parquet(folder / "scores.parquet")
+    events(e=1).write_parquet(folder / "events.parquet")
+    return folder
+
+
+def test_detections_of_both_sources_newest_first(workspace: Workspace) -> None:
+    store_detection(workspace)
+    (store_detection(workspace, "damaged") / "report.json").write_text("{")
+    store_detection(workspace, "undated", created="yesterday")
+    publish(workspace, 0, events(e=1))
+    publish(workspace, 1, events(e=9, f=2))
+    records = catalog_results.list_detections(workspace)
+    assert [(record["id"], record["events"]) for record in records] == [
+        ("batch/nightly/2026-03-02T06-00-00Z", 2),
+        ("batch/nightly", 2),  # e was seen twice
+        ("batch/nightly/2026-03-01T06-00-00Z", 1),
+        ("plant-linear-1", 1),
+    ]
+    assert records[0]["source"] == "batch nightly as of 2026-03-02 06:00"
+
+
+def test_a_job_as_a_whole_has_each_row_and_event_once(workspace: Workspace) -> None:
+    publish(workspace, 0, events(e=1))
+    publish(workspace, 1, events(e=9, f=2), passed=False)
+    whole = catalog_results.load_detection(workspace, "batch/nightly")
+    assert whole.scores.height == 2 * 4  # hours 0..2 and 1..3, joint and one variate
+    assert dict(whole.events.select("event_id", "end").iter_rows())["e"] == AS_OF + timedelta(hours=9), "newest version"
+    assert whole.metadata["variates"] == ["x"]
+    assert whole.metadata["dataset"] == "plant"
+    assert whole.metadata["notices"] == ["2 series are old"]
+    first = catalog_results.load_detection(workspace, "batch/nightly/2026-03-01T06-00-00Z")
+    assert first.events["event_id"].to_list() == ["e"]
+    assert first.metadata["notices"] == []
+
+
+def test_an_unreadable_batch_hides_no_other(workspace: Workspace) -> None:
+    publish(workspace, 0, events(e=1))
+    publish(workspace, 1, events(e=1))
+    newest = published.partition_path(workspace, "nightly", AS_OF + timedelta(days=1))
+    (newest / "manifest.json").write_text("{}")
+    assert [record["id"] for record in catalog_results.list_detections(workspace)] == [
+        "batch/nightly/2026-03-01T06-00-00Z"
+    ]
+
+
+def test_detection_is_read_back_with_its_facts(workspace: Workspace) -> None:
+    store_detection(workspace, notices=["stale"], variates=["x"], rule="fixed")
+    found = catalog_results.load_detection(workspace, "plant-linear-1")
+    assert found.scores.equals(scores(4))
+    assert found.metadata["notices"] == ["stale"]
+    assert found.metadata["rule"] == "fixed"
+
+
+@pytest.mark.parametrize("name", ["gone", "batch/gone", "batch/nightly/gone", "../plant", "batch/../x", ""])
+def test_unknown_results_are_refused_by_name(workspace: Workspace, name: str) -> None:
+    publish(workspace, 0, events(e=1))
+    for load in (catalog_results.load_detection, catalog_results.load_backtest, catalog_results.load_forecast):
+        with pytest.raises(BackendError, match="may have been removed"):
+            load(workspace, name)
+
+
+def test_damaged_scores_say_what_to_do(workspace: Workspace) -> None:
+    (store_detection(workspace) / "scores.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BackendError, match="run tsforge detect again"):
+        catalog_results.load_detection(workspace, "plant-linear-1")
+
+
+def test_published_forecasts(workspace: Workspace) -> None:
+    publish(workspace, 0, events())
+    publish(workspace, 1, events())
+    newest, oldest = catalog_results.list_forecasts(workspace)
+    assert (newest["rows"], newest["artifact"], newest["dataset"]) == (1, "linear-1", "plant")
+    assert catalog_results.load_forecast(workspace, oldest["id"])["mean"].to_list() == [0.0]
+
+
+def test_catalog_loads_neither_torch_nor_mlflow() -> None:
+    code = (
+        "import sys; from tsforge.app import catalog, catalog_results; import dashboards.views.forecasts;"
+        "print([n for n in ('torch', 'lightning', 'mlflow') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
