@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/anomaly_baselines.py DATA_FOLDER [--vus]  (DATA_FOLDER holds anomaly/smd and anomaly/asd)
 
-One model a series; scorers are fitted on the first 70 % of the training file, rules calibrated on the other 30 %, all
+One model a series; scorers are fitted on the first 70 % of the training file, rules calibrated on the other 30 %; all
 scores and alarms are of the test file. Columns constant over the training file are left out. Means over series. This
-preprocessing was chosen among about 35 variants as the nearest to published rows, graded on the test labels: the figures
+preprocessing was chosen among about 35 variants as the nearest to published rows, graded on the test labels: they
 serve as bars for learned detectors, not as a blind reproduction.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def test_command_is_understood(
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code == 0, f"{page}: {line}\n{capfd.readouterr().err}"
+
+
+def pages_with_code() -> list[Path]:
+    return [page for page in PAGES if page.name != "architecture.md" and blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", pages_with_code(), ids=lambda page: page.name)
+def test_python_of_a_page_runs(page: Path, tmp_path: Path, workspace_root: Path) -> None:
+    code = "\n".join(blocks(page, "python"))
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -74,7 +74,9 @@ def test_the_embedded_data_comes_with_calendar_and_masked_on_request(
 
 
 def test_generated_data_comes_with_its_labels(workspace: Workspace) -> None:
-    data = {"source": {"kind": "synthetic", "generator": {"num_rows": 2000, "num_series": 2, "num_anomalies": 3, "seed": 5}}}
+    data = {
+        "source": {"kind": "synthetic", "generator": {"num_rows": 2000, "num_series": 2, "num_anomalies": 3, "seed": 5}}
+    }
     result = run(workspace, data)
     store = SeriesStore(workspace.database_url)
     labels = store.labels("d")
