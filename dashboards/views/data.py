@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import polars as pl
 import streamlit as st
 
@@ -75,6 +77,8 @@ def _draw(workspace: Workspace) -> None:
     st.caption("Outliers lie more than 6 robust standard deviations from the median.")
     st.subheader("Ingestions")
     batches = catalog.dataset_batches(workspace, name)
+    errors = [json.loads(reasons).get("error") for reasons in batches["reasons"]]
+    batches = batches.with_columns(pl.Series("error", errors, dtype=pl.String))
     table(batches, _BATCHES, integers=tuple(column for column in _BATCHES if column.startswith("rows_")))
 
 

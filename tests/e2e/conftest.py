@@ -68,6 +68,9 @@ def fill(workspace: Workspace) -> None:
     weather |= {"layout": "wide", "time": "ds", "freq": "1h", "targets": ["temp", "humid", "wind_speed"]}
     for data in (plant(), weather):
         ingest(validate(IngestConfig, {"data": data}), workspace)
+    with suppress(DataError):  # a source that is gone: a refused ingestion
+        gone = plant() | {"source": {"kind": "parquet", "path": str(workspace.root / "gone.parquet")}}
+        ingest(validate(IngestConfig, {"data": gone}), workspace)
     short = {"max_epochs": 3, "max_steps_per_epoch": 12, "patience": None}
     fit(validate(FitConfig, fit_settings({"name": "dlinear"}, train=short)), workspace)
     with suppress(DataError):  # a context longer than the data: a run that failed

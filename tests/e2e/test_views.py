@@ -166,6 +166,12 @@ def test_run_page_tells_why_a_run_failed(filled: Path) -> None:
     assert "context_length 5000" in failed.iloc[0]["error"]
 
 
+def test_data_page_tells_why_an_ingestion_was_refused(filled: Path) -> None:
+    batches = draw("data", dataset="plant").dataframe[-1].value
+    assert batches["status"].tolist() == ["refused", "done"]
+    assert "gone.parquet" in batches["error"].iloc[0]
+
+
 def test_link_to_something_gone_says_so(filled: Path) -> None:
     page = draw("data", dataset="vanished")
     assert not page.exception
