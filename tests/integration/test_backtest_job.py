@@ -9,12 +9,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tsforge.app.backtest import BacktestJobConfig, backtest, list_reports, read_report
+from tsforge.app.backtest import BacktestJobConfig, backtest
+from tsforge.app.catalog_results import list_backtests, load_backtest
 from tsforge.app.fit import FitConfig
 from tsforge.app.forecast import PredictConfig, find_artifact, predict
 from tsforge.core.config import load, validate
-from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, ModelError
+from tsforge.core.errors import ArtifactError, ConfigError, DataError, ModelError
 from tsforge.core.workspace import Workspace
+from tsforge.forecasting.report import load_report
 
 
 def job(site: Any, **changes: Any) -> BacktestJobConfig:
@@ -30,7 +32,7 @@ def job(site: Any, **changes: Any) -> BacktestJobConfig:
 
 def test_a_backtest_is_graded_stored_and_listed(site: Any) -> None:
     workspace = Workspace.open()
-    assert list_reports(workspace) == []
+    assert list_backtests(workspace) == []
     report = backtest(job(site, compare=["dlinear"], train={"max_epochs": 1}), workspace)
     assert set(report.leaderboard["model"]) == {"linear", "dlinear", "last_value", "seasonal_naive", "drift"}
     assert report.folds.filter(model="linear").height == 2
@@ -42,15 +44,14 @@ def test_a_backtest_is_graded_stored_and_listed(site: Any) -> None:
     assert 0.6 < row["coverage_80"] <= 1.0
     assert {tuple(found) for found in report.settings["quantile_levels"].values()} == {(0.1, 0.5, 0.9)}
     assert tuple(report.rows()[0])[:2] == ("model", "mean_rank")
-    (listed,) = list_reports(workspace)
+    (listed,) = list_backtests(workspace)
     assert (listed["dataset"], listed["model"]) == ("plant", "linear")
-    back = read_report(workspace, listed["id"])
+    assert load_backtest(workspace, listed["id"]).summary.equals(report.leaderboard)
+    back = load_report(workspace.reports / "backtests" / listed["id"])
     assert back.forecasts.equals(report.forecasts)
     assert back.by("step").filter(model="linear")["step"].to_list() == list(range(1, 13))
     assert back.by("series")["series_id"].unique().sort().to_list() == ["a", "b"]
     json.dumps(report.rows(), default=str)
-    with pytest.raises(BackendError, match="no backtest 'gone'"):
-        read_report(workspace, "gone")
     with pytest.raises(DataError, match="no scope 'moon'"):
         back.by("moon")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -14,14 +12,14 @@ from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.app.ingest import load_dataset
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
-from tsforge.core.errors import BackendError, ConfigError, listing
+from tsforge.core.errors import ConfigError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.splits import SplitConfig
 from tsforge.forecasting.backtest import BacktestConfig, Fit
 from tsforge.forecasting.backtest import backtest as backtest_frame
-from tsforge.forecasting.report import BacktestReport, load_report
+from tsforge.forecasting.report import BacktestReport
 
 _LOG = get_logger(__name__)
 FOLDER = "backtests"
@@ -81,32 +79,6 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
     report = report.save(workspace.reports / FOLDER / name)
     log_event(_LOG, "backtested", dataset=config.data.name, model=config.model.name, report=name)
     return report
-
-
-def list_reports(workspace: Workspace) -> list[dict[str, Any]]:
-    """Return one record a stored backtest, newest first: ``id, dataset, model, created``; damaged ones are left out."""
-    records = []
-    for place in (workspace.reports / FOLDER).glob("*/report.json"):
-        try:
-            settings = json.loads(place.read_text())["settings"]
-            created = datetime.fromisoformat(settings["created"])
-        except (OSError, ValueError, KeyError):
-            continue
-        shown = {name: settings.get(name) for name in ("dataset", "model")}
-        records.append({"id": place.parent.name, **shown, "created": created})
-    return sorted(records, key=lambda record: (record["created"], record["id"]), reverse=True)
-
-
-def read_report(workspace: Workspace, name: str) -> BacktestReport:
-    """Return a stored backtest.
-
-    Raises:
-        BackendError: it is not here, or damaged.
-    """
-    if Path(name).name != name or not (workspace.reports / FOLDER / name).is_dir():
-        known = [record["id"] for record in list_reports(workspace)]
-        raise BackendError(f"no backtest '{name}' (known: {listing(known) or 'none'})")
-    return load_report(workspace.reports / FOLDER / name)
 
 
 def _names(config: BacktestJobConfig) -> tuple[str, ...]:
