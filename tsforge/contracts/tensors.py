@@ -53,7 +53,8 @@ class Batch(NamedTuple):
     Shapes:
         context [B, L, V] float, 0 where not observed once scaled; context_mask [B, L, V] bool, True = observed.
         target [B, H, V] and target_mask [B, H, V], None at prediction time; a forward pass must not read them.
-        past [B, L, P], known [B, L + H, F], static [B, S], or None when the data has none.
+        past [B, L, P], known [B, L + H, F], static [B, S], or None when the data has none; NaN where not observed in
+        data units, 0 (the training mean) once scaled.
         series_index [B] and cutoff_index [B] int64: which series, and the absolute grid index of the first forecast
         step (steps since the artifact's time origin). Provenance, not inputs, unless ``Capabilities.absolute_time``.
     """
@@ -87,7 +88,8 @@ class TrainingSeries(NamedTuple):
     """The whole training span in scaled units, for models with a closed-form or moment-based fit.
 
     Shapes:
-        values [N, V] (0 where not observed), mask [N, V] bool, past [N, P] or None, known [N, F] or None,
+        values [N, V] (0 where not observed), mask [N, V] bool, past [N, P] or None, known [N, F] or None (0, the mean,
+        where not observed),
         static [num_series, S] or None, indptr [num_series + 1] int64 (rows of series s: indptr[s]:indptr[s + 1]),
         offset [num_series] int64 (absolute grid index of each series' first row).
     """

@@ -24,9 +24,9 @@ def take_by_index(rows: Tensor, start: Tensor, length: int) -> Tensor:
     return rows.index_select(0, index.reshape(-1)).view(len(start), length, rows.shape[1])
 
 
-def take_padded(rows: Tensor, start: Tensor, length: int, low: Tensor, high: Tensor) -> Tensor:
-    """Return slices that may reach beyond their series: rows outside ``[low[b], high[b])`` read as zero (False)."""
+def take_padded(rows: Tensor, start: Tensor, length: int, low: Tensor, high: Tensor, fill: float = 0.0) -> Tensor:
+    """Return slices that may reach beyond their series: rows outside ``[low[b], high[b])`` read as ``fill`` (False)."""
     index = start[:, None] + torch.arange(length, device=rows.device)  # [B, length]
     inside = (index >= low[:, None]) & (index < high[:, None])
     taken = rows.index_select(0, index.clamp(0, len(rows) - 1).reshape(-1)).view(len(start), length, rows.shape[1])
-    return taken.masked_fill(~inside[..., None], 0)
+    return taken.masked_fill(~inside[..., None], fill)

@@ -35,7 +35,7 @@ class Panel:
     """Rows of all series one after another.
 
     Attributes:
-        values: float64 [N, C] in the order of ``schema.columns``, 0 where not observed.
+        values: float64 [N, C] in the order of ``schema.columns``; unobserved targets are 0, covariates NaN.
         observed: bool [N, C].
         indptr: int64 [num_series + 1], rows of series s are ``indptr[s]:indptr[s + 1]`` (equal for an absent series).
         offset: int64 [num_series], absolute grid index of each first row.
@@ -78,7 +78,10 @@ class Panel:
         offset = where.index_of(frame.table["time"].gather(starts[:-1]))
         columns = frame.table.select(frame.schema.columns)
         observed = np.column_stack([column.is_not_null().to_numpy() for column in columns.get_columns()])
-        values = np.column_stack([column.fill_null(0.0).to_numpy() for column in columns.get_columns()])
+        # a raw 0 would be a value like any other to a covariate without a mask; NaN lets the scaler put its mean there
+        fills = [0.0] * len(frame.schema.targets) + [float("nan")] * (columns.width - len(frame.schema.targets))
+        filled = [column.fill_null(fill) for column, fill in zip(columns.get_columns(), fills, strict=True)]
+        values = np.column_stack([column.to_numpy() for column in filled])
         static = None if frame.static is None else frame.static.select(frame.schema.static).to_numpy(writable=True)
         ids = frame.series_ids
         if series_ids is not None and tuple(series_ids) != ids:
@@ -156,7 +159,7 @@ class Panel:
     def training_series(self, start: int | None, stop: int | None) -> TrainingSeries:
         """Return absolute rows ``[start, stop)`` (None = open) as float64 tensors in data units.
 
-        Covariates are 0 where not observed. An absent series, or one outside the span, has no rows.
+        Covariates are NaN where not observed. An absent series, or one outside the span, has no rows.
 
         Raises:
             DataError: no row lies in the span.
@@ -203,10 +206,11 @@ class Panel:
     def _check_range(self, dtype: torch.dtype) -> None:
         """Refuse values that would overflow to infinity, such as a sensor's nonsense value of -1e42."""
         limit = torch.finfo(dtype).max
-        too_large = np.abs(self.values).max(axis=0, initial=0.0) > limit
+        size = np.where(self.observed, np.abs(self.values), 0.0)
+        too_large = size.max(axis=0, initial=0.0) > limit
         if too_large.any():
             names = [name for name, bad in zip(self.schema.columns, too_large, strict=True) if bad]
-            row, column = (int(part[0]) for part in np.nonzero(np.abs(self.values) > limit))
+            row, column = (int(part[0]) for part in np.nonzero(size > limit))
             series = int(np.searchsorted(self.indptr, row, side="right")) - 1
             time = self.grid.time_at(int(self.offset[series] + row - self.indptr[series]))
             raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,8 @@ class WindowDataset:
     def __getitems__(self, indices: Sequence[int] | Ints) -> Batch:
         """Return one batch with the windows of some items, gathered in one go.
 
-        Shapes: see ``contracts.tensors.Batch``; B = items x ``rows_per_item``. Data units, 0 where not observed.
+        Shapes: see ``contracts.tensors.Batch``; B = items x ``rows_per_item``. Data units; unobserved targets are 0,
+        unobserved covariates NaN.
         """
         windows = self._windows_of(np.asarray(indices, dtype=np.int64))
         index = self._index.index_select(1, torch.from_numpy(windows).to(self.device))
@@ -203,16 +205,16 @@ class WindowDataset:
         context, horizon = self.spec.context_length, self.spec.horizon
         data = self._rows
 
-        def take(rows: Tensor, start: Tensor, length: int) -> Tensor:
-            return take_padded(rows, start, length, low, high) if padded else take_slices(rows, start, length)
+        def take(rows: Tensor, start: Tensor, length: int, fill: float = 0.0) -> Tensor:
+            return take_padded(rows, start, length, low, high, fill) if padded else take_slices(rows, start, length)
 
         return Batch(
             context=take(data.target, first, context),
             context_mask=take(data.mask, first, context),
             target=take(data.target, first + context, horizon) if self.has_target else None,
             target_mask=take(data.mask, first + context, horizon) if self.has_target else None,
-            past=None if data.past is None else take(data.past, first, context),
-            known=None if data.known is None else take(data.known, first, context + horizon),
+            past=None if data.past is None else take(data.past, first, context, nan),
+            known=None if data.known is None else take(data.known, first, context + horizon, nan),
             static=None if data.static is None else data.static.index_select(0, series),
             series_index=series,
             cutoff_index=cutoff,

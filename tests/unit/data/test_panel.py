@@ -30,11 +30,15 @@ def frame() -> SeriesFrame:
     return SeriesFrame(table, SCHEMA, pl.DataFrame({"series_id": ["a", "b"], "s": [0.1, 0.2]}))
 
 
-def test_rows_follow_each_other_with_zeros_where_nothing_was_observed() -> None:
+def test_rows_follow_each_other_with_placeholders_where_nothing_was_observed() -> None:
     panel = Panel.from_frame(frame())
-    assert panel.values.tolist() == [
+    none = float("nan")  # of a covariate, which has no mask; targets have one and hold 0
+    wanted = np.array([
         [1, 10, 5, 0], [0, 0, 0, 0], [3, 0, 6, 1], [4, 40, 0, 0], [7, 70, 8, 1], [8, 80, 9, 1], [0, 0, 0, 1],
-    ]  # fmt: skip
+    ], dtype=float)  # fmt: skip
+    wanted[:, 2:][~panel.observed[:, 2:]] = none
+    np.testing.assert_array_equal(panel.values, wanted)
+    assert np.isnan(panel.values).sum() == 4
     assert panel.observed.sum() == 19
     assert panel.indptr.tolist() == [0, 4, 7]
     assert panel.offset.tolist() == [2, 0]
@@ -97,7 +101,7 @@ def test_training_series_do_not_share_memory_with_the_panel() -> None:
     panel = Panel.from_frame(frame())
     data = panel.training_series(None, 100)
     data.values[:] = -1
-    assert (panel.values >= 0).all()
+    assert (panel.values[:, : panel.num_targets] >= 0).all()
 
 
 def test_an_empty_span_is_refused() -> None:

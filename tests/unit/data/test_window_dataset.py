@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -44,10 +45,10 @@ def make_panel(
 
 
 def cell(panel: Panel, series: int, time: int, column: int) -> tuple[float, bool]:
-    """Read one cell by absolute time, the slow way; outside the series it is 0 and not observed."""
+    """Read one cell by absolute time, the slow way; outside the series a target is 0, a covariate NaN."""
     row = time - int(panel.offset[series])
     if not 0 <= row < int(panel.lengths[series]):
-        return 0.0, False
+        return (0.0 if column < 2 else math.nan), False
     place = int(panel.indptr[series]) + row
     return float(np.float32(panel.values[place, column])), bool(panel.observed[place, column])
 
@@ -75,7 +76,7 @@ def check(panel: Panel, spec: WindowSpec, batch: Batch, windows: list[tuple[int,
             if name.startswith("target") and not target:
                 assert tensor is None
             else:
-                assert tensor[position].tolist() == value, (name, series, cutoff)
+                np.testing.assert_array_equal(tensor[position].numpy(), value, f"{name} {series} {cutoff}")
         assert batch.static is not None
         assert panel.static is not None
         assert batch.static[position].tolist() == panel.static[series].tolist()
