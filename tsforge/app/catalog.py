@@ -221,8 +221,8 @@ def tracking_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]
                 "status": run["status"],
                 "started": datetime.fromtimestamp(start / 1000, UTC),
                 "seconds": None if end is None else (end - start) / 1000,
-                "valid_mae": run["metrics"].get("valid_mae"),
-                "test_mae": run["metrics"].get("test_mae"),
+                "valid_mae": run["metrics"].get("final_valid_mae"),
+                "test_mae": run["metrics"].get("final_test_mae"),
                 "error": run["error"],
             }
         )
@@ -235,12 +235,7 @@ def _has_tracking(workspace: Workspace) -> bool:
 
 
 def run_history(workspace: Workspace, run_id: str) -> pl.DataFrame:
-    """Return the curves of a tracked run: columns ``epoch, name, value``; numbers logged for one epoch are no curve.
-
-    The grades of the finished fit are logged last, again at step 0, under names that may be those of a curve: the first
-    value of an epoch is the curve's.
-    """
+    """Return the curves of a tracked run: columns ``epoch, name, value``; numbers logged for one epoch are no curve."""
     schema = {"epoch": pl.Int64, "name": pl.String, "value": pl.Float64}
     table = pl.DataFrame(Tracker.open(workspace).history(run_id), schema=schema)
-    first = table.unique(["name", "epoch"], keep="first", maintain_order=True)
-    return first.filter(pl.len().over("name") > 1)
+    return table.filter(pl.len().over("name") > 1)

@@ -344,7 +344,8 @@ def fit(
             frame, config, checkpoint_dir=checkpoint_dir, resume=resume, on_epoch=after_epoch, progress=progress
         )
         artifact = save_artifact(artifact, workspace.artifacts)
-        run.log_metrics({key: value for key, value in artifact.metrics.items() if np.isfinite(value)})
+        # names of their own: the curves of the epochs carry the plain ones, in scaled units
+        run.log_metrics({f"final_{key}": value for key, value in artifact.metrics.items() if np.isfinite(value)})
         run.log_artifact(artifact)
         _log_plot(run, artifact, frame)
         version = None

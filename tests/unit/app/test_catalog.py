@@ -122,7 +122,7 @@ def test_runs_of_all_experiments_and_their_curves(tracked_workspace: Workspace) 
             for epoch, loss in enumerate((3.0, 2.0)):
                 run.log_epoch(epoch, {"valid_loss": loss, "valid_mae": loss})
             run.flush()
-            run.log_metrics({"valid_mae": 0.25, "test_mae": 0.5})  # the grade, at step 0 again
+            run.log_metrics({"final_valid_mae": 0.25, "final_test_mae": 0.5})
     runs = catalog.tracking_runs(tracked_workspace)
     assert {run["name"] for run in runs} == {"run one", "run two"}
     assert runs[0]["test_mae"] == 0.5
