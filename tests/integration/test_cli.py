@@ -133,6 +133,18 @@ def test_main_journey_through_the_command_line(tsforge: Any, tmp_path: Path) -> 
     assert tsforge("predict", "artifact=latest", "--output", str(tmp_path / "forecast.xlsx")).code == 2
 
 
+def test_forecast_past_the_end_of_the_data_knows_its_calendar(tsforge: Any) -> None:
+    assert tsforge("ingest", "data=nyc_weather").code == 0
+    small = ["model.lags=12", "window.context_length=24", "window.horizon=6", "tracking.enabled=false"]
+    fitted = tsforge("fit", "data=nyc_weather", "model=ar_net", *small)
+    assert fitted.code == 0, fitted.err
+    forecast = tsforge("predict", "artifact=latest", "--json")
+    assert forecast.code == 0, forecast.err
+    rows = json.loads(forecast.out)["rows"]
+    assert len(rows) == 3 * 4 * 6
+    assert min(row["time"] for row in rows) > max(row["cutoff"] for row in rows)
+
+
 def test_interrupted_training_resumes_to_the_same_result(workspace_root: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     base = [sys.executable, "-m", "tsforge"]

@@ -7,19 +7,16 @@ from typing import Any
 
 import polars as pl
 
-from tsforge.app.ingest import load_dataset, mask_invalid
+from tsforge.app.ingest import load_dataset
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import validate
 from tsforge.core.workspace import Workspace
-from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
 from tsforge.data.windows import last_windows
 from tsforge.forecasting.predict import artifact_panel, predict
 from tsforge.forecasting.window_forecasts import as_array, evaluating
-
-_NO_CALENDAR = CalendarConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +54,7 @@ def _frame(workspace: Workspace, model: Artifact, series: str) -> SeriesFrame:
     """Return the stored rows in the roles of the fit, a horizon of calendar after them, impossible values hidden."""
     data = validate(DataConfig, model.config["data"], where=f"artifact {model.id}, data")
     wanted = None if model.network.capabilities.rows_coupled else [series]
-    plain = data.model_copy(update={"calendar": _NO_CALENDAR})  # added once the frame reaches the horizon
-    frame = load_dataset(workspace, plain, series=wanted).extend(model.window.horizon)
-    return mask_invalid(add_calendar(frame, data.calendar), data)
+    return load_dataset(workspace, data, series=wanted, masked=True, extend=model.window.horizon)
 
 
 def _components(model: Artifact, frame: SeriesFrame, series: str, table: pl.DataFrame) -> pl.DataFrame:

@@ -49,7 +49,8 @@ def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
     dataset = config.dataset or artifact.provenance.get("dataset")
     if not dataset:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
-    frame = load_dataset(workspace, dataset, series=config.series, masked=True)
+    steps = max(config.horizon or 0, artifact.window.horizon)
+    frame = load_dataset(workspace, dataset, series=config.series, masked=True, extend=steps)
     forecast = predict_frame(
         artifact,
         frame,

@@ -197,6 +197,7 @@ def load_dataset(
     start: TimeLike | None = None,
     end: TimeLike | None = None,
     masked: bool = False,
+    extend: int = 0,
 ) -> SeriesFrame:
     """Return stored data with its calendar features, values outside the valid range still visible.
 
@@ -204,6 +205,8 @@ def load_dataset(
         workspace: whose store to read.
         data: name of the dataset, then its stored settings hold; or a config, whose roles, ranges and calendar hold.
         series, start, end: only these series and this span, both ends included.
+        extend: rows added after the last observed target of each series, with their calendar features: a horizon to
+            forecast.
         masked: hide values outside ``valid_range``, as for training (see ``mask_invalid``).
 
     Raises:
@@ -220,7 +223,7 @@ def load_dataset(
     else:
         settings, calendar = data.model_dump(mode="json"), data.calendar
         frame = _with_roles(frame, data)
-    frame = add_calendar(frame, calendar)
+    frame = add_calendar(frame.extend(extend) if extend else frame, calendar)
     return _masked(frame, settings, name) if masked else frame
 
 
