@@ -230,11 +230,25 @@ def _struct_override(text: str, roots: set[Path], placed: Mapping[str, str]) -> 
     group = key.partition("@")[0]
     groups = [root / group for root in roots if (root / group).is_dir()]
     if not groups:
-        return text if key.startswith(("+", "~")) else f"++{text}"
+        plain = f"{key}={_readable(key, value)}"
+        return plain if key.startswith(("+", "~")) else f"++{plain}"
     choices = sorted(path.stem for group in groups for path in group.glob("*.yaml"))
     if value not in choices:
         raise ConfigError(f"{key}={value}: no such choice{nearest(value, choices)} (known: {listing(choices, 30)})")
     return f"{placed.get(key, key)}={value}"
+
+
+def _readable(key: str, value: str) -> str:
+    """Return the value as it is where Hydra can read it, else quoted as text: a shell has eaten the user's quotes."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return value
 
 
 def load(cls: type[C], name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> C:

@@ -34,6 +34,11 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("text", [";", "a;b", "it's", "C:\\data\\x.csv", "%d.%m.%Y", "(1", "a b"])
+def test_text_that_the_override_grammar_cannot_read_is_text(tree: Path, text: str) -> None:
+    assert load(Outer, "outer", [f"name={text}"], tree).name == text
+
+
 def test_group_choice_and_dotted_override(tree: Path) -> None:
     config = load(Outer, "outer", ["inner=large", "inner.width=99", "rate=0.5"], tree)
     assert (config.inner.width, config.inner.kind, config.rate) == (99, "b", 0.5)
@@ -52,7 +57,7 @@ def test_dotted_override_of_a_key_the_yaml_leaves_at_its_default(tree: Path) -> 
         (["inner=huge"], ["huge", "large", "small"]),
         (["inner.kind=c"], ["inner.kind", "'a' or 'b'"]),
         (["nonsense"], ["'nonsense' is not an override"]),
-        (["rate=0.5", "rate=["], ["config 'outer'"]),
+        (["rate=["], ["rate", "valid number", "'['"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(tree: Path, overrides: list[str], fragments: list[str]) -> None:
