@@ -4,7 +4,8 @@ Usage: python benchmarks/linear_table.py --data FOLDER --out benchmarks/results/
 
 Errors are those of the benchmark harness (``tsforge benchmark``). Seconds are wall and processor time of fit and
 evaluation together; on a shared machine only the second says something. Writes OUT.json and OUT.md; goes on where it
-stopped, since the harness caches every setting.
+stopped, since the harness caches every setting. With --again S, settings slower than S seconds are measured again and
+the faster run counts (something else ran on the machine); the page says how many.
 """
 
 from __future__ import annotations
@@ -51,12 +52,27 @@ EXPECTED: dict[tuple[str, str, int], list[tuple[float, float]]] = {
 SETS = ("ETTh1", "ETTh2", "ETTm1", "exchange_rate")
 
 
-def measure(folder: Path, sets: list[str], workspace: Workspace) -> list[dict[str, Any]]:
+def faster(path: str, row: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
+    """Return the faster of a row and a fresh measurement of the same setting."""
+    config = {
+        "path": path,
+        "models": [row["model"]],
+        "context_lengths": [row["context_length"]],
+        "horizons": [row["horizon"]],
+        "refresh": True,
+    }
+    table = benchmark(validate(BenchmarkConfig, config), workspace).table
+    second = table.filter(model=row["model"]).row(0, named=True)
+    first = min((row, second), key=lambda item: item["fit_seconds"] + item["eval_seconds"])
+    return {**first, "again": True}
+
+
+def measure(folder: Path, sets: list[str], workspace: Workspace, again: float | None) -> list[dict[str, Any]]:
     """Return one record a setting, with what the table expects where it does."""
     names = {text: title for title, text in MODELS.items()} | {"last_value": "last value"}
     records = []
     for name in sets:
-        config = {
+        config: dict[str, Any] = {
             "path": str(folder / "forecast" / f"{name}.parquet"),
             "models": list(MODELS.values()),
             "context_lengths": [336, 720],
@@ -64,6 +80,8 @@ def measure(folder: Path, sets: list[str], workspace: Workspace) -> list[dict[st
         }
         table = benchmark(validate(BenchmarkConfig, config), workspace, progress=True).table
         for row in table.iter_rows(named=True):
+            if again is not None and row["status"] == "ok" and row["fit_seconds"] + row["eval_seconds"] > again:
+                row = faster(config["path"], row, workspace)
             title = names.get(row["model"], row["model"])
             length = 0 if title == "last value" else row["context_length"]
             wanted = EXPECTED.get((name, title, length))
@@ -75,6 +93,7 @@ def measure(folder: Path, sets: list[str], workspace: Workspace) -> list[dict[st
                     "model": title,
                     "context_length": row["context_length"],
                     **{key: row[key] for key in (*kept, "status", "error")},
+                    "again": row.get("again", False),
                     "expected_mse": expected[0],
                     "expected_mae": expected[1],
                 }
@@ -94,7 +113,9 @@ def page(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"{about['revision']}. Every test window, standardised units, mse / mae; in brackets the baselines table.",
         "",
         f"- {len(gaps)} cells have an expected value: largest difference {max(gaps, default=0):.4f} MSE",
-        f"- fit + evaluation of one setting: at most {max(times):.1f} s wall, {max(cpu):.1f} s processor",
+        f"- fit + evaluation of one setting: at most {max(times):.1f} s wall, {max(cpu):.1f} s processor"
+        f" (shared machine: slow settings are measured again, {sum(row['again'] for row in records)} of {len(records)} in"
+        " this pass; the fastest run counts)",
     ]
     for name in dict.fromkeys(row["data"] for row in records):
         lines += ["", f"## {name}", "", "| model | L | 96 | 192 | 336 | 720 | s (wall) | s (cpu) |"]
@@ -127,8 +148,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path of the result without ending")
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--home", type=Path, default=None, help="workspace of the cache")
+    parser.add_argument("--again", type=float, default=None, help="seconds above which a setting is measured twice")
     options = parser.parse_args()
-    records = measure(options.data, options.sets.split(","), Workspace.open(options.home))
+    records = measure(options.data, options.sets.split(","), Workspace.open(options.home), options.again)
     about = {
         "made": datetime.now(UTC).date().isoformat(),
         "hardware": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}",
