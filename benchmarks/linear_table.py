@@ -115,7 +115,8 @@ def page(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "",
         f"- {len(gaps)} cells have an expected value: largest difference {max(gaps, default=0):.4f} MSE",
         f"- fit + evaluation of one setting: at most {max(times):.1f} s wall, {max(cpu):.1f} s processor"
-        f" (shared machine: slow settings are measured again, {again} of {len(records)} in this pass; the fastest run counts)",
+        f" (shared machine: slow settings are measured again, {again} of {len(records)} in this pass; "
+        "the fastest run counts)",
     ]
     for name in dict.fromkeys(row["data"] for row in records):
         lines += ["", f"## {name}", "", "| model | L | 96 | 192 | 336 | 720 | s (wall) | s (cpu) |"]
