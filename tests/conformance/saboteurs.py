@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
-from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction, SolveReport, TrainingSeries
 
 
 class SaboteurConfig(ModelConfig):
@@ -248,19 +248,37 @@ class RoundsOff(Honest):
 
 
 class WrongStep(Honest):
-    """check_recurrent: its step forgets the bias of ``forward``."""
+    """check_recurrent: its step keeps a row less than ``forward`` reads."""
 
     capabilities = Capabilities()
+    forgets: ClassVar[int] = 1
 
-    def initial_state(self, batch_size: int) -> list[Tensor]:
-        return []
+    @property
+    def recurrent(self) -> bool:
+        return True
 
-    def step(self, state: list[Tensor], x: Tensor) -> tuple[list[Tensor], Tensor]:
-        state = [*state, x]
-        if len(state) < self.spec.context_length:
-            return state, x.unsqueeze(-1)
-        context = torch.stack(state, dim=1)
-        return state, self.raw(Batch(context, torch.ones_like(context, dtype=torch.bool)))[:, 0] - 0.1
+    def initial_state(self, batch_size: int) -> dict[str, Tensor]:
+        shape = (batch_size, self.spec.context_length, self.spec.num_variates)
+        return {"context": torch.zeros(shape), "mask": torch.zeros(shape, dtype=torch.bool)}
+
+    def warm_up(self, batch: Batch) -> dict[str, Tensor]:
+        return {"context": batch.context, "mask": batch.context_mask}
+
+    def step(self, state: dict[str, Tensor], row: Observation) -> dict[str, Tensor]:
+        context = torch.cat([state["context"][:, 1:], row.values.unsqueeze(1)], dim=1)
+        mask = torch.cat([state["mask"][:, 1:], row.mask.unsqueeze(1)], dim=1)
+        context[:, : self.forgets] = 0
+        return {"context": context, "mask": mask}
+
+    def free_run(self, state: dict[str, Tensor], known: Tensor | None = None) -> Prediction:
+        return Prediction(self.raw(Batch(state["context"], state["mask"])))
+
+
+class WrongWarmUp(WrongStep):
+    """check_recurrent: warms up from a context shifted by a row."""
+
+    def warm_up(self, batch: Batch) -> dict[str, Tensor]:
+        return {"context": batch.context.roll(1, 1), "mask": batch.context_mask}
 
 
 class FixedLevel(Honest):

@@ -30,6 +30,7 @@ CAUGHT: list[tuple[suite.Check, type[broken.Honest], str]] = [
     (suite.check_dtypes, broken.AlwaysSingle, "float64 in"),
     (suite.check_dtypes, broken.RoundsOff, "float32 and float64"),
     (suite.check_recurrent, broken.WrongStep, "step by step"),
+    (suite.check_recurrent, broken.WrongWarmUp, "warmed up"),
     (suite.check_units, broken.PartsMissing, "do not sum"),
     (suite.check_hooks, broken.CountsTwice, "preparing twice"),
     (suite.check_hooks, broken.AnnealsWeights, "changes weights"),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
-from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction, SolveReport, TrainingSeries
 from tsforge.core.config import Config
 
 ScalingKind = Literal["none", "global", "series", "window", "window_mean", "last"]
@@ -73,6 +73,11 @@ class ForecastModel(nn.Module, Generic[C]):
         self.config = config
         self.spec = spec
 
+    @property
+    def recurrent(self) -> bool:
+        """True when this configuration obeys ``Recurrent``: it can be carried forward one observation at a time."""
+        return False
+
     def forward(self, batch: Batch) -> Prediction:
         """Return raw parameters [B, H, V, K] in scaled units; must not read ``batch.target``."""
         raise NotImplementedError
@@ -96,14 +101,33 @@ class ForecastModel(nn.Module, Generic[C]):
         return {}
 
 
+State: TypeAlias = dict[
+    str, Tensor
+]  # plain tensors, series along the first axis: stored, split and stacked as they are
+
+
 @runtime_checkable
 class Recurrent(Protocol):
-    """A model that can also run one step at a time with constant memory."""
+    """A model that can be carried forward one observation at a time, with constant memory and time a step.
 
-    def initial_state(self, batch_size: int) -> Any:
-        """Return the state before any observation."""
+    Everything is in scaled units. Whether a configuration can do it says ``ForecastModel.recurrent``; where it cannot,
+    every method raises ``ModelError`` with the setting in the way. Carrying the state over L rows from
+    ``initial_state`` and forecasting equals ``forward`` on these rows wherever the model's own normalisation is fixed;
+    ``warm_up`` equals it always.
+    """
+
+    def initial_state(self, batch_size: int) -> State:
+        """Return the state before any observation; the model's own normalisation, if any, is the identity."""
         ...
 
-    def step(self, state: Any, x: Tensor) -> tuple[Any, Tensor]:
-        """Take one observation [B, V], return the new state and raw parameters [B, V, K] of the next step."""
+    def warm_up(self, batch: Batch) -> State:
+        """Return the state after the context of a batch, with the model's own normalisation fixed by it from now on."""
+        ...
+
+    def step(self, state: State, row: Observation) -> State:
+        """Return the state after one more row."""
+        ...
+
+    def free_run(self, state: State, known: Tensor | None = None) -> Prediction:
+        """Return the forecast [B, H, V, K] of the H steps after the last row; known covariates of them [B, H, F]."""
         ...

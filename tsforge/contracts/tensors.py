@@ -70,6 +70,22 @@ class Batch(NamedTuple):
     cutoff_index: Tensor | None = None
 
 
+class Observation(NamedTuple):
+    """One new row of B series, for models that are carried forward step by step.
+
+    Shapes:
+        values [B, V], whatever where not observed; mask [B, V] bool, True = observed.
+        past [B, P] and known [B, F] covariates of this row, or None when the data has none.
+        elapsed [B]: grid steps since the row before, None = 1 (for models that take irregular steps).
+    """
+
+    values: Tensor
+    mask: Tensor
+    past: Tensor | None = None
+    known: Tensor | None = None
+    elapsed: Tensor | None = None
+
+
 class Prediction(NamedTuple):
     """What ``forward`` returns.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tsforge.artifact import create_artifact, load_artifact, save_artifact
 from tsforge.contracts.model import ForecastModel, Recurrent
-from tsforge.contracts.tensors import Batch, DataSpec
+from tsforge.contracts.tensors import Batch, DataSpec, Observation
 from tsforge.core.config import compose, to_yaml, validate
 from tsforge.core.errors import ConfigError, TsforgeError
 from tsforge.data.windows import WindowDataset, WindowSpec
@@ -348,19 +348,42 @@ def check_dtypes(model_cls: Model, settings: dict[str, Any]) -> None:
 
 
 def check_recurrent(model_cls: Model, settings: dict[str, Any]) -> None:
-    """13: ``step`` unrolled over the context equals ``forward`` for the first step (only for ``Recurrent`` models)."""
-    spec = declared_spec(model_cls.capabilities, num_known=0, num_past=0, num_static=0)
+    """13: where declared recurrent, carrying the state row by row, warming up and ``forward`` forecast the same."""
+    spec = declared_spec(model_cls.capabilities)
     model = build_model(model_cls, settings, spec)
-    if not isinstance(model, Recurrent):
+    if not model.recurrent:
         return
+    assert isinstance(model, Recurrent), "declared recurrent, but lacks initial_state, warm_up, step or free_run"
     _shake(model)
-    batch = make_batch(spec, gaps=0.0)
-    state = model.initial_state(batch.context.shape[0])
-    output = torch.empty(0)
+    batch = _without_target(make_batch(spec))
+    length = spec.context_length
+    ahead = None if batch.known is None else batch.known[:, length:]
+    whole = _raw(model, batch)
     with torch.no_grad():
-        for x in batch.context.unbind(1):
-            state, output = model.step(state, x)
-    _close(output, _raw(model, batch)[:, 0], "step by step and all at once", rtol=1e-3, atol=1e-4)
+        state = model.warm_up(batch)
+        _close(model.free_run(state, ahead).raw, whole, "warmed up and all at once", rtol=1e-3, atol=1e-4)
+        for name, part in state.items():
+            assert part.shape[0] == len(batch.context), f"state '{name}' does not hold one entry a series"
+        if not _normalises(model):
+            state = model.initial_state(len(batch.context))
+            for row in _rows(batch, length):
+                state = model.step(state, row)
+            _close(model.free_run(state, ahead).raw, whole, "step by step and all at once", rtol=1e-3, atol=1e-4)
+
+
+def _normalises(model: nn.Module) -> bool:
+    """Return whether the model takes its own statistics of a context, so that only ``warm_up`` equals ``forward``."""
+    return bool(getattr(model, "normalises", False))
+
+
+def _rows(batch: Batch, length: int) -> Iterator[Observation]:
+    for step in range(length):
+        yield Observation(
+            values=batch.context[:, step],
+            mask=batch.context_mask[:, step],
+            past=None if batch.past is None else batch.past[:, step],
+            known=None if batch.known is None else batch.known[:, step],
+        )
 
 
 def check_units(model_cls: Model, settings: dict[str, Any]) -> None:
