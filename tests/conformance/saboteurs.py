@@ -257,7 +257,7 @@ class WrongStep(Honest):
     def recurrent(self) -> bool:
         return True
 
-    def initial_state(self, batch_size: int) -> dict[str, Tensor]:
+    def initial_state(self, batch_size: int, static: Tensor | None = None) -> dict[str, Tensor]:
         shape = (batch_size, self.spec.context_length, self.spec.num_variates)
         return {"context": torch.zeros(shape), "mask": torch.zeros(shape, dtype=torch.bool)}
 

@@ -57,6 +57,19 @@ class Capabilities:
     probabilistic: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptimRule:
+    """How the optimiser treats a parameter; ``optim_rules`` of any submodule maps its parameters' names to rules.
+
+    Attributes:
+        max_learning_rate: cap of the learning rate, None = that of the run.
+        weight_decay: None = that of the run.
+    """
+
+    max_learning_rate: float | None = None
+    weight_decay: float | None = None
+
+
 class ForecastModel(nn.Module, Generic[C]):
     """Base of every model. Class attributes ``config_class``, ``capabilities``, ``source`` (paper or definition) and
     ``test_configs`` (what the conformance suite instantiates) are set by the subclass; ``config_class`` is a
@@ -116,7 +129,7 @@ class Recurrent(Protocol):
     ``warm_up`` equals it always.
     """
 
-    def initial_state(self, batch_size: int) -> State:
+    def initial_state(self, batch_size: int, static: Tensor | None = None) -> State:
         """Return the state before any observation; the model's own normalisation, if any, is the identity."""
         ...
 

@@ -39,9 +39,11 @@ from tsforge.testing.generators import (
 )
 from tsforge.training.config import TrainConfig
 from tsforge.training.loop import evaluate_windows, fit_network
+from tsforge.training.module import parameter_groups
 
 Model = type[ForecastModel[Any]]
 Check = Callable[[Model, dict[str, Any]], None]
+_USUAL_RATE = 1e-2  # learning rate that parameters without a cap bear
 LONGEST_MINIMUM = 64  # context length by which every test configuration must build
 
 
@@ -74,11 +76,18 @@ def build_net(
 
 
 def _shake(module: nn.Module, *, seed: int = 1, size: float = 0.3) -> None:
-    """Add noise to every parameter, so that parts that start at zero take part in the check."""
+    """Add noise to every parameter, so that parts that start at zero take part in the check.
+
+    Parameters whose learning rate is capped (``optim_rules``) are delicate and move in proportion to the cap.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * size)
+        for owner in module.modules():
+            rules = getattr(owner, "optim_rules", {})
+            for name, parameter in owner.named_parameters(recurse=False):
+                cap = rules[name].max_learning_rate if name in rules else None
+                part = size if cap is None else size * min(cap / _USUAL_RATE, 1.0)
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * part)
 
 
 def _close(first: Tensor, second: Tensor, what: str, *, rtol: float = 1e-4, atol: float = 1e-4) -> None:
@@ -263,7 +272,7 @@ def check_overfit(model_cls: Model, settings: dict[str, Any]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(model_cls, settings, spec).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        optimizer = torch.optim.Adam(parameter_groups(model, learning_rate=0.02, weight_decay=0.0))
         assert batch.target is not None
         for _ in range(300):
             optimizer.zero_grad()
@@ -365,7 +374,7 @@ def check_recurrent(model_cls: Model, settings: dict[str, Any]) -> None:
         for name, part in state.items():
             assert part.shape[0] == len(batch.context), f"state '{name}' does not hold one entry a series"
         if not _normalises(model):
-            state = model.initial_state(len(batch.context))
+            state = model.initial_state(len(batch.context), batch.static)
             for row in _rows(batch, length):
                 state = model.step(state, row)
             _close(model.free_run(state, ahead).raw, whole, "step by step and all at once", rtol=1e-3, atol=1e-4)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tsforge.contracts.model import OptimRule
 from tsforge.contracts.tensors import Batch
 from tsforge.core.seeding import derive_seed
 from tsforge.data.panel import Panel
@@ -70,12 +72,12 @@ class TrainModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW (fused where the device has it) and the schedule asked for."""
         settings = self.settings
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        groups = parameter_groups(self.network, settings.learning_rate, settings.weight_decay)
         optimizer = torch.optim.AdamW(
-            parameters,
+            groups,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            fused=all(parameter.device.type in ("cpu", "cuda") for parameter in parameters),
+            fused=all(part.device.type in ("cpu", "cuda") for group in groups for part in group["params"]),
         )
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if settings.schedule == "constant":
@@ -84,9 +86,30 @@ class TrainModule(pl.LightningModule):
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.total_steps)
         else:
             scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=settings.learning_rate, total_steps=self.total_steps
+                optimizer, max_lr=[group["lr"] for group in groups], total_steps=self.total_steps
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW groups that hold every trainable parameter once; those without a rule come first.
+
+    A submodule's ``optim_rules`` (name of its parameter -> ``OptimRule``) caps the learning rate and sets the decay.
+    """
+    plain = (learning_rate, weight_decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {plain: []}
+    seen: set[int] = set()
+    for owner in module.modules():
+        rules = getattr(owner, "optim_rules", {})
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            rule = rules.get(name, OptimRule())
+            cap = math.inf if rule.max_learning_rate is None else rule.max_learning_rate
+            decay = weight_decay if rule.weight_decay is None else rule.weight_decay
+            groups.setdefault((min(learning_rate, cap), decay), []).append(parameter)
+    return [{"params": part, "lr": rate, "weight_decay": decay} for (rate, decay), part in groups.items() if part]
 
 
 class ValidatedModule(TrainModule):

@@ -1,0 +1,609 @@
+"""The forecaster around a stack of state space layers; ``lssl`` and ``s4`` differ only in the layer they put in.
+
+Context -> instance normalisation -> (patches) -> linear embedding with mask, covariates and variate -> causal stack ->
+head, plus a linear map from look-back to horizon that is solved in closed form before the first gradient step, so that
+training starts at the linear baseline and adds to it.
+
+Heads: ``direct`` reads the last feature; ``masked`` runs on over the horizon with empty inputs, a flag and the known
+covariates (Gu, Goel, Re 2022, App. D.3.5); ``rollout`` predicts one step and feeds its own means back.
+
+Legend: B batch, V variates, R rows a window (V when variates are independent, else 1), L context, H horizon, D width,
+I inputs a step, K parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig, State
+from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction, SolveReport, TrainingSeries
+from tsforge.core.config import tunable
+from tsforge.core.errors import ConfigError, ModelError
+from tsforge.layers.ssm import SSM
+from tsforge.layers.ssm_block import SSMBlock, SSMStack, States, memory_lengths
+from tsforge.models.linear import Linear, LinearConfig
+
+_LEAST_SCALE = 1e-5
+_PATCHED_FROM = 96  # context length from which patches are the default
+_SHOWN_FEATURES, _SHOWN_LAGS = 6, 256
+
+
+class SSMForecasterConfig(ModelConfig):
+    """Settings shared by the state space forecasters."""
+
+    d_model: int = tunable(64, choices=[32, 64, 128], ge=1)
+    """Width: features that each layer runs a system for."""
+    d_state: int = tunable(64, choices=[16, 32, 64, 128], ge=2)
+    """N, real states of a system; even."""
+    num_layers: int = tunable(2, low=1, high=4, ge=1)
+    num_channels: int = tunable(1, choices=[1, 2], ge=1)
+    """M, outputs of each system."""
+    dropout: float = tunable(0.1, low=0.0, high=0.5, ge=0.0, lt=1.0)
+    """Share of features left out in training, the same ones at every step of a window."""
+    mixing: Literal["independent", "mixed"] = tunable("independent", choices=["independent", "mixed"])
+    """Every variate by itself with shared weights, or all of them (and covariates) as one input."""
+    head: Literal["auto", "direct", "masked", "rollout"] = "auto"
+    """``auto``: masked where covariates are known over the horizon, else direct."""
+    normalisation: Literal["window", "last", "none"] = "window"
+    """Mean and deviation of the observed context, its last value, or only the scaling of the training span."""
+    patch_length: int | None = None
+    """Steps read as one input; default 16 for a direct head and long contexts, else 1. Streaming needs 1."""
+    patch_stride: int | None = None
+    """Steps between patches; default half a patch."""
+    skip: Literal["auto", "closed_form", "learned", "none"] = "auto"
+    """The linear map beside the stack: solved before training and kept, trained with the rest, or absent. ``auto``:
+    closed form, absent with a rollout head."""
+    ridge: float = tunable(100.0, low=1e-2, high=1e6, log=True, ge=0.0)
+    """Penalty of the closed form, see model ``linear``."""
+    missing: Literal["mask", "skip"] = "mask"
+    """Unobserved steps are inputs of 0 with a mask, or no steps at all: the state then lives through the time between
+    two observations (irregular sampling)."""
+    dt_min: float | None = None
+    """Least initial step size; default from the context length."""
+    dt_max: float | None = None
+
+    def model_post_init(self, context: object, /) -> None:
+        """Refuse settings that contradict each other or have no effect."""
+        if self.d_state % 2:
+            raise ConfigError(f"model.d_state: {self.d_state} is odd; states come in conjugate pairs")
+        patch = self.patch_length
+        if patch is not None and patch < 1:
+            raise ConfigError(f"model.patch_length: {patch} must be at least 1")
+        if patch is not None and patch > 1 and (self.head in ("masked", "rollout") or self.missing == "skip"):
+            raise ConfigError("model.patch_length: patches need head direct and missing mask; use patch_length=1")
+        if self.patch_stride is not None and (patch is None or not 1 <= self.patch_stride <= patch):
+            raise ConfigError("model.patch_stride: give it together with patch_length, between 1 and that")
+        if self.head == "rollout" and self.skip in ("closed_form", "learned"):
+            raise ConfigError("model.skip: a rollout head predicts one step; use skip none")
+        if self.skip in ("learned", "none") and self.ridge != type(self).model_fields["ridge"].default:
+            raise ConfigError(f"model.ridge has no effect with skip '{self.skip}'")
+
+
+class _Rows(NamedTuple):
+    """A context as the stack reads it: inputs [B R, T, I], elapsed [B R, T] or None, loc and scale [B, 1, V]."""
+
+    inputs: Tensor
+    elapsed: Tensor | None
+    loc: Tensor
+    scale: Tensor
+
+
+C = TypeVar("C", bound=SSMForecasterConfig)
+
+
+class SSMForecaster(ForecastModel[C]):
+    """Base of the state space forecasters; a subclass makes the layers."""
+
+    capabilities = Capabilities(
+        known_covariates=True,
+        past_covariates=True,
+        static_covariates=True,
+        context_outputs=True,
+        closed_form=True,
+        variate_coupling=True,
+        scaling=("global", "series", "none"),
+    )
+
+    def __init__(self, config: C, spec: DataSpec) -> None:
+        super().__init__(config, spec)
+        self.head_kind = self._choose_head()
+        self.patch, self.stride = self._choose_patch()
+        self.rows = spec.num_variates if config.mixing == "independent" else 1
+        self.skips_missing = config.missing == "skip"
+        per_row = spec.num_variates // self.rows
+        flags = int(self.head_kind == "masked") + int(self.skips_missing)
+        self.num_inputs = 2 * per_row + spec.num_past + spec.num_known + flags
+        self.embed = nn.Linear(self.patch * self.num_inputs, config.d_model)
+        if self.rows > 1:
+            self.variate = nn.Parameter(torch.randn(self.rows, config.d_model) * 0.02)
+        if spec.num_static:
+            self.static = nn.Linear(spec.num_static, config.d_model, bias=False)
+        span = self._dt_range()
+        layers = [self.make_layer(index, span) for index in range(config.num_layers)]
+        self.stack = SSMStack([SSMBlock(layer, dropout=config.dropout) for layer in layers])
+        steps = spec.horizon if self.head_kind == "direct" else 1
+        width = config.d_model + per_row * int(self._reads_scale)
+        self.head = nn.Linear(width, steps * per_row * spec.num_params)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        if self.head_kind == "direct" and spec.num_known:
+            self.ahead = nn.Linear(spec.num_known, per_row * spec.num_params, bias=False)
+            nn.init.zeros_(self.ahead.weight)
+        self.skip = self._make_skip()
+
+    def make_layer(self, index: int, dt_range: tuple[float, float]) -> SSM:
+        """Return the state space layer of block ``index``; ``dt_range`` fits the number of steps it runs over."""
+        raise NotImplementedError
+
+    # ---- what follows from config and sizes
+
+    def _choose_head(self) -> str:
+        if self.config.head != "auto":
+            return self.config.head
+        patched = self.config.patch_length is not None and self.config.patch_length > 1
+        return "masked" if self.spec.num_known and not patched else "direct"
+
+    def _choose_patch(self) -> tuple[int, int]:
+        length = self.config.patch_length
+        if length is None:
+            can = self.head_kind == "direct" and self.config.missing == "mask"
+            length = 16 if can and self.spec.context_length >= _PATCHED_FROM else 1
+        if length > self.spec.context_length:
+            raise ConfigError(f"model.patch_length: {length} exceeds context_length {self.spec.context_length}")
+        return length, self.config.patch_stride or max(length // 2, 1)
+
+    def _dt_range(self) -> tuple[float, float]:
+        steps = -(-(self.spec.context_length - self.patch) // self.stride) + 1
+        low = min(max(1e-4, 1.0 / (4 * steps)), 0.1)
+        low = low if self.config.dt_min is None else self.config.dt_min
+        return low, min(100.0 * low, 1.0) if self.config.dt_max is None else self.config.dt_max
+
+    def _make_skip(self) -> Linear | None:
+        kind = self.config.skip
+        if kind == "auto":
+            kind = "none" if self.head_kind == "rollout" else "closed_form"
+        if kind == "none":
+            return None
+        if kind == "learned":
+            return Linear(LinearConfig(solver="sgd"), self.spec)
+        skip = Linear(LinearConfig(ridge=self.config.ridge), self.spec)
+        skip.weight.requires_grad_(False)
+        return skip
+
+    @property
+    def normalises(self) -> bool:
+        """True when the model takes statistics of its own from each context."""
+        return self.config.normalisation != "none"
+
+    @property
+    def _reads_scale(self) -> bool:
+        """The spread of a distribution must know the scale that normalisation removed."""
+        return self.normalises and self.spec.num_params > 1
+
+    @property
+    def recurrent(self) -> bool:
+        """True without patches."""
+        return self.patch == 1
+
+    @property
+    def takes_elapsed(self) -> bool:
+        """True when ``step`` reads ``Observation.elapsed``."""
+        return self.skips_missing
+
+    # ---- inputs
+
+    def _statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return location and scale [B, 1, V] of each context; 0 and 1 without normalisation or observation."""
+        context, mask = batch.context, batch.context_mask
+        zero = torch.zeros_like(context[:, :1])
+        if not self.normalises:
+            return zero, torch.ones_like(zero)
+        count = mask.sum(1, keepdim=True).clamp(min=1).to(context.dtype)
+        mean = torch.where(mask, context, 0.0).sum(1, keepdim=True) / count
+        deviation = (torch.where(mask, context - mean, 0.0).square().sum(1, keepdim=True) / count).sqrt()
+        scale = torch.where(deviation > _LEAST_SCALE, deviation, torch.ones_like(deviation))
+        if self.config.normalisation == "window":
+            return mean, scale
+        steps = torch.arange(context.shape[1], device=context.device).view(1, -1, 1)
+        last = torch.where(mask, steps, 0).amax(1, keepdim=True)
+        return torch.where(mask.any(1, keepdim=True), context.gather(1, last), zero), scale
+
+    def _rows_of(self, batch: Batch, loc: Tensor, scale: Tensor) -> _Rows:
+        """Return the context of a batch as rows of inputs."""
+        z = torch.where(batch.context_mask, (batch.context - loc) / scale, 0.0)
+        known = None if batch.known is None else batch.known[:, : z.shape[1]]
+        inputs = self._inputs(z, batch.context_mask, batch.past, known)
+        if not self.skips_missing:
+            return _Rows(inputs, None, loc, scale)
+        seen = self._seen(batch.context_mask)  # [B R, L]
+        return _Rows(*_compact(inputs, seen), loc, scale)
+
+    def _seen(self, mask: Tensor) -> Tensor:
+        """Return whether a step [B, L, V] holds an observation of a row [B R, L]."""
+        if self.rows == 1:
+            return mask.any(-1)
+        return mask.transpose(1, 2).flatten(0, 1)
+
+    def _inputs(self, z: Tensor, mask: Tensor, past: Tensor | None, known: Tensor | None, future: int = 0) -> Tensor:
+        """Return [B R, T, I]: values, mask, covariates, flag of the horizon; elapsed time is put in later."""
+        batch, length = z.shape[:2]
+        own = torch.stack([z, mask.to(z.dtype)], dim=-1)  # [B, T, V, 2]
+        parts = [own.transpose(1, 2) if self.rows > 1 else own.flatten(2).unsqueeze(1)]  # [B, R, T, 2 V / R]
+        shared = [part for part in (past, known) if part is not None]
+        if past is None and self.spec.num_past:
+            shared.insert(0, z.new_zeros(batch, length, self.spec.num_past))
+        if self.head_kind == "masked":
+            shared.append(z.new_full((batch, length, 1), float(future)))
+        if self.skips_missing:
+            shared.append(z.new_zeros(batch, length, 1))
+        parts += [part.unsqueeze(1).expand(-1, self.rows, -1, -1) for part in shared]
+        return torch.cat(parts, dim=-1).flatten(0, 1)
+
+    def _embed(self, inputs: Tensor, static: Tensor | None) -> Tensor:
+        """Return tokens [B R, T', D] of inputs [B R, T, I]."""
+        if self.patch > 1:
+            missing = -(inputs.shape[1] - self.patch) % self.stride
+            padded = pad(inputs, (0, 0, missing, 0))  # patches end at the last step
+            inputs = padded.unfold(1, self.patch, self.stride).flatten(2)
+        tokens: Tensor = self.embed(inputs)
+        offset: Tensor | None = None
+        if self.rows > 1:
+            offset = self.variate.repeat(tokens.shape[0] // self.rows, 1)
+        if static is not None and self.spec.num_static:
+            by_row = self.static(static).repeat_interleave(self.rows, dim=0)
+            offset = by_row if offset is None else offset + by_row
+        return tokens if offset is None else tokens + offset.unsqueeze(1)
+
+    # ---- outputs
+
+    def _read(self, features: Tensor, scale: Tensor, steps: int) -> Tensor:
+        """Return residual parameters [B, T, V, K]: of T = 1 feature [B R, D] with ``steps``, or of [B R, T, D]."""
+        batch = features.shape[0] // self.rows
+        variates, params = self.spec.num_variates, self.spec.num_params
+        if self._reads_scale:
+            logs = scale[:, 0].log()  # [B, V]
+            extra = logs.reshape(batch * self.rows, -1)
+            extra = extra if features.ndim == 2 else extra.unsqueeze(1).expand(-1, features.shape[1], -1)
+            features = torch.cat([features, extra], dim=-1)
+        out = self.head(features)
+        steps = steps if features.ndim == 2 else features.shape[1]
+        out = out.view(batch, self.rows, steps, variates // self.rows, params)
+        return out.permute(0, 2, 1, 3, 4).reshape(batch, steps, variates, params)
+
+    def _compose(self, residual: Tensor, loc: Tensor, scale: Tensor, skip: Tensor | None) -> Tensor:
+        """Return raw parameters in scaled units from residuals in normalised units and the linear part."""
+        location = residual[..., :1] * scale.unsqueeze(-1)
+        if skip is None:
+            return torch.cat([location + loc.unsqueeze(-1), residual[..., 1:]], dim=-1)
+        return skip + torch.cat([location, residual[..., 1:]], dim=-1)
+
+    def _linear(self, batch: Batch) -> Tensor | None:
+        """Return what the linear map alone forecasts [B, H, V, K]."""
+        if self.skip is None:
+            return None
+        return self.skip(Batch(batch.context, batch.context_mask)).raw  # type: ignore[no-any-return]
+
+    def _known_part(self, known: Tensor | None) -> Tensor | float:
+        """Return what known covariates over the horizon [B, H, F] add under a direct head."""
+        if known is None or self.head_kind != "direct" or not self.spec.num_known:
+            return 0.0
+        added = self.ahead(known).view(*known.shape[:2], -1, self.spec.num_params)
+        return added.expand(-1, -1, self.spec.num_variates, -1)  # type: ignore[no-any-return]
+
+    # ---- the contract
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Return raw parameters [B, H, V, K]; with a rollout head also those of every context step."""
+        length = self.spec.context_length
+        rows = self._rows_of(batch, *self._statistics(batch))
+        known = None if batch.known is None else batch.known[:, length:]
+        tokens = self._embed(rows.inputs, batch.static)
+        context_raw = None
+        if self.head_kind == "rollout":
+            features, states = self.stack(tokens, elapsed=rows.elapsed, with_states=True)
+            residual = self._roll(features[:, -1], states, rows, known, batch.static)
+            if rows.elapsed is None:
+                context_raw = self._context_raw(features, rows)
+        elif self.head_kind == "masked":
+            ahead = self._embed(self._future(batch.context, known), batch.static)
+            whole = torch.cat([tokens, ahead], dim=1)
+            elapsed = None if rows.elapsed is None else pad(rows.elapsed, (0, self.spec.horizon), value=1.0)
+            features, _ = self.stack(whole, elapsed=elapsed)
+            residual = self._read(features[:, -self.spec.horizon :], rows.scale, 1)
+        else:
+            if rows.elapsed is None:
+                feature = self.stack.last(tokens)
+            else:
+                feature = self.stack(tokens, elapsed=rows.elapsed)[0][:, -1]
+            residual = self._read(feature, rows.scale, self.spec.horizon) + self._known_part(known)
+        return Prediction(self._compose(residual, rows.loc, rows.scale, self._linear(batch)), context_raw)
+
+    def _future(self, like: Tensor, known: Tensor | None) -> Tensor:
+        """Return the empty inputs [B R, H, I] of the horizon."""
+        shape = (like.shape[0], self.spec.horizon, self.spec.num_variates)
+        inputs = self._inputs(like.new_zeros(shape), like.new_zeros(shape), None, known, future=1)
+        return _with_elapsed(inputs, inputs.new_ones(inputs.shape[:2])) if self.skips_missing else inputs
+
+    def _context_raw(self, features: Tensor, rows: _Rows) -> Tensor:
+        """Return the one-step forecasts [B, L, V, K] of every context step; nothing is known before the first."""
+        ahead = self._read(features[:, :-1], rows.scale, 1)
+        return self._compose(pad(ahead, (0, 0, 0, 0, 1, 0)), rows.loc, rows.scale, None)
+
+    def _roll(
+        self, feature: Tensor, states: States, rows: _Rows, known: Tensor | None, static: Tensor | None
+    ) -> Tensor:
+        """Return residual parameters [B, H, V, K] of a free run: each mean is the next input."""
+        outputs = []
+        for step in range(self.spec.horizon):
+            output = self._read(feature.unsqueeze(1), rows.scale, 1)  # [B, 1, V, K]
+            outputs.append(output)
+            if step + 1 == self.spec.horizon:
+                break
+            mean = output[..., 0]
+            inputs = self._inputs(
+                mean, torch.ones_like(mean), None, None if known is None else known[:, step : step + 1]
+            )
+            elapsed = None
+            if self.skips_missing:
+                elapsed = inputs.new_ones(inputs.shape[:2])
+                inputs = _with_elapsed(inputs, elapsed)
+            feature, states = self._advance(inputs, static, states, elapsed)
+        return torch.cat(outputs, dim=1)
+
+    def _advance(
+        self, inputs: Tensor, static: Tensor | None, states: States, elapsed: Tensor | None
+    ) -> tuple[Tensor, States]:
+        """Return features [B R, D] and states after one step of inputs [B R, 1, I]."""
+        token = self._embed(inputs, static)
+        if elapsed is None:
+            return self.stack.step(token[:, 0], states)
+        features, after = self.stack(token, states, elapsed=elapsed)
+        return features[:, 0], after
+
+    def solve(self, data: TrainingSeries) -> SolveReport | None:
+        """Set the linear map from the training span; a start for training, not the end of it."""
+        if self.skip is None:
+            return None
+        report = self.skip.solve(data)
+        if report is None:
+            return None
+        return SolveReport(
+            finished=False, method=report.method, residual_scale=report.residual_scale, details=report.details
+        )
+
+    def components(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the parts of the linear map and what the state space stack adds, each [B, H, V]."""
+        if self.skip is None:
+            return {}
+        parts = self.skip.components(Batch(batch.context, batch.context_mask))
+        whole = self.forward(batch).raw[..., 0]
+        return {**parts, "state_space": whole - torch.stack(list(parts.values())).sum(0)}
+
+    @torch.no_grad()
+    def explain(self) -> dict[str, Any]:
+        """Return what the layers learnt: effective memory and time-scales of each, and some of the kernels.
+
+        Lags and time-scales are in grid steps; with patches a layer moves ``patch_stride`` of them at once.
+        """
+        memory, scales, kernels = [], [], []
+        steps = -(-(self.spec.context_length - self.patch) // self.stride) + 1
+        was_training = self.training
+        self.eval()
+        for index, layer in enumerate(self.stack.layers()):
+            kernel = layer.kernel(steps)
+            reach = memory_lengths(kernel).double() * self.stride
+            low, middle, high = torch.quantile(reach, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+            memory.append({"layer": index, "p10": low, "median": middle, "p90": high, "longest": float(reach.max())})
+            dt = layer.dt(1.0)
+            scales += [
+                {"layer": index, "feature": feature, "dt": float(dt[feature]), "memory": float(reach[feature])}
+                for feature in range(layer.features)
+            ]
+            order = reach.argsort(stable=True)
+            chosen = order[torch.linspace(0, len(order) - 1, min(_SHOWN_FEATURES, len(order))).round().long()]
+            thin = max(kernel.shape[-1] // _SHOWN_LAGS, 1)
+            for feature in chosen.tolist():
+                curve = kernel[0, feature, ::thin]
+                kernels += [
+                    {"layer": index, "feature": feature, "lag": lag * thin * self.stride, "weight": float(value)}
+                    for lag, value in enumerate(curve)
+                ]
+        self.train(was_training)
+        return {"memory": memory, "timescales": scales, "kernels": kernels}
+
+    # ---- streaming
+
+    def _need_recurrent(self) -> None:
+        if not self.recurrent:
+            raise ModelError(
+                f"patches of {self.patch} steps cannot be carried forward step by step; fit with model.patch_length=1, "
+                "or stream in window mode"
+            )
+
+    def initial_state(self, batch_size: int, static: Tensor | None = None) -> State:
+        """Return the state before any observation, in the units of the training span."""
+        self._need_recurrent()
+        weight = self.embed.weight
+        shape = (batch_size, 1, self.spec.num_variates)
+        return self._pack(
+            weight.new_zeros(batch_size * self.rows, self.config.d_model),
+            self.stack.default_states(batch_size * self.rows),
+            {
+                "loc": weight.new_zeros(shape),
+                "scale": weight.new_ones(shape),
+                **self._memories(batch_size, weight),
+                **({} if static is None or not self.spec.num_static else {"static": static}),
+            },
+        )
+
+    def _memories(self, batch: int, like: Tensor) -> dict[str, Tensor]:
+        length, variates = self.spec.context_length, self.spec.num_variates
+        found: dict[str, Tensor] = {}
+        if self.skip is not None:
+            found["context"] = like.new_zeros(batch, length, variates)
+            found["context_mask"] = torch.zeros(batch, length, variates, dtype=torch.bool, device=like.device)
+        if self.skips_missing:
+            found["pending"] = like.new_zeros(batch, self.rows)
+            found["seen"] = torch.zeros(batch, self.rows, dtype=torch.bool, device=like.device)
+        if self.spec.num_static:
+            found["static"] = like.new_zeros(batch, self.spec.num_static)
+        return found
+
+    def _pack(self, feature: Tensor, states: States, rest: dict[str, Tensor]) -> State:
+        batch = feature.shape[0] // self.rows
+        layers = {f"layer{index}": part.unflatten(0, (batch, self.rows)) for index, part in enumerate(states)}
+        return {"feature": feature.unflatten(0, (batch, self.rows)), **layers, **rest}
+
+    def _unpack(self, state: State) -> tuple[Tensor, States]:
+        layers = [state[f"layer{index}"].flatten(0, 1) for index in range(self.config.num_layers)]
+        return state["feature"].flatten(0, 1), layers
+
+    def warm_up(self, batch: Batch) -> State:
+        """Return the state after a context; the statistics it was normalised with stay."""
+        self._need_recurrent()
+        rows = self._rows_of(batch, *self._statistics(batch))
+        size = batch.context.shape[0]
+        rest: dict[str, Tensor] = {"loc": rows.loc, "scale": rows.scale}
+        if self.skip is not None:
+            rest |= {"context": batch.context, "context_mask": batch.context_mask}
+        if batch.static is not None and self.spec.num_static:
+            rest["static"] = batch.static
+        inputs, elapsed = rows.inputs, rows.elapsed
+        if self.skips_missing:
+            seen = self._seen(batch.context_mask)
+            inputs, elapsed = _compact(self._plain_inputs(batch, rows), seen, closes=False)
+            last = _last_index(seen)
+            rest["pending"] = (seen.shape[1] - 1 - last).to(inputs.dtype).view(size, self.rows)
+            rest["seen"] = seen.any(1).view(size, self.rows)
+        features, states = self.stack(self._embed(inputs, batch.static), elapsed=elapsed, with_states=True)
+        return self._pack(features[:, -1], states, rest)
+
+    def _plain_inputs(self, batch: Batch, rows: _Rows) -> Tensor:
+        z = torch.where(batch.context_mask, (batch.context - rows.loc) / rows.scale, 0.0)
+        known = None if batch.known is None else batch.known[:, : z.shape[1]]
+        return self._inputs(z, batch.context_mask, batch.past, known)
+
+    def step(self, state: State, row: Observation) -> State:
+        """Return the state after one more row; the work does not depend on how many came before."""
+        self._need_recurrent()
+        feature, states = self._unpack(state)
+        rest = {name: part for name, part in state.items() if name != "feature" and not name.startswith("layer")}
+        loc, scale = state["loc"], state["scale"]
+        z = torch.where(row.mask, (row.values - loc[:, 0]) / scale[:, 0], 0.0).unsqueeze(1)
+        past = None if row.past is None else row.past.unsqueeze(1)
+        known = None if row.known is None else row.known.unsqueeze(1)
+        inputs = self._inputs(z, row.mask.unsqueeze(1), past, known)
+        static = state.get("static")
+        if self.skip is not None:
+            rest["context"], rest["context_mask"] = _shifted(state, row)
+        if not self.skips_missing:
+            return self._pack(*self._advance(inputs, static, states, None), rest)
+        seen = self._seen(row.mask.unsqueeze(1))[:, 0].view(-1, self.rows)
+        gap = state["pending"] + (1.0 if row.elapsed is None else row.elapsed.to(z.dtype).unsqueeze(1))
+        took = torch.where(seen, torch.where(state["seen"], gap, 1.0), 0.0)
+        elapsed = took.view(-1, 1)
+        found, after = self._advance(_with_elapsed(inputs, elapsed), static, states, elapsed)
+        feature = torch.where(seen.view(-1, 1), found, feature)
+        rest["pending"] = torch.where(seen, 0.0, gap)
+        rest["seen"] = state["seen"] | seen
+        return self._pack(feature, after, rest)
+
+    def free_run(self, state: State, known: Tensor | None = None) -> Prediction:
+        """Return the forecast [B, H, V, K] after the last row; the state stays as it is."""
+        self._need_recurrent()
+        feature, states = self._unpack(state)
+        loc, scale, static = state["loc"], state["scale"], state.get("static")
+        if self.skips_missing:
+            feature, states = self._caught_up(state, feature, states)
+        if self.head_kind == "masked":
+            inputs = self._future(loc.expand(-1, self.spec.horizon, -1), known)
+            elapsed = inputs.new_ones(inputs.shape[:2]) if self.skips_missing else None
+            features, _ = self.stack(self._embed(inputs, static), states, elapsed=elapsed)
+            residual = self._read(features, scale, 1)
+        elif self.head_kind == "rollout":
+            residual = self._roll(feature, states, _Rows(feature, None, loc, scale), known, static)
+        else:
+            residual = self._read(feature, scale, self.spec.horizon) + self._known_part(known)
+        linear = None
+        if self.skip is not None:
+            linear = self._linear(Batch(state["context"], state["context_mask"]))
+        return Prediction(self._compose(residual, loc, scale, linear))
+
+    def _caught_up(self, state: State, feature: Tensor, states: States) -> tuple[Tensor, States]:
+        """Return feature and states moved to the last row, where that row held no observation."""
+        pending = state["pending"].view(-1, 1)
+        if not bool((pending > 0).any()):
+            return feature, states
+        size, steps = len(state["loc"]), pending.clone()
+        steps[~state["seen"].view(-1)] = 1.0
+        empty = pending.new_zeros(size, 1, self.spec.num_variates)
+        known = pending.new_zeros(size, 1, self.spec.num_known) if self.spec.num_known else None
+        inputs = _with_elapsed(self._inputs(empty, empty, None, known), steps)
+        found, after = self._advance(inputs, state.get("static"), states, steps)
+        late = pending > 0
+        moved = [
+            torch.where(late.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in zip(after, states, strict=True)
+        ]
+        return torch.where(late, found, feature), moved
+
+
+def _last_index(seen: Tensor) -> Tensor:
+    """Return the place [R] of the last True of each row, -1 where there is none."""
+    steps = torch.arange(seen.shape[1], device=seen.device)
+    return torch.where(seen, steps, -1).amax(1)
+
+
+def _with_elapsed(inputs: Tensor, elapsed: Tensor) -> Tensor:
+    """Return inputs whose last entry is the logarithm of the time a step took."""
+    return torch.cat([inputs[..., :-1], torch.log1p(elapsed).unsqueeze(-1).to(inputs.dtype)], dim=-1)
+
+
+def _compact(inputs: Tensor, seen: Tensor, *, closes: bool = True) -> tuple[Tensor, Tensor]:
+    """Return only the steps that hold an observation, and the grid steps since the one before.
+
+    Args:
+        inputs: [R, L, I].
+        seen: [R, L].
+        closes: the last grid step counts as a step even if it holds nothing, so that the state reaches the cutoff.
+
+    Shapes:
+        returns [R, T, I] and [R, T], T the most steps of any row; shorter rows begin with steps of length 0.
+    """
+    length = seen.shape[1]
+    steps = seen.clone()
+    if closes:
+        steps[:, -1] = True
+    place = torch.arange(length, device=seen.device)
+    earlier = torch.where(seen, place, -1).cummax(1).values  # last observation up to here
+    before = torch.cat([earlier.new_full((len(seen), 1), -1), earlier[:, :-1]], dim=1)
+    elapsed = torch.where(before >= 0, place - before, 1).to(inputs.dtype)
+    elapsed = torch.where(steps, elapsed, 0.0)
+    count = max(int(steps.sum(1).max()), 1)
+    order = steps.to(torch.int8).argsort(dim=1, stable=True)[:, -count:]  # steps last, in time order
+    chosen = inputs.gather(1, order.unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))
+    took = elapsed.gather(1, order)
+    holds = seen.gather(1, order).unsqueeze(-1)  # what only closes or fills up is an empty input
+    chosen = torch.where(holds, chosen, 0.0)
+    return _with_elapsed(chosen, took), took
+
+
+def _shifted(state: State, row: Observation) -> tuple[Tensor, Tensor]:
+    """Return the last L rows and their mask with one more row at the end, after ``elapsed`` steps."""
+    context, mask = state["context"], state["context_mask"]
+    values = torch.where(row.mask, row.values, 0.0).unsqueeze(1)
+    if row.elapsed is None:
+        return (
+            torch.cat([context[:, 1:], values], dim=1),
+            torch.cat([mask[:, 1:], row.mask.unsqueeze(1)], dim=1),
+        )
+    length = context.shape[1]
+    place = torch.arange(length, device=context.device) + row.elapsed.long().unsqueeze(1)  # [B, L]
+    inside = (place < length).unsqueeze(-1)
+    index = place.clamp(max=length - 1).unsqueeze(-1).expand_as(context)
+    moved = torch.where(inside, context.gather(1, index), 0.0)
+    kept = mask.gather(1, index) & inside
+    return torch.cat([moved[:, :-1], values], dim=1), torch.cat([kept[:, :-1], row.mask.unsqueeze(1)], dim=1)
