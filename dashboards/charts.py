@@ -327,3 +327,59 @@ def history_chart(history: pl.DataFrame) -> go.Figure:
     figure.update_xaxes(tick0=0, dtick=max(1, -(-epochs // 6)))
     figure.update_xaxes(title_text="epoch", row=rows)
     return figure
+
+
+def kernels_chart(kernels: pl.DataFrame) -> go.Figure:
+    """Return what state space layers remember: a panel a layer, a line for each of some features, over the lag.
+
+    Args:
+        kernels: columns ``layer, feature, lag, weight``; weights are drawn as shares of the largest of their feature.
+    """
+    layers = kernels["layer"].unique(maintain_order=True).to_list()
+    figure = make_subplots(
+        rows=len(layers), cols=1, subplot_titles=[f"layer {layer}" for layer in layers], vertical_spacing=0.14
+    )
+    for row, layer in enumerate(layers, start=1):
+        chosen = kernels.filter(pl.col("layer") == layer)
+        for index, feature in enumerate(chosen["feature"].unique(maintain_order=True)):
+            line = chosen.filter(pl.col("feature") == feature).sort("lag")
+            size = line["weight"].abs().max()
+            weights = line["weight"] / size if size else line["weight"]
+            figure.add_scatter(
+                x=line["lag"],
+                y=weights,
+                name=f"feature {feature}",
+                mode="lines",
+                line={"color": CYCLE[index % len(CYCLE)], "width": 1.5},
+                showlegend=False,
+                row=row,
+                col=1,
+            )
+    _style(figure, height=60 + 210 * len(layers))
+    figure.update_xaxes(title_text="steps back", row=len(layers), col=1)
+    return figure
+
+
+def memory_chart(timescales: pl.DataFrame) -> go.Figure:
+    """Return how far back each feature of each layer looks against its step size, both on logarithmic axes.
+
+    Args:
+        timescales: columns ``layer, feature, dt, memory`` (memory in steps of the data).
+    """
+    figure = go.Figure()
+    for index, layer in enumerate(timescales["layer"].unique(maintain_order=True)):
+        chosen = timescales.filter(pl.col("layer") == layer)
+        figure.add_scatter(
+            x=chosen["dt"],
+            y=chosen["memory"],
+            name=f"layer {layer}",
+            mode="markers",
+            marker={"color": CYCLE[index % len(CYCLE)], "size": 8, "opacity": 0.75},
+            customdata=chosen["feature"],
+            hovertemplate="feature %{customdata}: %{y:.0f} steps back, dt %{x:.3g}",
+        )
+    _style(figure, height=320, y_title="effective memory (steps)")
+    figure.update_layout(hovermode="closest")
+    figure.update_xaxes(type="log", title_text="step size dt")
+    figure.update_yaxes(type="log")
+    return figure

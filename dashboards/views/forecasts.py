@@ -161,15 +161,32 @@ def _parts(shown: _Shown) -> None:
     st.plotly_chart(charts.components_chart(shown.parts), width="stretch", key="parts")
 
 
+_DRAWN = {  # parts of an explanation that people would rather look at than read
+    "kernels": (
+        "Impulse responses of some features, from the shortest to the longest memory, each as a share of its peak.",
+        charts.kernels_chart,
+    ),
+    "timescales": (
+        "How many steps back hold 95 % of a feature's weight, against the step size of its system.",
+        charts.memory_chart,
+    ),
+}
+
+
 def _explanation(facts: dict[str, Any], variate: str) -> None:
     with st.expander("What the model learnt"):
         found = {name: records for name, records in facts["explanation"].items() if records}
         if not found:
             st.caption("Nothing recorded for this model.")
             return
-        for tab, records in zip(st.tabs([name.replace("_", " ") for name in found]), found.values(), strict=True):
+        tabs = st.tabs([name.replace("_", " ") for name in found])
+        for tab, (name, records) in zip(tabs, found.items(), strict=True):
             with tab:
-                if isinstance(records, list) and all(isinstance(record, dict) for record in records):
+                if name in _DRAWN:
+                    note, draw = _DRAWN[name]
+                    st.caption(note)
+                    st.plotly_chart(draw(pl.DataFrame(records)), width="stretch", key=f"learnt-{name}")
+                elif isinstance(records, list) and all(isinstance(record, dict) for record in records):
                     table(_named(records, facts, variate))
                 else:
                     st.json(records, expanded=False)

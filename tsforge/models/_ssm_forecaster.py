@@ -25,6 +25,7 @@ from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.layers.ssm import SSM
 from tsforge.layers.ssm_block import SSMBlock, SSMStack, States, memory_lengths
+from tsforge.models._ssm_rows import compact, last_index, shifted, with_elapsed
 from tsforge.models.linear import Linear, LinearConfig
 
 _LEAST_SCALE = 1e-5
@@ -220,7 +221,7 @@ class SSMForecaster(ForecastModel[C]):
         if not self.skips_missing:
             return _Rows(inputs, None, loc, scale)
         seen = self._seen(batch.context_mask)  # [B R, L]
-        return _Rows(*_compact(inputs, seen), loc, scale)
+        return _Rows(*compact(inputs, seen), loc, scale)
 
     def _seen(self, mask: Tensor) -> Tensor:
         """Return whether a step [B, L, V] holds an observation of a row [B R, L]."""
@@ -326,7 +327,7 @@ class SSMForecaster(ForecastModel[C]):
         """Return the empty inputs [B R, H, I] of the horizon."""
         shape = (like.shape[0], self.spec.horizon, self.spec.num_variates)
         inputs = self._inputs(like.new_zeros(shape), like.new_zeros(shape), None, known, future=1)
-        return _with_elapsed(inputs, inputs.new_ones(inputs.shape[:2])) if self.skips_missing else inputs
+        return with_elapsed(inputs, inputs.new_ones(inputs.shape[:2])) if self.skips_missing else inputs
 
     def _context_raw(self, features: Tensor, rows: _Rows) -> Tensor:
         """Return the one-step forecasts [B, L, V, K] of every context step; nothing is known before the first."""
@@ -350,7 +351,7 @@ class SSMForecaster(ForecastModel[C]):
             elapsed = None
             if self.skips_missing:
                 elapsed = inputs.new_ones(inputs.shape[:2])
-                inputs = _with_elapsed(inputs, elapsed)
+                inputs = with_elapsed(inputs, elapsed)
             feature, states = self._advance(inputs, static, states, elapsed)
         return torch.cat(outputs, dim=1)
 
@@ -475,8 +476,8 @@ class SSMForecaster(ForecastModel[C]):
         inputs, elapsed = rows.inputs, rows.elapsed
         if self.skips_missing:
             seen = self._seen(batch.context_mask)
-            inputs, elapsed = _compact(self._plain_inputs(batch, rows), seen, closes=False)
-            last = _last_index(seen)
+            inputs, elapsed = compact(self._plain_inputs(batch, rows), seen, closes=False)
+            last = last_index(seen)
             rest["pending"] = (seen.shape[1] - 1 - last).to(inputs.dtype).view(size, self.rows)
             rest["seen"] = seen.any(1).view(size, self.rows)
         features, states = self.stack(self._embed(inputs, batch.static), elapsed=elapsed, with_states=True)
@@ -499,14 +500,14 @@ class SSMForecaster(ForecastModel[C]):
         inputs = self._inputs(z, row.mask.unsqueeze(1), past, known)
         static = state.get("static")
         if self.skip is not None:
-            rest["context"], rest["context_mask"] = _shifted(state, row)
+            rest["context"], rest["context_mask"] = shifted(state, row)
         if not self.skips_missing:
             return self._pack(*self._advance(inputs, static, states, None), rest)
         seen = self._seen(row.mask.unsqueeze(1))[:, 0].view(-1, self.rows)
         gap = state["pending"] + (1.0 if row.elapsed is None else row.elapsed.to(z.dtype).unsqueeze(1))
         took = torch.where(seen, torch.where(state["seen"], gap, 1.0), 0.0)
         elapsed = took.view(-1, 1)
-        found, after = self._advance(_with_elapsed(inputs, elapsed), static, states, elapsed)
+        found, after = self._advance(with_elapsed(inputs, elapsed), static, states, elapsed)
         feature = torch.where(seen.view(-1, 1), found, feature)
         rest["pending"] = torch.where(seen, 0.0, gap)
         rest["seen"] = state["seen"] | seen
@@ -542,68 +543,10 @@ class SSMForecaster(ForecastModel[C]):
         steps[~state["seen"].view(-1)] = 1.0
         empty = pending.new_zeros(size, 1, self.spec.num_variates)
         known = pending.new_zeros(size, 1, self.spec.num_known) if self.spec.num_known else None
-        inputs = _with_elapsed(self._inputs(empty, empty, None, known), steps)
+        inputs = with_elapsed(self._inputs(empty, empty, None, known), steps)
         found, after = self._advance(inputs, state.get("static"), states, steps)
         late = pending > 0
         moved = [
             torch.where(late.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in zip(after, states, strict=True)
         ]
         return torch.where(late, found, feature), moved
-
-
-def _last_index(seen: Tensor) -> Tensor:
-    """Return the place [R] of the last True of each row, -1 where there is none."""
-    steps = torch.arange(seen.shape[1], device=seen.device)
-    return torch.where(seen, steps, -1).amax(1)
-
-
-def _with_elapsed(inputs: Tensor, elapsed: Tensor) -> Tensor:
-    """Return inputs whose last entry is the logarithm of the time a step took."""
-    return torch.cat([inputs[..., :-1], torch.log1p(elapsed).unsqueeze(-1).to(inputs.dtype)], dim=-1)
-
-
-def _compact(inputs: Tensor, seen: Tensor, *, closes: bool = True) -> tuple[Tensor, Tensor]:
-    """Return only the steps that hold an observation, and the grid steps since the one before.
-
-    Args:
-        inputs: [R, L, I].
-        seen: [R, L].
-        closes: the last grid step counts as a step even if it holds nothing, so that the state reaches the cutoff.
-
-    Shapes:
-        returns [R, T, I] and [R, T], T the most steps of any row; shorter rows begin with steps of length 0.
-    """
-    length = seen.shape[1]
-    steps = seen.clone()
-    if closes:
-        steps[:, -1] = True
-    place = torch.arange(length, device=seen.device)
-    earlier = torch.where(seen, place, -1).cummax(1).values  # last observation up to here
-    before = torch.cat([earlier.new_full((len(seen), 1), -1), earlier[:, :-1]], dim=1)
-    elapsed = torch.where(before >= 0, place - before, 1).to(inputs.dtype)
-    elapsed = torch.where(steps, elapsed, 0.0)
-    count = max(int(steps.sum(1).max()), 1)
-    order = steps.to(torch.int8).argsort(dim=1, stable=True)[:, -count:]  # steps last, in time order
-    chosen = inputs.gather(1, order.unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))
-    took = elapsed.gather(1, order)
-    holds = seen.gather(1, order).unsqueeze(-1)  # what only closes or fills up is an empty input
-    chosen = torch.where(holds, chosen, 0.0)
-    return _with_elapsed(chosen, took), took
-
-
-def _shifted(state: State, row: Observation) -> tuple[Tensor, Tensor]:
-    """Return the last L rows and their mask with one more row at the end, after ``elapsed`` steps."""
-    context, mask = state["context"], state["context_mask"]
-    values = torch.where(row.mask, row.values, 0.0).unsqueeze(1)
-    if row.elapsed is None:
-        return (
-            torch.cat([context[:, 1:], values], dim=1),
-            torch.cat([mask[:, 1:], row.mask.unsqueeze(1)], dim=1),
-        )
-    length = context.shape[1]
-    place = torch.arange(length, device=context.device) + row.elapsed.long().unsqueeze(1)  # [B, L]
-    inside = (place < length).unsqueeze(-1)
-    index = place.clamp(max=length - 1).unsqueeze(-1).expand_as(context)
-    moved = torch.where(inside, context.gather(1, index), 0.0)
-    kept = mask.gather(1, index) & inside
-    return torch.cat([moved[:, :-1], values], dim=1), torch.cat([kept[:, :-1], row.mask.unsqueeze(1)], dim=1)

@@ -114,3 +114,26 @@ def test_missing_cells_are_placed_by_series_and_column() -> None:
     assert list(heat.x) == ["a", "b"]
     assert list(heat.y) == ["s", "t"]
     assert [list(row) for row in heat.z] == [[0.1, 0.2], [0.3, None]]
+
+
+def test_kernels_chart_draws_every_feature_as_a_share_of_its_peak() -> None:
+    rows = [
+        {"layer": layer, "feature": feature, "lag": lag, "weight": float(weight)}
+        for layer, feature, weights in ((0, 3, [2.0, -4.0, 1.0]), (0, 1, [0.0, 0.0, 0.0]), (1, 3, [0.5, 0.25, 0.0]))
+        for lag, weight in enumerate(weights)
+    ]
+    figure = charts.kernels_chart(pl.DataFrame(rows))
+    assert [list(trace.y) for trace in figure.data] == [[0.5, -1.0, 0.25], [0.0, 0.0, 0.0], [1.0, 0.5, 0.0]]
+    assert [trace.name for trace in figure.data] == ["feature 3", "feature 1", "feature 3"]
+    assert [item.text for item in figure.layout.annotations] == ["layer 0", "layer 1"]
+    assert figure.data[2].yaxis == "y2"
+
+
+def test_memory_chart_has_one_point_a_feature() -> None:
+    table = pl.DataFrame(
+        {"layer": [0, 0, 1], "feature": [0, 1, 0], "dt": [0.001, 0.1, 0.01], "memory": [300.0, 4.0, 40.0]}
+    )
+    figure = charts.memory_chart(table)
+    assert [list(trace.y) for trace in figure.data] == [[300.0, 4.0], [40.0]]
+    assert list(figure.data[0].x) == [0.001, 0.1]
+    assert figure.layout.yaxis.type == "log"
