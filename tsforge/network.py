@@ -222,6 +222,19 @@ class ForecastNetwork(nn.Module):
         return self._parts(batch)[2]
 
     @torch.no_grad()
+    def window_losses(self, batch: Batch) -> Tensor:
+        """Return the likelihood's loss of every window [B] (its mean over observed cells), in the units of ``loss``."""
+        self._check_batch(batch)
+        stats = self.scaler.stats(batch)
+        scaled = self.scaler.scale(batch, stats)
+        if scaled.target is None:
+            raise ModelError("a loss needs windows with a target")
+        mask = torch.ones_like(scaled.target, dtype=torch.bool) if scaled.target_mask is None else scaled.target_mask
+        target = torch.where(mask, scaled.target, 0.0)
+        cells = self.likelihood.loss(self._predict_scaled(scaled).raw, target, self.scaler.unit(batch, stats[1]))
+        return torch.where(mask, cells, 0.0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+
+    @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """Return the parts of ``loss``, ``mse`` and ``mae`` of the mean (scaled units), and ``cells``, their count."""
         scaled, prediction, parts = self._parts(batch)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tsforge.contracts.model import OptimRule
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.ops.discretise import bilinear_diagonal, gbt, zoh_diagonal
-from tsforge.ops.dplr import dplr_real_form
+from tsforge.ops.dplr import dplr_discretise
 from tsforge.ops.fftconv import causal_convolution
 from tsforge.ops.hippo import HippoKind, diagonal_plus_low_rank, structured_factors, structured_matrix
 from tsforge.ops.krylov import dense_final_state, dense_free_response, dense_step, krylov_kernel
@@ -126,6 +126,12 @@ class SSM(nn.Module):
 
     # ---- shared
 
+    def _warn_bilinear(self, rate: float) -> None:
+        warnings.warn(
+            f"layer {self.name}: a bilinear kernel at rate {rate:g} is only approximate; use kernel s4d with zoh",
+            stacklevel=3,
+        )
+
     def dt(self, rate: float) -> Tensor:
         """Return the step sizes [H] in float64, clamped, times ``rate``."""
         return self.log_dt.double().clamp(*_LOG_DT).exp() * rate
@@ -138,7 +144,7 @@ class SSM(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SSM:
         self._cache.clear()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -272,9 +278,7 @@ class DiagonalSSM(SSM):
         if self.discretisation == "zoh":
             return (dt * re, dt * im), multiply(zoh_diagonal(re, im, dt), weight)
         if rate != 1.0:
-            warnings.warn(
-                f"layer {self.name}: a bilinear kernel at rate {rate:g} is only approximate; fit with zoh", stacklevel=2
-            )
+            self._warn_bilinear(rate)
         (a_re, a_im), gain = bilinear_diagonal(re, im, dt)
         return (0.5 * torch.log(a_re.square() + a_im.square()), torch.atan2(a_im, a_re)), multiply(gain, weight)
 
@@ -381,10 +385,7 @@ class DenseSSM(SSM):
         """Return A-bar [H, N, N], B-bar [H, N] and C [M, H, N]; the discretisation is done in float64."""
         a, b, c = self.continuous()
         if rate != 1.0:
-            warnings.warn(
-                f"layer {self.name}: a bilinear kernel at rate {rate:g} is only approximate; use kernel s4d with zoh",
-                stacklevel=2,
-            )
+            self._warn_bilinear(rate)
         a_bar, b_bar = gbt(a, b, self.dt(rate), self.alpha)
         return a_bar.to(c.dtype), b_bar.to(c.dtype), c
 
@@ -438,15 +439,15 @@ class LowRankSSM(DenseSSM):
         self.B = nn.Parameter(torch.view_as_real(found.input).float().repeat(copies, 1, 1))
         self.C = nn.Parameter(torch.randn(channels, features, states // 2, 2) * math.sqrt(0.5))
 
-    def continuous(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the real dense form, one A for each copy repeated over its features."""
-        decay = self.log_decay.double().clamp(*_LOG_DECAY).exp()
-        re, im = -decay, self.frequency.double()
-        c = torch.cat([2.0 * self.C[..., 0], -2.0 * self.C[..., 1]], dim=-1)  # [M, H, N]
-        none = self.C.new_zeros(1, self.copies, self.states // 2, 2)
-        a, b, _ = dplr_real_form(re, im, self.P.double(), self.B.double(), none.double())
+    def system(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the discrete system in real dense form; the inverse is diagonal plus low rank, nothing is solved."""
+        if rate != 1.0:
+            self._warn_bilinear(rate)
         each = self.features // self.copies
-        return a.repeat_interleave(each, dim=0), b.repeat_interleave(each, dim=0), c
+        decay = self.log_decay.double().clamp(*_LOG_DECAY).exp()
+        re, im, b = (part.repeat_interleave(each, dim=0) for part in (-decay, self.frequency.double(), self.B.double()))
+        p = self.P.double().repeat_interleave(each, dim=1)
+        return dplr_discretise(re, im, p, b, self.C, self.dt(rate))
 
     def facts(self) -> str:
         """Return the ranges of dt and of the decay rates."""
@@ -471,6 +472,13 @@ class StructuredSSM(DenseSSM):
         alpha: of the generalised bilinear transform.
     """
 
+    tri_diagonal: Tensor
+    tri_upper: Tensor
+    tri_lower: Tensor
+    shift: Tensor
+    left: Tensor
+    right: Tensor
+    b: Tensor
     optim_rules: ClassVar[dict[str, OptimRule]] = {
         "log_dt": SLOW,
         **dict.fromkeys(

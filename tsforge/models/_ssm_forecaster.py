@@ -58,8 +58,8 @@ class SSMForecasterConfig(ModelConfig):
     skip: Literal["auto", "closed_form", "learned", "none"] = "auto"
     """The linear map beside the stack: solved before training and kept, trained with the rest, or absent. ``auto``:
     closed form, absent with a rollout head."""
-    ridge: float = tunable(100.0, low=1e-2, high=1e6, log=True, ge=0.0)
-    """Penalty of the closed form, see model ``linear``."""
+    ridge: float | None = None
+    """Penalty of the closed form, see model ``linear``; null chooses penalty and level by blocked cross-validation."""
     missing: Literal["mask", "skip"] = "mask"
     """Unobserved steps are inputs of 0 with a mask, or no steps at all: the state then lives through the time between
     two observations (irregular sampling)."""
@@ -80,7 +80,7 @@ class SSMForecasterConfig(ModelConfig):
             raise ConfigError("model.patch_stride: give it together with patch_length, between 1 and that")
         if self.head == "rollout" and self.skip in ("closed_form", "learned"):
             raise ConfigError("model.skip: a rollout head predicts one step; use skip none")
-        if self.skip in ("learned", "none") and self.ridge != type(self).model_fields["ridge"].default:
+        if self.skip in ("learned", "none") and self.ridge is not None:
             raise ConfigError(f"model.ridge has no effect with skip '{self.skip}'")
 
 
@@ -171,7 +171,8 @@ class SSMForecaster(ForecastModel[C]):
             return None
         if kind == "learned":
             return Linear(LinearConfig(solver="sgd"), self.spec)
-        skip = Linear(LinearConfig(ridge=self.config.ridge), self.spec)
+        chosen = self.config.ridge is None
+        skip = Linear(LinearConfig(ridge=self.config.ridge, remove="auto" if chosen else "window_mean"), self.spec)
         skip.weight.requires_grad_(False)
         return skip
 
@@ -273,7 +274,8 @@ class SSMForecaster(ForecastModel[C]):
         out = self.head(features)
         steps = steps if features.ndim == 2 else features.shape[1]
         out = out.view(batch, self.rows, steps, variates // self.rows, params)
-        return out.permute(0, 2, 1, 3, 4).reshape(batch, steps, variates, params)
+        ordered: Tensor = out.permute(0, 2, 1, 3, 4).reshape(batch, steps, variates, params)
+        return ordered
 
     def _compose(self, residual: Tensor, loc: Tensor, scale: Tensor, skip: Tensor | None) -> Tensor:
         """Return raw parameters in scaled units from residuals in normalised units and the linear part."""
@@ -456,8 +458,8 @@ class SSMForecaster(ForecastModel[C]):
 
     def _pack(self, feature: Tensor, states: States, rest: dict[str, Tensor]) -> State:
         batch = feature.shape[0] // self.rows
-        layers = {f"layer{index}": part.unflatten(0, (batch, self.rows)) for index, part in enumerate(states)}
-        return {"feature": feature.unflatten(0, (batch, self.rows)), **layers, **rest}
+        layers = {f"layer{index}": part.view(batch, self.rows, *part.shape[1:]) for index, part in enumerate(states)}
+        return {"feature": feature.view(batch, self.rows, -1), **layers, **rest}
 
     def _unpack(self, state: State) -> tuple[Tensor, States]:
         layers = [state[f"layer{index}"].flatten(0, 1) for index in range(self.config.num_layers)]

@@ -25,12 +25,14 @@ from tsforge.core.errors import ConfigError
 from tsforge.models._ar_gaps import GapFiller
 from tsforge.models._ar_moments import LagLayout, MissingRule, explicit_windows, lag_moments
 from tsforge.models._ar_windows import residual_scale, series_bounds
+from tsforge.models._linear_choice import RIDGES, USUAL_RIDGE, choose
 from tsforge.models.registry import register
 from tsforge.ops.moments import LeastSquares, WindowMoments, least_squares
 
 _GAP_ORDER = 168  # lags of the autoregression that fills gaps: a week of hours, cheap at any context length
 
 Removal = Literal["none", "window_mean", "last"]
+_CHOICES: tuple[Removal, ...] = ("window_mean", "last")
 Offset = Literal["none", "constant", "window_scale"]
 
 
@@ -40,10 +42,12 @@ class LinearConfig(ModelConfig):
     name: Literal["linear"] = "linear"
     weights: Literal["shared", "per_variate"] = tunable("shared", choices=["shared", "per_variate"])
     """One matrix for all variates, or one for each."""
-    remove: Removal = tunable("window_mean", choices=["none", "window_mean", "last"])
-    """What is subtracted from each context and added back: ``last`` is NLinear."""
-    ridge: float = tunable(100.0, low=1e-2, high=1e6, log=True, ge=0.0)
-    """Added to the diagonal of X'X summed over all windows (and variates when shared), scikit-learn's alpha."""
+    remove: Literal["auto"] | Removal = tunable("window_mean", choices=["none", "window_mean", "last"])
+    """What is subtracted from each context and added back: ``last`` is NLinear. ``auto``: the mean or the last value,
+    chosen with the ridge."""
+    ridge: float | None = tunable(USUAL_RIDGE, low=1e-2, high=1e6, log=True, ge=0.0)
+    """Added to the diagonal of X'X summed over all windows (and variates when shared), scikit-learn's alpha; null
+    chooses it by blocked cross-validation of the training span."""
     offset: Literal["auto"] | Offset = "auto"
     """What a step adds besides the lags: nothing, a constant, or a multiple of the context's standard deviation.
     Auto: a constant where nothing is removed, else nothing (it would continue the mean drift of the training span)."""
@@ -62,6 +66,10 @@ class LinearConfig(ModelConfig):
         """Refuse settings without effect."""
         if self.solver == "sgd" and self.ridge != type(self).model_fields["ridge"].default:
             raise ConfigError("model.ridge has no effect with solver 'sgd'; use train.weight_decay")
+        if self.solver == "sgd" and self.remove == "auto":
+            raise ConfigError("model.remove: auto is a choice of the closed form; with solver 'sgd' say what to remove")
+        if (self.remove == "auto" or self.ridge is None) and self.fitted_offset != "none":
+            raise ConfigError("model.offset: ridge null and remove auto choose among forecasters without an offset")
 
 
 def remove_level(moments: WindowMoments, columns: int, length: int, remove: Removal) -> WindowMoments:
@@ -93,6 +101,8 @@ def fit_moments(moments: WindowMoments, layout: LagLayout, config: LinearConfig)
     ``weight`` of the fit has its columns oldest first. With ``offset: window_scale`` the moments hold one more column.
     """
     length, columns = layout.lags, layout.lags + layout.horizon
+    if config.remove == "auto" or config.ridge is None:
+        raise ConfigError("a fit needs to know what to remove and its ridge; `Linear.solve` chooses them first")
     centred = remove_level(moments, columns, length, config.remove)
     features = torch.arange(length)
     if config.fitted_offset == "window_scale":
@@ -107,6 +117,8 @@ def fit_moments(moments: WindowMoments, layout: LagLayout, config: LinearConfig)
 
 def fit_windows_reference(context: Tensor, target: Tensor, config: LinearConfig) -> tuple[Tensor, Tensor]:
     """Return weight [H, L] and offset weights [H] fitted on explicit windows [m, L] and [m, H] (slow, for tests)."""
+    if config.remove == "auto" or config.ridge is None:
+        raise ConfigError("the reference takes a fixed level and ridge")
     level = {
         "none": torch.zeros_like(context[:, :1]),
         "window_mean": context.mean(1, keepdim=True),
@@ -136,6 +148,8 @@ class Linear(ForecastModel[LinearConfig]):
         other outputs, moved only by gradient training.
     """
 
+    from_last: Tensor
+    offset: Tensor
     config_class = LinearConfig
     capabilities = Capabilities(closed_form=True, scaling=("global", "series", "none"))
     source = "Toner, Darlow (2024), An Analysis of Linear Time Series Forecasting Models, ICML, arXiv 2403.14587"
@@ -143,6 +157,7 @@ class Linear(ForecastModel[LinearConfig]):
         {},
         {"remove": "none", "weights": "per_variate"},
         {"remove": "last", "solver": "sgd"},
+        {"remove": "auto", "ridge": None, "weights": "per_variate"},
     )
 
     def __init__(self, config: LinearConfig, spec: DataSpec) -> None:
@@ -156,9 +171,13 @@ class Linear(ForecastModel[LinearConfig]):
             self.offset = nn.Parameter(torch.zeros(groups, spec.horizon))
         if spec.num_params > 1:
             self.spread = nn.Parameter(torch.zeros(spec.horizon, spec.num_variates, spec.num_params - 1))
+        if config.remove == "auto":
+            self.register_buffer("from_last", torch.zeros(groups, dtype=torch.bool))
         self.gaps = GapFiller(groups, min(_GAP_ORDER, spec.context_length), spec.num_variates)
 
     def _level(self, context: Tensor) -> Tensor:
+        if self.config.remove == "auto":
+            return torch.where(self.from_last, context[:, -1:], context.mean(1, keepdim=True))
         if self.config.remove == "window_mean":
             return context.mean(1, keepdim=True)
         return context[:, -1:] if self.config.remove == "last" else torch.zeros_like(context[:, :1])
@@ -185,7 +204,10 @@ class Linear(ForecastModel[LinearConfig]):
         """Return the removed level, what the lags add to it, and the offset."""
         level, mapped, offset = self._parts(batch)
         parts = {"lags": mapped, "offset": offset}
-        return parts if self.config.remove == "none" else {self.config.remove: level.expand_as(mapped), **parts}
+        if self.config.remove == "none":
+            return parts
+        name = "level_removed" if self.config.remove == "auto" else self.config.remove
+        return {name: level.expand_as(mapped), **parts}
 
     @torch.no_grad()
     def solve(self, data: TrainingSeries) -> SolveReport | None:
@@ -220,7 +242,11 @@ class Linear(ForecastModel[LinearConfig]):
                 missing=self.config.missing,
                 uses_scale=self.config.fitted_offset == "window_scale",
             )
-            fit, offset = fit_moments(moments, layout, self.config)
+            config = self._chosen(centred, mask, bounds, layout)
+            if self.config.remove == "auto":
+                self.from_last[group] = config.remove == "last"
+            fit, offset = fit_moments(moments, layout, config)
+            details["ridge"] = max(details.get("ridge", 0.0), config.ridge or 0.0)
             self.weight[group] = fit.weight.to(self.weight)
             if self.config.remove == "none":  # undo the centring
                 offset = (
@@ -235,8 +261,29 @@ class Linear(ForecastModel[LinearConfig]):
             scale = scale * math.sqrt(
                 1.0 / max(1.0 - details["dof"] * len(self.weight) / max(details["rows"], 1.0), 0.1)
             )
-        method = "ridge" if self.config.ridge > 0.0 else "ols"
+        method = "ols" if self.config.ridge == 0.0 else "ridge"
         return SolveReport(finished=True, method=method, residual_scale=scale, details=details)
+
+    def _chosen(self, values: Tensor, mask: Tensor, bounds: list[int], layout: LagLayout) -> LinearConfig:
+        """Return the config with the ridge and the level filled in that were left to the data."""
+        config = self.config
+        if config.ridge is not None and config.remove != "auto":
+            return config
+        columns = layout.lags + layout.horizon
+        chosen = choose(
+            values,
+            mask,
+            bounds,
+            layout,
+            removes=_CHOICES if config.remove == "auto" else (config.remove,),
+            ridges=RIDGES if config.ridge is None else (config.ridge,),
+            missing=config.missing,
+            fit=lambda moments, remove, ridge: (
+                fit_moments(moments, layout, LinearConfig(remove=remove, ridge=ridge, missing=config.missing))[0].weight
+            ),
+            free=lambda moments, remove: remove_level(moments, columns, layout.lags, remove),  # type: ignore[arg-type]
+        )
+        return config.model_copy(update={"remove": chosen.remove, "ridge": chosen.ridge})
 
 
 def map_lags(weight: Tensor, context: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from tsforge.network import ForecastNetwork
 from tsforge.training.callbacks import EpochCheckpoint, EpochRecord, OnEpoch, ProgressLine, StopTraining, mean_metrics
 from tsforge.training.config import TrainConfig
 from tsforge.training.module import EpochStream, TrainModule, ValidatedModule, Windows
+from tsforge.training.warm_start import compare
 
 LOGGER = get_logger(__name__)
 CHECKPOINT = "last.ckpt"
@@ -40,7 +41,8 @@ class TrainResult:
         epochs: epochs of gradient training; 0 for a closed-form fit.
         history: one row an epoch: ``epoch, train_loss, valid_loss, valid_mse, valid_mae, learning_rate, seconds,
             windows_per_second`` (losses in scaled units).
-        best_epoch: the epoch whose weights were kept; -1 for a closed-form fit or a warm start that no epoch improved.
+        best_epoch: the epoch whose weights were kept; -1 for a closed-form fit or a warm start that no epoch clearly
+            improved (``TrainConfig.start_margin``).
         metrics: the row of the kept weights.
         solve: what the closed form reported, or None.
         stopped_by: ``solved``, ``untrainable``, ``max_epochs``, ``patience`` or ``hook``.
@@ -115,11 +117,15 @@ def fit_network(
             windows_per_second=0.0,
         )
     start = None
+    before: dict[str, torch.Tensor] = {}
     if report is not None and valid is not None:
         start = evaluate_windows(network.eval(), valid, config.eval_batch_size)
+        before = {name: value.clone() for name, value in network.state_dict().items()}
     checkpoint = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
     run = _Run(network=network, train=train, valid=valid, config=config, start=start, checkpoint=checkpoint)
     record, stopped_by = run.descend(resume=resume, on_epoch=on_epoch, progress=progress)
+    if start is not None and valid is not None and record.best_epoch >= 0 and config.start_margin > 0:
+        _confirm(network, before, valid, config, record)
     if not network.capabilities.probabilistic:
         _set_spread(network, None, train, config)
     speed = record.windows_seen / record.train_seconds if record.train_seconds else 0.0
@@ -135,6 +141,28 @@ def fit_network(
         stopped_by=stopped_by,
         seconds=time.perf_counter() - started,
         windows_per_second=speed,
+    )
+
+
+def _confirm(
+    network: ForecastNetwork,
+    before: dict[str, torch.Tensor],
+    valid: Windows,
+    config: TrainConfig,
+    record: EpochRecord,
+) -> None:
+    """Go back to the closed-form start unless training has clearly improved on it."""
+    found = compare(network, before, valid, config.eval_batch_size)
+    kept = not found.is_clear(config.start_margin)
+    if kept:
+        network.load_state_dict(before)
+        record.best_epoch = -1
+    log_event(
+        LOGGER,
+        "kept the closed-form start" if kept else "improved on the closed-form start",
+        gain=round(found.gain, 6),
+        standard_error=round(found.error, 6),
+        blocks=found.blocks,
     )
 
 

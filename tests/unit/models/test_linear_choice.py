@@ -1,0 +1,168 @@
+"""Ridge and level chosen by blocked cross-validation: exact errors, sound choices, no choice without evidence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tsforge.contracts.tensors import DataSpec, TrainingSeries
+from tsforge.core.errors import ConfigError
+from tsforge.models._ar_moments import LagLayout, lag_moments
+from tsforge.models._linear_choice import BLOCKS, RIDGES, USUAL_RIDGE, _cut, choose, held_out_error
+from tsforge.models.linear import Linear, LinearConfig, fit_moments, remove_level, windows_of
+
+LENGTH, HORIZON = 24, 6
+
+
+def span(values: np.ndarray, parts: int = 1) -> TrainingSeries:
+    tensor = torch.from_numpy(values).reshape(len(values), -1)
+    edges = torch.linspace(0, len(values), parts + 1).long()
+    return TrainingSeries(tensor, torch.ones_like(tensor, dtype=torch.bool), edges, torch.zeros(parts).long())
+
+
+def walk(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=rows).cumsum()
+
+
+def seasonal(rows: int, seed: int = 0) -> np.ndarray:
+    steps = np.arange(rows)
+    return np.sin(2 * np.pi * steps / 12) + 0.5 * np.random.default_rng(seed).normal(size=rows)
+
+
+def solved(data: TrainingSeries, **settings: object) -> tuple[Linear, dict[str, float]]:
+    spec = DataSpec(context_length=LENGTH, horizon=HORIZON, num_variates=data.values.shape[1])
+    model = Linear(LinearConfig.model_validate(settings), spec).double()
+    report = model.solve(data)
+    assert report is not None
+    assert report.details is not None
+    return model, report.details
+
+
+@pytest.mark.parametrize("remove", ["window_mean", "last"])
+def test_held_out_error_is_that_of_explicit_windows(remove: str) -> None:
+    data = span(seasonal(150))
+    layout = LagLayout(LENGTH, HORIZON)
+    moments, _ = lag_moments(layout, data.values, data.mask, [0, 150])
+    weight = fit_moments(moments, layout, LinearConfig(remove=remove, ridge=3.0))[0].weight  # type: ignore[arg-type]
+    free = remove_level(moments, LENGTH + HORIZON, LENGTH, remove)  # type: ignore[arg-type]
+    context, target = windows_of(data, LENGTH, HORIZON)
+    level = context.mean(1, keepdim=True) if remove == "window_mean" else context[:, -1:]
+    expected = (target - level - (context - level) @ weight.T).square().mean()
+    assert held_out_error(weight, free, layout) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_a_random_walk_is_forecast_from_its_last_value() -> None:
+    model, details = solved(span(walk(600)), remove="auto", ridge=None)
+    assert bool(model.from_last.all())
+    assert details["ridge"] >= 1e4
+    usual, _ = solved(span(walk(600)))
+    later = span(walk(4000, seed=1))
+    context, target = windows_of(later, LENGTH, HORIZON)
+
+    def error(found: Linear) -> Tensor:
+        level = context[:, -1:] if found.config.remove == "auto" else context.mean(1, keepdim=True)
+        return (target - level - (context - level) @ found.weight[0].T).square().mean()
+
+    naive = (target - context[:, -1:]).square().mean()
+    assert error(model) < 0.98 * error(usual)
+    assert error(model) < 1.01 * naive
+
+
+def test_long_clean_data_keeps_the_usual_choice() -> None:
+    """With 20,000 rows every small ridge is as good; the gain of the best is within its error or the ridge is small."""
+    _, details = solved(span(seasonal(20_000)), ridge=None)
+    assert details["ridge"] <= 1e3
+
+
+def test_short_noisy_data_gets_a_larger_ridge_and_a_better_forecast() -> None:
+    rng = np.random.default_rng(3)
+    data, later = span(3 * rng.normal(size=200)), span(3 * rng.normal(size=4000))
+    chosen, details = solved(data, ridge=None)
+    assert details["ridge"] > USUAL_RIDGE
+    usual, _ = solved(data)
+    context, target = windows_of(later, LENGTH, HORIZON)
+    level = context.mean(1, keepdim=True)
+    errors = [
+        (target - level - (context - level) @ model.weight[0].T).square().mean().item() for model in (chosen, usual)
+    ]
+    assert errors[0] < 0.97 * errors[1]
+
+
+def test_each_variate_chooses_by_itself() -> None:
+    both = np.stack([walk(800), 20 * seasonal(800)], axis=1)
+    model, _ = solved(span(both), remove="auto", ridge=None, weights="per_variate")
+    assert model.from_last.tolist()[0] is True
+    alone, _ = solved(span(both[:, 1]), remove="auto", ridge=None)
+    assert torch.equal(model.weight[1], alone.weight[0])
+
+
+def test_too_few_blocks_choose_nothing() -> None:
+    data = span(walk(40))
+    model, details = solved(data, remove="auto", ridge=None)
+    assert details["ridge"] == USUAL_RIDGE
+    assert not bool(model.from_last.any())
+
+
+def test_blocks_hold_out_every_target_once_and_train_on_the_rest() -> None:
+    bounds, reach = [0, 103, 150], 7
+    for first, last in ((0, 103), (103, 150)):
+        targets: list[int] = []
+        for block in range(BLOCKS):
+            held, rest = _cut(bounds, block, reach)
+            start, stop = next(part for part in held if first <= part[0] < last)
+            context = reach if start > first else 0
+            targets += range(start + context, stop)
+            used = {row for part in rest for row in range(*part) if first <= row < last}
+            assert used.isdisjoint(range(start + context, stop))
+        own = [row for row in targets if first <= row < last]
+        assert len(set(own)) == len(own)
+        assert len(own) >= last - first - reach
+
+
+def test_gaps_do_not_stop_the_choice() -> None:
+    data = span(walk(600))
+    mask = data.mask.clone()
+    mask[100:130] = False
+    mask[400] = False
+    model, _ = solved(data._replace(values=torch.where(mask, data.values, 0.0), mask=mask), remove="auto", ridge=None)
+    assert bool(model.from_last.all())
+    assert bool(torch.isfinite(model.weight).all())
+
+
+def test_the_first_candidate_wins_where_evidence_is_unclear() -> None:
+    """Two forecasters that are equally good: the gain of either is within its standard error."""
+    data = span(np.random.default_rng(0).normal(size=400))
+    layout = LagLayout(4, 2)
+
+    def fit(moments: object, remove: str, ridge: float) -> Tensor:
+        return torch.full((2, 4), 0.01 if ridge == USUAL_RIDGE else -0.01, dtype=torch.float64)
+
+    choice = choose(
+        data.values,
+        data.mask,
+        [0, 400],
+        layout,
+        removes=("none",),
+        ridges=(USUAL_RIDGE, 1e4),
+        missing="auto",
+        fit=fit,
+        free=lambda moments, _: moments,
+    )
+    assert (choice.remove, choice.ridge, choice.gain) == ("none", USUAL_RIDGE, 0.0)
+    assert USUAL_RIDGE in RIDGES
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "sgd", "remove": "auto"}, "model.remove"),
+        ({"remove": "none", "ridge": None}, "model.offset"),
+        ({"remove": "auto", "offset": "constant"}, "model.offset"),
+        ({"solver": "sgd", "ridge": None}, "model.ridge"),
+    ],
+)
+def test_contradictions_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LinearConfig.model_validate(settings)
