@@ -151,9 +151,10 @@ class SSM(nn.Module):
         """Return what ``make`` gives; evaluating without gradients it is made once per version of the parameters."""
         if self.training or torch.is_grad_enabled():
             return make()
-        version = tuple(part._version for part in (*self.parameters(), *self.buffers()))
+        parts = (*self.parameters(), *self.buffers())
+        version = tuple((id(part), part._version) for part in parts)
         if self._cache.get("version") != version:
-            self._cache = {"version": version}
+            self._cache = {"version": version, "parts": parts}  # kept alive: no other tensor may take over an id
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _RECOMPUTE_VALUES = 2**26  # above this many input values spectra are computed again in the backward pass, not kept
 
@@ -45,10 +46,13 @@ class _CausalConvolution(torch.autograd.Function):
         ctx.keeps_spectra = keeps_spectra
         ctx.save_for_backward(*((u_f, k_f) if keeps_spectra else (u, kernel)))
         if kernel.shape[0] == 1:  # one product without a broadcast axis
-            return torch.fft.irfft(u_f * k_f[0], n=size)[..., :length].unsqueeze(1)
-        return torch.fft.irfft(u_f.unsqueeze(1) * k_f, n=size)[..., :length]
+            single: Tensor = torch.fft.irfft(u_f * k_f[0], n=size)
+            return single[..., :length].unsqueeze(1)
+        whole: Tensor = torch.fft.irfft(u_f.unsqueeze(1) * k_f, n=size)
+        return whole[..., :length]
 
     @staticmethod
+    @once_differentiable  # spectra that were kept are no part of the graph: a second derivative would be wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         size, length, taps = ctx.sizes
         first, second = ctx.saved_tensors

@@ -24,7 +24,7 @@ class TrainConfig(Config):
     """Epochs without a better validation loss before training stops; null trains every epoch."""
     min_delta: float = Field(default=0.0, ge=0)
     """Least drop of the validation loss that counts as better for the patience."""
-    start_margin: float = Field(default=1.0, ge=0)
+    start_margin: float = Field(default=2.0, ge=0)
     """Standard errors, over stretches of one horizon of the validation span, by which training must improve on a
     closed-form start; else the start is kept. 0 takes any improvement."""
     gradient_clip: float | None = Field(default=1.0, gt=0)
