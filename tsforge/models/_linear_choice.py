@@ -1,4 +1,4 @@
-"""Penalty and level of a linear forecaster chosen by blocked cross-validation, from moments alone.
+"""Penalty, level and sharing of a linear forecaster chosen by blocked cross-validation, from moments alone.
 
 Every series is cut into blocks of time; each block is forecast from a fit on the rows before and after it. The held-out
 squared error follows from the block's moments, so no window is built. A choice replaces the usual one only where its
@@ -9,7 +9,8 @@ is to be learnt from them (the one-standard-error rule of Breiman et al. 1984, S
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,17 +22,70 @@ from tsforge.models._ar_moments import LagLayout, MissingRule, lag_moments
 from tsforge.ops.moments import WindowMoments
 
 USUAL_RIDGE = 100.0
-RIDGES = (1e1, 1e2, 1e3, 1e4, 3e4, 1e5, 1e6, 1e8)
+RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5, 1e8)
 BLOCKS = 5
+FACTORS = (1.0, 10.0)  # of the shared penalty a row, tried for a matrix of each variate's own
 _FEWEST = 3
 
 
 class Choice(NamedTuple):
-    """What to remove and the penalty; ``gain`` is the mean held-out gain over the usual choice (log of the error)."""
+    """What to remove, the penalty, whether every variate gets a matrix of its own, and the log gains over the usual."""
 
     remove: str
     ridge: float
+    separate: bool
     gain: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A training span and how candidates are fitted on it.
+
+    Attributes:
+        values, mask: [N, V], centred.
+        bounds: rows where series start, plus the end.
+        layout: sizes of a window.
+        missing: rule of the moments.
+        fit: weight [H, L] of moments for a level and a penalty.
+        free: moments after the level of the context was removed.
+    """
+
+    values: Tensor
+    mask: Tensor
+    bounds: Sequence[int]
+    layout: LagLayout
+    missing: MissingRule
+    fit: Callable[[WindowMoments, str, float], Tensor]
+    free: Callable[[WindowMoments, str], WindowMoments]
+
+    def moments(self, spans: Sequence[tuple[int, int]], variates: slice) -> WindowMoments | None:
+        """Return the moments of some stretches of rows, None where none holds a window."""
+        long = [(first, last) for first, last in spans if last - first >= self.layout.span]
+        if not long:
+            return None
+        rows = torch.cat([torch.arange(first, last) for first, last in long])
+        edges = [0, *torch.tensor([last - first for first, last in long]).cumsum(0).tolist()]
+        values, mask = self.values[rows][:, variates], self.mask[rows][:, variates]
+        if not bool(mask.any()):
+            return None
+        try:
+            return lag_moments(self.layout, values, mask, edges, missing=self.missing)[0]
+        except ModelError:  # no gap-free stretch is long enough: this part says nothing
+            return None
+
+    def blocks(self, variates: slice) -> Iterator[tuple[int, WindowMoments, WindowMoments]]:
+        """Yield number, training and held-out moments of every block that has both."""
+        for block in range(BLOCKS):
+            held, rest = cut(self.bounds, block, self.layout.reach)
+            test, train = self.moments(held, variates), self.moments(rest, variates)
+            if test is not None and train is not None:
+                yield block, train, test
+
+    def error(self, train: WindowMoments, test: WindowMoments, remove: str, ridge: float) -> float:
+        """Return the summed squared held-out error of a candidate; the penalty shrinks with the rows fitted on."""
+        share = train.rows / max(float(train.rows + test.rows), 1.0)
+        weight = self.fit(train, remove, ridge * share)
+        return held_out_error(weight, self.free(test, remove), self.layout) * float(test.rows)
 
 
 def held_out_error(weight: Tensor, moments: WindowMoments, layout: LagLayout) -> float:
@@ -43,62 +97,60 @@ def held_out_error(weight: Tensor, moments: WindowMoments, layout: LagLayout) ->
     return float(total / (moments.rows * layout.horizon))
 
 
-def choose(
-    values: Tensor,
-    mask: Tensor,
-    bounds: Sequence[int],
-    layout: LagLayout,
-    *,
-    removes: Sequence[str],
-    ridges: Sequence[float],
-    missing: MissingRule,
-    fit: Callable[[WindowMoments, str, float], Tensor],
-    free: Callable[[WindowMoments, str], WindowMoments],
-) -> Choice:
-    """Return the candidate that forecasts held-out blocks best, or the first one where that is not clear.
+def choose(span: Span, removes: Sequence[str], ridges: Sequence[float], *, may_separate: bool = False) -> Choice:
+    """Return the candidate that forecasts held-out blocks best, or the usual one where that is not clear.
 
     Args:
-        values, mask: [N, V] centred training span; ``bounds`` rows where series start, plus the end.
-        layout: sizes of a window.
+        span: the data.
         removes, ridges: candidates; the first ``remove`` with ``USUAL_RIDGE`` (or the only ridge) is the usual choice.
-        missing: rule of the moments.
-        fit: weight [H, L] of moments for a candidate.
-        free: moments after the level of the context was removed.
+        may_separate: also try a matrix of its own for every variate.
     """
     usual = (removes[0], USUAL_RIDGE if USUAL_RIDGE in ridges else ridges[0])
     candidates = [usual, *((name, ridge) for name in removes for ridge in ridges if (name, ridge) != usual)]
+    everything = slice(None)
+    if len(candidates) == 1 and not may_separate:
+        return Choice(*usual, False, 0.0)
+    found = {
+        block: [span.error(train, test, *candidate) for candidate in candidates]
+        for block, train, test in span.blocks(everything)
+    }
+    if len(found) < _FEWEST:
+        return Choice(*usual, False, 0.0)
+    logs = torch.tensor(list(found.values()), dtype=torch.float64).clamp(min=1e-12).log()
+    best, gain = _clear_best(logs[:, :1] - logs)
+    remove, ridge = candidates[best]
+    if not may_separate or span.values.shape[1] == 1:
+        return Choice(remove, ridge, False, gain)
+    shared = logs[:, best]
+    own = _separate_errors(span, remove, ridge, list(found)).clamp(min=1e-12).log()  # [blocks, factors]
+    factor, more = _clear_best(torch.cat([torch.zeros_like(shared)[:, None], shared[:, None] - own], dim=1))
+    if factor == 0:
+        return Choice(remove, ridge, False, gain)
+    return Choice(remove, ridge / span.values.shape[1] * FACTORS[factor - 1], True, gain + more)
 
-    def moments(spans: Sequence[tuple[int, int]]) -> WindowMoments | None:
-        long = [(first, last) for first, last in spans if last - first >= layout.span]
-        rows = torch.cat([torch.arange(first, last) for first, last in long]) if long else torch.zeros(0).long()
-        edges = [0, *torch.tensor([last - first for first, last in long]).cumsum(0).tolist()] if long else [0]
-        try:
-            return lag_moments(layout, values[rows], mask[rows], edges, missing=missing)[0] if long else None
-        except ModelError:  # no gap-free stretch is long enough: this part says nothing
-            return None
 
-    logs = []
-    for block in range(BLOCKS):
-        held, rest = _cut(bounds, block, layout.reach)
-        test, train = moments(held), moments(rest)
-        if test is None or train is None:
-            continue
-        share = train.rows / max(float(train.rows + test.rows), 1.0)
-        errors = [
-            held_out_error(fit(train, name, ridge * share), free(test, name), layout) for name, ridge in candidates
-        ]
-        logs.append([math.log(max(error, 1e-12)) for error in errors])
-    if len(logs) < _FEWEST:
-        return Choice(*usual, 0.0)
-    gains = torch.tensor(logs, dtype=torch.float64)
-    gains = gains[:, :1] - gains  # [blocks, candidates]
+def _clear_best(gains: Tensor) -> tuple[int, float]:
+    """Return the column of gains [blocks, candidates] with the best mean if clear, else the first; and its mean."""
     mean = gains.mean(0)
     best = int(mean.argmax())
-    clear = float(mean[best]) > float(gains[:, best].std() / math.sqrt(len(logs)))
-    return Choice(*candidates[best], float(mean[best])) if best and clear else Choice(*usual, 0.0)
+    error = float(gains[:, best].std()) / math.sqrt(len(gains))
+    return (best, float(mean[best])) if best and float(mean[best]) > error else (0, 0.0)
 
 
-def _cut(bounds: Sequence[int], block: int, reach: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _separate_errors(span: Span, remove: str, ridge: float, blocks: Sequence[int]) -> Tensor:
+    """Return the summed held-out errors [blocks, factors] of one matrix a variate."""
+    variates = span.values.shape[1]
+    total = torch.zeros(len(blocks), len(FACTORS), dtype=torch.float64)
+    for variate in range(variates):
+        for block, train, test in span.blocks(slice(variate, variate + 1)):
+            if block in blocks:
+                row = blocks.index(block)
+                for column, factor in enumerate(FACTORS):
+                    total[row, column] += span.error(train, test, remove, ridge / variates * factor)
+    return total
+
+
+def cut(bounds: Sequence[int], block: int, reach: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return the spans of rows that a block holds out, with the context it looks back on, and those around it."""
     held, rest = [], []
     for first, last in pairwise(bounds):

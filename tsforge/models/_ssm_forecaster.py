@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -58,8 +59,9 @@ class SSMForecasterConfig(ModelConfig):
     skip: Literal["auto", "closed_form", "learned", "none"] = "auto"
     """The linear map beside the stack: solved before training and kept, trained with the rest, or absent. ``auto``:
     closed form, absent with a rollout head."""
-    ridge: float | None = None
-    """Penalty of the closed form, see model ``linear``; null chooses penalty and level by blocked cross-validation."""
+    ridge: float | None = Field(default=None, ge=0.0)
+    """Penalty of the closed form, see model ``linear``; null chooses penalty, level and sharing among
+    variates by blocked cross-validation."""
     missing: Literal["mask", "skip"] = "mask"
     """Unobserved steps are inputs of 0 with a mask, or no steps at all: the state then lives through the time between
     two observations (irregular sampling)."""
@@ -171,8 +173,10 @@ class SSMForecaster(ForecastModel[C]):
             return None
         if kind == "learned":
             return Linear(LinearConfig(solver="sgd"), self.spec)
-        chosen = self.config.ridge is None
-        skip = Linear(LinearConfig(ridge=self.config.ridge, remove="auto" if chosen else "window_mean"), self.spec)
+        config = LinearConfig(ridge=self.config.ridge)
+        if config.ridge is None:
+            config = LinearConfig(ridge=None, remove="auto", weights="auto")
+        skip = Linear(config, self.spec)
         skip.weight.requires_grad_(False)
         return skip
 
@@ -222,7 +226,9 @@ class SSMForecaster(ForecastModel[C]):
         if not self.skips_missing:
             return _Rows(inputs, None, loc, scale)
         seen = self._seen(batch.context_mask)  # [B R, L]
-        return _Rows(*compact(inputs, seen), loc, scale)
+        steps, elapsed = compact(inputs, seen)
+        regular = bool((elapsed == 1).all())  # nothing is missing: the convolution does the same
+        return _Rows(steps, None if regular else elapsed, loc, scale)
 
     def _seen(self, mask: Tensor) -> Tensor:
         """Return whether a step [B, L, V] holds an observation of a row [B R, L]."""
@@ -398,7 +404,7 @@ class SSMForecaster(ForecastModel[C]):
         self.eval()
         for index, layer in enumerate(self.stack.layers()):
             kernel = layer.kernel(steps)
-            reach = memory_lengths(kernel).double() * self.stride
+            reach = (memory_lengths(kernel).double() * self.stride).clamp(max=self.spec.context_length)
             low, middle, high = torch.quantile(reach, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
             memory.append({"layer": index, "p10": low, "median": middle, "p90": high, "longest": float(reach.max())})
             dt = layer.dt(1.0)

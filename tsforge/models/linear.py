@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,14 @@ from tsforge.core.errors import ConfigError
 from tsforge.models._ar_gaps import GapFiller
 from tsforge.models._ar_moments import LagLayout, MissingRule, explicit_windows, lag_moments
 from tsforge.models._ar_windows import residual_scale, series_bounds
-from tsforge.models._linear_choice import RIDGES, USUAL_RIDGE, choose
+from tsforge.models._linear_choice import RIDGES, USUAL_RIDGE, Span, choose
 from tsforge.models.registry import register
 from tsforge.ops.moments import LeastSquares, WindowMoments, least_squares
 
 _GAP_ORDER = 168  # lags of the autoregression that fills gaps: a week of hours, cheap at any context length
 
 Removal = Literal["none", "window_mean", "last"]
+_MOST_WEIGHTS = 2**25  # of matrices for each variate that ``weights: auto`` considers, 128 MB
 _CHOICES: tuple[Removal, ...] = ("window_mean", "last")
 Offset = Literal["none", "constant", "window_scale"]
 
@@ -40,8 +41,8 @@ class LinearConfig(ModelConfig):
     """Settings of the linear forecaster."""
 
     name: Literal["linear"] = "linear"
-    weights: Literal["shared", "per_variate"] = tunable("shared", choices=["shared", "per_variate"])
-    """One matrix for all variates, or one for each."""
+    weights: Literal["auto", "shared", "per_variate"] = tunable("shared", choices=["shared", "per_variate"])
+    """One matrix for all variates, or one for each; ``auto`` chooses with the ridge."""
     remove: Literal["auto"] | Removal = tunable("window_mean", choices=["none", "window_mean", "last"])
     """What is subtracted from each context and added back: ``last`` is NLinear. ``auto``: the mean or the last value,
     chosen with the ridge."""
@@ -66,10 +67,11 @@ class LinearConfig(ModelConfig):
         """Refuse settings without effect."""
         if self.solver == "sgd" and self.ridge != type(self).model_fields["ridge"].default:
             raise ConfigError("model.ridge has no effect with solver 'sgd'; use train.weight_decay")
-        if self.solver == "sgd" and self.remove == "auto":
-            raise ConfigError("model.remove: auto is a choice of the closed form; with solver 'sgd' say what to remove")
-        if (self.remove == "auto" or self.ridge is None) and self.fitted_offset != "none":
-            raise ConfigError("model.offset: ridge null and remove auto choose among forecasters without an offset")
+        for name in ("remove", "weights"):
+            if self.solver == "sgd" and getattr(self, name) == "auto":
+                raise ConfigError(f"model.{name}: auto is a choice of the closed form; with solver 'sgd' say which")
+        if (self.ridge is None or "auto" in (self.remove, self.weights)) and self.fitted_offset != "none":
+            raise ConfigError("model.offset: ridge null and auto choose among forecasters without an offset")
 
 
 def remove_level(moments: WindowMoments, columns: int, length: int, remove: Removal) -> WindowMoments:
@@ -157,12 +159,15 @@ class Linear(ForecastModel[LinearConfig]):
         {},
         {"remove": "none", "weights": "per_variate"},
         {"remove": "last", "solver": "sgd"},
-        {"remove": "auto", "ridge": None, "weights": "per_variate"},
+        {"remove": "auto", "ridge": None, "weights": "auto"},
     )
 
     def __init__(self, config: LinearConfig, spec: DataSpec) -> None:
         super().__init__(config, spec)
-        groups = spec.num_variates if config.weights == "per_variate" else 1
+        own = config.weights == "per_variate" or (
+            config.weights == "auto" and spec.num_variates * spec.horizon * spec.context_length <= _MOST_WEIGHTS
+        )
+        groups = spec.num_variates if own else 1
         limit = 1.0 / math.sqrt(spec.context_length)
         self.weight = nn.Parameter(torch.empty(groups, spec.horizon, spec.context_length).uniform_(-limit, limit))
         if config.fitted_offset == "none":
@@ -220,70 +225,85 @@ class Linear(ForecastModel[LinearConfig]):
         self.gaps.fit(data.values, data.mask, bounds)
         if self.config.solver == "sgd":
             return None
-        length, horizon = self.spec.context_length, self.spec.horizon
-        layout = LagLayout(length, horizon)
-        shared = self.config.weights == "shared"
-        details = {"rows": 0.0, "dof": 0.0, "used_pairs": 0.0}
-        for group in range(len(self.weight)):
-            chosen = slice(None) if shared else slice(group, group + 1)
-            values, mask = data.values[:, chosen].double(), data.mask[:, chosen]
-            if not bool(mask.any()):  # a variate that was never observed keeps the training mean, 0
-                self.weight[group], self.offset[group] = 0.0, 0.0
-                continue
-            center = torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)  # keeps sums of squares small
-            if self.config.remove == "none" and self.config.fitted_offset != "constant":
-                center = torch.zeros_like(center)  # nothing in this model could undo a shift
-            centred = torch.where(mask, values - center, 0.0)
-            moments, pairs = lag_moments(
-                layout,
-                centred,
-                mask,
-                bounds,
-                missing=self.config.missing,
-                uses_scale=self.config.fitted_offset == "window_scale",
-            )
-            config = self._chosen(centred, mask, bounds, layout)
-            if self.config.remove == "auto":
-                self.from_last[group] = config.remove == "last"
-            fit, offset = fit_moments(moments, layout, config)
-            details["ridge"] = max(details.get("ridge", 0.0), config.ridge or 0.0)
-            self.weight[group] = fit.weight.to(self.weight)
-            if self.config.remove == "none":  # undo the centring
-                offset = (
-                    offset + center * (1.0 - fit.weight.sum(1)) if self.config.fitted_offset == "constant" else offset
-                )
-            self.offset[group] = offset.to(self.offset)
-            details["rows"] += fit.rows
-            details["dof"] = max(details["dof"], fit.dof)
-            details["used_pairs"] = max(details["used_pairs"], float(pairs))
+        layout = LagLayout(self.spec.context_length, self.spec.horizon)
+        config, separate = self._chosen(data, bounds, layout)
+        details = {"rows": 0.0, "dof": 0.0, "used_pairs": 0.0, "ridge": config.ridge or 0.0, "groups": 0.0}
+        if self.config.remove == "auto":
+            self.from_last.fill_(config.remove == "last")
+        groups = len(self.weight) if separate else 1
+        for group in range(groups):
+            variates = slice(group, group + 1) if separate else slice(None)
+            place = variates if len(self.weight) > 1 else slice(0, 1)
+            details["groups"] += 1.0
+            self._solve_group(data, bounds, layout, config, variates, place, details)
         scale = residual_scale(self, data)
         if scale is not None:  # in-sample errors are too small by the coefficients they were fitted with
-            scale = scale * math.sqrt(
-                1.0 / max(1.0 - details["dof"] * len(self.weight) / max(details["rows"], 1.0), 0.1)
-            )
+            scale = scale * math.sqrt(1.0 / max(1.0 - details["dof"] * groups / max(details["rows"], 1.0), 0.1))
         method = "ols" if self.config.ridge == 0.0 else "ridge"
         return SolveReport(finished=True, method=method, residual_scale=scale, details=details)
 
-    def _chosen(self, values: Tensor, mask: Tensor, bounds: list[int], layout: LagLayout) -> LinearConfig:
-        """Return the config with the ridge and the level filled in that were left to the data."""
-        config = self.config
-        if config.ridge is not None and config.remove != "auto":
-            return config
-        columns = layout.lags + layout.horizon
-        chosen = choose(
-            values,
+    def _solve_group(
+        self,
+        data: TrainingSeries,
+        bounds: list[int],
+        layout: LagLayout,
+        config: LinearConfig,
+        variates: slice,
+        place: slice,
+        details: dict[str, float],
+    ) -> None:
+        """Fit one matrix on some variates, write it to the groups ``place``, add to ``details``."""
+        values, mask = data.values[:, variates].double(), data.mask[:, variates]
+        if not bool(mask.any()):  # a variate that was never observed keeps the training mean, 0
+            self.weight[place], self.offset[place] = 0.0, 0.0
+            return
+        center = torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)  # keeps sums of squares small
+        if config.remove == "none" and config.fitted_offset != "constant":
+            center = torch.zeros_like(center)  # nothing in this model could undo a shift
+        moments, pairs = lag_moments(
+            layout,
+            torch.where(mask, values - center, 0.0),
             mask,
             bounds,
-            layout,
-            removes=_CHOICES if config.remove == "auto" else (config.remove,),
-            ridges=RIDGES if config.ridge is None else (config.ridge,),
+            missing=config.missing,
+            uses_scale=config.fitted_offset == "window_scale",
+        )
+        fit, offset = fit_moments(moments, layout, config)
+        if config.remove == "none" and config.fitted_offset == "constant":  # undo the centring
+            offset = offset + center * (1.0 - fit.weight.sum(1))
+        self.weight[place] = fit.weight.to(self.weight)
+        self.offset[place] = offset.to(self.offset)
+        details["rows"] += fit.rows
+        details["dof"] = max(details["dof"], fit.dof)
+        details["used_pairs"] = max(details["used_pairs"], float(pairs))
+
+    def _chosen(self, data: TrainingSeries, bounds: list[int], layout: LagLayout) -> tuple[LinearConfig, bool]:
+        """Return the config with what was left to the data filled in, and whether variates get their own matrices."""
+        config = self.config
+        if config.ridge is not None and config.remove != "auto" and config.weights != "auto":
+            return config, config.weights == "per_variate"
+        columns = layout.lags + layout.horizon
+        count = data.mask.sum(0).clamp(min=1)
+        center = torch.where(data.mask, data.values.double(), 0.0).sum(0) / count
+        span = Span(
+            values=torch.where(data.mask, data.values.double() - center, 0.0),
+            mask=data.mask,
+            bounds=bounds,
+            layout=layout,
             missing=config.missing,
             fit=lambda moments, remove, ridge: (
                 fit_moments(moments, layout, LinearConfig(remove=remove, ridge=ridge, missing=config.missing))[0].weight
             ),
             free=lambda moments, remove: remove_level(moments, columns, layout.lags, remove),  # type: ignore[arg-type]
         )
-        return config.model_copy(update={"remove": chosen.remove, "ridge": chosen.ridge})
+        chosen = choose(
+            span,
+            _CHOICES if config.remove == "auto" else (config.remove,),
+            RIDGES if config.ridge is None else (config.ridge,),
+            may_separate=config.weights == "auto" and len(self.weight) > 1,
+        )
+        update: dict[str, Any] = {"remove": chosen.remove, "ridge": chosen.ridge}
+        return config.model_copy(update=update), chosen.separate or config.weights == "per_variate"
 
 
 def map_lags(weight: Tensor, context: Tensor) -> Tensor:

@@ -42,7 +42,11 @@ class S4Config(SSMForecasterConfig):
         if self.init not in allowed[self.kernel]:
             raise ConfigError(f"model.init: kernel {self.kernel} starts from {', '.join(allowed[self.kernel])}")
         fields = type(self).model_fields
-        idle = {"s4d": (), "s4": ("discretisation", "bandlimit"), "lru": ("discretisation", "bandlimit", "n_ssm")}
+        idle: dict[str, tuple[str, ...]] = {
+            "s4d": (),
+            "s4": ("discretisation", "bandlimit"),
+            "lru": ("discretisation", "bandlimit", "n_ssm", "dt_min", "dt_max"),
+        }
         for name in idle[self.kernel]:
             if getattr(self, name) != fields[name].default:
                 raise ConfigError(f"model.{name} has no effect with kernel {self.kernel}")

@@ -125,6 +125,12 @@ def diagonal_step(a: Complex, b: Complex, c: Complex, u: Tensor, state: Tensor) 
     Shapes:
         a, b [H, n], c [M, H, n] (pairs), u [B, H], state [B, H, n, 2]; returns [B, M, H] and [B, H, n, 2].
     """
+    if not torch.is_grad_enabled():  # half the passes over the state; complex numbers would only bother a compiler
+        after = torch.view_as_complex(state) * torch.complex(*a)
+        after.addcmul_(torch.complex(*b), u.unsqueeze(-1).to(after.dtype))
+        new = torch.view_as_real(after)
+        readout = torch.stack([2.0 * c[0], -2.0 * c[1]], dim=-1).flatten(-2)  # [M, H, 2n]
+        return torch.einsum("mhn,bhn->bmh", readout, new.flatten(-2)), new
     re, im = multiply(a, state.unbind(-1))  # type: ignore[arg-type]
     re, im = re + b[0] * u.unsqueeze(-1), im + b[1] * u.unsqueeze(-1)
     y = 2.0 * (torch.einsum("mhn,bhn->bmh", c[0], re) - torch.einsum("mhn,bhn->bmh", c[1], im))
@@ -227,16 +233,16 @@ def elapsed_scan(
     """
     z, g = continuous
     state = u.new_zeros(*u.shape[:2], z[0].shape[-1], 2) if state is None else state
+    spans, which = torch.unique(elapsed, return_inverse=True)  # few on a grid: tables instead of a call a step
+    time = spans.to(z[0].dtype).view(-1, 1, 1)
+    size, turn = torch.exp(time * z[0]), time * z[1]
+    decay = torch.stack([size * turn.cos(), size * turn.sin()], dim=-1).to(u.dtype)  # [U, H, n, 2]
+    wide: Complex = (z[0].expand(len(spans), -1, -1), z[1].expand(len(spans), -1, -1))
+    gain = torch.stack(multiply(zoh_diagonal(*wide, time), g), dim=-1).to(u.dtype)
+    readout = torch.stack([2.0 * c[0], -2.0 * c[1]], dim=-1)
     outputs = []
-    for value, span in zip(u.unbind(-1), elapsed.unbind(-1), strict=True):
-        time = span.to(z[0].dtype).view(-1, 1, 1)
-        size = torch.exp(time * z[0])
-        decay: Complex = (size * torch.cos(time * z[1]), size * torch.sin(time * z[1]))
-        gain = multiply(zoh_diagonal(z[0].expand(len(span), -1, -1), z[1].expand(len(span), -1, -1), time), g)
-        kept = multiply(decay, state.unbind(-1))  # type: ignore[arg-type]
-        state = torch.stack([k + b * value.unsqueeze(-1) for k, b in zip(kept, gain, strict=True)], dim=-1).to(u.dtype)
-        y = 2.0 * (
-            torch.einsum("mhn,bhn->bmh", c[0], state[..., 0]) - torch.einsum("mhn,bhn->bmh", c[1], state[..., 1])
-        )
-        outputs.append(y)
+    for value, index in zip(u.unbind(-1), which.unbind(-1), strict=True):
+        kept = multiply(decay[index].unbind(-1), state.unbind(-1))  # type: ignore[arg-type]
+        state = torch.stack(kept, dim=-1) + gain[index] * value[..., None, None]
+        outputs.append(torch.einsum("mhnp,bhnp->bmh", readout, state))
     return torch.stack(outputs, dim=-1), state

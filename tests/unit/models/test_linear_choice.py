@@ -10,7 +10,7 @@ from torch import Tensor
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
 from tsforge.core.errors import ConfigError
 from tsforge.models._ar_moments import LagLayout, lag_moments
-from tsforge.models._linear_choice import BLOCKS, RIDGES, USUAL_RIDGE, _cut, choose, held_out_error
+from tsforge.models._linear_choice import BLOCKS, RIDGES, USUAL_RIDGE, Span, choose, cut, held_out_error
 from tsforge.models.linear import Linear, LinearConfig, fit_moments, remove_level, windows_of
 
 LENGTH, HORIZON = 24, 6
@@ -90,12 +90,25 @@ def test_short_noisy_data_gets_a_larger_ridge_and_a_better_forecast() -> None:
     assert errors[0] < 0.97 * errors[1]
 
 
-def test_each_variate_chooses_by_itself() -> None:
-    both = np.stack([walk(800), 20 * seasonal(800)], axis=1)
-    model, _ = solved(span(both), remove="auto", ridge=None, weights="per_variate")
-    assert model.from_last.tolist()[0] is True
-    alone, _ = solved(span(both[:, 1]), remove="auto", ridge=None)
-    assert torch.equal(model.weight[1], alone.weight[0])
+def test_variates_of_another_kind_get_matrices_of_their_own() -> None:
+    both = np.stack([walk(1500) / 10, seasonal(1500)], axis=1)
+    model, details = solved(span(both), remove="auto", ridge=None, weights="auto")
+    assert details["groups"] == 2
+    assert not torch.equal(model.weight[0], model.weight[1])
+    alone, _ = solved(
+        span(both[:, 1]), remove=("last" if bool(model.from_last[0]) else "window_mean"), ridge=details["ridge"]
+    )
+    assert torch.allclose(model.weight[1], alone.weight[0], atol=1e-12)
+
+
+def test_variates_of_one_kind_share_a_matrix() -> None:
+    rng = np.random.default_rng(8)
+    both = np.stack([seasonal(400, seed) for seed in range(4)], axis=1) + 0.5 * rng.normal(size=(400, 4))
+    model, details = solved(span(both), ridge=None, weights="auto")
+    assert details["groups"] == 1
+    assert all(torch.equal(model.weight[0], model.weight[group]) for group in range(4))
+    pooled, _ = solved(span(both), ridge=details["ridge"])
+    assert torch.allclose(model.weight[0], pooled.weight[0], atol=1e-12)
 
 
 def test_too_few_blocks_choose_nothing() -> None:
@@ -110,7 +123,7 @@ def test_blocks_hold_out_every_target_once_and_train_on_the_rest() -> None:
     for first, last in ((0, 103), (103, 150)):
         targets: list[int] = []
         for block in range(BLOCKS):
-            held, rest = _cut(bounds, block, reach)
+            held, rest = cut(bounds, block, reach)
             start, stop = next(part for part in held if first <= part[0] < last)
             context = reach if start > first else 0
             targets += range(start + context, stop)
@@ -140,15 +153,17 @@ def test_the_first_candidate_wins_where_evidence_is_unclear() -> None:
         return torch.full((2, 4), 0.01 if ridge == USUAL_RIDGE else -0.01, dtype=torch.float64)
 
     choice = choose(
-        data.values,
-        data.mask,
-        [0, 400],
-        layout,
-        removes=("none",),
-        ridges=(USUAL_RIDGE, 1e4),
-        missing="auto",
-        fit=fit,
-        free=lambda moments, _: moments,
+        Span(
+            values=data.values,
+            mask=data.mask,
+            bounds=[0, 400],
+            layout=layout,
+            missing="auto",
+            fit=fit,
+            free=lambda moments, _: moments,
+        ),
+        ("none",),
+        (USUAL_RIDGE, 1e4),
     )
     assert (choice.remove, choice.ridge, choice.gain) == ("none", USUAL_RIDGE, 0.0)
     assert USUAL_RIDGE in RIDGES
@@ -161,6 +176,7 @@ def test_the_first_candidate_wins_where_evidence_is_unclear() -> None:
         ({"remove": "none", "ridge": None}, "model.offset"),
         ({"remove": "auto", "offset": "constant"}, "model.offset"),
         ({"solver": "sgd", "ridge": None}, "model.ridge"),
+        ({"solver": "sgd", "weights": "auto"}, "model.weights"),
     ],
 )
 def test_contradictions_are_refused(settings: dict[str, object], message: str) -> None:
