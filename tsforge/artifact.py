@@ -21,12 +21,12 @@ from typing import Any
 import polars as pl
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tsforge.contracts.tensors import DataSpec
-from tsforge.core.atomic import atomic_directory
+from tsforge.core.atomic import atomic_directory, atomic_file
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, DataError, TsforgeError, listing
 from tsforge.data.frame import SeriesFrame
@@ -346,3 +346,51 @@ def match_frame(artifact: Artifact, frame: SeriesFrame) -> SeriesFrame:
     if mine == theirs:
         return frame
     return frame.with_covariates(past=mine.past, known=mine.known, static=mine.static)
+
+
+_FACTS = "facts"
+_DIGEST = "sha256"
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_tensor_file(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Write named tensors and plain facts as one safetensors file, whole or not at all; an older one is replaced.
+
+    Raises:
+        BackendError: the folder is read-only or the disk is full; the older file stays.
+        ArtifactError: a fact has no plain form.
+    """
+    text = _json(dict(facts)).decode()
+    stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    content = save_tensors(stored, metadata={_FACTS: text, _DIGEST: _digest(stored, text)})
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def load_tensor_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors and the facts of a file that ``save_tensor_file`` wrote.
+
+    Raises:
+        ArtifactError: it is missing, or a single byte of it changed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"there is no {path}; it was never written, or moved away")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            about = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        facts = json.loads(about[_FACTS])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); restore a copy or make it anew") from error
+    if not isinstance(facts, dict) or about.get(_DIGEST) != _digest(tensors, about[_FACTS]):
+        raise ArtifactError(f"{path} is damaged: its content differs from its SHA-256; restore a copy or make it anew")
+    return tensors, facts

@@ -219,6 +219,24 @@ def detect(
 
 
 @app.command()
+def stream(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option("--config", help="Name below configs/ or a YAML file.")] = "stream",
+    output: Annotated[Path | None, typer.Option("--output", help="Write the forecast (.parquet or .csv).")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Take the stored rows that a stream has not seen: score them, forecast from the end, keep its state."""
+    job = _config("tsforge.app.stream:StreamConfig", config, overrides, dry_run)
+    _check_table_name(output)
+    result = _attribute("tsforge.app.stream:stream")(job, _workspace(home))
+    if output is not None:
+        _write_table(result.forecast.table, output)
+    _show(result, as_json)
+
+
+@app.command()
 def tune(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option("--config", help="Name below configs/ or a YAML file.")] = "tune",
@@ -373,15 +391,23 @@ def data_export(
     _table_out(frame.table, output, False, {})
 
 
+def _check_table_name(output: Path | None) -> None:
+    if output is not None and output.suffix not in (".parquet", ".csv"):
+        raise ConfigError(f"--output {output}: use a name that ends in .parquet or .csv")
+
+
+def _write_table(table: Any, output: Path) -> None:
+    from tsforge.core.atomic import atomic_file
+
+    _check_table_name(output)
+    with atomic_file(output) as temporary:
+        table.write_parquet(temporary) if output.suffix == ".parquet" else table.write_csv(temporary)
+
+
 def _table_out(table: Any, output: Path | None, as_json: bool, metadata: dict[str, Any]) -> None:
     """Write a polars table to a file by its ending, or print it."""
     if output is not None:
-        from tsforge.core.atomic import atomic_file
-
-        if output.suffix not in (".parquet", ".csv"):
-            raise ConfigError(f"--output {output}: use a name that ends in .parquet or .csv")
-        with atomic_file(output) as temporary:
-            table.write_parquet(temporary) if output.suffix == ".parquet" else table.write_csv(temporary)
+        _write_table(table, output)
         facts = {"written": str(output), "rows": table.height}
         print_json({**metadata, **facts}) if as_json else print_facts(facts)
     elif as_json:

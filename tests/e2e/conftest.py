@@ -56,7 +56,7 @@ def fit_settings(model: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def fill(workspace: Workspace) -> None:
-    """Ingest, fit with and without curves, fail once, backtest, detect and publish two batches."""
+    """Ingest, fit with and without curves and with kernels, fail once, backtest, detect and publish two batches."""
     from tsforge.app.backtest import BacktestJobConfig, backtest
     from tsforge.app.batch import BatchConfig, run_batch
     from tsforge.app.detect import DetectJobConfig, detect
@@ -72,6 +72,9 @@ def fill(workspace: Workspace) -> None:
         gone = plant() | {"source": {"kind": "parquet", "path": str(workspace.root / "gone.parquet")}}
         ingest(validate(IngestConfig, {"data": gone}), workspace)
     short = {"max_epochs": 3, "max_steps_per_epoch": 12, "patience": None}
+    layers = {"name": "s4", "d_model": 8, "d_state": 8, "num_layers": 2, "patch_length": 1, "ridge": 100.0}
+    once = {"max_epochs": 1, "max_steps_per_epoch": 4, "start_margin": 0}
+    fit(validate(FitConfig, fit_settings(layers, train=once)), workspace)
     fit(validate(FitConfig, fit_settings({"name": "dlinear"}, train=short)), workspace)
     with suppress(DataError):  # a context longer than the data: a run that failed
         fit(validate(FitConfig, fit_settings({"name": "linear"}, window={"context_length": 5000})), workspace)

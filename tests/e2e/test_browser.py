@@ -187,3 +187,20 @@ def test_a_finding_can_be_sent_as_a_link(visitor: Visitor, browser: Any) -> None
     other.shoot("anomalies-dark")
     other.check()
     other.page.close()
+
+
+def test_kernels_of_a_state_space_model_are_drawn(filled_workspace: Path, dashboard: str, browser: Any) -> None:
+    model = next(path.name for path in (filled_workspace / "artifacts").iterdir() if path.name.startswith("s4"))
+    visitor = Visitor(browser)
+    visitor.open(f"{dashboard}/forecasts?artifact={model}")
+    visitor.page.get_by_text("What the model learnt").click(timeout=PATIENCE)
+    for tab in ("timescales", "kernels"):
+        visitor.page.get_by_role("tab", name=tab).click(timeout=PATIENCE)
+        visitor.page.wait_for_function(
+            "[...document.querySelectorAll('[role=tabpanel] .js-plotly-plot .main-svg')]"
+            ".some(chart => chart.getBoundingClientRect().width > 300)",
+            timeout=PATIENCE,
+        )
+        visitor.shoot(f"forecasts-{tab}")
+    visitor.check()
+    visitor.page.close()

@@ -112,6 +112,20 @@ def test_known_covariates_bound_the_newest_cutoff(filled: Path) -> None:
     assert page.metric, "the forecast ends where the driver does, so all of it has been observed"
 
 
+def test_state_space_model_shows_kernels_and_memory(filled: Path) -> None:
+    model = next(path.name for path in (filled / "artifacts").iterdir() if path.name.startswith("s4"))
+    page = draw("forecasts", artifact=model)
+    assert not page.exception
+    assert not page.error
+    assert [tab.label for tab in page.tabs] == ["kernels", "memory", "timescales"]
+    notes = [caption.value for caption in page.caption]
+    assert any("Impulse responses" in note for note in notes)
+    assert any("95 %" in note for note in notes)
+    memory = next(frame.value for frame in page.dataframe if "median" in frame.value.columns)
+    assert memory["layer"].tolist() == [0, 1]
+    assert ((memory["longest"] >= 1) & (memory["longest"] <= 72)).all()
+
+
 def test_published_forecast_is_shown_as_it_was_published(filled: Path) -> None:
     import polars as pl
 

@@ -20,6 +20,7 @@ CLASSES = {
     "backtest": "tsforge.app.backtest:BacktestJobConfig",
     "benchmark": "tsforge.app.benchmark:BenchmarkConfig",
     "detect": "tsforge.app.detect:DetectJobConfig",
+    "stream": "tsforge.app.stream:StreamConfig",
     "tune": "tsforge.app.tune:TuneJobConfig",
     "retrain": "tsforge.app.retrain:RetrainConfig",
     "schedule": "tsforge.app.schedule:ScheduleConfig",

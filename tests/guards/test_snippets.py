@@ -14,7 +14,7 @@ from tsforge.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DRY = {"ingest", "fit", "predict", "backtest", "benchmark", "detect", "tune"}
+DRY = {"ingest", "fit", "predict", "backtest", "benchmark", "detect", "stream", "tune"}
 PLACEHOLDER = re.compile(r"\b(ID|NAME|PATH|FILE|CONFIG|JOB|TIME)\b|[<>…]|\.\.\.")
 
 

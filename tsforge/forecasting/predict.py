@@ -67,7 +67,7 @@ def predict(
     frame = match_frame(artifact, frame)
     trained = artifact.window.horizon
     steps = _steps(artifact, horizon, rollout)
-    levels = offered_levels(artifact) if quantile_levels is None else _checked_levels(artifact, quantile_levels)
+    levels = offered_levels(artifact) if quantile_levels is None else checked_levels(artifact, quantile_levels)
     visible = frame if cutoff is None else frame.until(cutoff, keep_known=True)
     panel = artifact_panel(artifact, visible)
     spec = replace(artifact.window, horizon=max(steps, trained))
@@ -200,7 +200,7 @@ def _steps(artifact: Artifact, horizon: int | None, rollout: bool) -> int:
     return steps
 
 
-def _checked_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:
+def checked_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:
     """Return the levels asked for in ascending order, after a check that the artifact can give them."""
     asked = tuple(sorted(float(level) for level in levels))
     if not asked:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout1d, gelu, glu, pad
 
@@ -162,5 +161,4 @@ class SSMStack(nn.Module):
 def memory_lengths(kernel: Tensor, share: float = 0.95) -> Tensor:
     """Return for each feature [H] how many steps back hold ``share`` of the kernel's absolute weight [M, H, L]."""
     weight = kernel.detach().double().abs().sum(0).cumsum(-1)
-    total = weight[..., -1:].clamp(min=torch.finfo(torch.float64).tiny)
-    return (weight < share * total).sum(-1) + 1
+    return (weight < share * weight[..., -1:]).sum(-1) + 1

@@ -1,7 +1,7 @@
-"""Whether gradient steps improved on a closed-form start: the one-standard-error rule on blocks of validation windows.
+"""Whether gradient steps improved on a closed-form start: standard errors over blocks of validation windows.
 
-Neighbouring windows share most of their rows, so single windows are no independent evidence; means over stretches of one
-horizon nearly are. Choosing the best of many epochs on a short or drifting validation span finds improvements that do
+Neighbouring windows share most of their rows, so single windows are no independent evidence; means over stretches of
+one horizon nearly are. Choosing the best of many epochs on a short or drifting validation span finds improvements that do
 not last, and the start is the safer forecaster then.
 """
 

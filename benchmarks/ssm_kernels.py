@@ -1,0 +1,721 @@
+"""State space layers: kernels, blocks, convolutions and scans against their plain forms, in one run.
+
+    python benchmarks/ssm_kernels.py --out benchmarks/results/ssm_kernels_HARDWARE_DATE [--device auto] [--threads 1]
+
+Writes ``OUT.json`` and ``OUT.md``; without ``--out`` it only prints. Every round runs all methods of a table in turns,
+so that a busy spell of the machine hits each of them; given are medians over rounds, the ratio of medians, and the
+least and largest ratio within one round. Calls above one second take part in three rounds only. Peak memory is that of
+tensors alive at once beyond the inputs (CPU: allocations seen by the profiler, so scratch space of FFT and BLAS
+libraries is not in it; GPU: the allocator's own peak). Errors are the largest deviation from float64 within a row
+(feature), relative to the largest value of that row, of the worst row. "Expected" is what the plan for these layers
+had measured or required; nothing is asserted.
+
+The peers written here: the naive complex Vandermonde product and the block around it with FFTs under plain autograd,
+the doubling of the Krylov matrix (LSSL, arXiv 2110.13985, Sec. 4), and the Cauchy form of S4 (arXiv 2111.00396,
+Lemma C.3) in complex64, which is given its parameter C (I - A^L) ready-made and angles without powers of a root.
+
+``--quick`` runs everything on toy sizes, to see that it works; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report every start and stop
+
+import torch
+from scipy.fft import next_fast_len
+from torch import Tensor, nn
+from torch.nn.functional import gelu, glu
+from torch.profiler import ProfilerActivity, profile
+
+from tsforge.artifact import collect_provenance
+from tsforge.core.atomic import atomic_file
+from tsforge.layers.ssm import DiagonalSSM, diagonal_init, timescales
+from tsforge.layers.ssm_block import SSMBlock
+from tsforge.ops.discretise import gbt
+from tsforge.ops.dplr import dplr_discretise, dplr_kernel, dplr_real_form
+from tsforge.ops.fftconv import causal_convolution, fft_length
+from tsforge.ops.hippo import diagonal_plus_low_rank, hippo_matrix
+from tsforge.ops.krylov import krylov_kernel, krylov_kernel_reference
+from tsforge.ops.vandermonde import chunked_scan, vandermonde_kernel, vandermonde_kernel_reference
+
+SLOW_SECONDS, SLOW_ROUNDS = 1.0, 3
+DT = (1e-3, 1e-1)
+TRAINING = {"context": 336, "horizon": 96, "variates": 7, "rows": 8640, "batch": 256, "steps": 50}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where and how much is measured."""
+
+    device: torch.device
+    width: int = 128  # H, also the width of blocks
+    states: int = 64  # N
+    lengths: tuple[int, ...] = (336, 1024, 4096, 16384)
+    powering_limit: int = 1024  # longest kernel for which one power after another is waited for
+    blocks: tuple[tuple[int, int], ...] = ((16, 336), (4, 1024), (32, 96))  # batch, length
+    sequences: tuple[tuple[int, int], ...] = ((16, 336), (8, 1024), (1, 16384))
+    transforms: tuple[tuple[int, int], ...] = ((4, 336), (4, 720), (4, 1024), (4, 4096), (1, 16384))
+    heads: int = 8
+    rounds: int = 7
+    least_seconds: float = 0.02  # of one sample: shorter calls are repeated within it
+
+
+QUICK: dict[str, Any] = {
+    "width": 16,
+    "states": 8,
+    "lengths": (48, 129),
+    "powering_limit": 64,
+    "blocks": ((2, 48),),
+    "sequences": ((2, 48), (1, 129)),
+    "transforms": ((2, 48), (1, 129)),
+    "heads": 2,
+    "rounds": 3,
+    "least_seconds": 0.001,
+}
+# Of the plan, all for H = 128, N = 64 on a CPU; keys are lengths or (batch, length).
+EXPECTED_LENGTHS = (336, 1024, 4096, 16384)
+EXPECTED_DOUBLING = {336: "1.3", 1024: "3.4", 16384: "31"}
+EXPECTED_BLOCK = {(16, 336): ">= 2.5", (4, 1024): ">= 8"}
+EXPECTED_BACKWARD = {(16, 336): "1.25", (8, 1024): "1.4", (1, 16384): "3.0"}
+EXPECTED_SCAN = {(16, 336): "0.4-0.5", (8, 1024): "0.67", (1, 16384): "2"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make a kernel [M, H, L]: ``call`` reads ``inputs``, which want gradients."""
+
+    inputs: Sequence[Tensor]
+    call: Callable[[], Tensor]
+
+
+# ---- measuring
+
+
+def seconds_of(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Return wall seconds of one of ``count`` calls in a row."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], plan: Plan) -> dict[str, list[float]]:
+    """Return milliseconds of every call in every round it took part in; the order is reversed in every other round."""
+    first = {name: seconds_of(call, 1, plan.device) for name, call in calls.items()}
+    for name, call in calls.items():  # the first call also pays for libraries that load and plan
+        if first[name] < SLOW_SECONDS:
+            first[name] = seconds_of(call, 1, plan.device)
+    counts = {name: min(max(math.ceil(plan.least_seconds / spent), 1), 200) for name, spent in first.items()}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(plan.rounds):
+        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            if turn < SLOW_ROUNDS or statistics.median(found[name]) < 1e3 * SLOW_SECONDS:
+                found[name].append(1e3 * seconds_of(calls[name], counts[name], plan.device))
+    return found
+
+
+def summarise(samples: dict[str, list[float]], base: str, *, inverse: bool = False) -> dict[str, dict[str, Any]]:
+    """Return median, ratio of medians and extremes of the ratio in a round, for every method.
+
+    The ratio says how many times faster than ``base`` a method is; with ``inverse``, how many times its time it takes.
+    """
+    middle = {name: statistics.median(values) for name, values in samples.items()}
+    table = {}
+    for name, values in samples.items():
+        pairs = [ours / peer for ours, peer in zip(values, samples[base], strict=False)]
+        pairs = pairs if inverse else [1.0 / pair for pair in pairs]
+        ratio = middle[name] / middle[base] if inverse else middle[base] / middle[name]
+        table[name] = {"ms": middle[name], "ratio": ratio, "ratio_range": [min(pairs), max(pairs)], "samples": values}
+    return table
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Return the most bytes of tensors that were alive at once during a call, beyond those before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    inner: Any = seen.profiler  # the tables of the public interface sum allocations, they do not say what was alive
+    events = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: int(event.start_ns())):
+        live += int(event.nbytes())
+        peak = max(peak, live)
+    return peak
+
+
+def worst_row(value: Tensor, truth: Tensor) -> float:
+    """Return the largest deviation within a row relative to the row's largest value, of the worst row."""
+    value, truth = value.detach().cpu().double(), truth.detach().cpu().double()
+    return float(((value - truth).abs().amax(-1) / truth.abs().amax(-1)).max())
+
+
+def backward_of(method: Method, probe: Tensor) -> Callable[[], Any]:
+    """Return forward and backward pass of a method as one call."""
+    return lambda: torch.autograd.grad(method.call(), list(method.inputs), probe)
+
+
+def without_gradients(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return the call as evaluation runs it."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def kernel_rows(
+    length: int, methods: dict[str, Method], truth: Tensor, base: str, plan: Plan, expected: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Return speed, memory and error of all methods for one length."""
+    forward_calls = {name: without_gradients(method.call) for name, method in methods.items()}
+    probe = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(plan.device)
+    both_calls = {name: backward_of(method, probe) for name, method in methods.items()}
+    forward = summarise(in_turns(forward_calls, plan), base)
+    both = summarise(in_turns(both_calls, plan), base)
+    rows = []
+    for name in methods:
+        row: dict[str, Any] = {"length": length, "method": name, "forward": forward[name], "both": both[name]}
+        row["peak_mb"] = [peak_bytes(call[name], plan.device) / 1e6 for call in (forward_calls, both_calls)]
+        row["worst_row_error"] = worst_row(forward_calls[name](), truth)
+        row["expected_forward_ratio"] = expected.get(name)
+        rows.append(row)
+        tell(row)
+    return rows
+
+
+def timed_rows(
+    case: str,
+    calls: dict[str, Callable[[], Any]],
+    base: str,
+    plan: Plan,
+    *,
+    expected: dict[str, str] | None = None,
+    differences: dict[str, float] | None = None,
+    inverse: bool = False,
+) -> list[dict[str, Any]]:
+    """Return speed of all methods for one case; ``differences`` are what their results deviate from ``base``."""
+    found = summarise(in_turns(calls, plan), base, inverse=inverse)
+    rows = []
+    for name in calls:
+        row: dict[str, Any] = {"case": case, "method": name, "time": found[name]}
+        row["expected_ratio"] = (expected or {}).get(name)
+        row["difference"] = (differences or {}).get(name)
+        rows.append(row)
+        tell(row)
+    return rows
+
+
+def tell(row: dict[str, Any]) -> None:
+    """Print a record as soon as it is there, without its samples."""
+    shown = {
+        name: {key: part for key, part in value.items() if key != "samples"} if isinstance(value, dict) else value
+        for name, value in row.items()
+    }
+    print(json.dumps(shown), flush=True)
+
+
+def leaves(plan: Plan, *values: Tensor) -> list[Tensor]:
+    """Return copies on the device that want gradients."""
+    return [value.detach().clone().to(plan.device).requires_grad_() for value in values]
+
+
+# ---- kernels
+
+
+def diagonal_rows(length: int, plan: Plan) -> list[dict[str, Any]]:
+    """Return the table of S4D kernels: two-level product against the complex matrix of all powers."""
+    torch.manual_seed(0)
+    decay, frequency, _ = diagonal_init("lin", plan.states)
+    dt = timescales(plan.width, *DT).double().exp()[:, None]
+    log_re, log_im = -(dt * decay), dt * frequency
+    weight = torch.randn(2, 1, plan.width, plan.states // 2)
+    truth = torch.cat(
+        [
+            2.0 * torch.einsum("mhn,hnl->mhl", torch.complex(*weight[:, :, part].double()), powers).real
+            for part in slices(plan.width, 16)
+            for powers in [torch.exp(torch.complex(log_re[part], log_im[part])[..., None] * torch.arange(length))]
+        ],
+        dim=1,
+    )
+    ours = leaves(plan, log_re, log_im, *weight)
+    plain = leaves(plan, log_re.float(), log_im.float(), *weight)
+    expected = {"two-level": ">= 40"} if length in EXPECTED_LENGTHS else {}
+    methods = {
+        "two-level": Method(ours, lambda: vandermonde_kernel((ours[0], ours[1]), (ours[2], ours[3]), length)),
+        "naive complex64": Method(
+            plain, lambda: vandermonde_kernel_reference((plain[0], plain[1]), (plain[2], plain[3]), length)
+        ),
+    }
+    return kernel_rows(length, methods, truth, "naive complex64", plan, expected)
+
+
+def doubling_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
+    """Return C A^k B [M, H, L] from the whole matrix of A^k B, whose columns are doubled until there are L."""
+    columns, power = B.unsqueeze(-1), A
+    while columns.shape[-1] < length:
+        more = power @ columns[..., : length - columns.shape[-1]]
+        columns = torch.cat([columns, more], dim=-1)
+        if columns.shape[-1] < length:
+            power = power @ power
+    return torch.einsum("mhn,hnl->mhl", C, columns)
+
+
+def slices(total: int, size: int) -> list[slice]:
+    """Return runs of features small enough for the float64 tables of an oracle."""
+    return [slice(first, first + size) for first in range(0, total, size)]
+
+
+def dense_truth(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
+    """Return the kernel of dense float64 systems, a few features at a time."""
+    parts = [doubling_kernel(A[part], B[part], C[:, part], length) for part in slices(len(B), 8)]
+    return torch.cat(parts, dim=1)
+
+
+def krylov_rows(length: int, plan: Plan) -> list[dict[str, Any]]:
+    """Return the table of LSSL kernels: two-level product against doubling and powering."""
+    torch.manual_seed(0)
+    A, B = hippo_matrix("legs", plan.states)
+    dt = timescales(plan.width, *DT).double().exp()
+    a_bar, b_bar = gbt(A[None], B[None], dt)
+    c = torch.randn(1, plan.width, plan.states) / math.sqrt(plan.states)
+    truth = dense_truth(a_bar, b_bar, c.double(), length)
+    a, b, c = leaves(plan, a_bar.float(), b_bar.float(), c)
+    methods = {
+        "two-level": Method((a, b, c), lambda: krylov_kernel(a, b, c, length)),
+        "doubling": Method((a, b, c), lambda: doubling_kernel(a, b, c, length)),
+    }
+    if length <= plan.powering_limit:
+        methods["powering"] = Method((a, b, c), lambda: krylov_kernel_reference(a, b, c, length))
+    expected = {"two-level": EXPECTED_DOUBLING[length]} if length in EXPECTED_DOUBLING else {}
+    return kernel_rows(length, methods, truth, "doubling", plan, expected)
+
+
+def cauchy_kernel(modes: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    """Return the kernel [1, H, L] of a system of rank 1 by the published Cauchy form at the roots of unity.
+
+    Shapes:
+        modes, P, B, C [H, n] complex, one of each conjugate pair; C is that of C (I - A^L); dt [H].
+    """
+    angle = torch.arange(length // 2 + 1, device=dt.device) * (-2.0 * math.pi / length)
+    z = torch.polar(torch.ones_like(angle), angle)
+    nodes = 2.0 / dt[:, None] * (1.0 - z) / (1.0 + z)  # [H, K]; rounding keeps the last one off the pole
+    inverse = 1.0 / (nodes[:, None] - torch.cat([modes, modes.conj()], dim=-1)[..., None])  # [H, N, K]
+    products = torch.stack([C * B, C * P, P.conj() * B, P.conj() * P], dim=1)  # [H, 4, n]
+    q = torch.cat([products, products.conj()], dim=-1) @ inverse  # [H, 4, K]
+    values = 2.0 / (1.0 + z) * (q[:, 0] - q[:, 1] * q[:, 2] / (1.0 + q[:, 3]))
+    kernel: Tensor = torch.fft.irfft(values, n=length)
+    return kernel.unsqueeze(0)
+
+
+def low_rank_rows(length: int, plan: Plan) -> list[dict[str, Any]]:
+    """Return the table of S4 kernels: half-angle form against dense two-level products and the published form."""
+    torch.manual_seed(0)
+    found = diagonal_plus_low_rank("legs", plan.states)
+    dt = timescales(plan.width, *DT).exp()
+    shape = (plan.width, plan.states // 2)
+    re, im = (part.float().expand(shape) for part in (found.eigenvalues.real, found.eigenvalues.imag))
+    P = torch.view_as_real(found.low_rank).float().unsqueeze(1).expand(1, *shape, 2)
+    B = torch.view_as_real(found.input).float().expand(*shape, 2)
+    C = torch.randn(1, *shape, 2) * math.sqrt(0.5)
+    a, b, c = dplr_real_form(re.double(), im.double(), P.double(), B.double(), C.double())
+    truth = dense_truth(*gbt(a, b, dt.double()), c, length)
+    ours = leaves(plan, re, im, P, B, C, dt)
+    pair = [torch.view_as_complex(value.contiguous()) for value in (torch.stack([re, im], dim=-1), P[0], B)]
+    published = leaves(plan, *pair, truncated(re, im, P, C, dt, length), dt)
+
+    def dense() -> Tensor:
+        re, im, P, B, C, dt = ours
+        a, b, c = dplr_real_form(re.double(), im.double(), P.double(), B.double(), C)
+        a_bar, b_bar = gbt(a, b, dt.double())
+        return krylov_kernel(a_bar.float(), b_bar.float(), c, length)
+
+    def dense_without_solve() -> Tensor:
+        re, im, P, B, C, dt = ours
+        return krylov_kernel(*dplr_discretise(re, im, P, B, C, dt), length)
+
+    def half_angle() -> Tensor:
+        re, im, P, B, C, dt = ours
+        return dplr_kernel(re, im, P, B, C, dt, length)
+
+    def cauchy() -> Tensor:
+        modes, P, B, C, dt = published
+        return cauchy_kernel(modes, P, B, C, dt, length)
+
+    methods = {
+        "half-angle": Method(ours, half_angle),
+        "dense, gbt, two-level": Method(ours, dense),
+        "dense, Woodbury, two-level": Method(ours, dense_without_solve),
+        "published Cauchy complex64": Method(published, cauchy),
+    }
+    return kernel_rows(length, methods, truth, "published Cauchy complex64", plan, {})
+
+
+def truncated(re: Tensor, im: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    """Return C (I - A_bar^L) [H, n] complex64 of the stored modes, by powers of the dense complex matrix."""
+    modes = re.shape[-1]
+    low, out = (torch.view_as_complex(part[0].double().contiguous()) for part in (P, C))
+    low, out = (torch.cat([part, part.conj()], dim=-1) for part in (low, out))
+    values = torch.complex(re.double(), im.double())
+    A = torch.diag_embed(torch.cat([values, values.conj()], dim=-1)) - low[..., None] * low.conj()[:, None]
+    identity = torch.eye(2 * modes, dtype=A.dtype)
+    half = 0.5 * dt.double()[:, None, None] * A
+    power = torch.linalg.matrix_power(torch.linalg.solve(identity - half, identity + half), length)
+    kept = out - (out[:, None] @ power)[:, 0]
+    stored: Tensor = kept[:, :modes].to(torch.complex64)
+    return stored
+
+
+# ---- blocks
+
+
+class PlainBlock(nn.Module):
+    """The block of ``SSMBlock`` around S4D as reference code writes it; starts from the weights of the one given.
+
+    All powers of all modes as one complex64 table, FFTs of 2 L points under plain autograd, B fixed at 1.
+    """
+
+    def __init__(self, block: SSMBlock) -> None:
+        super().__init__()
+        layer = block.ssm
+        assert isinstance(layer, DiagonalSSM)
+        self.norm, self.out = copy.deepcopy(block.norm), copy.deepcopy(block.out)
+        self.log_dt, self.log_decay, self.frequency, self.C, self.D = (
+            nn.Parameter(value.detach().clone())
+            for value in (layer.log_dt, layer.log_decay, layer.frequency, layer.C[0], layer.D[0])
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outputs [B, L, D] of x [B, L, D]."""
+        u, length = self.norm(x).transpose(1, 2), x.shape[1]
+        values = torch.complex(-self.log_decay.exp(), self.frequency)  # [1, n]
+        turn = self.log_dt.exp()[:, None] * values  # [H, n]
+        weight = torch.view_as_complex(self.C) * (torch.exp(turn) - 1.0) / values
+        table = torch.exp(turn.unsqueeze(-1) * torch.arange(length, device=x.device))  # [H, n, L]
+        kernel = 2.0 * torch.einsum("hn,hnl->hl", weight, table).real
+        spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
+        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + self.D[:, None] * u
+        gated: Tensor = x + glu(self.out(gelu(y).transpose(1, 2)), dim=-1)
+        return gated
+
+
+def block_rows(batch: int, length: int, plan: Plan) -> list[dict[str, Any]]:
+    """Return the table of whole blocks, forward and backward pass, gradients of input and all weights."""
+    torch.manual_seed(0)
+    width = plan.width
+    ours = SSMBlock(DiagonalSSM(width, plan.states, dt_range=DT)).to(plan.device)
+    plain = PlainBlock(ours).to(plan.device)
+    lstm = nn.LSTM(width, width, batch_first=True).to(plan.device)
+    encoder = nn.TransformerEncoderLayer(width, plan.heads, 2 * width, dropout=0.0, batch_first=True).to(plan.device)
+    x = torch.randn(batch, length, width, device=plan.device, requires_grad=True)
+    probe = torch.randn(batch, length, width, device=plan.device)
+    modules: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
+        "S4D block": (ours, lambda: ours(x)[0]),
+        "naive block": (plain, lambda: plain(x)),
+        "nn.LSTM": (lstm, lambda: lstm(x)[0]),
+        "nn.TransformerEncoderLayer": (encoder, lambda: encoder(x)),
+    }
+    calls = {
+        name: backward_of(Method([x, *module.parameters()], run), probe) for name, (module, run) in modules.items()
+    }
+    with torch.no_grad():
+        difference = float((ours(x)[0] - plain(x)).abs().max())
+    expected = {"S4D block": EXPECTED_BLOCK[batch, length]} if (batch, length) in EXPECTED_BLOCK else {}
+    return timed_rows(
+        f"B{batch} L{length}",
+        calls,
+        "naive block",
+        plan,
+        expected=expected,
+        differences={"S4D block": difference},
+    )
+
+
+# ---- convolutions and scans
+
+
+def plain_convolution(u: Tensor, kernel: Tensor, size: int) -> Tensor:
+    """Return the causal convolution [B, H, L] by FFTs of ``size`` points."""
+    spectrum = torch.fft.rfft(u, n=size) * torch.fft.rfft(kernel, n=size)
+    y: Tensor = torch.fft.irfft(spectrum, n=size)[..., : u.shape[-1]]
+    return y
+
+
+def backward_rows(batch: int, length: int, plan: Plan) -> list[dict[str, Any]]:
+    """Return the table of convolutions, forward and backward pass, with the same transform length."""
+    torch.manual_seed(0)
+    u, kernel = leaves(plan, torch.randn(batch, plan.width, length), torch.randn(plan.width, length))
+    probe = torch.randn(batch, plan.width, length, device=plan.device)
+    size = fft_length(2 * length - 1)
+    custom = Method((u, kernel), lambda: causal_convolution(u, kernel.unsqueeze(0))[:, 0])
+    plain = Method((u, kernel), lambda: plain_convolution(u, kernel, size))
+    calls = {"own backward": backward_of(custom, probe), "plain autograd": backward_of(plain, probe)}
+    pairs = zip(calls["own backward"](), calls["plain autograd"](), strict=True)
+    difference = max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
+    expected = {"own backward": EXPECTED_BACKWARD[batch, length]} if (batch, length) in EXPECTED_BACKWARD else {}
+    return timed_rows(
+        f"B{batch} L{length}",
+        calls,
+        "plain autograd",
+        plan,
+        expected=expected,
+        differences={"own backward": difference},
+    )
+
+
+def transform_rows(batch: int, length: int, plan: Plan) -> list[dict[str, Any]]:
+    """Return the table of transform lengths, forward pass of the convolution."""
+    torch.manual_seed(0)
+    u = torch.randn(batch, plan.width, length, device=plan.device)
+    kernel = torch.randn(plan.width, length, device=plan.device)
+    least = 2 * length - 1
+    sizes = {
+        "fft_length": fft_length(least),
+        "2L": 2 * length,
+        "2L-1": least,
+        "scipy next_fast_len": int(next_fast_len(least, real=True)),
+    }
+
+    def call(size: int) -> Callable[[], Tensor]:
+        return without_gradients(lambda: plain_convolution(u, kernel, size))
+
+    named = {f"{name} = {size}": call(size) for name, size in sizes.items()}
+    expected = {f"2L-1 = {least}": "6-14"} if length in EXPECTED_LENGTHS else {}
+    if length == 336:
+        expected[f"scipy next_fast_len = {sizes['scipy next_fast_len']}"] = "3"
+    return timed_rows(f"B{batch} L{length}", named, next(iter(named)), plan, expected=expected, inverse=True)
+
+
+def scan_rows(batch: int, length: int, plan: Plan) -> list[dict[str, Any]]:
+    """Return the table of the scan in chunks against kernel and FFT, forward pass, from the weights of a system."""
+    torch.manual_seed(0)
+    layer = DiagonalSSM(plan.width, plan.states, dt_range=DT).to(plan.device)
+    u = torch.randn(batch, plan.width, length, device=plan.device)
+    with torch.no_grad():
+        log_a, _, b, c = layer.system(1.0)
+        kernel = layer.make_kernel(length, 1.0)
+    calls = {
+        "chunked scan": without_gradients(lambda: chunked_scan(log_a, b, c, u)[0]),
+        "kernel and FFT": without_gradients(lambda: causal_convolution(u, layer.make_kernel(length, 1.0))),
+        "FFT alone": without_gradients(lambda: causal_convolution(u, kernel)),
+    }
+    wanted = calls["kernel and FFT"]()
+    difference = float((calls["chunked scan"]() - wanted).abs().max() / wanted.abs().max())
+    expected = {"chunked scan": EXPECTED_SCAN[batch, length]} if (batch, length) in EXPECTED_SCAN else {}
+    return timed_rows(
+        f"B{batch} L{length}",
+        calls,
+        "kernel and FFT",
+        plan,
+        expected=expected,
+        differences={"chunked scan": difference},
+    )
+
+
+# ---- training on a GPU
+
+
+def training_speed(patch: int | None, accelerator: str, sizes: dict[str, int]) -> float:
+    """Return windows (of all variates) a second in the second epoch of training model ``s4`` on a random walk."""
+    import numpy as np  # here and below: only a run with a GPU needs the trainer
+    import polars as pl
+
+    from tsforge.contracts.tensors import DataSpec
+    from tsforge.data.frame import SeriesFrame
+    from tsforge.data.panel import Panel
+    from tsforge.data.windows import WindowDataset, WindowSpec
+    from tsforge.network import NetworkConfig, build_network
+    from tsforge.training.config import TrainConfig
+    from tsforge.training.loop import fit_network
+
+    walk = np.random.default_rng(0).normal(size=(sizes["rows"], sizes["variates"])).cumsum(axis=0)
+    hours = [datetime(2016, 7, 1) + timedelta(hours=step) for step in range(sizes["rows"])]
+    table = pl.DataFrame({"ds": hours, **{f"x{index}": walk[:, index] for index in range(sizes["variates"])}})
+    panel = Panel.from_frame(SeriesFrame.from_wide(table, time="ds"))
+    train = WindowDataset(panel, WindowSpec(context_length=sizes["context"], horizon=sizes["horizon"]))
+    spec = DataSpec(context_length=sizes["context"], horizon=sizes["horizon"], num_variates=sizes["variates"])
+    model = {"name": "s4"} if patch is None else {"name": "s4", "patch_length": patch}
+    network = build_network(NetworkConfig.model_validate({"model": model}), spec, seed=0)
+    config = TrainConfig.model_validate(
+        {
+            "max_epochs": 2,
+            "batch_size": sizes["batch"],
+            "max_steps_per_epoch": sizes["steps"],
+            "accelerator": accelerator,
+        }
+    )
+    result = fit_network(network, train, None, config, series=panel.training_series(None, None), progress=False)
+    return float(result.history[1]["windows_per_second"])
+
+
+# ---- result
+
+
+def run(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """Return all tables."""
+    tables: dict[str, list[dict[str, Any]]] = {
+        "diagonal": [row for length in plan.lengths for row in diagonal_rows(length, plan)],
+        "krylov": [row for length in plan.lengths for row in krylov_rows(length, plan)],
+        "low_rank": [row for length in plan.lengths for row in low_rank_rows(length, plan)],
+        "blocks": [row for sizes in plan.blocks for row in block_rows(*sizes, plan)],
+        "backward": [row for sizes in plan.sequences for row in backward_rows(*sizes, plan)],
+        "transforms": [row for sizes in plan.transforms for row in transform_rows(*sizes, plan)],
+        "scans": [row for sizes in plan.sequences for row in scan_rows(*sizes, plan)],
+    }
+    if plan.device.type == "cuda":
+        for name, patch in (("default patches", None), ("patch_length 1", 1)):
+            speeds = [training_speed(patch, "gpu", TRAINING) for _ in range(3)]
+            row = {"model": f"s4, {name}", "windows_a_second": statistics.median(speeds), "samples": speeds}
+            tables.setdefault("training", []).append(row)
+            print(json.dumps(row), flush=True)
+    return tables
+
+
+def kernel_lines(title: str, base: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table of kernels as Markdown."""
+    lines = [
+        "",
+        f"## {title}",
+        "",
+        f"| L | method | forward, ms | times faster than {base} (range) | expected | forward + backward, ms "
+        "| times faster (range) | peak MB, forward | forward + backward | worst row error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["length"], row["method"], f"{row['forward']['ms']:.3g}", ratio(row["forward"])]
+        cells += [row["expected_forward_ratio"] or "", f"{row['both']['ms']:.3g}", ratio(row["both"])]
+        cells += [f"{value:.3g}" for value in row["peak_mb"]] + [f"{row['worst_row_error']:.1e}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def timed_lines(title: str, heading: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table of times as Markdown."""
+    last = " | largest difference" if any(row["difference"] is not None for row in rows) else ""
+    lines = ["", f"## {title}", "", f"| case | method | ms | {heading} (range) | expected{last} |"]
+    lines.append("|---|---|---|---|---|" + ("---|" if last else ""))
+    for row in rows:
+        cells = [
+            row["case"],
+            row["method"],
+            f"{row['time']['ms']:.3g}",
+            ratio(row["time"]),
+            row["expected_ratio"] or "",
+        ]
+        if last:
+            cells.append("" if row["difference"] is None else f"{row['difference']:.1e}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def ratio(stat: dict[str, Any]) -> str:
+    """Return the ratio of medians with the extremes in a round."""
+    low, high = stat["ratio_range"]
+    return f"{stat['ratio']:.3g} ({low:.3g}-{high:.3g})"
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return the result as Markdown."""
+    about, tables = result["about"], result["tables"]
+    lines = [f"# State space kernels, blocks and scans, {about['date']}", ""]
+    if about["quick"]:
+        lines += ["**Toy sizes (--quick): the figures mean nothing.**", ""]
+    lines += [
+        f"{about['hardware']}, {about['threads']} thread(s), load {about['load'][0]:.1f} at the start and "
+        f"{about['load'][1]:.1f} at the end; torch {about['torch']}, scipy {about['scipy']}, Python "
+        f"{about['python']}, revision {about['revision']}. H = {about['width']} features, N = {about['states']}. "
+        f"Medians of {about['rounds']} rounds in turns ({SLOW_ROUNDS} for calls above {SLOW_SECONDS:g} s); in brackets "
+        "least and largest ratio within a round. Peak memory: tensors alive at once beyond the inputs.",
+        *kernel_lines("S4D kernel: two-level Vandermonde product", "naive", tables["diagonal"]),
+        *kernel_lines("LSSL kernel: two-level Krylov product (HiPPO-LegS, bilinear)", "doubling", tables["krylov"]),
+        *kernel_lines("S4 kernel: diagonal plus low rank (HiPPO-LegS, bilinear)", "published", tables["low_rank"]),
+        "",
+        "The published form is given C (I - A^L) ready-made; the others start from C and have no such tie to L.",
+        *timed_lines("Whole block, forward and backward", "times faster than the naive block", tables["blocks"]),
+        *timed_lines(
+            "Convolution, forward and backward, same transform length",
+            "times faster than plain autograd",
+            tables["backward"],
+        ),
+        *timed_lines("Transform length, forward", "times the time of fft_length", tables["transforms"]),
+        *timed_lines("Scan in chunks, forward", "times faster than kernel and FFT", tables["scans"]),
+        "",
+        "## Training on a GPU",
+        "",
+    ]
+    if "training" not in tables:
+        return "\n".join([*lines, "Not measured: no GPU was there, or it was not asked for.", ""])
+    sizes = ", ".join(f"{name} {value}" for name, value in TRAINING.items())
+    lines += [f"Random walk, {sizes}.", "", "| model | windows/s |", "|---|---|"]
+    lines += [f"| {row['model']} | {row['windows_a_second']:,.0f} |" for row in tables["training"]]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measure, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="result path without ending; default: print only")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, three rounds")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    kind = given.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU is there; use --device cpu")
+    plan = Plan(device=torch.device(kind), **(QUICK if given.quick else {}))
+    load = os.getloadavg()[0]
+    tables = run(plan)
+    about = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": torch.cuda.get_device_name() if kind == "cuda" else f"{os.cpu_count()} {platform.machine()} cores",
+        "device": kind,
+        "threads": given.threads,
+        "load": [load, os.getloadavg()[0]],
+        "torch": torch.__version__,
+        "scipy": version("scipy"),
+        "python": platform.python_version(),
+        "revision": collect_provenance(data_fingerprint="", seeds={})["revision"],
+        "quick": given.quick,
+        "width": plan.width,
+        "states": plan.states,
+        "rounds": plan.rounds,
+    }
+    result = {"about": about, "tables": tables}
+    text = page(result)
+    if given.out is not None:
+        for ending, content in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
+            with atomic_file(given.out.with_name(given.out.name + ending)) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The stream use-case on a real store: new rows once each, forecasts as ``tsforge predict``, crashes, two at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tsforge.app.fit import FitConfig, fit
+from tsforge.app.forecast import PredictConfig, predict
+from tsforge.app.ingest import IngestConfig, ingest
+from tsforge.app.stream import StreamConfig, StreamResult, read_scores, stream
+from tsforge.cli import main
+from tsforge.core.config import load, validate
+from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError
+from tsforge.core.workspace import Workspace
+from tsforge.forecasting.stream import Stream
+
+FIRST = datetime(2026, 1, 1, tzinfo=UTC)
+HOURS = 70 * 24  # rows of the fixture
+
+
+def grow(site: Any, hours: int, **changes: pl.Expr) -> Workspace:
+    """Add hours after the stored ones and ingest them."""
+    table = pl.read_parquet(site.source)
+    last, phase = table["ds"].max(), table.height % 168
+    new = table[phase : phase + hours].with_columns(ds=pl.Series([last + timedelta(hours=k + 1) for k in range(hours)]))
+    noise = 0.3 * np.random.default_rng(table.height).standard_normal(hours)
+    new = new.with_columns(pl.col("a.x", "a.y", "b.x", "b.y") + pl.Series(noise))
+    pl.concat([table, new.with_columns(**changes)], how="diagonal").write_parquet(site.source)
+    workspace = Workspace.open(site.home)
+    ingest(validate(IngestConfig, {"data": site.data()}), workspace)
+    return workspace
+
+
+def same_as_predict(result: StreamResult, workspace: Workspace, **settings: Any) -> None:
+    mine, theirs = (
+        result.forecast.table,
+        predict(PredictConfig(artifact=result.artifact_id, **settings), workspace).table,
+    )
+    keys = ["series_id", "cutoff", "step", "time", "variate"]
+    assert mine.select(keys).equals(theirs.select(keys))
+    for name in mine.columns[5:]:
+        assert np.allclose(mine[name], theirs[name], rtol=1e-6, atol=1e-6), name
+
+
+def test_the_shipped_config_is_all_defaults() -> None:
+    assert load(StreamConfig, "stream") == StreamConfig()
+
+
+def test_new_rows_are_scored_once_and_the_forecast_is_that_of_predict(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    first = stream(StreamConfig(), workspace)
+    assert (first.is_new, first.rows_taken, first.revision, first.mode) == (True, 0, 0, "window")
+    assert first.scores.height == read_scores(workspace, first.name).height == 0
+    same_as_predict(first, workspace)
+    state = (first.path / "state.safetensors").stat()
+    again = stream(StreamConfig(), workspace)
+    assert (again.is_new, again.rows_taken) == (False, 0)
+    assert (first.path / "state.safetensors").stat() == state
+    assert again.forecast.table.equals(first.forecast.table)
+    grow(site, 30)
+    second = stream(StreamConfig(), workspace)
+    assert (second.rows_taken, second.revision) == (60, 1)
+    table = pl.read_parquet(site.source)[HOURS:]
+    assert second.scores.height == sum(table[name].count() for name in ("a.x", "a.y", "b.x", "b.y"))
+    value = second.scores.filter(series_id="b", variate="x")
+    assert value["time"].to_list() == table["ds"].to_list()
+    assert value["value"].to_list() == table["b.x"].to_list()
+    same_as_predict(second, workspace)
+    grow(site, 5)
+    third = stream(StreamConfig(), workspace)
+    same_as_predict(third, workspace)
+    whole = read_scores(workspace, first.name)
+    assert whole.equals(pl.concat([second.scores, third.scores]).sort("series_id", "time", maintain_order=True))
+    assert not whole.select(pl.struct("series_id", "time", "variate").is_duplicated().any()).item()
+    json.dumps(third.summary(), default=str)
+
+
+def test_a_stream_started_in_the_past_scores_everything_since(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    since = "2026-02-23T00:00"
+    whole = stream(StreamConfig(name="whole", start=since), workspace)
+    assert whole.rows_taken == 2 * (17 * 24 - 1)
+    best = whole.rows()[0]  # a.x jumps for five hours on day 61
+    assert (best["series_id"], best["variate"], best["time"]) == ("a", "x", FIRST + timedelta(hours=61 * 24 + 5))
+    before = predict(PredictConfig(cutoff="2026-03-01T00:00", quantile_levels=(0.05, 0.95)), workspace).table
+    both = before.filter(step=1).join(whole.scores, on=["series_id", "time", "variate"])
+    assert both.height == 4
+    assert np.allclose(both["mean"], both["expected"], atol=1e-5)
+    assert np.allclose(both["q0.95"], both["high"], atol=1e-5)
+    same_as_predict(whole, workspace)
+
+
+def test_a_run_that_dies_between_scores_and_state_repeats_and_skips_nothing(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace.open(site.home)
+    name = stream(StreamConfig(), workspace).name
+    grow(site, 10)
+
+    def die(self: Stream, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            stream(StreamConfig(), workspace)
+    assert len(list((workspace.root / "streams" / name).glob("scores-*/part-*"))) == 1
+    assert read_scores(workspace, name).height == 0  # not counted by any state
+    grow(site, 3)
+    done = stream(StreamConfig(), workspace)
+    assert (done.rows_taken, done.revision) == (26, 1)
+    assert read_scores(workspace, name).equals(done.scores)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from tsforge.app.stream import _alone
+with _alone(Path(sys.argv[1]), "x"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_and_a_killed_one_holds_nothing(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    folder = stream(StreamConfig(), workspace).path
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BackendError, match=rf"another process \(.*:{holder.pid}:.*\); wait"):
+            stream(StreamConfig(), workspace)
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    assert stream(StreamConfig(), workspace).rows_taken == 0
+
+
+def test_impossible_values_are_scored_at_once_but_hidden_from_the_model(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    stream(StreamConfig(), workspace)
+    last = pl.col("ds") == pl.col("ds").max()
+    spoilt = {
+        name: pl.when(last).then(1e6 if name == "a.y" else None).otherwise(name).alias(name) for name in ("a.x", "a.y")
+    }
+    grow(site, 4, **spoilt)
+    done = stream(StreamConfig(), workspace)
+    top = done.rows()[0]
+    assert (top["series_id"], top["variate"], top["value"]) == ("a", "y", 1e6)
+    assert done.rows_taken == 8
+    end = pl.read_parquet(site.source)["ds"].max()
+    assert done.forecast.table.filter(series_id="a")["cutoff"].max() == end
+    same_as_predict(done, workspace, cutoff=end.isoformat())
+
+
+def test_series_that_stop_come_back_or_are_new(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    stream(StreamConfig(), workspace)
+    nothing = pl.lit(None, dtype=pl.Float64)
+    grow(site, 60, **{"b.x": nothing, "b.y": nothing, "c.x": pl.lit(1.0), "c.y": pl.lit(2.0), "d.x": pl.lit(0.0)})
+    done = stream(StreamConfig(), workspace)
+    assert done.rows_taken == 60
+    assert (done.added, done.waiting) == (("c", "d"), ())
+    same_as_predict(done, workspace)
+    grow(site, 2, **{"c.x": nothing, "c.y": nothing, "e.x": pl.lit(1.0)})
+    done = stream(StreamConfig(), workspace)  # b: 60 rows of nothing, then two
+    assert done.rows_taken == 2 + 62 + 0
+    assert done.waiting == ("e",)
+    assert done.blind == ()
+    assert set(done.scores["series_id"]) == {"a", "b"}
+    assert done.forecast.table["series_id"].unique().sort().to_list() == ["a", "b", "c", "d"]
+
+
+def test_what_does_not_belong_to_the_stream_is_refused_and_reset_starts_anew(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    stream(StreamConfig(name="mine", start="2026-03-01"), workspace)
+    old = read_scores(workspace, "mine").height
+    settings = {
+        "data": site.data(),
+        "model": {"name": "seasonal_naive", "season_length": 24},
+        "window": {"context_length": 48, "horizon": 12},
+        "tracking": {"enabled": False},
+    }
+    other = fit(validate(FitConfig, settings), workspace).artifact.id
+    with pytest.raises(ArtifactError, match=f"of artifact {site.artifact}, not of {other}"):
+        stream(StreamConfig(name="mine"), workspace)
+    with pytest.raises(ConfigError, match="started in mode 'window'"):
+        stream(StreamConfig(name="mine", artifact=site.artifact, mode="carried"), workspace)
+    with pytest.raises(ConfigError, match="name: '../x'"):
+        stream(StreamConfig(name="../x"), workspace)
+    with pytest.raises(DataError, match="elsewhere"):
+        stream(StreamConfig(dataset="elsewhere"), workspace)
+    with pytest.raises(BackendError, match=r"no stream 'none' \(known: mine\)"):
+        read_scores(workspace, "none")
+    assert read_scores(workspace, "mine").height == old
+    anew = stream(StreamConfig(name="mine", reset=True, start="2026-03-10"), workspace)
+    assert (anew.artifact_id, anew.is_new) == (other, True)
+    assert 0 < read_scores(workspace, "mine").height == anew.scores.height < old
+    assert len(list(anew.path.glob("scores-*"))) == 1
+    (anew.path / "state.safetensors").write_bytes(b"spoilt")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        stream(StreamConfig(name="mine"), workspace)
+    assert stream(StreamConfig(name="mine", reset=True), workspace).rows_taken == 0
+
+
+def test_calendar_of_the_horizon_comes_with_the_rows(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    data = {**site.data(), "calendar": {"features": ["hour", "weekday"]}}
+    settings = {
+        "data": data,
+        "model": {"name": "ar_net", "lags": 24},
+        "window": {"context_length": 48, "horizon": 12},
+        "tracking": {"enabled": False},
+    }
+    ingest(validate(IngestConfig, {"data": data}), workspace)
+    fitted = fit(validate(FitConfig, settings), workspace).artifact
+    assert fitted.schema.known
+    first = stream(StreamConfig(start="2026-03-05"), workspace)
+    same_as_predict(first, workspace)
+    before = predict(PredictConfig(cutoff="2026-03-08T00:00"), workspace).table.filter(step=1)
+    both = before.join(first.scores, on=["series_id", "time", "variate"])
+    assert np.allclose(both["mean"], both["expected"], atol=1e-4)
+    site_data = site.data
+    object.__setattr__(site, "data", lambda: {**site_data(), "calendar": data["calendar"]})
+    grow(site, 7)
+    same_as_predict(stream(StreamConfig(), workspace), workspace)
+
+
+def test_the_command_line(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tsforge", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out = capfd.readouterr()
+        assert "Traceback" not in out.err, out.err
+        return int(stop.value.code or 0), out.out, out.err
+
+    target = tmp_path / "forecast.parquet"
+    code, text, _ = run("stream", "start=2026-03-08", "--output", str(target), "--json")
+    facts = json.loads(text)
+    assert (code, facts["new"], facts["rows_taken"]) == (0, True, 2 * (4 * 24 - 1))
+    assert len(facts["rows"]) == min(facts["values_outside"], 50) > 0
+    code, text, _ = run("predict", "--json")
+    truth = json.loads(text)["rows"]
+    assert np.allclose(pl.read_parquet(target)["mean"], [row["mean"] for row in truth], atol=1e-6)
+    code, text, _ = run("stream")
+    assert code == 0
+    assert "rows_taken" in text
+    state = (Path(facts["path"]) / "state.safetensors").read_bytes()
+    grow(site, 3)
+    for arguments, status, fragment in (
+        (["stream", "--output", "x.xlsx"], 2, ".parquet or .csv"),
+        (["stream", "moode=window"], 2, "did you mean 'mode'"),
+        (["stream", "restart_every=5"], 2, "for mode 'carried'"),
+        (["stream", "artifact=ghost"], 5, "ghost"),
+    ):
+        code, text, error = run(*arguments)
+        assert (code, text) == (status, "")
+        assert fragment in error
+    assert (Path(facts["path"]) / "state.safetensors").read_bytes() == state

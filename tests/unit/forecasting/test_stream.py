@@ -1,0 +1,662 @@
+"""Streams against batch prediction at many cutoffs, carried states against one long context, refusals, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import Tensor
+
+from tsforge.artifact import Artifact, collect_provenance, create_artifact
+from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
+from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction
+from tsforge.core.config import validate
+from tsforge.core.errors import ArtifactError, ConfigError, DataError, ModelError
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.panel import Panel
+from tsforge.data.windows import WindowDataset, WindowSpec
+from tsforge.forecasting.baselines import fit_solved
+from tsforge.forecasting.conformal import calibrate
+from tsforge.forecasting.predict import predict
+from tsforge.forecasting.rolling import rolling_forecasts
+from tsforge.forecasting.stream import Stream
+from tsforge.models.registry import MODELS
+from tsforge.network import NetworkConfig, build_network
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+BEGIN = 180  # hours seen before streaming starts
+
+
+def hours(count: int) -> datetime:
+    return START + timedelta(hours=count)
+
+
+def rows(frame: SeriesFrame, start: int, stop: int) -> pl.DataFrame:
+    """Return the rows of hours [start, stop)."""
+    return frame.table.filter(pl.col("time").is_between(hours(start), hours(stop - 1)))
+
+
+def calibrated(
+    artifact: Artifact, frame: SeriesFrame, levels: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
+) -> Any:
+    panel = Panel.from_frame(frame, grid=artifact.grid)
+    held_out = WindowDataset(panel, artifact.window, 100, 240)
+    return replace(artifact, calibration=calibrate(artifact.network, held_out, levels))
+
+
+def untrained(frame: SeriesFrame, settings: dict[str, Any], **parts: Any) -> Artifact:
+    """Return the artifact of a network with random weights."""
+    window = WindowSpec(context_length=parts.pop("context_length", 48), horizon=6)
+    config = validate(NetworkConfig, {"model": settings, **parts})
+    schema, panel = frame.schema, Panel.from_frame(frame)
+    spec = DataSpec(
+        context_length=window.context_length,
+        horizon=window.horizon,
+        num_variates=len(schema.targets),
+        num_known=len(schema.known),
+        num_past=len(schema.past),
+        num_static=len(schema.static),
+    )
+    network = build_network(config, spec)
+    network.fit_scaler(panel.training_series(None, 200))
+    with torch.no_grad():
+        for parameter in network.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    return create_artifact(
+        network,
+        config={},
+        schema=schema,
+        grid=panel.grid,
+        series_ids=panel.series_ids,
+        window=window,
+        provenance=collect_provenance(data_fingerprint="", seeds={}),
+    )
+
+
+class SmootherConfig(ModelConfig):
+    name: Literal["smoother"] = "smoother"
+    weight: float = 0.3
+    fade: float = 0.97
+    elapsed: bool = False
+
+
+class Smoother(ForecastModel[SmootherConfig]):
+    """level <- fade * level, then towards y - 2 known where observed; h steps ahead: fade^h level + 2 known."""
+
+    config_class = SmootherConfig
+    capabilities = Capabilities(known_covariates=True, past_covariates=True, trainable=False, probabilistic=False)
+
+    @property
+    def recurrent(self) -> bool:
+        return self.config.fade < 1.0
+
+    @property
+    def takes_elapsed(self) -> bool:
+        return self.config.elapsed
+
+    def _add(self, known: Tensor | None) -> Tensor | float:
+        return 0.0 if known is None else 2.0 * known[..., :1]
+
+    def initial_state(self, batch_size: int) -> dict[str, Tensor]:
+        return {"level": torch.zeros(batch_size, self.spec.num_variates)}
+
+    def step(self, state: dict[str, Tensor], row: Observation) -> dict[str, Tensor]:
+        elapsed = 1.0 if row.elapsed is None else row.elapsed.unsqueeze(1).float()
+        level = self.config.fade**elapsed * state["level"]
+        error = row.values - self._add(row.known) - level
+        return {"level": level + self.config.weight * torch.where(row.mask, error, 0.0)}
+
+    def warm_up(self, batch: Batch) -> dict[str, Tensor]:
+        state = self.initial_state(len(batch.context))
+        for t in range(batch.context.shape[1]):
+            known = None if batch.known is None else batch.known[:, t]
+            state = self.step(state, Observation(batch.context[:, t], batch.context_mask[:, t], known=known))
+        return state
+
+    def free_run(self, state: dict[str, Tensor], known: Tensor | None = None) -> Prediction:
+        steps = torch.arange(1, self.spec.horizon + 1).view(1, -1, 1)
+        mean = self.config.fade**steps * state["level"].unsqueeze(1) + self._add(known)
+        return Prediction(mean.unsqueeze(-1))
+
+    def forward(self, batch: Batch) -> Prediction:
+        known = None if batch.known is None else batch.known[:, self.spec.context_length :]
+        return self.free_run(self.warm_up(batch), known)
+
+
+class CoupledConfig(ModelConfig):
+    name: Literal["coupled"] = "coupled"
+
+
+class Coupled(ForecastModel[CoupledConfig]):
+    """Forecasts the mean of the last rows of all series."""
+
+    config_class = CoupledConfig
+    capabilities = Capabilities(rows_coupled=True, trainable=False, probabilistic=False, scaling=("none",))
+
+    def forward(self, batch: Batch) -> Prediction:
+        mean = batch.context[:, -3:].mean(dim=(0, 1)) + batch.context[:, -1]
+        return Prediction(mean[:, None, :, None].expand(-1, self.spec.horizon, -1, 1))
+
+
+@pytest.fixture(autouse=True)
+def _models() -> Iterator[None]:
+    with MODELS.borrowed("smoother", Smoother), MODELS.borrowed("coupled", Coupled):
+        yield
+
+
+def same(stream: Stream, artifact: Artifact, frame: SeriesFrame, cutoff: int | None, *, exact: bool = True) -> None:
+    """Check the stream's forecast against batch prediction."""
+    mine = stream.forecast()
+    theirs = predict(artifact, frame, cutoff=None if cutoff is None else hours(cutoff))
+    assert mine.quantile_levels == theirs.quantile_levels
+    assert mine.metadata.items() >= theirs.metadata.items()
+    keys = ["series_id", "cutoff", "step", "time", "variate"]
+    assert mine.table.select(keys).equals(theirs.table.select(keys))
+    for name in mine.table.columns[5:]:
+        a, b = mine.table[name].to_numpy(), theirs.table[name].to_numpy()
+        assert np.allclose(a, b, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5), name
+
+
+MODELS_IN_WINDOWS = [
+    ({"name": "linear"}, "point"),
+    ({"name": "linear"}, "normal"),
+    ({"name": "linear"}, "quantiles"),
+    ({"name": "ar_net", "lags": 12}, "student_t"),
+    ({"name": "seasonal_naive", "season_length": 24}, "point"),
+    ({"name": "last_value"}, "normal"),
+]
+
+
+@pytest.mark.parametrize(("model", "likelihood"), MODELS_IN_WINDOWS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("has_calibration", [False, True])
+def test_windows_forecast_what_batch_prediction_does(
+    frame, make_artifact, model: dict[str, Any], likelihood: str, has_calibration: bool
+) -> None:
+    artifact = make_artifact(model, likelihood)
+    if has_calibration:
+        artifact = calibrated(artifact, frame)
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    assert stream.mode == "window"
+    same(stream, artifact, frame, BEGIN - 1)
+    place = BEGIN
+    for count in (1, 1, 5, 30, 60, 2, 71):  # over the hole of series c, and once more than a context at once
+        stream.update(rows(frame, place, place + count))
+        place += count
+        same(stream, artifact, frame, place - 1)
+    stream.update(rows(frame, place, 400))  # series end at hours 399, 359 and 379
+    same(stream, artifact, frame, None)
+
+
+@pytest.mark.parametrize("scaling", ["window", "last", "series"])
+def test_scaling_of_a_window_follows_the_window(frame, scaling: str) -> None:
+    artifact = calibrated(untrained(frame, {"name": "dlinear"}, scaling={"kind": scaling}), frame)
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    for place in range(BEGIN, BEGIN + 120, 40):
+        stream.update(rows(frame, place, place + 40))
+        same(stream, artifact, frame, place + 39)
+
+
+def test_expectations_were_made_before_the_row_and_in_the_interval_of_predict(frame, make_artifact) -> None:
+    artifact = calibrated(make_artifact("linear", "normal"), frame)
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    scores = stream.update(rows(frame, BEGIN, BEGIN + 60))
+    observed = rows(frame, BEGIN, BEGIN + 60).select(pl.sum_horizontal(pl.col("y", "z").count())).item()
+    assert scores.height == observed < 3 * 60 * 2  # the hole of c is not scored
+    for ahead in (0, 17, 59):
+        truth = predict(artifact, frame, cutoff=hours(BEGIN + ahead - 1), quantile_levels=(0.05, 0.95)).table
+        both = scores.filter(time=hours(BEGIN + ahead)).join(truth.filter(step=1), on=["series_id", "time", "variate"])
+        assert both.height == scores.filter(time=hours(BEGIN + ahead)).height > 0
+        for mine, theirs in (("expected", "mean"), ("low", "q0.05"), ("high", "q0.95")):
+            assert np.allclose(both[mine], both[theirs], atol=1e-5)
+    value = scores["value"].to_numpy()
+    half = (scores["high"] - scores["low"]).to_numpy() / 2 / NormalDist().inv_cdf(0.95)
+    assert np.allclose(scores["score"], np.abs(value - scores["expected"].to_numpy()) / half)
+    outside = (value < scores["low"].to_numpy()) | (value > scores["high"].to_numpy())
+    assert scores["outside"].to_list() == outside.tolist()
+    assert 0.02 < outside.mean() < 0.25  # 10 % by construction
+
+
+def test_expectations_equal_the_rolling_forecasts_of_detection(frame, make_artifact) -> None:
+    artifact = make_artifact({"name": "ar_net", "lags": 12})
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    scores = stream.update(rows(frame, BEGIN, 330))
+    rolled = rolling_forecasts(artifact, frame, BEGIN, 330)
+    for place, name in enumerate(rolled.series_ids):
+        for v, variate in enumerate(rolled.variates):
+            part = scores.filter(series_id=name, variate=variate)
+            seen = ~np.isnan(rolled.target[place, :, v])
+            assert np.allclose(part["expected"], rolled.mean[place, seen, 0, v], atol=1e-5)
+            assert np.allclose(part["value"], rolled.target[place, seen, v], rtol=1e-6)
+    assert scores["low"].null_count() == scores["score"].null_count() == scores["outside"].null_count() == scores.height
+
+
+def test_a_changed_value_changes_no_expectation_up_to_it(frame, make_artifact) -> None:
+    artifact = make_artifact("linear")
+    new = rows(frame, BEGIN, BEGIN + 30)
+    late = (pl.col("time") >= hours(BEGIN + 10)) & pl.col("y").is_not_null()
+    spoiled = new.with_columns(pl.when(late).then(1e4).otherwise(pl.col("y")).alias("y"))
+    honest, other = (Stream.start(artifact, frame, cutoff=hours(BEGIN - 1)).update(part) for part in (new, spoiled))
+    changed = honest.filter(pl.col("expected") != other.select("expected").to_series())
+    assert changed["time"].min() == hours(BEGIN + 11)
+
+
+def test_gaps_missing_cells_and_series_that_lag(frame, make_artifact) -> None:
+    artifact = make_artifact("linear")
+    rng = np.random.default_rng(0)
+    table = frame.table.with_columns(
+        pl.when(pl.Series(rng.random(frame.num_rows) > 0.2)).then(pl.col(name)).alias(name) for name in ("y", "z")
+    )
+    holed = SeriesFrame(table, frame.schema)
+    given = table.filter(pl.Series(rng.random(frame.num_rows) > 0.3) | (pl.col("time") == hours(329)))
+    given = given.filter(pl.col("time").is_between(hours(BEGIN), hours(329)))
+    dropped = holed.table.filter(pl.col("time") < hours(330)).join(given, on=["series_id", "time"], how="anti")
+    dropped = dropped.filter(pl.col("time") >= hours(BEGIN)).select("series_id", "time", gone=True)
+    expected = holed.table.join(dropped, on=["series_id", "time"], how="left").with_columns(
+        pl.when(pl.col("gone").is_null()).then(pl.col(name)).alias(name) for name in ("y", "z")
+    )
+    stream = Stream.start(artifact, holed, cutoff=hours(BEGIN - 1))
+    a, rest = given.filter(series_id="a"), given.filter(pl.col("series_id") != "a")
+    stream.update(a.sample(fraction=1.0, shuffle=True, seed=1))  # any order of rows
+    for part in (rest.filter(pl.col("time") < hours(250)), rest.filter(pl.col("time") >= hours(250))):
+        stream.update(part)
+    same(stream, artifact, SeriesFrame(expected, frame.schema), 329)
+
+
+@pytest.mark.parametrize("elapsed", [False, True])
+@pytest.mark.parametrize("every", [4, 7])
+def test_a_gap_is_unobserved_rows_whether_stepped_or_jumped(frame, elapsed: bool, every: int) -> None:
+    artifact = calibrated(untrained(frame, {"name": "smoother", "elapsed": elapsed}), frame)
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    stepwise = Stream.start(untrained(frame, {"name": "smoother"}), frame, cutoff=hours(BEGIN - 1))
+    given = rows(frame, BEGIN, 320).gather_every(every).filter(pl.col("y").is_not_null() & pl.col("z").is_not_null())
+    scores = pl.concat([stream.update(part) for part in (given[:20], given[20:])])
+    found = []
+    for series in ("a", "b", "c"):
+        last = given.filter(series_id=series)["time"][-1]
+        full = frame.table.filter((pl.col("series_id") == series) & pl.col("time").is_between(hours(BEGIN), last))
+        found.append(
+            stepwise.update(full.select("series_id", "time").join(given, on=["series_id", "time"], how="left"))
+        )
+    mine, theirs = stream.forecast(quantile_levels=()).table, stepwise.forecast(quantile_levels=()).table
+    assert np.allclose(mine["mean"], theirs["mean"], atol=1e-4)
+    assert scores.height == 2 * given.height
+    both = scores.join(pl.concat(found), on=["series_id", "time", "variate"])
+    judged = both.drop_nulls("expected")
+    assert np.allclose(judged["expected"], judged["expected_right"], atol=1e-4)
+    assert (judged.height < both.height) == elapsed  # beyond the horizon of six (the hole of c) nothing was expected
+    assert judged.height > 0
+    assert stream.carried.since.tolist() == stepwise.carried.since.tolist()
+
+
+def test_a_carried_state_remembers_everything_since_it_was_warmed_up(frame) -> None:
+    artifact = calibrated(untrained(frame, {"name": "smoother"}), frame)
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    assert stream.mode == "carried"
+    same(stream, artifact, frame, BEGIN - 1, exact=False)
+    scores = stream.update(rows(frame, BEGIN, BEGIN + 50))
+    long = untrained(frame, {"name": "smoother"}, context_length=48 + 50)  # one context over all rows seen
+    truth = predict(long, frame, cutoff=hours(BEGIN + 49)).table
+    assert np.allclose(stream.forecast(quantile_levels=()).table["mean"], truth["mean"], atol=1e-4)
+    first = predict(artifact, frame, cutoff=hours(BEGIN - 1), quantile_levels=(0.05, 0.95)).table.filter(step=1)
+    both = scores.join(first, on=["series_id", "time", "variate"])
+    assert both.height == 6
+    assert np.allclose(both["expected"], both["mean"], atol=1e-5)
+    assert np.allclose(both["low"], both["q0.05"], atol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["normal", "student_t"])
+@pytest.mark.parametrize("scaling", ["global", "window"])
+def test_a_carried_distribution_has_the_quantiles_of_predict(frame, likelihood: str, scaling: str) -> None:
+    parts = {"likelihood": {"name": likelihood}, "scaling": {"kind": scaling}}
+    artifact = untrained(frame, {"name": "smoother"}, **parts)
+    artifact.network.set_residual_scale(torch.linspace(0.1, 0.6, 12).view(6, 2))
+    for part in (artifact, calibrated(artifact, frame)):
+        stream = Stream.start(part, frame, cutoff=hours(BEGIN - 1))
+        same(stream, part, frame, BEGIN - 1, exact=False)
+        scores = stream.update(rows(frame, BEGIN, BEGIN + 1))
+        truth = predict(part, frame, cutoff=hours(BEGIN - 1), quantile_levels=stream.levels).table.filter(step=1)
+        assert np.allclose(scores["low"], truth[f"q{stream.levels[0]:g}"], atol=1e-4)
+        assert np.allclose(scores["high"], truth[f"q{stream.levels[1]:g}"], atol=1e-4)
+
+
+class InPlace(Smoother):
+    """Writes into the state it was given."""
+
+    def step(self, state: dict[str, Tensor], row: Observation) -> dict[str, Tensor]:
+        state["level"].copy_(super().step(state, row)["level"])
+        return state
+
+
+def test_a_model_that_steps_in_place_still_leaves_the_stream_as_it_was(frame) -> None:
+    with MODELS.borrowed("smoother", InPlace):
+        artifact = untrained(frame, {"name": "smoother", "weight": 1e20, "fade": 0.5}, scaling={"kind": "none"})
+    stream = Stream.start(artifact, frame.until(hours(BEGIN - 1)))
+    stream.carried = replace(stream.carried, model={"level": torch.ones_like(stream.carried.model["level"])})
+    before = stream.tensors()["carried.model.level"].clone()
+    with pytest.raises(ModelError, match="not finite"):
+        stream.update(rows(frame, BEGIN, BEGIN + 5))
+    assert torch.equal(stream.carried.model["level"], before)
+
+
+def test_rows_at_once_or_one_by_one_carry_to_the_same_state(frame) -> None:
+    artifact = untrained(frame, {"name": "smoother"}, scaling={"kind": "window"})
+    whole, single = (Stream.start(artifact, frame, cutoff=hours(BEGIN - 1)) for _ in range(2))
+    at_once = whole.update(rows(frame, BEGIN, BEGIN + 60))
+    parts = [single.update(rows(frame, place, place + 1)) for place in range(BEGIN, BEGIN + 60)]
+    assert whole.forecast().table.equals(single.forecast().table)
+    assert at_once.equals(pl.concat(parts).sort("series_id", "time", "variate"))
+
+
+def test_statistics_stay_as_they_were_at_the_warm_up_until_the_next(frame) -> None:
+    artifact = untrained(frame, {"name": "smoother"}, scaling={"kind": "window"})
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    before = stream.carried.scale.clone()
+    stream.update(rows(frame, BEGIN, BEGIN + 40))
+    assert torch.equal(stream.carried.scale, before)
+    stream.set_restart(1)
+    place = BEGIN + 40
+    for count in (1, 3, 30):
+        stream.update(rows(frame, place, place + count))
+        place += count
+        same(stream, artifact, frame, place - 1, exact=False)  # restarted at every row: batch prediction
+    assert not torch.equal(stream.carried.scale, before)
+
+
+def test_restarts_come_every_so_many_rows_of_each_series(frame) -> None:
+    artifact = untrained(frame, {"name": "smoother", "fade": 0.999})
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1), restart_every=10)
+    stream.update(rows(frame, BEGIN, BEGIN + 14).filter(pl.col("series_id") != "b"))
+    stream.update(rows(frame, BEGIN, BEGIN + 9).filter(series_id="b"))
+    assert dict(zip(stream.series, stream.carried.since.tolist(), strict=True)) == {"a": 4, "b": 9, "c": 4}
+
+
+@pytest.mark.parametrize("settings", [{"missing": "mask"}, {"missing": "skip"}, {"head": "rollout"}])
+def test_a_state_space_model_streams(frame, settings: dict[str, Any]) -> None:
+    if "s4" not in MODELS.names():
+        pytest.skip("no recurrent model is installed")
+    small = {"name": "s4", "d_model": 8, "d_state": 8, "num_layers": 1, "normalisation": "none", **settings}
+    artifact = untrained(frame, small)
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    assert stream.mode == "carried"
+    same(stream, artifact, frame, BEGIN - 1, exact=False)
+    given = rows(frame, BEGIN, BEGIN + 30).filter((pl.col("time").dt.hour() % 5 != 2) & pl.col("y").is_not_null())
+    stream.update(given)
+    stream.set_restart(1)
+    stream.update(rows(frame, BEGIN + 30, BEGIN + 31))
+    gone = pl.col("time").is_between(hours(BEGIN), hours(BEGIN + 29)) & (pl.col("time").dt.hour() % 5 == 2)
+    holed = frame.table.with_columns(pl.when(~gone).then(pl.col(name)).alias(name) for name in ("y", "z"))
+    same(stream, artifact, SeriesFrame(holed, frame.schema), BEGIN + 30, exact=False)
+
+
+@pytest.fixture(scope="module")
+def covaried(frame) -> SeriesFrame:
+    """The frame with a past and two known covariates; the known ones go on for 12 hours after each end."""
+    rng = np.random.default_rng(5)
+    table = frame.table.with_columns(load=pl.Series(rng.normal(size=frame.num_rows)))
+    table = SeriesFrame(table, replace(frame.schema, past=("load",))).extend(12).table
+    hour = pl.col("time").dt.hour() / 24 * 2 * np.pi
+    table = table.with_columns(s=hour.sin(), c=hour.cos())
+    table = table.with_columns(pl.when(pl.int_range(pl.len()) % 50 != 3).then(pl.col("s")).alias("s"))
+    table = table.with_columns(pl.col("s").fill_null(strategy="forward"))
+    return SeriesFrame(table, replace(frame.schema, past=("load",), known=("s", "c")))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"name": "ar_net", "lags": 12, "events": (), "season_lengths": (24,)}, {"name": "smoother"}]
+)
+def test_covariates_of_the_past_and_the_future(covaried, settings: dict[str, Any]) -> None:
+    solved = settings["name"] == "ar_net"
+    window = WindowSpec(context_length=48, horizon=6)
+    fitted = covaried.until(hours(249))
+    network = validate(NetworkConfig, {"model": settings})
+    artifact = fit_solved(fitted, network, window) if solved else untrained(covaried, settings)
+    stream = Stream.start(artifact, covaried.until(hours(BEGIN - 1)), restart_every=None if solved else 1)
+    with pytest.raises(DataError, match=r"s, c are missing in 18 of 18 forecast rows of 3 series \(first: 'a'"):
+        stream.forecast()
+    known = ["series_id", "time", "s", "c"]
+    later = covaried.table.select(known)
+    told = stream.forecast(known=rows(covaried, BEGIN, BEGIN + 6).select(known)).table
+    assert np.allclose(told["mean"], predict(artifact, covaried, cutoff=hours(BEGIN - 1)).table["mean"], atol=1e-4)
+    with pytest.raises(DataError, match="missing"):
+        stream.forecast()  # told for that one forecast only
+    scores = []
+    for place in range(BEGIN, BEGIN + 40, 8):
+        scores.append(stream.update(rows(covaried, place, place + 8), known=later))
+        same(stream, artifact, covaried, place + 7, exact=False)
+    truth = predict(artifact, covaried, cutoff=hours(BEGIN + 10)).table.filter(step=1)
+    both = pl.concat(scores).join(truth, on=["series_id", "time", "variate"])
+    assert both.height == 6
+    assert np.allclose(both["expected"], both["mean"], atol=1e-4)
+    stream.update(rows(covaried, BEGIN + 40, BEGIN + 41).head(0), known=later)  # news about the future alone
+    stream.update(rows(covaried, BEGIN + 40, BEGIN + 46))
+    with pytest.raises(DataError, match="18 of 18"):
+        stream.forecast()
+
+
+@pytest.mark.parametrize("name", ["ar_net", "smoother"])
+def test_covariates_told_ahead_stand_in_for_those_a_row_lacks(covaried, name: str) -> None:
+    if name == "ar_net":
+        network = validate(NetworkConfig, {"model": {"name": "ar_net", "lags": 12}})
+        artifact = fit_solved(covaried.until(hours(249)), network, WindowSpec(context_length=48, horizon=6))
+    else:
+        artifact = untrained(covaried, {"name": name})
+    told, full = (Stream.start(artifact, covaried.until(hours(BEGIN - 1))) for _ in range(2))
+    later = rows(covaried, BEGIN, BEGIN + 20).select("series_id", "time", "s", "c")
+    new = rows(covaried, BEGIN, BEGIN + 5)
+    told.update(new.head(0), known=later)  # six rows ahead are kept
+    nothing = pl.lit(None, dtype=pl.Float64)
+    bare = told.update(new.with_columns(s=nothing, c=nothing), known=later.filter(pl.col("time") >= hours(BEGIN + 5)))
+    assert bare.equals(full.update(new, known=later))
+    assert told.forecast().table.equals(full.forecast().table)
+    assert torch.equal(told.buffer.rows.nan_to_num(7e7), full.buffer.rows.nan_to_num(7e7))
+
+
+def test_static_covariates_come_along(frame) -> None:
+    if "s4" not in MODELS.names():
+        pytest.skip("no model with static covariates is installed")
+    static = pl.DataFrame({"series_id": ["a", "b", "c"], "size": [1.0, -2.0, 5.0]})
+    sized = SeriesFrame(frame.table, replace(frame.schema, static=("size",)), static)
+    small = {"name": "s4", "d_model": 8, "d_state": 8, "num_layers": 1}
+    artifact = untrained(sized, small)
+    for mode in ("window", "carried"):
+        stream = Stream.start(artifact, sized, cutoff=hours(BEGIN - 1), mode=mode)
+        same(stream, artifact, sized, BEGIN - 1, exact=False)
+    stream = Stream.start(artifact, sized, cutoff=hours(BEGIN - 1), mode="window")
+    stream.update(rows(sized, BEGIN, BEGIN + 9))
+    same(stream, artifact, sized, BEGIN + 8)
+
+
+def test_coupled_series_share_one_clock(frame) -> None:
+    artifact = untrained(frame, {"name": "coupled"})
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    same(stream, artifact, frame, BEGIN - 1)
+    holed = frame.table.with_columns(
+        pl.when((pl.col("series_id") != "b") | (pl.col("time") != hours(BEGIN + 1))).then(pl.col(n)).alias(n)
+        for n in ("y", "z")
+    )
+    late = rows(frame, BEGIN + 1, BEGIN + 2)
+    stream.update(rows(frame, BEGIN, BEGIN + 1))
+    stream.update(late.filter(pl.col("series_id") != "b"))
+    same(stream, artifact, SeriesFrame(holed, frame.schema), BEGIN + 1)
+    with pytest.raises(DataError, match="1 of 1 new rows do not come after the last row of the stream"):
+        stream.update(late.filter(series_id="b"))
+    scores = stream.update(rows(frame, BEGIN + 2, BEGIN + 5))
+    truth = predict(artifact, SeriesFrame(holed, frame.schema), cutoff=hours(BEGIN + 3)).table.filter(step=1)
+    both = scores.join(truth, on=["series_id", "time", "variate"])
+    assert np.allclose(both["expected"], both["mean"], atol=1e-5)
+    with pytest.raises(ModelError, match="couples series"):
+        stream.add(frame)
+
+
+def test_judged_values_are_scored_though_the_model_does_not_see_them(frame, make_artifact) -> None:
+    artifact = calibrated(make_artifact("linear"), frame)
+    stream, blind = (Stream.start(artifact, frame, cutoff=hours(BEGIN - 1)) for _ in range(2))
+    raw = rows(frame, BEGIN, BEGIN + 5).with_columns(
+        pl.when((pl.col("series_id") == "a") & (pl.col("time") == hours(BEGIN + 2)))
+        .then(1e40)
+        .otherwise("y")
+        .alias("y")
+    )
+    masked = raw.with_columns(pl.when(pl.col("y") < 100).then(pl.col("y")).alias("y"))
+    scores, plain = stream.update(masked, judged=raw), blind.update(masked)
+    assert scores.height == plain.height + 1
+    top = scores.sort("score").row(-1, named=True)
+    assert (top["series_id"], top["variate"], top["time"], top["outside"]) == ("a", "y", hours(BEGIN + 2), True)
+    assert stream.forecast().table.equals(blind.forecast().table)
+    with pytest.raises(DataError, match="beyond"):
+        stream.update(rows(frame, BEGIN + 5, BEGIN + 6).with_columns(y=1e40))
+
+
+def test_new_series_join_when_they_have_enough_rows(frame, make_artifact) -> None:
+    artifact = calibrated(make_artifact("linear"), frame)
+    for model in (artifact, untrained(frame, {"name": "smoother"})):
+        stream = Stream.start(model, frame.select_series(["a", "c"]), cutoff=hours(BEGIN - 1))
+        stream.update(rows(frame, BEGIN, 300).filter(pl.col("series_id").is_in(["a", "c"])))
+        before = stream.forecast().table
+        table = frame.table.filter(pl.col("time") < hours(300)).with_columns(
+            pl.col("series_id").replace({"a": "new", "c": "short"})
+        )
+        few = table.filter((pl.col("series_id") != "short") | (pl.col("time") >= hours(290)))
+        assert set(stream.add(SeriesFrame(few, frame.schema))) == {"b", "new"}
+        assert stream.series == ("a", "b", "c", "new")
+        assert stream.add(SeriesFrame(few, frame.schema)) == ()
+        for name in ("b", "new"):
+            alone = predict(model, SeriesFrame(few.filter(series_id=name), frame.schema), cutoff=hours(299)).table
+            assert np.allclose(stream.forecast().table.filter(series_id=name)["mean"], alone["mean"], atol=1e-4)
+        known_before = stream.forecast().table.filter(pl.col("series_id").is_in(["a", "c"]))
+        assert known_before.equals(before)
+        stream.update(rows(frame, 300, 310).filter(pl.col("series_id").is_in(["a", "b", "c"])))
+        assert stream.ends().filter(series_id="new")["time"].item() == hours(299)
+
+
+BAD = [
+    (lambda t: t.drop("z"), r"the new rows lack column\(s\) z"),
+    (
+        lambda t: t.with_columns(series_id=pl.lit("zz")),
+        r"15 of 15 new rows belong to 1 series that are not in the stream",
+    ),
+    (lambda t: t.with_columns(pl.col("time") - timedelta(hours=3)), r"9 of 15 new rows do not come after"),
+    (lambda t: t.with_columns(pl.col("time") + timedelta(minutes=30)), r"15 of 15 times lie off the grid"),
+    (lambda t: pl.concat([t, t.head(2)]), r"duplicate times \(2 extra rows"),
+    (lambda t: t.with_columns(y=pl.when(pl.col("series_id") == "b").then(np.inf).otherwise("y")), r"5 infinite value"),
+    (lambda t: t.with_columns(y=pl.lit(1e39)), r"beyond"),
+    (lambda t: t.with_columns(y=pl.lit("warm")), r"not numeric"),
+    (lambda t: t.with_columns(pl.col("time") + timedelta(days=50_000)), r"wrong time"),
+    (lambda t: t.with_columns(time=pl.int_range(pl.len())), r"does not fit freq"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.parametrize("model", ["linear", "smoother"])
+def test_bad_rows_leave_the_stream_as_it_was(frame, make_artifact, model: str, spoil: Any, message: str) -> None:
+    artifact = make_artifact("linear") if model == "linear" else untrained(frame, {"name": "smoother"})
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
+    before = {name: tensor.clone() for name, tensor in stream.tensors().items()}
+    with pytest.raises(DataError, match=message):
+        stream.update(spoil(rows(frame, BEGIN, BEGIN + 5)))
+    for name, tensor in stream.tensors().items():
+        assert torch.equal(tensor.nan_to_num(7e7), before[name].nan_to_num(7e7)), name
+
+
+def test_a_forecast_that_is_not_finite_leaves_the_stream_as_it_was(frame) -> None:
+    artifact = untrained(frame, {"name": "smoother", "weight": 1e30}, scaling={"kind": "none"})
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1), mode="window")
+    stream.carried = None
+    before = stream.ends()
+    with pytest.raises(ModelError, match="not finite"):
+        stream.update(rows(frame, BEGIN, BEGIN + 5))
+    assert stream.ends().equals(before)
+
+
+def test_settings_that_do_not_fit_are_refused(frame, make_artifact) -> None:
+    artifact = make_artifact("linear")
+    with pytest.raises(ModelError, match="cannot be carried"):
+        Stream.start(artifact, frame, mode="carried")
+    with pytest.raises(ConfigError, match="mode 'carried'"):
+        Stream.start(artifact, frame, restart_every=5)
+    with pytest.raises(ConfigError, match="at least 1"):
+        Stream.start(untrained(frame, {"name": "smoother"}), frame, restart_every=0)
+    with pytest.raises(DataError, match="fewer than 48 rows"):
+        Stream.start(artifact, frame, cutoff=hours(40))
+    with pytest.raises(ConfigError, match="points only"):
+        Stream.start(artifact, frame).forecast((0.1, 0.9))
+    with pytest.raises(DataError, match="unknown series"):
+        Stream.start(artifact, frame).forecast(series=["d"])
+
+
+def test_a_blind_window_is_named_and_can_be_left_out(frame, make_artifact) -> None:
+    stream = Stream.start(make_artifact("linear"), frame, cutoff=hours(BEGIN - 1))
+    silent = pl.DataFrame({"series_id": ["b"], "time": [hours(BEGIN + 60)], "y": [None], "z": [None]})
+    stream.update(silent.with_columns(pl.col("y", "z").cast(pl.Float64)))
+    assert stream.buffer.blind() == ("b",)
+    with pytest.raises(DataError, match=r"1 of 3 series have no observed target in the last 48 rows \(b\)"):
+        stream.forecast()
+    assert stream.forecast(series=["a", "c"]).table["series_id"].unique().sort().to_list() == ["a", "c"]
+
+
+@pytest.mark.parametrize("model", ["linear", "smoother"])
+def test_memory_is_constant(frame, make_artifact, model: str) -> None:
+    artifact = make_artifact("linear") if model == "linear" else untrained(frame, {"name": "smoother"})
+    stream = Stream.start(artifact, frame)
+    size = stream.num_bytes()
+    ends = dict(stream.ends().iter_rows())
+    base = pl.DataFrame(
+        {"series_id": list(ends), "time": list(ends.values()), "y": [1.0, 2.0, 3.0], "z": [0.0, 1.0, 2.0]}
+    )
+    for count in range(1, 1001):
+        if count % 10:
+            continue
+        moved = [base.with_columns(pl.col("time") + timedelta(hours=count - 9 + k)) for k in range(10)]
+        stream.update(pl.concat(moved))
+    assert stream.num_bytes() == size
+    assert stream.ends()["time"].to_list() == [end + timedelta(hours=1000) for end in ends.values()]
+
+
+@pytest.mark.parametrize("settings", [{"name": "linear"}, {"name": "smoother"}])
+def test_a_stored_stream_goes_on_bit_for_bit(frame, make_artifact, tmp_path: Path, settings: dict[str, Any]) -> None:
+    artifact = make_artifact(settings) if settings["name"] == "linear" else untrained(frame, settings)
+    artifact = calibrated(artifact, frame)
+    restart = 7 if settings["name"] == "smoother" else None
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1), restart_every=restart)
+    stream.about = {"revision": 3}
+    stream.update(rows(frame, BEGIN, BEGIN + 20))
+    stream.save(tmp_path / "state.safetensors")
+    other = Stream.load(tmp_path / "state.safetensors", artifact)
+    assert (other.about, other.mode, other.restart_every) == ({"revision": 3}, stream.mode, restart)
+    for place in (BEGIN + 20, BEGIN + 21):
+        assert stream.update(rows(frame, place, place + 1)).equals(other.update(rows(frame, place, place + 1)))
+    assert stream.forecast().table.equals(other.forecast().table)
+
+
+def test_foreign_damaged_and_newer_states_are_refused(frame, make_artifact, tmp_path: Path) -> None:
+    artifact = make_artifact("linear")
+    path = tmp_path / "state.safetensors"
+    Stream.start(artifact, frame).save(path)
+    with pytest.raises(ArtifactError, match="holds the stream of artifact"):
+        Stream.load(path, replace(artifact, id="other"))
+    with pytest.raises(ArtifactError, match=r"does not fit artifact .* start the stream anew"):
+        Stream.load(path, replace(make_artifact("linear", context_length=24), id=artifact.id))
+    content = path.read_bytes()
+    for spoiled in (content[:-9], content[:-30] + b"\x01" + content[-29:], b"nothing"):
+        path.write_bytes(spoiled)
+        with pytest.raises(ArtifactError, match="damaged"):
+            Stream.load(path, artifact)
+    with pytest.raises(ArtifactError, match="there is no"):
+        Stream.load(tmp_path / "none", artifact)
+
+
+def test_a_newer_format_is_refused(frame, make_artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_artifact("linear")
+    monkeypatch.setattr("tsforge.forecasting.stream.FORMAT_VERSION", 2)
+    Stream.start(artifact, frame).save(tmp_path / "state")
+    monkeypatch.setattr("tsforge.forecasting.stream.FORMAT_VERSION", 1)
+    with pytest.raises(ArtifactError, match="newer tsforge"):
+        Stream.load(tmp_path / "state", artifact)

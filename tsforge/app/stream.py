@@ -1,0 +1,356 @@
+"""Stream: one small state for an artifact and a data set, brought up to date with what the store has got since.
+
+A stream is a folder ``streams/NAME``: ``state.safetensors`` (state and position in one file, so that they cannot part),
+``scores-TIME/part-NNNNNNNN.parquet`` (one a run with new rows) and ``lock``. The part is written before the state that
+counts it; a run that dies between leaves a part which the next run, starting from the same state, writes again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import Field
+
+from tsforge.app.forecast import LATEST, find_artifact
+from tsforge.app.ingest import load_dataset, mask_invalid
+from tsforge.artifact import Artifact, load_artifact, load_tensor_file, match_frame
+from tsforge.contracts.tables import Forecast
+from tsforge.core.atomic import atomic_file
+from tsforge.core.config import Config
+from tsforge.core.errors import BackendError, ConfigError, DataError, listing
+from tsforge.core.logs import get_logger, log_event
+from tsforge.core.owner import Owner
+from tsforge.core.workspace import Workspace
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.store import SeriesStore
+from tsforge.forecasting.stream import Mode, Stream, long_enough
+from tsforge.forecasting.stream_scores import SCORE_COLUMNS
+
+_LOG = get_logger(__name__)
+FOLDER = "streams"
+STATE = "state.safetensors"
+SHOWN = 50  # scored values that a summary lists, strangest first
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+class StreamConfig(Config):
+    """Which stream to bring up to date, and how to start it when it is new."""
+
+    artifact: str = LATEST
+    """An artifact id, a folder, NAME@champion, NAME/VERSION, or ``latest``: the newest artifact of the workspace."""
+    dataset: str | None = None
+    """Stored data set; default the one the artifact was fitted on."""
+    name: str | None = None
+    """Name of the stream; default data set and artifact, so that a new artifact has a stream of its own."""
+    mode: Mode = "auto"
+    """``carried`` steps the state of a recurrent model, ``window`` keeps the last rows (any model); ``auto`` carries
+    where it can. A stream keeps the mode it was started with."""
+    restart_every: int | None = Field(None, ge=1)
+    """Warm a carried state up again every so many rows; null keeps what the stream has, or never."""
+    start: str | int | None = None
+    """A new stream: last time that counts as seen, rows after it are scored; default the end of the stored data."""
+    reset: bool = False
+    """Start the stream anew from the stored data (after corrections of old rows, or for another artifact)."""
+    quantile_levels: tuple[float, ...] | None = None
+    """Of the forecast; default every level the artifact offers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamResult:
+    """A stream after one run.
+
+    Attributes:
+        name: of the stream. path: its folder. revision: runs that took rows.
+        artifact_id, dataset, mode: what it is made of.
+        is_new: it was started by this run.
+        rows_taken: grid rows taken by this run. scores: see ``Stream.update``.
+        forecast: from the end of every series that can be forecast.
+        added, waiting, blind: series taken in, too short to be taken in, and without a value in their whole context.
+        seconds: wall time.
+    """
+
+    name: str
+    path: Path
+    revision: int
+    artifact_id: str
+    dataset: str
+    mode: str
+    is_new: bool
+    rows_taken: int
+    scores: pl.DataFrame
+    forecast: Forecast
+    added: tuple[str, ...]
+    waiting: tuple[str, ...]
+    blind: tuple[str, ...]
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a person wants to know first."""
+        table = self.forecast.table
+        return {
+            "stream": self.name,
+            "artifact": self.artifact_id,
+            "dataset": self.dataset,
+            "mode": self.mode,
+            "new": self.is_new,
+            "revision": self.revision,
+            "rows_taken": self.rows_taken,
+            "values_scored": self.scores.height,
+            "values_outside": int(self.scores["outside"].sum() or 0),
+            "series": table["series_id"].n_unique(),
+            "last_row": table["cutoff"].max(),
+            "forecast_until": table["time"].max(),
+            "series_added": list(self.added),
+            "series_waiting": list(self.waiting),
+            "series_blind": list(self.blind),
+            "path": str(self.path),
+            "seconds": round(self.seconds, 2),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the new values outside their interval, strangest first."""
+        strange = self.scores.filter(pl.col("outside")).sort("score", descending=True, nulls_last=True)
+        return strange.drop("outside").head(SHOWN).to_dicts()
+
+
+def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
+    """Take every stored row that the stream has not seen, score it, forecast from the end, and keep the state.
+
+    A run without new rows changes nothing and forecasts again. Rows are taken up to the last one with a stored target;
+    values outside the data set's valid range are hidden from the model but scored.
+
+    Raises:
+        ArtifactError: no such artifact, one that does not fit the data, or a damaged state.
+        DataError: no such data set; a new stream: too short a history; known covariates of the horizon missing.
+        ConfigError, ModelError: settings that artifact or stream do not allow.
+        BackendError: another process is at work on the stream, or disk or database failed; the stream is as before.
+    """
+    started = time.monotonic()
+    artifact = load_artifact(find_artifact(config.artifact, workspace))
+    dataset = config.dataset or artifact.provenance.get("dataset")
+    if not dataset:
+        raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
+    name = config.name or f"{dataset}-{artifact.id}"
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"name: '{name}' must be letters, digits, '_', '-' and '.', and not begin with '.' or '-'")
+    folder = workspace.root / FOLDER / name
+    with _alone(folder, name):
+        is_new = config.reset or not (folder / STATE).exists()
+        live = _begin(config, artifact, dataset, workspace) if is_new else _resume(config, artifact, dataset, folder)
+        taken, scores, added, waiting = _catch_up(live, dataset, workspace)
+        blind = live.buffer.blind() if live.mode == "window" else ()
+        awake = tuple(series for series in live.series if series not in blind)
+        if not awake:
+            raise DataError(f"none of the {len(blind)} series of stream '{name}' has a value in its whole context")
+        forecast = live.forecast(config.quantile_levels, series=awake if blind else None)
+        if is_new or taken or added:
+            _keep(live, scores, folder, took_rows=taken > 0)
+    facts = {"dataset": dataset, "stream": name}
+    result = StreamResult(
+        name=name,
+        path=folder,
+        revision=live.about["revision"],
+        artifact_id=artifact.id,
+        dataset=dataset,
+        mode=live.mode,
+        is_new=is_new,
+        rows_taken=taken,
+        scores=scores,
+        forecast=Forecast(
+            table=forecast.table, quantile_levels=forecast.quantile_levels, metadata={**forecast.metadata, **facts}
+        ),
+        added=added,
+        waiting=waiting,
+        blind=blind,
+        seconds=time.monotonic() - started,
+    )
+    log_event(_LOG, "streamed", stream=name, rows=taken, scored=scores.height, revision=result.revision)
+    return result
+
+
+@contextmanager
+def _alone(folder: Path, name: str) -> Iterator[None]:
+    """Hold the stream's lock; the system lets go of it when the process ends, however it ends."""
+    place = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = place.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise BackendError(f"cannot write {folder}: {error.strerror or error}") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            raise BackendError(
+                f"stream '{name}' is being brought up to date by another process ({holder}); wait until it has ended"
+            ) from error
+        except OSError as error:
+            raise BackendError(f"cannot lock {place}: {error.strerror or error}") from error
+        handle.truncate(0)
+        handle.write(str(Owner.current()))
+        handle.flush()
+        yield
+
+
+def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Workspace) -> Stream:
+    frame = load_dataset(workspace, dataset, masked=True, extend=artifact.window.horizon)
+    names = long_enough(artifact, frame, config.start)
+    if names and not artifact.network.capabilities.rows_coupled:
+        frame = frame.select_series(names)
+    live = Stream.start(artifact, frame, mode=config.mode, restart_every=config.restart_every, cutoff=config.start)
+    live.about = {"dataset": dataset, "revision": 0, "scores": f"scores-{datetime.now(UTC):%Y%m%dT%H%M%S%f}Z"}
+    return live
+
+
+def _resume(config: StreamConfig, artifact: Artifact, dataset: str, folder: Path) -> Stream:
+    live = Stream.load(folder / STATE, artifact)
+    if live.about.get("dataset") != dataset:
+        raise ConfigError(
+            f"stream '{folder.name}' follows data set '{live.about.get('dataset')}', not '{dataset}'; give another "
+            "name, or reset=true"
+        )
+    if config.mode not in ("auto", live.mode):
+        raise ConfigError(f"stream '{folder.name}' was started in mode '{live.mode}'; change it with reset=true")
+    if config.restart_every is not None:
+        live.set_restart(config.restart_every)
+    return live
+
+
+def _catch_up(
+    live: Stream, dataset: str, workspace: Workspace
+) -> tuple[int, pl.DataFrame, tuple[str, ...], tuple[str, ...]]:
+    """Take the stored rows after the stream's; return their number, scores, series taken in and series waiting."""
+    ends, before = live.ends(), int(live.buffer.last.sum())
+    strangers: list[str] = []
+    tables = [live.update(_nothing(live))]
+    for names, start, is_front in _queries(live):
+        raw = _read(workspace, dataset, names, start, live.artifact.window.horizon, is_front=is_front)
+        if raw is None:
+            continue
+        if is_front:
+            strangers = [name for name in raw.series_ids if name not in live.series]
+        present = [name for name in names if name in set(raw.series_ids)]
+        if present:
+            mine = raw.select_series(present)
+            seen = match_frame(live.artifact, mask_invalid(mine, dataset, workspace))
+            rows, known, judged = _split(seen, mine, ends)
+            tables.append(live.update(rows, known=known, judged=judged))
+    taken = int(live.buffer.last.sum()) - before
+    added = _admit(live, dataset, strangers, workspace) if strangers else ()
+    waiting = tuple(name for name in strangers if name not in added)
+    return taken, pl.concat(tables).sort("series_id", "time", maintain_order=True), added, waiting
+
+
+def _nothing(live: Stream) -> pl.DataFrame:
+    columns = {"time": live.ends()["time"].dtype} | dict.fromkeys(live.artifact.schema.columns, pl.Float64)
+    return pl.DataFrame(schema={"series_id": pl.String, **columns})
+
+
+def _queries(live: Stream) -> list[tuple[list[str], Any, bool]]:
+    """Return series and the time to read them from: those near the front, and apart those that stopped long ago.
+
+    The last row taken is read again: it is in the store, so that an empty answer is news.
+    """
+    last = live.buffer.last
+    is_front = last > int(last.max()) - live.artifact.window.context_length
+    found = []
+    for part, front in ((is_front, True), (~is_front, False)):
+        if bool(part.any()):
+            names = [name for name, chosen in zip(live.series, part.tolist(), strict=True) if chosen]
+            found.append((names, live.artifact.grid.time_at(int(last[part].min())), front))
+    return found
+
+
+def _read(
+    workspace: Workspace, dataset: str, names: list[str], start: Any, horizon: int, *, is_front: bool
+) -> SeriesFrame | None:
+    """Return stored rows from ``start`` on, unmasked, with a horizon to forecast; None where there are none.
+
+    At the front every series is read, those that are not in the stream among them.
+    """
+    try:
+        return load_dataset(workspace, dataset, series=None if is_front else names, start=start, extend=horizon)
+    except DataError:
+        with closing(SeriesStore(workspace.database_url)) as store:
+            store.config(dataset)  # an unknown data set is an error, an empty span is not
+            if store.datasets().filter(name=dataset)["rows"].item():
+                return None
+        raise
+
+
+def _split(
+    seen: SeriesFrame, raw: SeriesFrame, ends: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame | None, pl.DataFrame]:
+    """Return rows to take, known covariates after the stream's rows, and the values to judge.
+
+    Taken are rows after the stream's up to the last one with a stored target, be it hidden from the model or not.
+    """
+    schema = seen.schema
+    reached = raw.last_observed().rename({"time": "reached"})
+    bounds = ends.rename({"time": "end"}).join(reached, on="series_id", how="inner")
+    later = pl.col("time") > pl.col("end")
+    table = seen.table.join(bounds, on="series_id").filter(later)
+    rows = table.filter(pl.col("time") <= pl.col("reached")).drop("end", "reached")
+    judged = raw.table.join(rows.select("series_id", "time"), on=["series_id", "time"], how="semi")
+    known = table.select("series_id", "time", *schema.known) if schema.known else None
+    return rows, known, judged.select("series_id", "time", *schema.targets)
+
+
+def _admit(live: Stream, dataset: str, names: list[str], workspace: Workspace) -> tuple[str, ...]:
+    """Take in series that the stream does not have yet, those with enough rows; none where the artifact cannot."""
+    if live.buffer.coupled or live.artifact.network.needs_known_series:
+        return ()
+    return live.add(load_dataset(workspace, dataset, series=names, masked=True, extend=live.artifact.window.horizon))
+
+
+def _keep(live: Stream, scores: pl.DataFrame, folder: Path, *, took_rows: bool) -> None:
+    """Store the scores of this run and then the state that counts them."""
+    if took_rows:
+        live.about["revision"] += 1
+    if scores.height:
+        with atomic_file(_part(folder, live.about)) as temporary:
+            scores.write_parquet(temporary)
+    live.save(folder / STATE)
+    for old in folder.glob("scores-*"):
+        if old.name != live.about["scores"]:
+            shutil.rmtree(old, ignore_errors=True)  # of a stream that was started anew
+
+
+def _part(folder: Path, about: Mapping[str, Any]) -> Path:
+    return folder / str(about["scores"]) / f"part-{about['revision']:08d}.parquet"
+
+
+def read_scores(workspace: Workspace, name: str) -> pl.DataFrame:
+    """Return every score that a stream has given, by series and time; the columns of ``Stream.update``.
+
+    Raises:
+        BackendError: there is no such stream, or a part of its scores is damaged.
+        ArtifactError: its state is damaged.
+    """
+    folder = workspace.root / FOLDER / name
+    if Path(name).name != name or not (folder / STATE).is_file():
+        known = sorted(place.parent.name for place in (workspace.root / FOLDER).glob(f"*/{STATE}"))
+        raise BackendError(f"no stream '{name}' (known: {listing(known) or 'none'})")
+    about = load_tensor_file(folder / STATE)[1]["about"]
+    last = _part(folder, about)
+    parts = [place for place in sorted(last.parent.glob("part-*.parquet")) if place.name <= last.name]
+    if not parts:
+        return pl.DataFrame(schema=dict.fromkeys(SCORE_COLUMNS, pl.Null))
+    try:
+        return pl.concat([pl.read_parquet(place) for place in parts]).sort("series_id", "time", maintain_order=True)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise BackendError(
+            f"scores of stream '{name}' are damaged ({error}); restore a copy of {last.parent}"
+        ) from error

@@ -1,0 +1,252 @@
+"""The last rows of every series of a stream in fixed memory, and the windows they make.
+
+A ring: absolute row t stands at ``t % L``, so that taking a row overwrites the oldest and moves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from tsforge.artifact import Artifact, match_frame
+from tsforge.contracts.tensors import Batch
+from tsforge.core.errors import ArtifactError, DataError, listing, nearest
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import TimeLike, show_time
+from tsforge.data.panel import Panel
+from tsforge.data.windows import last_windows
+from tsforge.forecasting.predict import artifact_panel
+from tsforge.forecasting.stream_rows import NewRows, StreamPlace, overlay_known
+
+
+@dataclass(eq=False)
+class Buffer:
+    """The last L rows of every series, and the known covariates of the H rows after them.
+
+    Attributes:
+        artifact: columns, grid and sizes.
+        series: names by position.
+    Shapes:
+        rows [S, L, C] float32 in the order of ``schema.columns``, NaN where not observed. last [S] int64, absolute row
+        of the last one. started [S] bool, False for series without data beside others that a coupled model needs them
+        for. ahead [S, H, F], NaN where not told yet, None without any. static [S, num_static] or None.
+    """
+
+    artifact: Artifact
+    series: tuple[str, ...]
+    rows: Tensor
+    last: Tensor
+    started: Tensor
+    ahead: Tensor | None = None
+    static: Tensor | None = None
+
+    @classmethod
+    def of_frame(cls, artifact: Artifact, frame: SeriesFrame, cutoff: TimeLike | None = None) -> Buffer:
+        """Return the buffer after the last row with an observed target of each series, or after ``cutoff``.
+
+        Raises:
+            ArtifactError: the frame does not fit the artifact.
+            DataError: fewer rows than the context, or nothing observed in it.
+        """
+        frame = match_frame(artifact, frame)
+        visible = frame if cutoff is None else frame.until(cutoff, keep_known=True)
+        schema, length = frame.schema, artifact.window.context_length
+        # known covariates of the context only, as if past ones: those of the horizon may arrive later
+        renamed = replace(schema, past=schema.past + schema.known, known=())
+        context = SeriesFrame(visible.table, renamed, visible.static, require_targets=False)
+        panel = artifact_panel(artifact, context)
+        windows = last_windows(panel, artifact.window, cutoff, aligned=artifact.network.capabilities.rows_coupled)
+        batch = windows.__getitems__(np.arange(len(windows.series_index) // windows.rows_per_item))
+        cells = torch.where(batch.context_mask, batch.context, torch.nan)
+        cells = cells if batch.past is None else torch.cat([cells, batch.past], dim=2)
+        last = torch.from_numpy(windows.cutoff_index - 1)
+        slots = (last[:, None] - length + 1 + torch.arange(length)) % length
+        buffer = cls(
+            artifact=artifact,
+            series=tuple(panel.series_ids[place] for place in windows.series_index),
+            rows=torch.empty_like(cells).scatter_(1, slots[..., None].expand_as(cells), cells),
+            last=last,
+            started=torch.from_numpy(panel.lengths[windows.series_index] > 0),
+            static=batch.static,
+        )
+        if schema.known:
+            buffer.ahead = torch.full((len(last), artifact.window.horizon, len(schema.known)), torch.nan)
+            buffer.ahead = overlay_known(visible.table.select("series_id", "time", *schema.known), buffer.place)
+        return buffer
+
+    @property
+    def coupled(self) -> bool:
+        """True when the model couples series: all of them then move together."""
+        return self.artifact.network.capabilities.rows_coupled
+
+    @property
+    def place(self) -> StreamPlace:
+        """Where the buffer stands, for checks of new rows."""
+        return StreamPlace(
+            schema=self.artifact.schema,
+            grid=self.artifact.grid,
+            series={name: place for place, name in enumerate(self.series)},
+            last=self.last.numpy(),
+            ahead=self.ahead,
+            shared_clock=self.coupled,
+        )
+
+    @property
+    def everyone(self) -> Tensor:
+        """Positions of all series [S]."""
+        return torch.arange(len(self.series))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything by name, series along the first axis."""
+        found = {"rows": self.rows, "last": self.last, "started": self.started}
+        optional = {"ahead": self.ahead, "static": self.static}
+        return found | {name: value for name, value in optional.items() if value is not None}
+
+    def check(self) -> None:
+        """Check that stored tensors are those of this artifact and these series.
+
+        Raises:
+            ArtifactError: one is missing, too many or of another shape.
+        """
+        spec, count = self.artifact.network.spec, len(self.series)
+        width = spec.num_variates + spec.num_past + spec.num_known
+        expected = {"rows": (count, spec.context_length, width), "last": (count,), "started": (count,)}
+        if spec.num_known:
+            expected["ahead"] = (count, spec.horizon, spec.num_known)
+        if spec.num_static:
+            expected["static"] = (count, spec.num_static)
+        found = {name: tuple(value.shape) for name, value in self.tensors().items()}
+        if found != expected:
+            raise ArtifactError(f"it holds tensors of shapes {found}, expected {expected}")
+
+    def joined(self, other: Buffer) -> tuple[Buffer, list[int]]:
+        """Return the buffer of both, ordered as a panel orders series, and where each of them stood before."""
+        ids = self.series + other.series
+        number = {name: place for place, name in enumerate(self.artifact.series_ids)}
+        order = sorted(range(len(ids)), key=lambda place: (number.get(ids[place], len(number)), ids[place]))
+        theirs = other.tensors()
+        both = {name: torch.cat([value, theirs[name]])[order] for name, value in self.tensors().items()}
+        return Buffer(self.artifact, tuple(ids[place] for place in order), **both), order
+
+    def take(self, new: NewRows) -> None:
+        """Take new rows: O(1) a row."""
+        length, owner, done = self.rows.shape[1], new.owner, new.done
+        kept = done >= new.count[owner] - length
+        self.rows[owner[kept], ((self.last[owner] + 1 + done) % length)[kept]] = new.values[kept]
+        if self.ahead is not None:
+            self.ahead = new.known_from(self.everyone, new.count, self.ahead.shape[1])
+        seen = owner[~torch.isnan(new.values).all(dim=1)]
+        self.started = self.started.index_fill(0, seen, True)
+        self.last = self.last + new.count
+
+    def contexts(self, series: Tensor, done: Tensor | None = None, new: NewRows | None = None) -> Batch:
+        """Return the windows of some series [B] that end after the first ``done`` [B] of their new rows.
+
+        Data units, no target; the same tensors that batch prediction gathers from a panel.
+        """
+        spec, last = self.artifact.network.spec, self.last[series]
+        length, variates, past = spec.context_length, spec.num_variates, spec.num_past
+        done = torch.zeros_like(last) if done is None else done
+        index = (last + done)[:, None] - length + 1 + torch.arange(length)  # [B, L] absolute
+        rows = self.rows[series[:, None], index % length]
+        if new is not None and len(new.values):
+            turn = index - last[:, None] - 1
+            place = (new.start[series][:, None] + turn).clamp(0, len(new.values) - 1)
+            rows = torch.where((turn >= 0)[..., None], new.values[place], rows)
+        mask = ~torch.isnan(rows[..., :variates])
+        later = self.later(series, done, new)
+        return Batch(
+            context=torch.where(mask, rows[..., :variates], 0.0),
+            context_mask=mask,
+            past=rows[..., variates : variates + past].contiguous() if past else None,
+            known=None if later is None else torch.cat([rows[..., variates + past :], later], dim=1),
+            static=None if self.static is None else self.static[series],
+            series_index=self._numbers[series],
+            cutoff_index=last + done + 1,
+        )
+
+    def later(self, series: Tensor, done: Tensor, new: NewRows | None) -> Tensor | None:
+        """Return known covariates [B, H, F] of the rows after the first ``done`` new ones."""
+        if self.ahead is None or new is None:
+            return None if self.ahead is None else self.ahead[series]
+        return new.known_from(series, done, self.ahead.shape[1])
+
+    @property
+    def _numbers(self) -> Tensor:
+        """Number of each series [S] as in training; new ones come after."""
+        numbers = {name: number for number, name in enumerate(self.artifact.series_ids)}
+        return torch.tensor([numbers.get(name, len(numbers) + place) for place, name in enumerate(self.series)])
+
+    def names(self) -> Panel:
+        """Return a panel without rows: names and grid for a table."""
+        empty = np.zeros((0, len(self.artifact.schema.columns)))
+        nowhere = np.zeros(len(self.series), dtype=np.int64)
+        bounds = np.zeros(len(self.series) + 1, dtype=np.int64)
+        schema, grid = self.artifact.schema, self.artifact.grid
+        return Panel(empty, empty.astype(bool), bounds, nowhere, None, self.series, schema, grid)
+
+    def ends(self) -> pl.DataFrame:
+        """Return ``series_id, time``: the last row that each series has taken."""
+        ids = pl.Series("series_id", self.series, dtype=pl.String)
+        table = pl.DataFrame([ids, self.artifact.grid.time_at(self.last.numpy())])
+        return table.filter(pl.Series(self.started.numpy()))
+
+    def blind(self) -> tuple[str, ...]:
+        """Return the series without any observed target in the rows kept."""
+        targets = self.rows[..., : self.artifact.network.spec.num_variates]
+        unseen = torch.isnan(targets).flatten(1).all(dim=1)
+        return tuple(self.series[int(place)] for place in unseen.nonzero())
+
+    def chosen(self, series: Sequence[str] | None) -> list[int]:
+        """Return the positions of series by name, default all that have begun.
+
+        Raises:
+            DataError: one is not in the stream.
+        """
+        places = {name: place for place, name in enumerate(self.series) if bool(self.started[place])}
+        if series is None:
+            return list(places.values())
+        unknown = [name for name in series if name not in places]
+        if unknown:
+            hint = nearest(unknown[0], places)
+            raise DataError(f"unknown series {listing(unknown)}{hint} (in the stream: {listing(places, 10)})")
+        return sorted({places[name] for name in series})
+
+    def check_sight(self, chosen: Sequence[int]) -> None:
+        """Check that a target was observed in the rows kept of the chosen series.
+
+        Raises:
+            DataError: it was not; they are named.
+        """
+        blind = set(self.blind()) & {self.series[place] for place in chosen}
+        if blind and not (self.coupled and len(blind) < len(chosen)):
+            raise DataError(
+                f"{len(blind)} of {len(chosen)} series have no observed target in the last {self.rows.shape[1]} rows "
+                f"({listing(sorted(blind))}); leave them out (series=...) until they have"
+            )
+
+    def check_known(self, chosen: Sequence[int], ahead: Tensor | None) -> None:
+        """Check that known covariates ``ahead`` [S, H, F] are complete for the chosen series.
+
+        Raises:
+            DataError: they are not; counts, columns and the first place are named.
+        """
+        if ahead is None or not bool((missing := torch.isnan(ahead[list(chosen)])).any()):
+            return
+        schema = self.artifact.schema
+        names = [
+            name for name, lacks in zip(schema.known, missing.any(dim=1).any(dim=0).tolist(), strict=True) if lacks
+        ]
+        cells = missing.any(dim=2)
+        place, turn = (int(part) for part in cells.nonzero()[0])
+        time = self.artifact.grid.time_at(int(self.last[chosen[place]]) + 1 + turn)
+        raise DataError(
+            f"known covariate(s) {listing(names)} are missing in {int(cells.sum())} of {cells.numel()} forecast rows "
+            f"of {int(cells.any(dim=1).sum())} series (first: '{self.series[chosen[place]]}' at {show_time(time)}); "
+            f"give their values for {cells.shape[1]} rows after the last one (known=...)"
+        )
