@@ -4,9 +4,9 @@ Usage: python benchmarks/ssm_table.py --data FOLDER --out benchmarks/results/ssm
        [--seeds 3] [--model s4:...]
 
 Errors are those of the benchmark harness (``tsforge benchmark``): literature splits, standardised by the training
-rows, no window dropped. It goes on where it stopped; several processes can share the work with --part I/N, each on its
-own share of the settings, before a last call without --part writes the page. Published rows come from the papers' tables with
-their own look-back and are for orientation only.
+rows, no window dropped. It goes on where it stopped; several processes can share the work with --part I/N, each on
+its own share of the settings, before a last call without --part writes the page. Published rows come from the papers'
+tables with their own look-back and are for orientation only.
 """
 
 from __future__ import annotations

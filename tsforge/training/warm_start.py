@@ -1,8 +1,8 @@
 """Whether gradient steps improved on a closed-form start: standard errors over blocks of validation windows.
 
 Neighbouring windows share most of their rows, so single windows are no independent evidence; means over stretches of
-one horizon nearly are. Choosing the best of many epochs on a short or drifting validation span finds improvements that do
-not last, and the start is the safer forecaster then.
+one horizon nearly are. Choosing the best of many epochs on a short or drifting validation span finds improvements
+that do not last, and the start is the safer forecaster then.
 """
 
 from __future__ import annotations
