@@ -174,6 +174,19 @@ class SSM(nn.Module):
             raise ModelError(f"the kernel of layer {self.name} is not finite ({self.facts()}); lower the learning rate")
         return kernel
 
+    def _system(self, rate: float) -> Any:
+        """Return the discrete system; evaluating without gradients it is made and checked once."""
+
+        def make() -> Any:
+            system = self.system(rate)
+            if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                parts = [tensor for part in system for tensor in (part if isinstance(part, tuple) else (part,))]
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in parts):
+                    raise ModelError(f"the system of layer {self.name} is not finite ({self.facts()}); fit again")
+            return system
+
+        return self._cached(("system", rate), make)
+
     def default_state(self, batch: int) -> Tensor:
         """Return the zero state [B, ...]."""
         return self.D.new_zeros(batch, *self.state_shape)
@@ -191,8 +204,7 @@ class SSM(nn.Module):
             if state is None and not with_state:
                 return causal_convolution(u, self.kernel(u.shape[-1], rate)) + direct, None
             state = self.default_state(u.shape[0]) if state is None else state
-            system = self._cached(("system", rate), lambda: self.system(rate))
-            y, state = self.scan(system, u, state)
+            y, state = self.scan(self._system(rate), u, state)
             return y + direct, state
 
     def last(self, u: Tensor, *, rate: float = 1.0) -> Tensor:
@@ -205,7 +217,7 @@ class SSM(nn.Module):
         """Return output [B, M, H] and state after one input [B, H]."""
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(self.D.dtype)
-            y, state = self.advance(self._cached(("system", rate), lambda: self.system(rate)), u, state)
+            y, state = self.advance(self._system(rate), u, state)
             return y + self.D * u.unsqueeze(1), state
 
     def irregular(self, u: Tensor, elapsed: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

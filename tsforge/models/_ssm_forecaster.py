@@ -129,10 +129,13 @@ class SSMForecaster(ForecastModel[C]):
         layers = [self.make_layer(index, span) for index in range(config.num_layers)]
         self.stack = SSMStack([SSMBlock(layer, dropout=config.dropout) for layer in layers])
         steps = spec.horizon if self.head_kind == "direct" else 1
-        width = config.d_model + per_row * int(self._reads_scale)
-        self.head = nn.Linear(width, steps * per_row * spec.num_params)
+        self.head = nn.Linear(config.d_model, steps * per_row * spec.num_params)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        if self.normalises and spec.num_params > 1:
+            # the spread must know the scale that normalisation removed; the location must not
+            self.spread = nn.Linear(per_row, steps * per_row * (spec.num_params - 1), bias=False)
+            nn.init.zeros_(self.spread.weight)
         if self.head_kind == "direct" and spec.num_known:
             self.ahead = nn.Linear(spec.num_known, per_row * spec.num_params, bias=False)
             nn.init.zeros_(self.ahead.weight)
@@ -184,11 +187,6 @@ class SSMForecaster(ForecastModel[C]):
     def normalises(self) -> bool:
         """True when the model takes statistics of its own from each context."""
         return self.config.normalisation != "none"
-
-    @property
-    def _reads_scale(self) -> bool:
-        """The spread of a distribution must know the scale that normalisation removed."""
-        return self.normalises and self.spec.num_params > 1
 
     @property
     def recurrent(self) -> bool:
@@ -272,14 +270,12 @@ class SSMForecaster(ForecastModel[C]):
         """Return residual parameters [B, T, V, K]: of T = 1 feature [B R, D] with ``steps``, or of [B R, T, D]."""
         batch = features.shape[0] // self.rows
         variates, params = self.spec.num_variates, self.spec.num_params
-        if self._reads_scale:
-            logs = scale[:, 0].log()  # [B, V]
-            extra = logs.reshape(batch * self.rows, -1)
-            extra = extra if features.ndim == 2 else extra.unsqueeze(1).expand(-1, features.shape[1], -1)
-            features = torch.cat([features, extra], dim=-1)
-        out = self.head(features)
         steps = steps if features.ndim == 2 else features.shape[1]
-        out = out.view(batch, self.rows, steps, variates // self.rows, params)
+        out = self.head(features).view(batch, self.rows, steps, variates // self.rows, params)
+        if self.normalises and params > 1:
+            added = self.spread(scale[:, 0].log().view(batch, self.rows, -1))  # [B, R, (steps) V / R (K - 1)]
+            added = added.view(batch, self.rows, -1, variates // self.rows, params - 1)
+            out = torch.cat([out[..., :1], out[..., 1:] + added], dim=-1)
         ordered: Tensor = out.permute(0, 2, 1, 3, 4).reshape(batch, steps, variates, params)
         return ordered
 

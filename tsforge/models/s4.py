@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError
 from tsforge.layers.ssm import SSM, DiagonalSSM, LowRankSSM, UnitarySSM
@@ -32,7 +34,7 @@ class S4Config(SSMForecasterConfig):
     """Of s4d; s4 is bilinear."""
     n_ssm: int = 1
     """Independent (A, B), each shared by d_model / n_ssm features."""
-    bandlimit: float = 1.0
+    bandlimit: float = Field(1.0, ge=0)
     """Modes of s4d that turn by more than this share of half a cycle a step start at 0; 0 keeps aliased ones."""
 
     def model_post_init(self, context: object, /) -> None:

@@ -61,7 +61,7 @@ def make(spec: DataSpec, *, seed: int = 0, shaken: bool = True, name: str = "s4"
     if shaken:
         with torch.no_grad():
             for key, part in model.named_parameters():
-                if key.startswith(("head", "ahead", "skip.spread")):
+                if key.startswith(("head", "ahead", "spread", "skip.spread")):
                     part.add_(0.3 * torch.randn_like(part))
     return model.eval()
 
@@ -339,6 +339,7 @@ def test_a_constant_context_keeps_scale_one() -> None:
     assert raw(model, batch).flatten().tolist() == [7.0] * H
 
 
+@pytest.mark.parametrize("num_params", [1, 3])
 @pytest.mark.parametrize("normalisation", ["window", "last"])
 @pytest.mark.parametrize(
     "settings",
@@ -352,8 +353,10 @@ def test_a_constant_context_keeps_scale_one() -> None:
     ],
     ids=lambda case: "-".join(str(value) for value in case.values()),
 )
-def test_checklist_23_forecasts_move_and_stretch_with_the_context(settings: dict[str, Any], normalisation: str) -> None:
-    spec = spec_of()
+def test_checklist_23_forecasts_move_and_stretch_with_the_context(
+    settings: dict[str, Any], normalisation: str, num_params: int
+) -> None:
+    spec = spec_of(num_params=num_params)
     model = make(spec, normalisation=normalisation, **settings)
     if settings.get("skip") == "closed_form":
         model.solve(span(spec))
@@ -364,6 +367,8 @@ def test_checklist_23_forecasts_move_and_stretch_with_the_context(settings: dict
         expected = factor * found + shift
         difference = (raw(model, moved)[..., 0] - expected).abs().max()
         assert float(difference) < 1e-4 * factor * float(found.abs().max())
+        if num_params > 1 and factor != 1.0:  # the spread is told how large the context was
+            assert float((raw(model, moved)[..., 1:] - raw(model, batch)[..., 1:]).abs().max()) > 1e-3
 
 
 def test_without_normalisation_the_level_matters() -> None:
@@ -746,28 +751,45 @@ CARRIED = [case for case in STREAMS if "skip" not in case]
 """Without a linear part, which reads a window of fixed length."""
 
 
+def cut(batch: Batch, rows: slice) -> Batch:
+    """Return some rows of the context; known covariates of the horizon are left out."""
+    parts = {name: getattr(batch, name)[:, rows] for name in ("context", "context_mask", "past")}
+    return batch._replace(known=batch.known[:, : batch.context.shape[1]][:, rows], **parts)
+
+
+@pytest.mark.parametrize("normalisation", ["none", "window", "last"])
 @pytest.mark.parametrize("settings", CARRIED, ids=ids_of(CARRIED))
-def test_rows_after_a_warm_up_continue_it(settings: dict[str, Any]) -> None:
-    """A warm-up on the first rows and steps for the rest equal forward on all of them."""
+@torch.no_grad()
+def test_rows_after_a_warm_up_continue_it(settings: dict[str, Any], normalisation: str) -> None:
+    """A warm-up on 25 rows and steps for 15 equal forward on 40, in the units of the first 25."""
     spec = spec_of(context_length=40, **COVARIATES)
-    model = built_stream(settings, spec)
+    model = make(spec, normalisation=normalisation, **settings)
     batch = make_batch(spec, size=2, gaps=0.3)
-    early = batch._replace(
-        context=batch.context[:, :25],
-        context_mask=batch.context_mask[:, :25],
-        past=batch.past[:, :25],
-        known=batch.known[:, :25],
-    )
-    late = batch._replace(
-        context=batch.context[:, 25:],
-        context_mask=batch.context_mask[:, 25:],
-        past=batch.past[:, 25:],
-        known=batch.known[:, 25:],
-    )
-    with torch.no_grad():
-        state = shorter(model, context_length=25).warm_up(early)
-        found = streamed(model, late, state).raw
-    torch.testing.assert_close(found, raw(model, batch), atol=1e-5, rtol=1e-4)
+    early = cut(batch, slice(25))
+    state = shorter(model, context_length=25).warm_up(early)
+    for row in rows_of(cut(batch, slice(25, None))):
+        state = model.step(state, row)
+    found = model.free_run(state, ahead_of(batch)).raw[..., 0]
+    loc, scale = model._statistics(early)
+    own = batch._replace(context=torch.where(batch.context_mask, (batch.context - loc) / scale, 0.0))
+    expected = raw(shorter(model, settings={"normalisation": "none"}), own)[..., 0] * scale + loc
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", STREAMS, ids=ids_of(STREAMS))
+@torch.no_grad()
+def test_rows_without_any_observation(settings: dict[str, Any]) -> None:
+    """One variate or series was never observed: streamed, warmed up or whole, the forecast is the same and finite."""
+    spec = spec_of(**COVARIATES)
+    model, batch = built_stream(settings, spec), make_batch(spec, size=3)
+    mask = batch.context_mask.clone()
+    mask[0], mask[1, :, 0] = False, False
+    batch = batch._replace(context=torch.where(mask, batch.context, 0.0), context_mask=mask)
+    expected = raw(model, batch)
+    assert bool(torch.isfinite(expected).all())
+    torch.testing.assert_close(streamed(model, batch).raw, expected, atol=1e-5, rtol=1e-4)
+    warm = model.free_run(model.warm_up(batch), ahead_of(batch)).raw
+    torch.testing.assert_close(warm, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mixing", ["independent", "mixed"])
