@@ -355,7 +355,8 @@ def kernels_chart(kernels: pl.DataFrame) -> go.Figure:
                 row=row,
                 col=1,
             )
-    _style(figure, height=60 + 210 * len(layers))
+    _style(figure, height=80 + 210 * len(layers))
+    figure.update_layout(margin_t=36)  # room for the first panel's title
     figure.update_xaxes(title_text="steps back", row=len(layers), col=1)
     return figure
 
