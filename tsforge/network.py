@@ -167,11 +167,15 @@ class ForecastNetwork(nn.Module):
 
     def _predict_scaled(self, scaled: Batch) -> Prediction:
         prediction: Prediction = self.model(self._inputs(scaled))
+        return prediction._replace(raw=self.parameters_of(prediction))
+
+    def parameters_of(self, prediction: Prediction) -> Tensor:
+        """Return the parameters [B, H, V, K] of the likelihood that a prediction of the model means: offset added."""
         raw = prediction.raw.to(torch.promote_types(prediction.raw.dtype, self.param_offset.dtype))
         missing = self.spec.num_params - raw.shape[-1]
         if missing > 0 and not self.capabilities.probabilistic:
             raw = nn.functional.pad(raw, (0, missing))
-        return prediction._replace(raw=raw + self.param_offset)
+        return raw + self.param_offset
 
     def _inputs(self, scaled: Batch) -> Batch:
         inputs = scaled._replace(target=None, target_mask=None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Recurrent, State
-from tsforge.contracts.tensors import Batch, Observation, Prediction
+from tsforge.contracts.tensors import Batch, Observation
 from tsforge.core.errors import ArtifactError, ModelError
 from tsforge.forecasting.stream_rows import Ints, NewRows
 from tsforge.forecasting.window_forecasts import FloatArray, WindowForecasts, as_array, check_finite
@@ -144,7 +144,7 @@ def forecast(
         empty = torch.zeros(len(known), 1, network.spec.num_variates)
         blank = Batch(context=empty, context_mask=empty.bool(), known=known)
         known = network.scaler.scale(blank, (carried.loc, carried.scale)).known
-    raw = _parameters(network, recurrent_model(network).free_run(carried.model, known))
+    raw = network.parameters_of(recurrent_model(network).free_run(carried.model, known))
     mean = as_array(network.likelihood.mean(raw) * carried.scale + carried.loc)
     check_finite(network, mean)
     quantiles = None
@@ -160,15 +160,6 @@ def forecast(
         series_index=np.arange(len(mean)),
         cutoff_index=cutoff.numpy(),
     )
-
-
-def _parameters(network: ForecastNetwork, prediction: Prediction) -> Tensor:
-    """Return raw parameters [B, H, V, K] with the network's offset, as its own ``forward`` gives them."""
-    raw = prediction.raw.to(torch.promote_types(prediction.raw.dtype, network.param_offset.dtype))
-    missing = network.spec.num_params - raw.shape[-1]
-    if missing > 0 and not network.capabilities.probabilistic:
-        raw = nn.functional.pad(raw, (0, missing))
-    return raw + network.param_offset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -380,8 +380,6 @@ def test_restarts_come_every_so_many_rows_of_each_series(frame) -> None:
 
 @pytest.mark.parametrize("settings", [{"missing": "mask"}, {"missing": "skip"}, {"head": "rollout"}])
 def test_a_state_space_model_streams(frame, settings: dict[str, Any]) -> None:
-    if "s4" not in MODELS.names():
-        pytest.skip("no recurrent model is installed")
     small = {"name": "s4", "d_model": 8, "d_state": 8, "num_layers": 1, "normalisation": "none", **settings}
     artifact = untrained(frame, small)
     stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
@@ -460,8 +458,6 @@ def test_covariates_told_ahead_stand_in_for_those_a_row_lacks(covaried, name: st
 
 
 def test_static_covariates_come_along(frame) -> None:
-    if "s4" not in MODELS.names():
-        pytest.skip("no model with static covariates is installed")
     static = pl.DataFrame({"series_id": ["a", "b", "c"], "size": [1.0, -2.0, 5.0]})
     sized = SeriesFrame(frame.table, replace(frame.schema, static=("size",)), static)
     small = {"name": "s4", "d_model": 8, "d_state": 8, "num_layers": 1}
