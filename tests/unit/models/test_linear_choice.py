@@ -10,7 +10,7 @@ from torch import Tensor
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
 from tsforge.core.errors import ConfigError
 from tsforge.models._ar_moments import LagLayout, lag_moments
-from tsforge.models._linear_choice import BLOCKS, RIDGES, USUAL_RIDGE, Span, choose, cut, held_out_error
+from tsforge.models._linear_choice import BLOCKS, RIDGES, USUAL_RIDGE, Span, _clear_best, choose, cut, held_out_error
 from tsforge.models.linear import Linear, LinearConfig, fit_moments, remove_level, windows_of
 
 LENGTH, HORIZON = 24, 6
@@ -167,6 +167,20 @@ def test_the_first_candidate_wins_where_evidence_is_unclear() -> None:
     )
     assert (choice.remove, choice.ridge, choice.gain) == ("none", USUAL_RIDGE, 0.0)
     assert USUAL_RIDGE in RIDGES
+
+
+@pytest.mark.parametrize(
+    ("gains", "best"),
+    [
+        ([0.3, 0.2, 0.4], 1),  # every block agrees
+        ([1.0, -0.9, 0.2], 0),  # mean 0.1, standard error 0.55
+        ([-0.1, -0.2, -0.1], 0),
+    ],
+)
+def test_a_gain_must_exceed_its_standard_error(gains: list[float], best: int) -> None:
+    column, gain = _clear_best(torch.tensor([[0.0, value] for value in gains], dtype=torch.float64))
+    assert column == best
+    assert gain == pytest.approx(np.mean(gains) if best else 0.0)
 
 
 @pytest.mark.parametrize(

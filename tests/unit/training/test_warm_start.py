@@ -84,14 +84,22 @@ def test_clear_improvements_stay() -> None:
     assert bool((network.model.head.weight != 0).any())
 
 
-def test_margin_zero_takes_any_improvement() -> None:
-    """Seed and data are such that the best of the epochs is a hair better than the start, within its error."""
-    found = {}
-    for margin in (0.0, 1.0):
-        best = [fitted(np.random.default_rng(seed).normal(size=600), start_margin=margin)[1] for seed in range(3)]
-        found[margin] = [result.best_epoch for result in best]
-    assert any(epoch >= 0 for epoch in found[0.0])
-    assert sum(epoch >= 0 for epoch in found[1.0]) < sum(epoch >= 0 for epoch in found[0.0])
+def test_an_unclear_improvement_is_taken_only_without_a_margin() -> None:
+    """On noise the best epoch is a hair better than the start; with a margin the weights of the start return."""
+    taken_back = 0
+    for seed in range(3):
+        noise = np.random.default_rng(seed).normal(size=600)
+        loose, strict = (fitted(noise, start_margin=margin) for margin in (0.0, 1.0))
+        if not (loose[1].best_epoch >= 0 > strict[1].best_epoch):
+            continue
+        taken_back += 1
+        start, series = network_of(), panel_of(noise).training_series(None, 400)
+        start.fit_scaler(series)
+        start.solve(series)
+        kept = strict[0].state_dict()
+        assert all(torch.equal(value, kept[name]) for name, value in start.state_dict().items())
+        assert any(not torch.equal(value, kept[name]) for name, value in loose[0].state_dict().items())
+    assert taken_back >= 1
 
 
 def test_comparison_is_the_mean_over_blocks_of_one_horizon() -> None:
