@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tsforge.core.errors import ModelError
+from tsforge.ops import _vandermonde_compiled, _vandermonde_triton
 from tsforge.ops.discretise import zoh_diagonal
 from tsforge.ops.krylov import block_size
 
@@ -84,7 +85,10 @@ def powers(log_a: Complex, count: int, dtype: torch.dtype, *, stride: int = 1) -
 
 
 def vandermonde_kernel(log_a: Complex, weight: Complex, length: int) -> Tensor:
-    """Return K[m, h, l] = 2 Re sum_n weight[m, h, n] a[h, n]^l for l < length.
+    """Return K[m, h, l] = 2 Re sum_n weight[m, h, n] a[h, n]^l for l < length; the fastest path there is.
+
+    Compiled code on a CPU with a compiler, a Triton kernel on a GPU, else ``two_level_kernel``; all of them agree to
+    rounding.
 
     Shapes:
         log_a two [H, n], weight two [M, H, n]; returns [M, H, length] in the dtype of ``weight``.
@@ -92,8 +96,22 @@ def vandermonde_kernel(log_a: Complex, weight: Complex, length: int) -> Tensor:
     Raises:
         ModelError: length below 1.
     """
+    _check_length(length)
+    if _vandermonde_compiled.unavailable(weight[0]) is None:
+        return _vandermonde_compiled.compiled_kernel(*log_a, *weight, length)
+    if _vandermonde_triton.unavailable(weight[0]) is None:
+        return _vandermonde_triton.triton_kernel(*log_a, *weight, length)
+    return two_level_kernel(log_a, weight, length)
+
+
+def _check_length(length: int) -> None:
     if length < 1:
         raise ModelError(f"a kernel needs at least one step, asked for {length}")
+
+
+def two_level_kernel(log_a: Complex, weight: Complex, length: int) -> Tensor:
+    """Return ``vandermonde_kernel`` in plain torch."""
+    _check_length(length)
     dtype = weight[0].dtype
     channels, features = weight[0].shape[:2]
     block = block_size(length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy.linalg import expm
 from torch import Tensor
 
 from tsforge.core.errors import ModelError
+from tsforge.ops import _vandermonde_compiled
 from tsforge.ops.vandermonde import (
     Complex,
     b_like,
@@ -22,12 +24,25 @@ from tsforge.ops.vandermonde import (
     last_output,
     multiply,
     powers,
+    two_level_kernel,
     vandermonde_kernel,
     vandermonde_kernel_reference,
 )
 
 System = tuple[Complex, Complex, Complex]
 """Logarithm of a, b, c."""
+Kernel = Callable[[Complex, Complex, int], Tensor]
+
+
+@pytest.fixture(params=["compiled", "plain torch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """The kernel as a CPU with a compiler gets it and as one without does."""
+    monkeypatch.setenv("TSFORGE_COMPILED", "auto" if request.param == "compiled" else "off")
+    reason = _vandermonde_compiled.unavailable(torch.zeros(1))
+    if request.param == "compiled" and reason is not None:
+        pytest.skip(f"no compiled kernel: {reason}")
+    assert (reason is None) == (request.param == "compiled")
+    return vandermonde_kernel
 
 
 def pair(values: np.ndarray) -> Complex:
@@ -112,10 +127,10 @@ def test_float32_powers_keep_the_phase_of_far_lags() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 100, 336, 337, 1000])
-def test_checklist_11_two_levels_equal_the_naive_sum_in_float64(length: int) -> None:
+def test_checklist_11_two_levels_equal_the_naive_sum_in_float64(kernel: Kernel, length: int) -> None:
     log_a, b, c = random_system(4, 6, channels=2, seed=length)
     weight = multiply(c, b)
-    found = vandermonde_kernel(log_a, weight, length)
+    found = kernel(log_a, weight, length)
     assert found.shape == (2, 4, length)
     assert found.is_contiguous()
     assert worst_row(found, naive(complex_of(log_a), complex_of(weight), length)) < 1e-12
@@ -123,10 +138,10 @@ def test_checklist_11_two_levels_equal_the_naive_sum_in_float64(length: int) -> 
 
 @pytest.mark.parametrize("decay", [0.5, 0.02])
 @pytest.mark.parametrize("kind", ["lin", "inv"])
-def test_checklist_11_float32_kernel_of_a_slow_system_over_16384_steps(kind: str, decay: float) -> None:
+def test_checklist_11_float32_kernel_of_a_slow_system_over_16384_steps(kernel: Kernel, kind: str, decay: float) -> None:
     log_a, weight = slow_system(8, 64, decay, kind)
     low: Complex = tuple(part.float() for part in pair(weight))  # type: ignore[assignment]
-    found = vandermonde_kernel(pair(log_a), low, 16384)
+    found = kernel(pair(log_a), low, 16384)
     assert found.dtype == torch.float32
     assert worst_row(found, naive(log_a, weight, 16384)) < 1e-6
 
@@ -138,10 +153,26 @@ def test_the_slow_reference_is_the_same_kernel() -> None:
     assert worst_row(found, naive(complex_of(log_a), complex_of(weight), 50)) < 1e-13
 
 
-def test_a_kernel_needs_a_step() -> None:
+@pytest.mark.parametrize("function", [vandermonde_kernel, two_level_kernel])
+def test_a_kernel_needs_a_step(function: Kernel) -> None:
     log_a, b, c = random_system(1, 1)
     with pytest.raises(ModelError, match="at least one step, asked for 0"):
-        vandermonde_kernel(log_a, multiply(c, b), 0)
+        function(log_a, multiply(c, b), 0)
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = _vandermonde_compiled.unavailable(torch.zeros(1))
+    if reason is not None:
+        pytest.skip(f"no compiled kernel: {reason}")
+    log_a, weight = slow_system(61, 64, 0.5, "lin")
+    found = []
+    for count in (1, 3):
+        monkeypatch.setattr(_vandermonde_compiled.compiled, "threads", lambda count=count: count)
+        inputs = [part.requires_grad_() for part in (*pair(log_a), *pair(weight))]
+        assert _vandermonde_compiled._sizes(inputs[2], 4000)[-1] == count
+        result = vandermonde_kernel((inputs[0], inputs[1]), (inputs[2], inputs[3]), 4000)
+        found.append([result, *torch.autograd.grad(result.square().sum(), inputs)])
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
 def test_last_output_is_the_last_of_the_convolution() -> None:
@@ -204,10 +235,10 @@ def test_checklist_13_gradcheck_of_powers(count: int, stride: int) -> None:
     assert torch.autograd.gradcheck(lambda re, im: powers((re, im), count, torch.float64, stride=stride), inputs)
 
 
-@pytest.mark.parametrize("length", [1, 5, 18])
-def test_checklist_13_gradcheck_of_the_kernel(length: int) -> None:
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_checklist_13_gradcheck_of_the_kernel(kernel: Kernel, length: int) -> None:
     log_a, _, c = random_system(2, 2, channels=2)
-    assert torch.autograd.gradcheck(lambda a, b, w, v: vandermonde_kernel((a, b), (w, v), length), leaves(log_a, c))
+    assert torch.autograd.gradcheck(lambda a, b, w, v: kernel((a, b), (w, v), length), leaves(log_a, c))
 
 
 @pytest.mark.parametrize("with_state", [False, True])
@@ -233,14 +264,14 @@ def test_checklist_13_gradcheck_of_irregular_steps() -> None:
     )
 
 
-def test_checklist_13_float32_gradient_of_the_kernel_is_close_to_the_one_in_float64() -> None:
+def test_checklist_13_float32_gradient_of_the_kernel_is_close_to_the_one_in_float64(kernel: Kernel) -> None:
     log_a, weight = slow_system(4, 16, 0.5, "lin")
     weights = drawn(1, 4, 1000)
     gradients = []
     for dtype in (torch.float32, torch.float64):
         inputs = [part.requires_grad_() for part in (*pair(log_a), *(part.to(dtype) for part in pair(weight)))]
-        kernel = vandermonde_kernel((inputs[0], inputs[1]), (inputs[2], inputs[3]), 1000)
-        gradients.append(torch.autograd.grad((kernel * weights).sum(), inputs))
+        found = kernel((inputs[0], inputs[1]), (inputs[2], inputs[3]), 1000)
+        gradients.append(torch.autograd.grad((found * weights).sum(), inputs))
     for low, high in zip(*gradients, strict=True):
         assert float((low - high).abs().max() / high.abs().max()) < 1e-5
 
