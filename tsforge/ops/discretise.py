@@ -9,7 +9,8 @@ pairs of real tensors because TorchInductor does not compile complex operators.
 
 Sources: A. Gu et al. (arXiv 2110.13985), section 2 and appendix C.1.3 for the bilinear family; A. Gu et al., "On the
 parameterization and initialization of diagonal state space models" (arXiv 2206.11893) for the diagonal rules.
-Deviations: ``exp(z) - 1`` is formed without cancellation, and its quotient by z comes from a series near 0.
+Deviations: ``exp(z) - 1`` is formed without cancellation, and the slope of its quotient by z comes from a series
+near 0.
 
 Legend: N state size, dt step in the time unit of A.
 """
@@ -17,14 +18,16 @@ Legend: N state size, dt step in the time unit of A.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tsforge.core.errors import ModelError
 
-_SERIES_BELOW = 1e-2  # |z| under which (e^z - 1) / z is summed: the quotient's gradient loses eps / |z|
-_SERIES_TERMS = 7  # the first one left out is _SERIES_BELOW^7 / 8! = 2e-19
+_SERIES_BELOW = 1e-2  # |z| under which the slope of (e^z - 1) / z is summed: the quotient loses eps / |z|
+_SERIES_TERMS = 7  # the first one left out is 8 _SERIES_BELOW^7 / 9! = 2e-19
 
 
 def gbt(A: Tensor, B: Tensor, dt: Tensor, alpha: float = 0.5, lower_triangular: bool = False) -> tuple[Tensor, Tensor]:
@@ -125,8 +128,7 @@ def expm1_complex(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
 def zoh_diagonal(re: Tensor, im: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """Return the input gain ``(exp(dt lambda) - 1) / lambda`` of held inputs, for ``lambda = re + i im``.
 
-    It tends to dt as lambda tends to 0, and so do its gradients: there the quotient is replaced by its series, and
-    neither branch ever sees the other's arguments. The step itself is ``exp(dt lambda)``.
+    It tends to dt as lambda tends to 0, and so do its gradients. The step itself is ``exp(dt lambda)``.
 
     Args:
         re: real parts, any shape.
@@ -134,28 +136,45 @@ def zoh_diagonal(re: Tensor, im: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
         dt: steps, broadcast against re (a caller with one step per feature passes ``dt[..., None]``).
 
     Returns:
-        Real and imaginary part, of the broadcast shape.
+        Real and imaginary part, of the broadcast shape; differentiable once.
     """
-    z_re, z_im = dt * re, dt * im
-    small = torch.maximum(z_re.detach().abs(), z_im.detach().abs()) < _SERIES_BELOW
-    series_re, series_im = _exponential_series(torch.where(small, z_re, 0.0), torch.where(small, z_im, 0.0))
-    far_re, far_im = torch.where(small, 1.0, z_re), torch.where(small, 0.0, z_im)
-    top_re, top_im = expm1_complex(far_re, far_im)
-    square = far_re * far_re + far_im * far_im
-    quotient_re = (top_re * far_re + top_im * far_im) / square
-    quotient_im = (top_im * far_re - top_re * far_im) / square
-    return dt * torch.where(small, series_re, quotient_re), dt * torch.where(small, series_im, quotient_im)
+    gain: tuple[Tensor, Tensor] = _HeldGain.apply(re, im, dt)  # type: ignore[no-untyped-call]
+    return gain
 
 
-def _exponential_series(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(e^z - 1) / z = sum_k z^k / (k + 1)!`` for small z by Horner's rule."""
-    total_re, total_im = torch.full_like(re, 1.0 / math.factorial(_SERIES_TERMS)), torch.zeros_like(im)
+class _HeldGain(torch.autograd.Function):
+    """dt f(dt lambda) with f(z) = (e^z - 1) / z; by hand, because autograd would divide by z twice, and in ten times as
+    many small kernels, which is what a GPU would spend its time on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, re: Tensor, im: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.complex(*torch.broadcast_tensors(dt * re, dt * im))  # type: ignore[no-untyped-call]
+        less = torch.complex(*expm1_complex(z.real, z.imag))
+        ratio = torch.where(z == 0, 1.0, less / z)
+        ctx.save_for_backward(z, less, ratio, dt)
+        ctx.shapes = (re.shape, im.shape)
+        gain = dt * ratio
+        return gain.real, gain.imag
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, less, ratio, dt = ctx.saved_tensors
+        grad = torch.complex(*grads)
+        slope = torch.where(z.abs() < _SERIES_BELOW, _gain_slope_series(z), (less + 1.0 - ratio) / z)  # f'(z)
+        by_lambda = grad * (dt * dt * slope).conj()
+        by_dt = (grad * (less + 1.0).conj()).real
+        shapes = ctx.shapes
+        return by_lambda.real.sum_to_size(shapes[0]), by_lambda.imag.sum_to_size(shapes[1]), by_dt.sum_to_size(dt.shape)
+
+
+def _gain_slope_series(z: Tensor) -> Tensor:
+    """Return the derivative of ``(e^z - 1) / z``, ``sum_k (k + 1) z^k / (k + 2)!``, for small z by Horner's rule."""
+    total = torch.full_like(z, _SERIES_TERMS / math.factorial(_SERIES_TERMS + 1))
     for k in range(_SERIES_TERMS - 1, 0, -1):
-        total_re, total_im = (
-            re * total_re - im * total_im + 1.0 / math.factorial(k),
-            re * total_im + im * total_re,
-        )
-    return total_re, total_im
+        total = total * z + k / math.factorial(k + 1)
+    return total
 
 
 def bilinear_diagonal(re: Tensor, im: Tensor, dt: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
