@@ -200,12 +200,13 @@ class SSM(nn.Module):
         """
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(self.D.dtype)
-            direct = self.D[..., None] * u.unsqueeze(1)
             if state is None and not with_state:
-                return causal_convolution(u, self.kernel(u.shape[-1], rate)) + direct, None
+                kernel = self.kernel(u.shape[-1], rate)
+                with_direct = torch.cat([kernel[..., :1] + self.D[..., None], kernel[..., 1:]], dim=-1)
+                return causal_convolution(u, with_direct), None  # D at lag 0: no pass over the inputs of its own
             state = self.default_state(u.shape[0]) if state is None else state
             y, state = self.scan(self._system(rate), u, state)
-            return y + direct, state
+            return y + self.D[..., None] * u.unsqueeze(1), state
 
     def last(self, u: Tensor, *, rate: float = 1.0) -> Tensor:
         """Return only the output [B, M, H] at the last of the inputs [B, H, L], without the others."""
@@ -276,7 +277,8 @@ class DiagonalSSM(SSM):
 
     def _shared(self, parameter: Tensor) -> Tensor:
         """Return a parameter of the copies [S, ...] for every feature [H, ...]."""
-        return parameter.repeat_interleave(self.features // self.copies, dim=0)
+        size = (self.copies, self.features // self.copies, *parameter.shape[1:])
+        return parameter.unsqueeze(1).expand(size).flatten(0, 1)
 
     def eigenvalues(self) -> Complex:
         """Return lambda [H, n] in float64; the real part is negative."""
