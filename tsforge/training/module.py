@@ -69,6 +69,19 @@ class TrainModule(pl.LightningModule):
             return batch
         return Batch._make(None if part is None else part.to(device, non_blocking=True) for part in batch)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient norm here: the trainer refuses to with a fused optimiser in mixed precision.
+
+        It fears scaled gradients; bf16, the only mixed precision there is here, has no scaler.
+        """
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> Any:
         """Return AdamW (fused where the device has it) and the schedule asked for."""
         settings = self.settings

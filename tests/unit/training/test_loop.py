@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -475,6 +475,28 @@ def test_a_killed_process_is_resumed_by_another_to_the_same_weights(parts: Parts
     result = parts.fit(resumed, checkpoint_dir=tmp_path, resume=True)
     assert _same(whole, resumed)
     assert json.dumps(result.history[0])  # plain numbers
+
+
+def test_mixed_precision_trains_and_clips(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused optimiser and mixed precision: the trainer's own clipping refuses the pair."""
+    norms: list[float] = []
+    real = torch.nn.utils.clip_grad_norm_
+
+    def noted(parameters: Iterable[torch.nn.Parameter], largest: float) -> torch.Tensor:
+        kept = list(parameters)
+        result = real(kept, largest)
+        found = [part.grad.norm() for part in kept if part.grad is not None]
+        norms.append(float(torch.stack(found).norm()))
+        return result
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    whole, mixed = parts.network(), parts.network()
+    config = QUICK.model_copy(update={"max_epochs": 12, "gradient_clip": 0.01})
+    expected = parts.fit(whole, config)
+    found = parts.fit(mixed, config.model_copy(update={"precision": "bf16-mixed"}))
+    assert found.metrics["valid_loss"] == pytest.approx(expected.metrics["valid_loss"], rel=0.1)
+    assert norms
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.gpu
