@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tsforge.contracts.model import OptimRule
 from tsforge.core.errors import ConfigError, ModelError
+from tsforge.ops import _vandermonde_triton
 from tsforge.ops.discretise import bilinear_diagonal, gbt, zoh_diagonal
 from tsforge.ops.dplr import dplr_discretise
 from tsforge.ops.fftconv import causal_convolution
@@ -298,7 +299,10 @@ class DiagonalSSM(SSM):
         return (0.5 * torch.log(a_re.square() + a_im.square()), torch.atan2(a_im, a_re)), multiply(gain, weight)
 
     def make_kernel(self, length: int, rate: float) -> Tensor:
-        """Return the two-level Vandermonde kernel; powers come from float64 phases."""
+        """Return the Vandermonde kernel; powers come from float64 phases."""
+        if self.discretisation == "zoh" and _vandermonde_triton.unavailable(self.C) is None:
+            parameters = (self.log_dt, self.log_decay, self.frequency, self.B, self.C)
+            return _vandermonde_triton.held_kernel(parameters, length, rate, (_LOG_DT, _LOG_DECAY))
         log_a, b = self._discrete(rate)
         dtype = self.C.dtype
         weight = multiply(self.C.unbind(-1), (b[0].to(dtype), b[1].to(dtype)))  # type: ignore[arg-type]
