@@ -4,8 +4,8 @@ A kernel is one file ``csrc/NAME.cpp`` of plain C functions (``extern "C"``, raw
 host compiler turns into a shared library and ctypes loads; calls release the interpreter's lock. Without a compiler,
 or where it fails, only speed is lost: ``unavailable_reason`` says why and the caller takes its torch path.
 
-Why not torch's C++ extension tooling: see the figures in ``FIGURES`` below; it also needs ninja, and what it builds
-belongs to one torch version.
+Why not torch's C++ extension tooling: with the same kernel (``scan2d``, GCC 12, one core) it took 28 s against 5 to 7 s
+here, most of it for torch's headers; it needs ninja; and what it builds belongs to one torch version.
 
 The library is stored as ``NAME-KEY-DIGEST.so`` in a folder of this user alone (``$XDG_CACHE_HOME/tsforge/compiled``,
 else ``~/.cache/...``). KEY covers the sources, flags, compiler, processor and tsforge version: ``-march=native`` code
@@ -129,7 +129,7 @@ def _make(name: str) -> _Outcome:
     """Build or load once; a failure is remembered and reported, so that it costs its time once."""
     try:
         return _Outcome(ctypes.CDLL(str(_library_path(name))), None)
-    except (_Unavailable, OSError) as error:
+    except (_Unavailable, OSError, subprocess.SubprocessError) as error:
         reason = str(error)
     logger.warning("no compiled kernel %s, the slower torch path is used: %s", name, reason)
     return _Outcome(None, reason)
@@ -174,7 +174,10 @@ def _cache_folder() -> Path:
         for place in (folder.parent, folder):
             place.mkdir(mode=0o700, exist_ok=True)
             if not _mine(place):
-                raise _Unavailable(f"{place} belongs to another user or others may write to it; set XDG_CACHE_HOME")
+                raise _Unavailable(
+                    f"{place} is a link, belongs to another user or others may write to it; chmod go-w it or set "
+                    "XDG_CACHE_HOME"
+                )
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         raise _Unavailable(f"cannot use the cache folder {folder}: {error}; set XDG_CACHE_HOME") from error
     return folder
