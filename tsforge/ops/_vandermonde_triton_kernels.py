@@ -5,7 +5,7 @@ parts [splits, 4, M, H, n]: gradients of Re w, Im w, Re log a, Im log a from one
 log_decay and frequency [S, n], B [S, n, 2] for S copies of H / S features each, C [M, H, n, 2].
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-not-found,import-untyped"
 
 from __future__ import annotations
 
