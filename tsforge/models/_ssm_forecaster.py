@@ -16,25 +16,23 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig, State
-from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction, SolveReport, TrainingSeries
+from tsforge.contracts.model import Capabilities, State
+from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction
 from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.layers.ssm import SSM
 from tsforge.layers.ssm_block import SSMBlock, SSMStack, States, memory_lengths
+from tsforge.models._residual import ResidualConfig, ResidualForecaster
 from tsforge.models._ssm_rows import compact, last_index, shifted, with_elapsed
-from tsforge.models.linear import Linear, LinearConfig
 
-_LEAST_SCALE = 1e-5
 _PATCHED_FROM = 96  # context length from which patches are the default
 _SHOWN_FEATURES, _SHOWN_LAGS = 6, 256
 
 
-class SSMForecasterConfig(ModelConfig):
+class SSMForecasterConfig(ResidualConfig):
     """Settings shared by the state space forecasters."""
 
     d_model: int = tunable(64, choices=[32, 64, 128], ge=1)
@@ -50,18 +48,10 @@ class SSMForecasterConfig(ModelConfig):
     """Every variate by itself with shared weights, or all of them (and covariates) as one input."""
     head: Literal["auto", "direct", "masked", "rollout"] = "auto"
     """``auto``: masked where covariates are known over the horizon, else direct."""
-    normalisation: Literal["window", "last", "none"] = "window"
-    """Mean and deviation of the observed context, its last value, or only the scaling of the training span."""
     patch_length: int | None = None
     """Steps read as one input; default 16 for a direct head and long contexts, else 1. Streaming needs 1."""
     patch_stride: int | None = None
     """Steps between patches; default half a patch."""
-    skip: Literal["auto", "closed_form", "learned", "none"] = "auto"
-    """The linear map beside the stack: solved before training and kept, trained with the rest, or absent. ``auto``:
-    closed form, absent with a rollout head."""
-    ridge: float | None = Field(default=None, ge=0.0)
-    """Penalty of the closed form, see model ``linear``; null chooses penalty, level and sharing among
-    variates by blocked cross-validation."""
     missing: Literal["mask", "skip"] = "mask"
     """Unobserved steps are inputs of 0 with a mask, or no steps at all: the state then lives through the time between
     two observations (irregular sampling)."""
@@ -82,8 +72,7 @@ class SSMForecasterConfig(ModelConfig):
             raise ConfigError("model.patch_stride: give it together with patch_length, between 1 and that")
         if self.head == "rollout" and self.skip in ("closed_form", "learned"):
             raise ConfigError("model.skip: a rollout head predicts one step; use skip none")
-        if self.skip in ("learned", "none") and self.ridge is not None:
-            raise ConfigError(f"model.ridge has no effect with skip '{self.skip}'")
+        super().model_post_init(context)
 
 
 class _Rows(NamedTuple):
@@ -98,9 +87,10 @@ class _Rows(NamedTuple):
 C = TypeVar("C", bound=SSMForecasterConfig)
 
 
-class SSMForecaster(ForecastModel[C]):
+class SSMForecaster(ResidualForecaster[C]):
     """Base of the state space forecasters; a subclass makes the layers."""
 
+    part_name = "state_space"
     capabilities = Capabilities(
         known_covariates=True,
         past_covariates=True,
@@ -139,7 +129,7 @@ class SSMForecaster(ForecastModel[C]):
         if self.head_kind == "direct" and spec.num_known:
             self.ahead = nn.Linear(spec.num_known, per_row * spec.num_params, bias=False)
             nn.init.zeros_(self.ahead.weight)
-        self.skip = self._make_skip()
+        self.skip = self.make_skip("none" if self.head_kind == "rollout" else "closed_form")
 
     def make_layer(self, index: int, dt_range: tuple[float, float]) -> SSM:
         """Return the state space layer of block ``index``; ``dt_range`` fits the number of steps it runs over."""
@@ -168,26 +158,6 @@ class SSMForecaster(ForecastModel[C]):
         low = low if self.config.dt_min is None else self.config.dt_min
         return low, min(100.0 * low, 1.0) if self.config.dt_max is None else self.config.dt_max
 
-    def _make_skip(self) -> Linear | None:
-        kind = self.config.skip
-        if kind == "auto":
-            kind = "none" if self.head_kind == "rollout" else "closed_form"
-        if kind == "none":
-            return None
-        if kind == "learned":
-            return Linear(LinearConfig(solver="sgd"), self.spec)
-        config = LinearConfig(ridge=self.config.ridge)
-        if config.ridge is None:
-            config = LinearConfig(ridge=None, remove="auto", weights="auto")
-        skip = Linear(config, self.spec)
-        skip.weight.requires_grad_(False)
-        return skip
-
-    @property
-    def normalises(self) -> bool:
-        """True when the model takes statistics of its own from each context."""
-        return self.config.normalisation != "none"
-
     @property
     def recurrent(self) -> bool:
         """True without patches."""
@@ -199,22 +169,6 @@ class SSMForecaster(ForecastModel[C]):
         return self.skips_missing
 
     # ---- inputs
-
-    def _statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return location and scale [B, 1, V] of each context; 0 and 1 without normalisation or observation."""
-        context, mask = batch.context, batch.context_mask
-        zero = torch.zeros_like(context[:, :1])
-        if not self.normalises:
-            return zero, torch.ones_like(zero)
-        count = mask.sum(1, keepdim=True).clamp(min=1).to(context.dtype)
-        mean = torch.where(mask, context, 0.0).sum(1, keepdim=True) / count
-        deviation = (torch.where(mask, context - mean, 0.0).square().sum(1, keepdim=True) / count).sqrt()
-        scale = torch.where(deviation > _LEAST_SCALE, deviation, torch.ones_like(deviation))
-        if self.config.normalisation == "window":
-            return mean, scale
-        steps = torch.arange(context.shape[1], device=context.device).view(1, -1, 1)
-        last = torch.where(mask, steps, 0).amax(1, keepdim=True)
-        return torch.where(mask.any(1, keepdim=True), context.gather(1, last), zero), scale
 
     def _rows_of(self, batch: Batch, loc: Tensor, scale: Tensor) -> _Rows:
         """Return the context of a batch as rows of inputs."""
@@ -278,19 +232,6 @@ class SSMForecaster(ForecastModel[C]):
             out = torch.cat([out[..., :1], out[..., 1:] + added], dim=-1)
         ordered: Tensor = out.permute(0, 2, 1, 3, 4).reshape(batch, steps, variates, params)
         return ordered
-
-    def _compose(self, residual: Tensor, loc: Tensor, scale: Tensor, skip: Tensor | None) -> Tensor:
-        """Return raw parameters in scaled units from residuals in normalised units and the linear part."""
-        location = residual[..., :1] * scale.unsqueeze(-1)
-        if skip is None:
-            return torch.cat([location + loc.unsqueeze(-1), residual[..., 1:]], dim=-1)
-        return skip + torch.cat([location, residual[..., 1:]], dim=-1)
-
-    def _linear(self, batch: Batch) -> Tensor | None:
-        """Return what the linear map alone forecasts [B, H, V, K]."""
-        if self.skip is None:
-            return None
-        return self.skip(Batch(batch.context, batch.context_mask)).raw  # type: ignore[no-any-return]
 
     def _known_part(self, known: Tensor | None) -> Tensor | float:
         """Return what known covariates over the horizon [B, H, F] add under a direct head."""
@@ -368,25 +309,6 @@ class SSMForecaster(ForecastModel[C]):
             return self.stack.step(token[:, 0], states)
         features, after = self.stack(token, states, elapsed=elapsed)
         return features[:, 0], after
-
-    def solve(self, data: TrainingSeries) -> SolveReport | None:
-        """Set the linear map from the training span; a start for training, not the end of it."""
-        if self.skip is None:
-            return None
-        report = self.skip.solve(data)
-        if report is None:
-            return None
-        return SolveReport(
-            finished=False, method=report.method, residual_scale=report.residual_scale, details=report.details
-        )
-
-    def components(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the parts of the linear map and what the state space stack adds, each [B, H, V]."""
-        if self.skip is None:
-            return {}
-        parts = self.skip.components(Batch(batch.context, batch.context_mask))
-        whole = self.forward(batch).raw[..., 0]
-        return {**parts, "state_space": whole - torch.stack(list(parts.values())).sum(0)}
 
     @torch.no_grad()
     def explain(self) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""What forecasters share that add a network to a linear map: own normalisation, the map itself, how both compose.
+
+y[t + h] = linear(context)[h] + scale * network(normalised context)[h]. The linear map is model ``linear``, solved in
+closed form before the first gradient step, so that training starts at that baseline.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tsforge.contracts.model import ForecastModel, ModelConfig
+from tsforge.contracts.tensors import Batch, SolveReport, TrainingSeries
+from tsforge.core.errors import ConfigError
+from tsforge.models.linear import Linear, LinearConfig
+
+_LEAST_SCALE = 1e-5
+
+
+class ResidualConfig(ModelConfig):
+    """Settings of the normalisation and of the linear map."""
+
+    normalisation: Literal["window", "last", "none"] = "window"
+    """Mean and deviation of the observed context, its last value, or only the scaling of the training span."""
+    skip: Literal["auto", "closed_form", "learned", "none"] = "auto"
+    """The linear map beside the network: solved before training and kept, trained with the rest, or absent. ``auto``:
+    closed form, absent where the network rolls out its own forecasts (head ``rollout``)."""
+    ridge: float | None = Field(default=None, ge=0.0)
+    """Penalty of the closed form, see model ``linear``; null chooses penalty, level and sharing among
+    variates by blocked cross-validation."""
+
+    def model_post_init(self, context: object, /) -> None:
+        """Refuse a penalty without a closed form."""
+        if self.skip in ("learned", "none") and self.ridge is not None:
+            raise ConfigError(f"model.ridge has no effect with skip '{self.skip}'")
+
+
+C = TypeVar("C", bound=ResidualConfig)
+
+
+class ResidualForecaster(ForecastModel[C]):
+    """Base of forecasters beside a linear map; a subclass sets ``skip`` and adds its network.
+
+    Attributes:
+        skip: the linear map, or None.
+        part_name: what the network adds, as named in ``components``.
+    """
+
+    skip: Linear | None
+    part_name = "network"
+
+    def make_skip(self, auto: Literal["closed_form", "none"] = "closed_form") -> Linear | None:
+        """Return the linear map that the settings ask for; ``auto`` says what they mean by auto."""
+        kind = auto if self.config.skip == "auto" else self.config.skip
+        if kind == "none":
+            return None
+        if kind == "learned":
+            return Linear(LinearConfig(solver="sgd"), self.spec)
+        config = LinearConfig(ridge=self.config.ridge)
+        if config.ridge is None:
+            config = LinearConfig(ridge=None, remove="auto", weights="auto")
+        skip = Linear(config, self.spec)
+        skip.weight.requires_grad_(False)
+        return skip
+
+    @property
+    def normalises(self) -> bool:
+        """True when the model takes statistics of its own from each context."""
+        return self.config.normalisation != "none"
+
+    def _statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return location and scale [B, 1, V] of each context; 0 and 1 without normalisation or observation."""
+        context, mask = batch.context, batch.context_mask
+        zero = torch.zeros_like(context[:, :1])
+        if not self.normalises:
+            return zero, torch.ones_like(zero)
+        count = mask.sum(1, keepdim=True).clamp(min=1).to(context.dtype)
+        mean = torch.where(mask, context, 0.0).sum(1, keepdim=True) / count
+        deviation = (torch.where(mask, context - mean, 0.0).square().sum(1, keepdim=True) / count).sqrt()
+        scale = torch.where(deviation > _LEAST_SCALE, deviation, torch.ones_like(deviation))
+        if self.config.normalisation == "window":
+            return mean, scale
+        steps = torch.arange(context.shape[1], device=context.device).view(1, -1, 1)
+        last = torch.where(mask, steps, 0).amax(1, keepdim=True)
+        return torch.where(mask.any(1, keepdim=True), context.gather(1, last), zero), scale
+
+    def _compose(self, residual: Tensor, loc: Tensor, scale: Tensor, skip: Tensor | None) -> Tensor:
+        """Return raw parameters in scaled units from residuals in normalised units and the linear part."""
+        location = residual[..., :1] * scale.unsqueeze(-1)
+        if skip is None:
+            return torch.cat([location + loc.unsqueeze(-1), residual[..., 1:]], dim=-1)
+        return skip + torch.cat([location, residual[..., 1:]], dim=-1)
+
+    def _linear(self, batch: Batch) -> Tensor | None:
+        """Return what the linear map alone forecasts [B, H, V, K]."""
+        if self.skip is None:
+            return None
+        return self.skip(Batch(batch.context, batch.context_mask)).raw  # type: ignore[no-any-return]
+
+    def solve(self, data: TrainingSeries) -> SolveReport | None:
+        """Set the linear map from the training span; a start for training, not the end of it."""
+        if self.skip is None:
+            return None
+        report = self.skip.solve(data)
+        if report is None:
+            return None
+        return SolveReport(
+            finished=False, method=report.method, residual_scale=report.residual_scale, details=report.details
+        )
+
+    def components(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the parts of the linear map and what the network adds, each [B, H, V]."""
+        if self.skip is None:
+            return {}
+        parts = self.skip.components(Batch(batch.context, batch.context_mask))
+        whole = self.forward(batch).raw[..., 0]
+        return {**parts, self.part_name: whole - torch.stack(list(parts.values())).sum(0)}
