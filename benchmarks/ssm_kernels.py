@@ -19,31 +19,35 @@ Lemma C.3) in complex64, which is given its parameter C (I - A^L) ready-made and
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
-from pathlib import Path
+from datetime import datetime, timedelta
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report every start and stop
-
 import torch
+from _measure import (
+    SLOW_ROUNDS,
+    SLOW_SECONDS,
+    arguments,
+    describe,
+    heading,
+    in_turns,
+    peak_bytes,
+    ratio_cell,
+    summarise,
+    tell,
+    without_gradients,
+    write,
+)
 from scipy.fft import next_fast_len
 from torch import Tensor, nn
 from torch.nn.functional import gelu, glu
-from torch.profiler import ProfilerActivity, profile
 
-from tsforge.artifact import collect_provenance
-from tsforge.core.atomic import atomic_file
 from tsforge.layers.ssm import DiagonalSSM, diagonal_init, timescales
 from tsforge.layers.ssm_block import SSMBlock
 from tsforge.ops.discretise import gbt
@@ -53,7 +57,6 @@ from tsforge.ops.hippo import diagonal_plus_low_rank, hippo_matrix
 from tsforge.ops.krylov import krylov_kernel, krylov_kernel_reference
 from tsforge.ops.vandermonde import chunked_scan, vandermonde_kernel, vandermonde_kernel_reference
 
-SLOW_SECONDS, SLOW_ROUNDS = 1.0, 3
 DT = (1e-3, 1e-1)
 TRAINING = {"context": 336, "horizon": 96, "variates": 7, "rows": 8640, "batch": 256, "steps": 50}
 
@@ -106,68 +109,6 @@ class Method:
 # ---- measuring
 
 
-def seconds_of(call: Callable[[], Any], count: int, device: torch.device) -> float:
-    """Return wall seconds of one of ``count`` calls in a row."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / count
-
-
-def in_turns(calls: dict[str, Callable[[], Any]], plan: Plan) -> dict[str, list[float]]:
-    """Return milliseconds of every call in every round it took part in; the order is reversed in every other round."""
-    first = {name: seconds_of(call, 1, plan.device) for name, call in calls.items()}
-    for name, call in calls.items():  # the first call also pays for libraries that load and plan
-        if first[name] < SLOW_SECONDS:
-            first[name] = seconds_of(call, 1, plan.device)
-    counts = {name: min(max(math.ceil(plan.least_seconds / spent), 1), 200) for name, spent in first.items()}
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(plan.rounds):
-        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
-            if turn < SLOW_ROUNDS or statistics.median(found[name]) < 1e3 * SLOW_SECONDS:
-                found[name].append(1e3 * seconds_of(calls[name], counts[name], plan.device))
-    return found
-
-
-def summarise(samples: dict[str, list[float]], base: str, *, inverse: bool = False) -> dict[str, dict[str, Any]]:
-    """Return median, ratio of medians and extremes of the ratio in a round, for every method.
-
-    The ratio says how many times faster than ``base`` a method is; with ``inverse``, how many times its time it takes.
-    """
-    middle = {name: statistics.median(values) for name, values in samples.items()}
-    table = {}
-    for name, values in samples.items():
-        pairs = [ours / peer for ours, peer in zip(values, samples[base], strict=False)]
-        pairs = pairs if inverse else [1.0 / pair for pair in pairs]
-        ratio = middle[name] / middle[base] if inverse else middle[base] / middle[name]
-        table[name] = {"ms": middle[name], "ratio": ratio, "ratio_range": [min(pairs), max(pairs)], "samples": values}
-    return table
-
-
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Return the most bytes of tensors that were alive at once during a call, beyond those before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        call()
-    inner: Any = seen.profiler  # the tables of the public interface sum allocations, they do not say what was alive
-    events = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: int(event.start_ns())):
-        live += int(event.nbytes())
-        peak = max(peak, live)
-    return peak
-
-
 def worst_row(value: Tensor, truth: Tensor) -> float:
     """Return the largest deviation within a row relative to the row's largest value, of the worst row."""
     value, truth = value.detach().cpu().double(), truth.detach().cpu().double()
@@ -177,16 +118,6 @@ def worst_row(value: Tensor, truth: Tensor) -> float:
 def backward_of(method: Method, probe: Tensor) -> Callable[[], Any]:
     """Return forward and backward pass of a method as one call."""
     return lambda: torch.autograd.grad(method.call(), list(method.inputs), probe)
-
-
-def without_gradients(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return the call as evaluation runs it."""
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return call()
-
-    return run
 
 
 def kernel_rows(
@@ -229,15 +160,6 @@ def timed_rows(
         rows.append(row)
         tell(row)
     return rows
-
-
-def tell(row: dict[str, Any]) -> None:
-    """Print a record as soon as it is there, without its samples."""
-    shown = {
-        name: {key: part for key, part in value.items() if key != "samples"} if isinstance(value, dict) else value
-        for name, value in row.items()
-    }
-    print(json.dumps(shown), flush=True)
 
 
 def leaves(plan: Plan, *values: Tensor) -> list[Tensor]:
@@ -607,8 +529,8 @@ def kernel_lines(title: str, base: str, rows: list[dict[str, Any]]) -> list[str]
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["length"], row["method"], f"{row['forward']['ms']:.3g}", ratio(row["forward"])]
-        cells += [row["expected_forward_ratio"] or "", f"{row['both']['ms']:.3g}", ratio(row["both"])]
+        cells = [row["length"], row["method"], f"{row['forward']['ms']:.3g}", ratio_cell(row["forward"])]
+        cells += [row["expected_forward_ratio"] or "", f"{row['both']['ms']:.3g}", ratio_cell(row["both"])]
         cells += [f"{value:.3g}" for value in row["peak_mb"]] + [f"{row['worst_row_error']:.1e}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
@@ -624,7 +546,7 @@ def timed_lines(title: str, heading: str, rows: list[dict[str, Any]]) -> list[st
             row["case"],
             row["method"],
             f"{row['time']['ms']:.3g}",
-            ratio(row["time"]),
+            ratio_cell(row["time"]),
             row["expected_ratio"] or "",
         ]
         if last:
@@ -633,22 +555,12 @@ def timed_lines(title: str, heading: str, rows: list[dict[str, Any]]) -> list[st
     return lines
 
 
-def ratio(stat: dict[str, Any]) -> str:
-    """Return the ratio of medians with the extremes in a round."""
-    low, high = stat["ratio_range"]
-    return f"{stat['ratio']:.3g} ({low:.3g}-{high:.3g})"
-
-
 def page(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
     about, tables = result["about"], result["tables"]
-    lines = [f"# State space kernels, blocks and scans, {about['date']}", ""]
-    if about["quick"]:
-        lines += ["**Toy sizes (--quick): the figures mean nothing.**", ""]
+    *lines, hardware = heading("State space kernels, blocks and scans", about)
     lines += [
-        f"{about['hardware']}, {about['threads']} thread(s), load {about['load'][0]:.1f} at the start and "
-        f"{about['load'][1]:.1f} at the end; torch {about['torch']}, scipy {about['scipy']}, Python "
-        f"{about['python']}, revision {about['revision']}. H = {about['width']} features, N = {about['states']}. "
+        f"{hardware} H = {about['width']} features, N = {about['states']}. "
         f"Medians of {about['rounds']} rounds in turns ({SLOW_ROUNDS} for calls above {SLOW_SECONDS:g} s); in brackets "
         "least and largest ratio within a round. Peak memory: tensors alive at once beyond the inputs.",
         *kernel_lines("S4D kernel: two-level Vandermonde product", "naive", tables["diagonal"]),
@@ -678,43 +590,13 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="result path without ending; default: print only")
-    parser.add_argument("--quick", action="store_true", help="toy sizes, three rounds")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    kind = given.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no GPU is there; use --device cpu")
-    plan = Plan(device=torch.device(kind), **(QUICK if given.quick else {}))
+    given = arguments(__doc__)
+    plan = Plan(device=torch.device(given.device), **(QUICK if given.quick else {}))
     load = os.getloadavg()[0]
     tables = run(plan)
-    about = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": torch.cuda.get_device_name() if kind == "cuda" else f"{os.cpu_count()} {platform.machine()} cores",
-        "device": kind,
-        "threads": given.threads,
-        "load": [load, os.getloadavg()[0]],
-        "torch": torch.__version__,
-        "scipy": version("scipy"),
-        "python": platform.python_version(),
-        "revision": collect_provenance(data_fingerprint="", seeds={})["revision"],
-        "quick": given.quick,
-        "width": plan.width,
-        "states": plan.states,
-        "rounds": plan.rounds,
-    }
+    about = {**describe(given, load), "width": plan.width, "states": plan.states, "rounds": plan.rounds}
     result = {"about": about, "tables": tables}
-    text = page(result)
-    if given.out is not None:
-        for ending, content in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
-            with atomic_file(given.out.with_name(given.out.name + ending)) as temporary:
-                temporary.write_text(content, encoding="utf-8")
-    print(text)
+    write(given.out, result, page(result))
 
 
 if __name__ == "__main__":
