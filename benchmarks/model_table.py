@@ -1,20 +1,25 @@
-"""S4 against the closed-form linear forecaster it starts from, every test window of ETTh1, ETTh2, ETTm1 and exchange.
+"""Trained models against the closed-form linear forecaster they start from, every test window of real data sets.
 
-Usage: python benchmarks/ssm_table.py --data FOLDER --out benchmarks/results/ssm_HARDWARE_DATE [--sets ETTh1,...]
-       [--seeds 3] [--model s4:...]
+Usage: python benchmarks/model_table.py --data FOLDER --out benchmarks/results/model_table_HARDWARE_DATE
+       [--sets ETTh1,...] [--models closed,s4,chimera] [--seeds 3] [--workers 2] [--minutes M] [--beside OTHER.json]
 
 Errors are those of the benchmark harness (``tsforge benchmark``): literature splits, standardised by the training
-rows, no window dropped. It goes on where it stopped; several processes can share the work with --part I/N, each on
-its own share of the settings, before a last call without --part writes the page. Published rows come from the papers'
-tables with their own look-back and are for orientation only.
+rows, no window dropped. Every setting is kept in the workspace (``--home``) once it is done, so a run goes on where it
+stopped; ``--minutes`` begins no setting after that time. Published rows come from the papers' tables with their own
+look-back and are for orientation only. ``--models`` names presets, listed with their settings in ``PRESETS``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +32,55 @@ from tsforge.core.atomic import atomic_file
 from tsforge.core.config import validate
 from tsforge.core.workspace import Workspace
 
-SETS = ("ETTh1", "ETTh2", "ETTm1", "exchange_rate")
-LENGTHS = (336, 720)
+STATIONS = (
+    "Aotizhongxin", "Changping", "Dingling", "Dongsi", "Guanyuan", "Gucheng", "Huairou", "Nongzhanguan", "Shunyi",
+    "Tiantan", "Wanliu", "Wanshouxigong",
+)  # fmt: skip
+SETS: dict[str, tuple[str, ...] | None] = {  # columns; None: all of them
+    "ETTh1": None,
+    "ETTh2": None,
+    "ETTm1": None,
+    "exchange_rate": None,
+    "beijing_air": tuple(f"{station}.{part}" for part in ("PM2.5", "WSPM") for station in STATIONS),
+}
 HORIZONS = (96, 192, 336, 720)
-LINEAR = "linear"
-CHOSEN = "linear:ridge=null:remove=auto:weights=auto"
-STATE_SPACE = (
-    "s4:d_model=32:d_state=32:num_layers=1:dropout=0.2:patch_length=16:patch_stride=8"
-    ":train.max_epochs=3:train.patience=2:train.max_steps_per_epoch=80:train.batch_size=64"
-    ":train.learning_rate=1e-3:train.schedule=one_cycle:train.weight_decay=0.01"
+LINEAR, CHOSEN = "linear", "linear, ridge and level chosen"
+_TRAIN = (
+    ":train.max_steps_per_epoch=100:train.batch_size=64:train.schedule=one_cycle:train.weight_decay=0.01"
+    ":train.learning_rate=1e-3:train.max_epochs=6:train.patience=2"
 )
+_CHIMERA = "chimera:d_model=32:d_state=8:num_layers=2:dropout=0.2"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model with its look-backs."""
+
+    entry: str
+    lengths: tuple[int, ...]
+
+
+PRESETS = {
+    LINEAR: Preset("linear", (96, 336, 720)),
+    CHOSEN: Preset("linear:ridge=null:remove=auto:weights=auto", (96, 336, 720)),
+    "s4": Preset(
+        "s4:d_model=64:d_state=32:num_layers=2:dropout=0.2:normalisation=last:patch_length=16:patch_stride=8" + _TRAIN,
+        (336, 720),
+    ),
+    "chimera": Preset(_CHIMERA + _TRAIN, (96, 336)),
+    "chimera alone": Preset(_CHIMERA + ":skip=none" + _TRAIN, (96,)),
+    "chimera alone, no coupling": Preset(_CHIMERA + ":skip=none:coupling=none" + _TRAIN, (96,)),
+    "chimera alone, pooled": Preset(_CHIMERA + ":skip=none:coupling=pooled" + _TRAIN, (96,)),
+    "chimera alone, forward only": Preset(_CHIMERA + ":skip=none:directions=forward" + _TRAIN, (96,)),
+    "chimera alone, trend only": Preset(_CHIMERA + ":skip=none:heads=trend" + _TRAIN, (96,)),
+    "chimera alone, seasonal only": Preset(_CHIMERA + ":skip=none:heads=seasonal" + _TRAIN, (96,)),
+    "chimera alone, no gate": Preset(_CHIMERA + ":skip=none:gate=false" + _TRAIN, (96,)),
+    "chimera alone, not selective": Preset(_CHIMERA + ":skip=none:selective=false" + _TRAIN, (96,)),
+}
+GROUPS = {
+    "ablations": tuple(name for name in PRESETS if name.startswith("chimera alone")),
+    "closed": (LINEAR, CHOSEN),
+}
 # Published MSE at 96, 192, 336, 720 steps, each with its own look-back, for orientation: PatchTST/42 (look-back 336;
 # Nie et al. 2023, ICLR, Table 3) and iTransformer (look-back 96; Liu et al. 2024, ICLR, Table 10), as remembered; the
 # LTSF-Linear file (look-back 336) as listed in its repository, whose loader drops the last incomplete batch.
@@ -64,36 +108,81 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
         "iTransformer (published, L=96, from memory)": (0.086, 0.177, 0.331, 0.847),
     },
 }
+# Mean of the four horizons, look-back unknown, as a third party lists them (docs/models/chimera.md).
+PUBLISHED_MEAN = {"ETTh1": {"Chimera": 0.405}, "ETTm1": {"Chimera": 0.345}}
+KEPT = (
+    "context_length", "horizon", "seed", "mse", "mae", "windows", "fit_seconds", "eval_seconds", "cpu_seconds",
+    "parameters", "epochs", "device", "status", "error",
+)  # fmt: skip
 
 
-def measure(folder: Path, options: argparse.Namespace, workspace: Workspace) -> list[dict[str, Any]]:
-    """Return one record a run."""
-    part, parts = options.part
+@dataclass(frozen=True)
+class Job:
+    """One model on one data set with one look-back and horizon, all seeds."""
+
+    data: str
+    length: int
+    horizon: int
+    model: str
+
+
+def plan(sets: list[str], models: list[str], horizons: list[int]) -> list[Job]:
+    """Return all jobs: those that take longest first, so that no worker is left with one at the end."""
+    lengths = sorted({length for model in models for length in PRESETS[model].lengths})
+    jobs = [
+        Job(data, length, horizon, model)
+        for model in models
+        for data in sets
+        for length in lengths
+        for horizon in horizons
+        if length in PRESETS[model].lengths
+    ]
+    return sorted(jobs, key=lambda job: (-job.length, job.model, -job.horizon))
+
+
+def run(job: Job, folder: Path, seeds: int, home: Path | None, threads: int) -> list[dict[str, Any]]:
+    """Return one record a seed, and the naive forecasts' records with those of the linear model."""
+    torch.set_num_threads(threads)
+    config: dict[str, Any] = {
+        "path": str(folder / "forecast" / f"{job.data}.parquet"),
+        "models": [PRESETS[job.model].entry],
+        "context_lengths": [job.length],
+        "horizons": [job.horizon],
+        "seeds": seeds,
+    }
+    columns = SETS[job.data]
+    if columns is not None:
+        config["columns"] = list(columns)
+    table = benchmark(validate(BenchmarkConfig, config), Workspace.open(home), progress=False).table
+    rows = []
+    for row in table.iter_rows(named=True):
+        own = row["model"] == PRESETS[job.model].entry
+        if own or job.model == LINEAR:
+            title = job.model if own else row["model"]
+            rows.append({"data": job.data, "model": title, **{key: row[key] for key in KEPT}})
+    return rows
+
+
+def measure(jobs: list[Job], options: argparse.Namespace, save: Any) -> list[dict[str, Any]]:
+    """Return the records of all jobs begun in time, saved as they come."""
+    began = time.monotonic()
     records: list[dict[str, Any]] = []
-    number = 0
-    for name in options.sets.split(","):
-        for length in LENGTHS:
-            for horizon in HORIZONS:
-                number += 1
-                if number % parts != part:
-                    continue
-                config = {
-                    "path": str(folder / "forecast" / f"{name}.parquet"),
-                    "models": [LINEAR, CHOSEN, options.model],
-                    "context_lengths": [length],
-                    "horizons": [horizon],
-                    "seeds": options.seeds,
-                }
-                table = benchmark(validate(BenchmarkConfig, config), workspace, progress=True).table
-                titles = {LINEAR: "linear", CHOSEN: "linear, ridge and level chosen", options.model: "s4"}
-                kept = (
-                    "context_length", "horizon", "seed", "mse", "mae", "windows", "fit_seconds", "eval_seconds",
-                    "cpu_seconds", "parameters", "epochs", "status", "error",
-                )  # fmt: skip
-                records += [
-                    {"data": name, "model": titles.get(row["model"], row["model"]), **{key: row[key] for key in kept}}
-                    for row in table.iter_rows(named=True)
-                ]
+    waiting = list(jobs)
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        running: dict[Future[list[dict[str, Any]]], Job] = {}
+        while waiting or running:
+            late = options.minutes is not None and time.monotonic() - began > 60 * options.minutes
+            if late:
+                waiting = []
+            while waiting and len(running) < options.workers:
+                job = waiting.pop(0)
+                running[pool.submit(run, job, options.data, options.seeds, options.home, options.threads)] = job
+            for done in as_completed(list(running)):
+                job = running.pop(done)
+                records += done.result()
+                save(records)
+                print(f"{time.monotonic() - began:6.0f} s {job} {len(waiting)} waiting", flush=True)
+                break
     return records
 
 
@@ -106,41 +195,49 @@ def errors(records: list[dict[str, Any]], **match: Any) -> tuple[list[float], li
 def page(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Return the records as a page: a table a data set, then the comparison asked for."""
     lines = [
-        "# S4 beside the linear forecaster it starts from",
+        "# Trained models beside the linear forecaster they start from",
         "",
-        f"{about['made']}, {about['hardware']}, torch {about['torch']} on {about['threads']} thread(s), revision "
-        f"{about['revision']}. Every test window, standardised units, MSE / MAE; s4: mean of {about['seeds']} seeds, "
-        "in brackets the spread of the MSE (largest - smallest).",
+        "Every test window, standardised units, MSE / MAE; mean over seeds, in brackets the spread of the MSE (largest "
+        "- smallest).",
         "",
-        f"s4 is `{about['model']}`.",
     ]
-    summary = [
-        "",
-        "## Against the closed form",
-        "",
-        "| data | L | mean MSE linear | chosen | s4 | s4 / linear | s4 / chosen | worst cell against linear | "
-        "against chosen | runs in which the stack was kept |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(row["data"] for row in records):
-        lines += ["", f"## {name}", "", "| model | L | 96 | 192 | 336 | 720 | s (cpu, mean) |"]
-        lines.append("|---|---|---|---|---|---|---|")
-        models = list(dict.fromkeys(row["model"] for row in records if row["data"] == name))
-        for length in LENGTHS:
+    for part in (*about["beside"], about):
+        lines += [
+            f"{part['made']}, {part['hardware']}, torch {part['torch']}, {part['workers']} runs at a time, up to "
+            f"{part['seeds']} seeds, revision {part['revision']}:",
+            "",
+            *[f"- `{name}` is `{preset['entry']}`" for name, preset in part["models"].items()],
+            "",
+        ]
+    order = list(PRESETS)
+    names = [name for name in SETS if any(row["data"] == name for row in records)]
+    for name in names:
+        lines += ["", f"## {name}", "", "| model | L | 96 | 192 | 336 | 720 | mean | s (fit, mean) |"]
+        lines.append("|---|---|---|---|---|---|---|---|")
+        found = dict.fromkeys(row["model"] for row in records if row["data"] == name)
+        models = sorted(found, key=lambda model: order.index(model) if model in order else -1)
+        for length in sorted({row["context_length"] for row in records}):
             for model in models:
                 match = {"data": name, "model": model, "context_length": length}
                 cells = [_cell(records, horizon=horizon, **match) for horizon in HORIZONS]
                 if all(cell == "" for cell in cells):
                     continue
-                seconds = [
-                    row["cpu_seconds"] for row in records
-                    if row["data"] == name and row["model"] == model and row["context_length"] == length
-                ]  # fmt: skip
-                lines.append(f"| {model} | {length} | {' | '.join(cells)} | {np.mean(seconds):.0f} |")
-            summary.append(_against(records, name, length))
+                seconds = [row["fit_seconds"] for row in records if all(row[key] == match[key] for key in match)]
+                means = [np.mean(mse) for h in HORIZONS for mse in [errors(records, horizon=h, **match)[0]] if mse]
+                mean = f"{np.mean(means):.4f}" if len(means) == len(HORIZONS) else ""
+                spent = [value for value in seconds if value is not None]
+                lines.append(
+                    f"| {model} | {length} | {' | '.join(cells)} | {mean} | {np.mean(spent) if spent else 0:.0f} |"
+                )
         for title, values in PUBLISHED.get(name, {}).items():
-            lines.append(f"| {title} | | {' | '.join(f'{value:.3f}' for value in values)} | |")
-    return "\n".join([*lines, *summary]) + "\n"
+            cells = [f"{value:.3f}" for value in values]
+            lines.append(f"| {title} | | {' | '.join(cells)} | {np.mean(values):.3f} | |")
+        for title, value in PUBLISHED_MEAN.get(name, {}).items():
+            lines.append(f"| {title} (published, look-back unknown) | | | | | | {value:.3f} | |")
+    failed = [row for row in records if row["status"] != "ok"]
+    lines += ["", f"{len(failed)} runs failed." if failed else "No run failed."]
+    lines += [f"- {row['data']} {row['model']}: {row['error']}" for row in failed[:10]]
+    return "\n".join([*lines, *_summary(records, names)]) + "\n"
 
 
 def _cell(records: list[dict[str, Any]], **match: Any) -> str:
@@ -151,22 +248,37 @@ def _cell(records: list[dict[str, Any]], **match: Any) -> str:
     return f"{np.mean(mse):.4f} / {np.mean(mae):.4f}{spread}"
 
 
-def _against(records: list[dict[str, Any]], name: str, length: int) -> str:
-    columns: dict[str, list[float]] = {}
-    for model in ("linear", "linear, ridge and level chosen", "s4"):
-        found = [errors(records, data=name, model=model, horizon=h, context_length=length)[0] for h in HORIZONS]
-        columns[model] = [float(np.mean(mse)) if mse else float("nan") for mse in found]
-    linear, chosen, ours = (np.array(part) for part in columns.values())
-    kept = total = 0
-    for horizon, base in zip(HORIZONS, chosen, strict=True):
-        for mse in errors(records, data=name, model="s4", horizon=horizon, context_length=length)[0]:
-            total += 1
-            kept += abs(mse - base) > 1e-6
-    return (
-        f"| {name} | {length} | {linear.mean():.4f} | {chosen.mean():.4f} | {ours.mean():.4f} | "
-        f"{ours.mean() / linear.mean():.4f} | {ours.mean() / chosen.mean():.4f} | {(ours / linear).max():.4f} | "
-        f"{(ours / chosen).max():.4f} | {kept} of {total} |"
-    )
+def _summary(records: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """Return, for every trained model, how it stands against the closed form."""
+    lines = [
+        "",
+        "## Against the closed form",
+        "",
+        "A run in which training gave nothing clear is the closed form itself (`train.start_margin`): the last column "
+        "counts the others.",
+        "",
+        "| model | data | L | mean MSE linear | chosen | model | model / linear | model / chosen | worst cell against "
+        "linear | against chosen | runs that differ from chosen |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, preset in PRESETS.items():
+        for name in names:
+            for length in preset.lengths if model not in (LINEAR, CHOSEN) else ():
+                match = {"data": name, "context_length": length}
+                columns = [
+                    [errors(records, model=title, horizon=horizon, **match)[0] for horizon in HORIZONS]
+                    for title in (LINEAR, CHOSEN, model)
+                ]
+                if any(not cell for column in columns for cell in column):
+                    continue
+                linear, chosen, ours = (np.array([np.mean(cell) for cell in column]) for column in columns)
+                runs = [abs(mse - base) > 1e-6 for cell, base in zip(columns[2], chosen, strict=True) for mse in cell]
+                lines.append(
+                    f"| {model} | {name} | {length} | {linear.mean():.4f} | {chosen.mean():.4f} | {ours.mean():.4f} | "
+                    f"{ours.mean() / linear.mean():.4f} | {ours.mean() / chosen.mean():.4f} | "
+                    f"{(ours / linear).max():.4f} | {(ours / chosen).max():.4f} | {sum(runs)} of {len(runs)} |"
+                )
+    return lines
 
 
 def main() -> None:
@@ -175,33 +287,49 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds forecast/")
     parser.add_argument("--out", type=Path, required=True, help="path of the result without ending")
     parser.add_argument("--sets", default=",".join(SETS))
+    parser.add_argument("--horizons", default=",".join(map(str, HORIZONS)))
+    parser.add_argument(
+        "--models", default="closed,s4,chimera", help="presets by commas; 'ablations' and 'closed' for several"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model", default=STATE_SPACE)
     parser.add_argument("--home", type=Path, default=None, help="workspace of the cache")
+    parser.add_argument("--workers", type=int, default=1, help="settings at a time, each in a process of its own")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--part", default=None, help="I/N: measure only this share and write no page")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="results (JSON) to show in the same page")
+    parser.add_argument("--minutes", type=float, default=None, help="begin no setting after this time")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    only = options.part is not None
-    options.part = tuple(int(item) for item in options.part.split("/")) if only else (0, 1)
-    workspace = Workspace.open(options.home)
-    records = measure(options.data, options, workspace)
-    if only:
-        return
+    asked = options.models.split(",")
+    models = [name for item in asked for name in GROUPS.get(item, (item,))]
+    for kind, given, known in (("model", models, PRESETS), ("data set", options.sets.split(","), SETS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise SystemExit(f"no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+    jobs = plan(options.sets.split(","), models, [int(item) for item in options.horizons.split(",")])
+    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in options.beside]
+    gpu = torch.cuda.is_available()
     about = {
         "made": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}",
+        "hardware": (f"{torch.cuda.get_device_name()} and " if gpu else "")
+        + f"{os.cpu_count()} {platform.machine()} cores",
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "workers": options.workers,
         "seeds": options.seeds,
-        "model": options.model,
+        "models": {name: asdict(PRESETS[name]) for name in models},
         "revision": collect_provenance(data_fingerprint="", seeds={})["revision"],
+        "beside": [{key: value for key, value in result.items() if key != "rows"} for result in earlier],
     }
-    text = page(records, about)
-    for ending, content in ((".json", json.dumps({**about, "rows": records}, indent=1)), (".md", text)):
-        with atomic_file(options.out.with_name(options.out.name + ending)) as temporary:
-            temporary.write_text(content)
-    print(text)
+    begun = [row for result in earlier for row in result["rows"]]
+
+    def save(records: list[dict[str, Any]]) -> None:
+        for ending, content in (
+            (".json", json.dumps({**about, "rows": records}, indent=1)),
+            (".md", page(records, about)),
+        ):
+            with atomic_file(options.out.with_name(options.out.name + ending)) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+
+    save(begun)
+    print(page(begun + measure(jobs, options, lambda records: save(begun + records)), about))
 
 
 if __name__ == "__main__":

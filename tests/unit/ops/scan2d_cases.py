@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tsforge.ops.scan2d import Scan2D, _unavailable, scan2d
 
-FAST = ("rows", "wavefront", "compiled", "triton")
+FAST = ("rows", "wavefront", "compiled", pytest.param("triton", marks=pytest.mark.gpu))
 
 
 def backends() -> Any:
