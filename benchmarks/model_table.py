@@ -46,8 +46,8 @@ SETS: dict[str, tuple[str, ...] | None] = {  # columns; None: all of them
 HORIZONS = (96, 192, 336, 720)
 LINEAR, CHOSEN = "linear", "linear, ridge and level chosen"
 _TRAIN = (
-    ":train.max_steps_per_epoch=100:train.batch_size=64:train.schedule=one_cycle:train.weight_decay=0.01"
-    ":train.learning_rate=1e-3:train.max_epochs=6:train.patience=2"
+    ":train.max_steps_per_epoch=80:train.batch_size=64:train.schedule=one_cycle:train.weight_decay=0.01"
+    ":train.learning_rate=1e-3:train.max_epochs=3:train.patience=2"
 )
 _CHIMERA = "chimera:d_model=32:d_state=8:num_layers=2:dropout=0.2"
 
@@ -64,7 +64,7 @@ PRESETS = {
     LINEAR: Preset("linear", (96, 336, 720)),
     CHOSEN: Preset("linear:ridge=null:remove=auto:weights=auto", (96, 336, 720)),
     "s4": Preset(
-        "s4:d_model=64:d_state=32:num_layers=2:dropout=0.2:normalisation=last:patch_length=16:patch_stride=8" + _TRAIN,
+        "s4:d_model=32:d_state=32:num_layers=1:dropout=0.2:patch_length=16:patch_stride=8" + _TRAIN,
         (336, 720),
     ),
     "chimera": Preset(_CHIMERA + _TRAIN, (96, 336)),
@@ -126,9 +126,8 @@ class Job:
     model: str
 
 
-def plan(sets: list[str], models: list[str], horizons: list[int]) -> list[Job]:
+def plan(sets: list[str], models: list[str], lengths: list[int], horizons: list[int]) -> list[Job]:
     """Return all jobs: those that take longest first, so that no worker is left with one at the end."""
-    lengths = sorted({length for model in models for length in PRESETS[model].lengths})
     jobs = [
         Job(data, length, horizon, model)
         for model in models
@@ -287,6 +286,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds forecast/")
     parser.add_argument("--out", type=Path, required=True, help="path of the result without ending")
     parser.add_argument("--sets", default=",".join(SETS))
+    parser.add_argument("--lengths", default="96,336,720", help="look-backs, of those that a preset names")
     parser.add_argument("--horizons", default=",".join(map(str, HORIZONS)))
     parser.add_argument(
         "--models", default="closed,s4,chimera", help="presets by commas; 'ablations' and 'closed' for several"
@@ -304,7 +304,8 @@ def main() -> None:
         unknown = [name for name in given if name not in known]
         if unknown:
             raise SystemExit(f"no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
-    jobs = plan(options.sets.split(","), models, [int(item) for item in options.horizons.split(",")])
+    numbers = [[int(item) for item in text.split(",")] for text in (options.lengths, options.horizons)]
+    jobs = plan(options.sets.split(","), models, *numbers)
     earlier = [json.loads(path.read_text(encoding="utf-8")) for path in options.beside]
     gpu = torch.cuda.is_available()
     about = {
