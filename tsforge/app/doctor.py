@@ -21,6 +21,7 @@ def examine(workspace: Workspace) -> dict[str, Any]:
         _fact("python", f"{platform.python_version()} on {platform.platform()}"),
         *(_package(name) for name in PACKAGES),
         _device(),
+        _kernels(),
         _disk(workspace),
         _store(workspace),
         _tracking(workspace),
@@ -47,6 +48,22 @@ def _device() -> dict[str, Any]:
         bf16 = "with" if torch.cuda.is_bf16_supported() else "without"
         return _fact("device", f"{torch.cuda.device_count()} GPU ({', '.join(sorted(names))}), {bf16} bfloat16")
     return _fact("device", f"CPU, {torch.get_num_threads()} thread(s); no CUDA device")
+
+
+def _kernels() -> dict[str, Any]:
+    """Say whether fast kernels can be had; without them everything runs, slower."""
+    import torch
+
+    from tsforge.ops import compiled, triton_support
+
+    detail = f"CPU {compiled.outlook()}"
+    if torch.cuda.is_available():
+        try:
+            reason = triton_support.unavailable_reason(torch.device("cuda"))
+        except TsforgeError as error:
+            return _fact("kernels", str(error), ok=False)
+        detail += f"; GPU {'Triton' if reason is None else reason}"
+    return _fact("kernels", detail)
 
 
 def _disk(workspace: Workspace) -> dict[str, Any]:

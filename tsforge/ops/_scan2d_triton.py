@@ -13,9 +13,7 @@ atomics, so results repeat bitwise. Computation is in the dtype of x throughout.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tsforge.core.errors import ModelError
+from tsforge.ops import triton_support
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Tile: TypeAlias = tuple[int, int]
@@ -31,22 +30,14 @@ Tile: TypeAlias = tuple[int, int]
 _PARTIALS = 2**30
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes", "y"}
-
-
 def unavailable(x: Tensor, A: tuple[Tensor, ...]) -> str | None:
     """Return why the kernel cannot run on tensors like x [B, N, T, D] and A (four of [D, S]), or None when it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (it comes with the CUDA builds of torch on Linux)"
-    if not x.is_cuda and not (x.device.type == "cpu" and _interpreting()):
-        return f"the tensors are on {x.device.type}, Triton needs an NVIDIA GPU"
     if x.dtype not in (torch.float32, torch.float64):
         return f"the dtype is {x.dtype}, the kernel computes in float32 or float64"
     wanted = {x.dtype, x.dtype.to_complex()}
     if any(part.dtype not in wanted or part.device != x.device for part in A):
         return f"A is {A[0].dtype} on {A[0].device}, x is {x.dtype} on {x.device}"
-    return None
+    return triton_support.unavailable_reason(x.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ inside it from a small table, as in ``vandermonde.py``. The adjoint writes one p
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tsforge.ops import triton_support
 
 Limits: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 Parameters: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -23,15 +23,11 @@ _SPLITS = 8  # runs of blocks in the adjoint: more programs than one a feature
 
 def unavailable(weight: Tensor) -> str | None:
     """Return why the Triton kernel cannot take this weight, or None."""
-    if not weight.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it is for NVIDIA GPUs, not for {weight.device.type}"
     if weight.dtype != torch.float32:
         return f"it computes in float32, not {weight.dtype}"
     if torch.compiler.is_compiling():
         return "a graph is being traced"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+    return triton_support.unavailable_reason(weight.device)
 
 
 def _power(size: int) -> int:

@@ -14,8 +14,8 @@ full disk or a crash is rebuilt, never loaded. A library appears under its name 
 processes may build at once and an interrupt leaves nothing behind. A folder or file of another user, or one that
 others may write to, is refused: loading it would run their code.
 
-``TSFORGE_COMPILED``: ``auto`` (default), ``off`` (torch paths only) or ``require`` (a kernel that cannot be had is a
-``BackendError``). ``CXX`` names another compiler.
+``TSFORGE_COMPILED``: ``auto`` (default), ``off`` (torch paths only, on a GPU too) or ``require`` (a kernel that cannot
+be had is a ``BackendError``). ``CXX`` names another compiler.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class _Outcome:
 
 
 _outcomes: dict[str, _Outcome] = {}
+_told: set[str] = set()
 _lock = threading.Lock()
 
 
@@ -71,15 +73,38 @@ def unavailable_reason(name: str) -> str | None:
         ConfigError: ``TSFORGE_COMPILED`` is none of its values.
         BackendError: it is ``require`` and the kernel cannot be had.
     """
+    return settled(f"compiled kernel {name}", lambda: _outcome(name).reason)
+
+
+def settled(what: str, reason_of: Callable[[], str | None]) -> str | None:
+    """Return why ``what`` cannot be used, or None, as ``TSFORGE_COMPILED`` has it; in mode auto a warning says so once.
+
+    Raises:
+        ConfigError, BackendError: see ``unavailable_reason``.
+    """
     mode = os.environ.get("TSFORGE_COMPILED") or "auto"
     if mode not in MODES:
         raise ConfigError(f"TSFORGE_COMPILED={mode} is none of {', '.join(MODES)}{nearest(mode, MODES)}")
     if mode == "off":
         return "TSFORGE_COMPILED=off"
-    outcome = _outcome(name)
-    if outcome.reason is not None and mode == "require":
-        raise BackendError(f"TSFORGE_COMPILED=require, but kernel {name} is not available: {outcome.reason}")
-    return outcome.reason
+    reason = reason_of()
+    if reason is not None and mode == "require":
+        raise BackendError(f"TSFORGE_COMPILED=require, but {what} is not available: {reason}")
+    if reason is not None and what not in _told:
+        _told.add(what)
+        logger.warning("no %s, the slower torch path is used: %s", what, reason)
+    return reason
+
+
+def outlook() -> str:
+    """Return in words whether kernels can be built here and where they are kept; nothing is built."""
+    mode = os.environ.get("TSFORGE_COMPILED") or "auto"
+    if mode == "off":
+        return "switched off (TSFORGE_COMPILED=off)"
+    try:
+        return f"{mode}: {shlex.join(_compiler())}, kept in {_cache_folder()}"
+    except _Unavailable as error:
+        return f"{mode}: none, the slower torch paths are used: {error}"
 
 
 def call(name: str, symbol: str, *arguments: Tensor | int | float | None) -> None:
@@ -126,13 +151,11 @@ def _outcome(name: str) -> _Outcome:
 
 
 def _make(name: str) -> _Outcome:
-    """Build or load once; a failure is remembered and reported, so that it costs its time once."""
+    """Build or load once; a failure is remembered, so that it costs its time once."""
     try:
         return _Outcome(ctypes.CDLL(str(_library_path(name))), None)
     except (_Unavailable, OSError, subprocess.SubprocessError) as error:
-        reason = str(error)
-    logger.warning("no compiled kernel %s, the slower torch path is used: %s", name, reason)
-    return _Outcome(None, reason)
+        return _Outcome(None, str(error))
 
 
 def _library_path(name: str) -> Path:

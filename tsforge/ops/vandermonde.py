@@ -97,10 +97,10 @@ def vandermonde_kernel(log_a: Complex, weight: Complex, length: int) -> Tensor:
         ModelError: length below 1.
     """
     _check_length(length)
-    if _vandermonde_compiled.unavailable(weight[0]) is None:
-        return _vandermonde_compiled.compiled_kernel(*log_a, *weight, length)
     if _vandermonde_triton.unavailable(weight[0]) is None:
         return _vandermonde_triton.triton_kernel(*log_a, *weight, length)
+    if _vandermonde_compiled.unavailable(weight[0]) is None:
+        return _vandermonde_compiled.compiled_kernel(*log_a, *weight, length)
     return two_level_kernel(log_a, weight, length)
 
 

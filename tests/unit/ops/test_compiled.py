@@ -42,6 +42,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "factor.h").write_text("#define FACTOR 2\n")
     monkeypatch.setattr(compiled, "_SOURCES", folder)
     monkeypatch.setattr(compiled, "_outcomes", {})
+    monkeypatch.setattr(compiled, "_told", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TSFORGE_COMPILED", raising=False)
     monkeypatch.delenv("CXX", raising=False)
@@ -205,13 +206,25 @@ def test_off_builds_nothing(sources: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_require_refuses_to_go_on_without_a_kernel(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[logging.LogRecord]
 ) -> None:
     monkeypatch.setenv("TSFORGE_COMPILED", "require")
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, "exit 1"))
     for _ in range(2):
-        with pytest.raises(BackendError, match="TSFORGE_COMPILED=require, but kernel scale .* cannot compile"):
+        with pytest.raises(BackendError, match="TSFORGE_COMPILED=require, but compiled kernel scale .* cannot compile"):
             compiled.unavailable_reason("scale")
+    assert not [record for record in logged if record.levelno >= logging.WARNING]  # no slower path is taken
+
+
+def test_the_outlook_builds_nothing(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compiled.outlook()
+    assert found.startswith("auto: ")
+    assert str(tmp_path / "cache") in found
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "slower torch paths are used: CXX=no-such-compiler is not a program" in compiled.outlook()
+    monkeypatch.setenv("TSFORGE_COMPILED", "off")
+    assert compiled.outlook() == "switched off (TSFORGE_COMPILED=off)"
 
 
 def test_an_unknown_setting_is_refused(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:

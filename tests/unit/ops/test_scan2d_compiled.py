@@ -104,6 +104,52 @@ def test_checklist_5_2_the_checkpoint_interval_changes_nothing(grid: tuple[int, 
         assert worst_gradient(gradients(scan(case, interval=interval), case), whole) <= 1e-12
 
 
+@pytest.mark.parametrize("complex_states", [False, True])
+@pytest.mark.parametrize("shape", [(1, 9, 3, 1, 1), (3, 5, 40, 8, 2), (5, 3, 4, 2, 1)])
+def test_without_a_second_axis_its_states_are_left_out(shape: tuple[int, ...], complex_states: bool) -> None:
+    for edges in (True, False):
+        case = case_of(shape, complex_states, edges=edges)
+        parts = case.tensors()
+        for index in (4, 5, 8, 10):  # A2, A3, B2, C2
+            parts[index] = torch.zeros_like(parts[index])
+        for index in (12, 14) if edges else ():  # h2 at the edges
+            parts[index] = torch.zeros_like(parts[index])
+        case = case.rebuilt(parts).leaves()
+        packed = [None if pair is None else torch.stack(pair, dim=2) for pair in (case.left, case.top)]
+        one_sided = module._one_sided(tuple(case.tensors()[:11]), *packed)
+        assert one_sided == (shape[0] <= shape[1])
+        assert difference(scan(case), oracle(case)) <= 1e-12
+        assert worst_gradient(gradients(scan(case), case), gradients(loop(case), case)) <= 1e-11  # h2 is read here
+        ours = torch.autograd.grad(scan(case).y.square().sum(), case.tensors(), allow_unused=True)
+        theirs = torch.autograd.grad(loop(case).y.square().sum(), case.tensors(), allow_unused=True)
+        for left, right in zip(ours, theirs, strict=True):
+            assert left is not None
+            torch.testing.assert_close(left, torch.zeros_like(left) if right is None else right, rtol=1e-11, atol=1e-11)
+        for index in (4, 5, 8, 10):
+            changed = case.tensors()
+            changed[index] = torch.ones_like(changed[index])
+            assert not module._one_sided(tuple(changed[:11]), *packed)
+
+
+@pytest.mark.parametrize("complex_states", [False, True])
+@pytest.mark.parametrize("grid", [(3, 5), (5, 3)])
+def test_maps_are_read_where_they_lie_in_a_wider_tensor(grid: tuple[int, int], complex_states: bool) -> None:
+    case = draw(2, *grid, 12, 3, groups=2, complex_states=complex_states)
+    parts = case.tensors()
+    wide = torch.stack(parts[7:11], dim=-2).movedim(3, 0).contiguous()  # (G, b, N, T, 4, S): groups far apart
+    views = list(wide.movedim(0, 3).unbind(-2))
+    times = 2 if complex_states else 1
+    maps, strides = module._shared(tuple(views), one_sided=False)
+    assert [part.data_ptr() for part in maps] == [part.data_ptr() for part in views]
+    assert strides == (4 * 3 * times, wide[0].numel() * times)
+    wider = case.rebuilt([*parts[:7], *views, *parts[11:]])
+    ours, theirs = wider.leaves(), case.leaves()
+    assert not ours.B[0].is_contiguous()
+    assert torch.equal(scan(ours).y, scan(theirs).y)
+    for left, right in zip(gradients(scan(ours), ours), gradients(scan(theirs), theirs), strict=True):
+        assert torch.equal(left, right)
+
+
 def test_checklist_5_12_memory_stays_far_below_all_states() -> None:
     x, A, B = torch.empty(32, 7, 96, 16), torch.empty(16, 8), torch.empty(32, 7, 96, 1, 8)
     plan = module._plan(x, A, B, 0)

@@ -89,7 +89,7 @@ def test_s4d_from_its_parameters_equals_the_layer(
 def test_what_it_cannot_take_is_said() -> None:
     weight = torch.zeros(1, 1, 1)
     if not INTERPRETING:
-        assert "not for cpu" in str(unavailable(weight))
+        assert "on cpu" in str(unavailable(weight))
     assert unavailable(weight.double()) is not None
 
 

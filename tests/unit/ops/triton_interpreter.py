@@ -46,7 +46,7 @@ def run_in_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", file]
     run = subprocess.run(
         command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "TSFORGE_COMPILED": "off"},
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
