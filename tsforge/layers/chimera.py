@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from tsforge.core.errors import ConfigError
-from tsforge.layers.chimera_heads import ChimeraHead, ChimeraOptions, SelectiveHead
+from tsforge.layers.chimera_heads import ChimeraHead, ChimeraOptions, SelectiveHead, folded
 from tsforge.layers.chimera_lti import CompanionHead, InvariantHead
 
 LayerState: TypeAlias = dict[str, Tensor]
@@ -48,7 +48,10 @@ class LayerOutput(NamedTuple):
     @property
     def y(self) -> Tensor:
         """The output, the sum of the heads and the direct path."""
-        return torch.stack([*self.parts.values(), self.direct]).sum(0)
+        y = self.direct
+        for part in self.parts.values():
+            y = y + part
+        return y
 
 
 class Chimera2DSSM(nn.Module):
@@ -97,16 +100,16 @@ class Chimera2DSSM(nn.Module):
             parts: dict[str, Tensor] = {}
             after: LayerState = {}
             ahead: dict[str, Tensor] = {}
-            rest = u
+            grid = folded(u, observed, self.options)
             for name, head in self.heads.items():
-                found = head(rest, observed, None if state is None else state[name], with_state=with_state)
+                if parts and self.options.head_mix == "residual":
+                    grid = folded(u - next(iter(parts.values())), observed, self.options)
+                found = head(grid, None if state is None else state[name], with_state=with_state)
                 parts[name] = found.y
                 if found.state is not None:
                     after[name] = found.state
                 if found.ahead is not None:
                     ahead[name] = found.ahead
-                if self.options.head_mix == "residual":
-                    rest = u - found.y
             return LayerOutput(parts, self.D_skip * u, ahead, after)
 
     def default_state(self, batch: int, variates: int) -> LayerState:

@@ -105,6 +105,41 @@ def log_uniform(shape: tuple[int, ...], span: Span) -> Tensor:
     return torch.empty(shape).uniform_(math.log(span[0]), math.log(span[1])).exp()
 
 
+class Grid(NamedTuple):
+    """What heads scan, (b', N', T, G, E) each: what parameters are computed from, and the same where observed, else 0:
+    what enters. ``batch`` is b."""
+
+    source: Tensor
+    entering: Tensor
+    batch: int
+
+
+def folded(u: Tensor, observed: Tensor | None, options: ChimeraOptions) -> Grid:
+    """Return the grid of inputs (b, N, T, E), of which ``observed`` (b, N, T) says what enters, as the coupling has it.
+
+    The second direction sees the variates in reverse, where their order means anything.
+    """
+    batch, variates = u.shape[:2]
+    if options.coupling == "scan":
+        source = _directed(u, options)
+        if observed is None:
+            return Grid(source, source, batch)
+        return Grid(source, torch.where(_directed(observed.unsqueeze(-1), options), source, 0.0), batch)
+    x = u if observed is None else torch.where(observed.unsqueeze(-1), u, 0.0)
+    rows = [part.flatten(0, 1).unsqueeze(1) for part in (u, x)]
+    if options.coupling == "pooled":
+        seen: Tensor | int = variates if observed is None else observed.sum(1).clamp(min=1).unsqueeze(-1).to(u.dtype)
+        pooled = (x.sum(1) / seen).repeat_interleave(variates, dim=0).unsqueeze(1)
+        rows = [torch.cat([pooled, part], dim=1) for part in rows]
+    source, entering = (part.unsqueeze(3).expand(-1, -1, -1, options.groups, -1) for part in rows)
+    return Grid(source, entering, batch)
+
+
+def _directed(grid: Tensor, options: ChimeraOptions) -> Tensor:
+    """Return (b, N, T, G, ...) of (b, N, T, ...)."""
+    return grid.unsqueeze(3) if options.groups == 1 else torch.stack([grid, grid.flip(1)], dim=3)
+
+
 class HeadOutput(NamedTuple):
     """Readout y, readout of the next input (None without its maps), both (b, N, T, E), and the state or None."""
 
@@ -175,53 +210,23 @@ class ChimeraHead(nn.Module):
 
     # ---- the grid
 
-    def _grid(self, u: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return what parameters are computed from and what enters, (b', N', T, E) each, as the coupling has it."""
-        x = u if observed is None else torch.where(observed.unsqueeze(-1), u, 0.0)
-        if self.options.coupling == "scan":
-            return u, x
-        rows = (u.flatten(0, 1), x.flatten(0, 1))
-        if self.options.coupling == "none":
-            return rows[0].unsqueeze(1), rows[1].unsqueeze(1)
-        total = x.sum(1)
-        if observed is None:
-            pooled = total / u.shape[1]
-        else:
-            pooled = total / observed.sum(1).clamp(min=1).unsqueeze(-1).to(u.dtype)
-        pooled = pooled.repeat_interleave(u.shape[1], dim=0)
-        return torch.stack([pooled, rows[0]], dim=1), torch.stack([pooled, rows[1]], dim=1)
-
-    def _directed(self, grid: Tensor) -> Tensor:
-        """Return (b', N', T, G, E): the second group sees the variates in reverse, where their order means anything."""
-        if self.options.groups == 1:
-            return grid.unsqueeze(3)
-        other = grid.flip(1) if self.options.coupling == "scan" else grid
-        return torch.stack([grid, other], dim=3)
-
     def _merged(self, y: Tensor, batch: int) -> Tensor:
         """Return the mean over directions (b, N, T, E) of outputs (b', N', T, G E)."""
         groups = y.chunk(self.options.groups, dim=-1)
-        if self.options.coupling == "scan":
-            merged = groups[0] if len(groups) == 1 else (groups[0] + groups[1].flip(1)) / 2
-        else:  # rows are variates, the last of a grid is the variate itself
-            merged = torch.stack(groups).mean(0)[:, -1]
+        scans = self.options.coupling == "scan"
+        if not scans:  # rows are variates, the last of a grid is the variate itself
+            groups = tuple(part[:, -1] for part in groups)
+        merged = groups[0]
+        if len(groups) == 2:
+            merged = 0.5 * (merged + (groups[1].flip(1) if scans else groups[1]))
         return merged.reshape(batch, -1, *merged.shape[-2:])
 
-    def forward(
-        self,
-        u: Tensor,
-        observed: Tensor | None = None,
-        state: Tensor | None = None,
-        *,
-        with_state: bool = True,
-    ) -> HeadOutput:
-        """Return readouts and state of inputs (b, N, T, E), of which ``observed`` (b, N, T) says what enters."""
-        batch = u.shape[0]
-        source, entering = (self._directed(part) for part in self._grid(u, observed))
+    def forward(self, grid: Grid, state: Tensor | None = None, *, with_state: bool = True) -> HeadOutput:
+        """Return readouts and state of a grid from :func:`folded`."""
         left = None if state is None else self._unpack(state)
-        readouts, right = self.scan(source, entering, left, with_state=with_state)
-        merged = [self._merged(part, batch) for part in readouts]
-        after = None if right is None else self._pack(right, batch)
+        readouts, right = self.scan(grid.source, grid.entering, left, with_state=with_state)
+        merged = [self._merged(part, grid.batch) for part in readouts]
+        after = None if right is None else self._pack(right, grid.batch)
         return HeadOutput(merged[0], merged[1] if self.looks_ahead else None, after)
 
     # ---- the state
@@ -276,17 +281,20 @@ class DiagonalHead(ChimeraHead):
 
     def transitions(self) -> Four:
         """Return A1, A2, A3, A4, each (G E, S); without coupling A2 = A3 = 0."""
-        a1 = -self.p1.clamp(*_LOG_DECAY).exp()
+        given: list[Tensor] = [self.p1, self.p4] if self.coupled else [self.p1]
+        decay = torch.stack(given).flatten(1, 2).clamp(*_LOG_DECAY).exp()
         if self.coupled:
-            a4 = -self.p4.clamp(*_LOG_DECAY).exp()
-            a2, a3 = RHO * self.p2.tanh() * a1.abs(), RHO * self.p3.tanh() * a4.abs()
+            a2, a3 = (RHO * torch.stack([self.p2, self.p3]).flatten(1, 2).tanh() * decay).unbind(0)
+            rates = [-decay[0], a2, a3, -decay[1]]
         else:
-            a2, a3, a4 = torch.zeros_like(a1), torch.zeros_like(a1), a1.detach()
-        if self.complex:
-            turns = self.w4 if self.coupled else torch.zeros_like(a4)
-            a1, a4 = torch.complex(a1, self.w1), torch.complex(a4, turns)
-            a2, a3 = torch.complex(a2, torch.zeros_like(a2)), torch.complex(a3, torch.zeros_like(a3))
-        return a1.flatten(0, 1), a2.flatten(0, 1), a3.flatten(0, 1), a4.flatten(0, 1)
+            still = torch.zeros_like(decay[0])
+            rates = [-decay[0], still, still, -decay[0].detach()]
+        if not self.complex:
+            return rates[0], rates[1], rates[2], rates[3]
+        still = torch.zeros_like(decay[0])
+        turns = [self.w1.flatten(0, 1), still, still, self.w4.flatten(0, 1) if self.coupled else still]
+        a1, a2, a3, a4 = torch.complex(torch.stack(rates), torch.stack(turns)).unbind(0)
+        return a1, a2, a3, a4
 
     def mean_steps(self) -> Tensor:
         """Return the steps (axes, G, E) at zero codes; they do not depend on any input."""
@@ -314,7 +322,8 @@ class DiagonalHead(ChimeraHead):
         A = self.transitions()
         first, second = maps[: self.count // self.axes], maps[self.count // self.axes :]
         if not self.coupled:
-            dt, second = [dt[0], dt[0]], [torch.zeros_like(part) for part in first]
+            # steps of no effect and maps of zeros, which take no memory
+            dt, second = [dt[0], dt[0].detach()], [part.new_zeros(()).expand_as(part) for part in first]
         B: Pair = (first[0], second[0])
         C: Pair = (first[1], second[1])
         channels = x.shape[-1]
@@ -351,16 +360,23 @@ class SelectiveHead(DiagonalHead):
 
         Maps are B1, C1, (D1,) B2, C2, (D2).
         """
-        codes = torch.einsum("bntge,gce->bntgc", u, self.project)
+        cells, groups = u.shape[:3], u.shape[3]
+        codes = torch.bmm(u.flatten(0, 2).transpose(0, 1), self.project.transpose(1, 2))  # (G, b N T, codes)
         ends = self.axes * self.rank
-        steps, rest = codes[..., :ends].reshape(*codes.shape[:-1], self.axes, self.rank), codes[..., ends:]
-        dt = [
-            softplus(torch.einsum("bntgr,ger->bntge", steps[..., axis, :], self.dt_weight[:, axis]) + bias).flatten(3)
-            for axis, bias in enumerate(self.dt_bias.unbind(1))
-        ]
+        low, rest = torch.split(codes, [ends, codes.shape[-1] - ends], dim=-1)
+        # both directions in one product: what one reads of the other's codes has weight 0
+        low = low.reshape(groups, -1, self.axes, self.rank).permute(2, 1, 0, 3).flatten(2)
+        own = torch.eye(groups, dtype=u.dtype, device=u.device)[:, None, :, None]
+        weight = self.dt_weight.permute(1, 0, 3, 2).unsqueeze(3) * own  # (axes, G, r, G, E)
+        bias = self.dt_bias.transpose(0, 1).flatten(1).unsqueeze(1)
+        steps = softplus(torch.baddbmm(bias, low, weight.flatten(3).flatten(1, 2)))
         if self.complex:
-            rest = torch.view_as_complex(rest.reshape(*rest.shape[:-1], -1, 2).contiguous())
-        return dt, list(rest.reshape(*rest.shape[:-1], self.count, self.options.states).unbind(-2))
+            rest = rest.view(*rest.shape[:-1], -1, 2)
+            # read where it lies if pairs stay whole; torch's compiler cannot follow such a view
+            copied = ends % 2 == 1 or torch.compiler.is_compiling()
+            rest = torch.view_as_complex(rest.contiguous() if copied else rest)
+        maps = rest.view(groups, *cells, self.count, -1).movedim(0, 3)
+        return [part.view(*cells, -1) for part in steps.unbind(0)], list(maps.unbind(-2))
 
     def scan(
         self, source: Tensor, entering: Tensor, left: Pair | None, *, with_state: bool

@@ -4,6 +4,11 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int WIDEST_BYTES = 64;
@@ -92,32 +97,48 @@ template <class T, int L, int N> INLINE Vec<T, L> polynomial(Vec<T, L> r, const 
   return sum;
 }
 
-// e^z - 1 for z <= 0, relative error a few roundings also near 0: with z = n ln 2 + r it is 2^n (e^r - 1) + (2^n - 1).
-// One product is enough for the reduction: what it loses is scaled by 2^n.
-template <class T, int L> INLINE Vec<T, L> expm1_falling(Vec<T, L> z) {
+// Between two bounds, NaN where the value is. Compilers make two instructions of each comparison in its plain form.
+template <class T, int L> INLINE Vec<T, L> bounded(Vec<T, L> value, T least, T most) {
+  const Vec<T, L> low = every<T, L>(least), high = every<T, L>(most);
+#if defined(__AVX512F__)
+  if constexpr (sizeof value == 64 && sizeof(T) == 4)
+    return (Vec<T, L>)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)value));
+  if constexpr (sizeof value == 64 && sizeof(T) == 8)
+    return (Vec<T, L>)_mm512_min_pd((__m512d)high, _mm512_max_pd((__m512d)low, (__m512d)value));
+#endif
+  value = value < low ? low : value;
+  return value > high ? high : value;
+}
+
+// e^z for z <= 0 as scale (1 + part) with a power of two, relative error a few roundings also in part: with
+// z = n ln 2 + r it is 2^n e^r. One product is enough for the reduction: what it loses is scaled by 2^n.
+template <class T, int L> INLINE void exp_falling(Vec<T, L> z, Vec<T, L> &scale, Vec<T, L> &part) {
   using K = Constants<T>;
-  z = z < K::lowest ? every<T, L>(K::lowest) : z;  // written so that NaN stays
+  z = bounded<T, L>(z, K::lowest, T(0));
   const Vec<T, L> shifted = z * T(1.4426950408889634074) + (K::rounder + K::bias);
   const Vec<T, L> r = z - (shifted - (K::rounder + K::bias)) * T(0.69314718055994530942);
-  const Vec<T, L> scale = (Vec<T, L>)((typename Lanes<T, L>::Bits)shifted << K::mantissa);
-  const Vec<T, L> part = r * r * polynomial<T, L>(r, K::expm1) + r;
+  scale = (Vec<T, L>)((typename Lanes<T, L>::Bits)shifted << K::mantissa);
+  part = r * r * polynomial<T, L>(r, K::expm1) + r;
+}
+
+template <class T, int L> INLINE Vec<T, L> expm1_falling(Vec<T, L> z) {
+  Vec<T, L> scale, part;
+  exp_falling<T, L>(z, scale, part);
   return scale * part + (scale - T(1));
 }
 
-// sin(y) and cos(y) - 1, the latter accurate near 0 too: y = k pi + r, and odd k turns both signs. What the rounded pi
-// loses is less than what rounding y has lost.
-template <class T, int L> INLINE void sine_cosm1(Vec<T, L> y, Vec<T, L> &sine, Vec<T, L> &cosm1) {
+// y = k pi + r: sin(r), cos(r) - 1, the latter accurate near 0 too, and the sign bit of (-1)^k, which turns both sin(y)
+// and cos(y). What the rounded pi loses is less than what rounding y has lost.
+template <class T, int L>
+INLINE void sine_cosm1(Vec<T, L> y, Vec<T, L> &sine, Vec<T, L> &cosm1, typename Lanes<T, L>::Bits &turn) {
   using K = Constants<T>;
-  using B = typename Lanes<T, L>::Bits;
-  y = y < -K::widest ? every<T, L>(-K::widest) : y;
-  y = y > K::widest ? every<T, L>(K::widest) : y;
+  y = bounded<T, L>(y, -K::widest, K::widest);
   const Vec<T, L> shifted = y * T(0.31830988618379067154) + K::rounder;
   const Vec<T, L> r = y - (shifted - K::rounder) * T(3.14159265358979323846);
-  const B turn = (B)shifted << K::sign;
+  turn = (typename Lanes<T, L>::Bits)shifted << K::sign;
   const Vec<T, L> square = r * r;
-  const Vec<T, L> sign = (Vec<T, L>)((B)every<T, L>(T(1)) | turn);
-  sine = sign * (r * square * polynomial<T, L>(square, K::sine) + r);
-  cosm1 = sign * (square * polynomial<T, L>(square, K::cosine)) + (sign - T(1));
+  sine = r * square * polynomial<T, L>(square, K::sine) + r;
+  cosm1 = square * polynomial<T, L>(square, K::cosine);
 }
 
 template <class T, int L> INLINE T sum_lanes(Vec<T, L> value) {
@@ -130,12 +151,37 @@ template <class T, int L> INLINE T sum_lanes(Vec<T, L> value) {
   }
 }
 
+template <class T, int L, int... I> INLINE Vec<T, L> shuffled(Vec<T, L> a, Vec<T, L> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, typename Lanes<T, L>::Bits{I...});
+#endif
+}
+
+// Lanes whose number has the bit W take b, the others a; each becomes the sum of itself and its partner across W.
+template <class T, int L, int W, int... I>
+INLINE Vec<T, L> fold(Vec<T, L> a, Vec<T, L> b, std::integer_sequence<int, I...>) {
+  return shuffled<T, L, (I & W ? L + I : I)...>(a, b) + shuffled<T, L, (I & W ? L + I - W : I + W)...>(a, b);
+}
+
+// L vectors to one that holds the sum of vector i in lane i.
+template <class T, int L, int W = L / 2> INLINE Vec<T, L> sums_of(Vec<T, L> *vectors) {
+  for (int k = 0; k < W; ++k)
+    vectors[k] = fold<T, L, W>(vectors[k], vectors[k + W], std::make_integer_sequence<int, L>());
+  if constexpr (W > 1) return sums_of<T, L, W / 2>(vectors);
+  return vectors[0];
+}
+
 // Sums each of `count` rows of L lanes.
-template <class T, int L> INLINE void sum_rows(const T *rows, int64_t count, T *sums, bool add) {
-  for (int64_t row = 0; row < count; ++row) {
-    const T total = sum_lanes<T, L>(load<T, L>(rows + row * L));
-    sums[row] = add ? sums[row] + total : total;
+template <class T, int L> INLINE void sum_rows(const T *rows, int64_t count, T *sums) {
+  int64_t row = 0;
+  for (; row + L <= count; row += L) {
+    Vec<T, L> some[L];
+    for (int k = 0; k < L; ++k) some[k] = load<T, L>(rows + (row + k) * L);
+    store<T, L>(sums + row, sums_of<T, L>(some));
   }
+  for (; row < count; ++row) sums[row] = sum_lanes<T, L>(load<T, L>(rows + row * L));
 }
 
 // A number of each lane, real or complex; `get` and `put` keep its parts in rows of L lanes, `same` reads one number
@@ -153,8 +199,8 @@ template <class T, int L> struct Real {
   friend INLINE Real operator-(Real a, Real b) { return {a.re - b.re}; }
   friend INLINE Real operator*(Real a, Real b) { return {a.re * b.re}; }
   friend INLINE Real operator*(Real a, V b) { return {a.re * b}; }
-  friend INLINE Real plus_one(Real a) { return {a.re + T(1)}; }
-  friend INLINE V real_of_product(Real a, Real b) { return a.re * b.re; }
+  friend INLINE Real add_product(Real sum, Real a, Real b) { return {sum.re + a.re * b.re}; }
+  friend INLINE V add_real_of_product(V sum, Real a, Real b) { return sum + a.re * b.re; }
   static INLINE Real expm1_of(Real rate, V time) { return {expm1_falling<T, L>(rate.re * time)}; }
 };
 
@@ -176,13 +222,21 @@ template <class T, int L> struct Complex {
     return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
   }
   friend INLINE Complex operator*(Complex a, V b) { return {a.re * b, a.im * b}; }
-  friend INLINE Complex plus_one(Complex a) { return {a.re + T(1), a.im}; }
-  friend INLINE V real_of_product(Complex a, Complex b) { return a.re * b.re - a.im * b.im; }
-  // e^(x + iy) - 1 = (e^x - 1) cos y + (cos y - 1) + i e^x sin y; both real terms are <= 0 near 0, nothing cancels
+  // one term after another: every product joins a sum in one instruction
+  friend INLINE Complex add_product(Complex sum, Complex a, Complex b) {
+    return {sum.re + a.re * b.re - a.im * b.im, sum.im + a.re * b.im + a.im * b.re};
+  }
+  friend INLINE V add_real_of_product(V sum, Complex a, Complex b) { return sum + a.re * b.re - a.im * b.im; }
+  // with e^x = s (1 + p) and the sign of (-1)^k taken by s: s (1 + p) (cos r + i sin r) - 1; near 0 s is 1, and p and
+  // cos r - 1 are both <= 0, so that nothing cancels
   static INLINE Complex expm1_of(Complex rate, V time) {
-    V sine, cosm1;
-    sine_cosm1<T, L>(rate.im * time, sine, cosm1);
-    const V decay = expm1_falling<T, L>(rate.re * time);
-    return {decay * cosm1 + (decay + cosm1), decay * sine + sine};
+    using Bits = typename Lanes<T, L>::Bits;
+    V sine, cosm1, scale, part;
+    Bits turn;
+    sine_cosm1<T, L>(rate.im * time, sine, cosm1, turn);
+    exp_falling<T, L>(rate.re * time, scale, part);
+    scale = (V)((Bits)scale ^ turn);
+    const V grown = part + T(1);
+    return {scale * (cosm1 * grown + part) + (scale - T(1)), scale * grown * sine};
   }
 };

@@ -18,8 +18,12 @@ namespace {
 enum Plan {
   BATCH, OUTER, INNER, GROUPS, CHANNELS, STATES, OUTER_STRIDE, INNER_STRIDE,  // grid strides in cells; channels a group
   SWAPPED, BYTES, PARTS, THREADS,  // edges hold (i, o) instead of (o, i); bytes of a real; 2 parts if complex
+  CELL_STRIDE, GROUP_STRIDE,       // of B and C in reals; their gradients are contiguous
+  ONE_SIDED,                       // the states i are 0 everywhere and nothing reads them: they are left out
   LANES, INTERVAL, CHECKPOINTS, FORWARD_SCRATCH, BACKWARD_SCRATCH,  // out: sizes in reals; an interval may be given
 };
+
+constexpr int64_t CACHE_BYTES = 384 << 10;  // of a second-level cache, without a large share
 
 int64_t blocks_of(const int64_t *plan, int64_t lanes) { return (plan[CHANNELS] + lanes - 1) / lanes; }
 
@@ -62,7 +66,8 @@ template <class N> struct Block {
     return batch * plan[OUTER] * inner + o * plan[OUTER_STRIDE] + i * plan[INNER_STRIDE];
   }
   int64_t at(int64_t cell) const { return cell * width + first; }                                      // x, steps, y
-  int64_t shared(int64_t cell) const { return (cell * plan[GROUPS] + group) * states * N::parts; }     // B, C
+  int64_t shared(int64_t cell) const { return cell * plan[CELL_STRIDE] + group * plan[GROUP_STRIDE]; }  // B, C
+  int64_t d_shared(int64_t cell) const { return (cell * plan[GROUPS] + group) * states * N::parts; }   // their gradients
   int64_t edge(int64_t length, int64_t place) const {                                                  // [b, L, 2, S, p, D]
     return (batch * length + place) * 2 * states * N::parts * width + first;
   }
@@ -107,8 +112,13 @@ template <class N> struct Block {
   }
 };
 
-// States of one cell and, as asked, its output and its gains g_o, g_i. `now` may be `before`.
-template <class N, bool OUTPUT>
+// What changes a state, times its gain.
+template <class N> INLINE N drive(N a_o, N o, N a_i, N i, N b, typename N::V x) {
+  return add_product(add_product(b * x, a_o, o), a_i, i);
+}
+
+// States of one cell and, as asked, its output and its gains g_o, g_i. `now` may be `before`. ONE: only the states o.
+template <class N, bool ONE, bool OUTPUT>
 INLINE typename N::V advance(const Block<N> &block, int64_t cell, const typename N::Scalar *a,
                              const typename N::Scalar *before, const typename N::Scalar *above,
                              typename N::Scalar *now, typename N::Scalar *gains) {
@@ -123,25 +133,28 @@ INLINE typename N::V advance(const Block<N> &block, int64_t cell, const typename
   typename N::V y{};
   for (int64_t s = 0; s < block.states; ++s) {
     const T *as = a + s * 6 * n;
-    const N a0 = N::get(as), a3 = N::get(as + 3 * n);
-    const N g_o = N::expm1_of(a0, step_o) * N::get(as + 4 * n), g_i = N::expm1_of(a3, step_i) * N::get(as + 5 * n);
-    const N before_o = N::get(before + 2 * s * n), before_i = N::get(before + (2 * s + 1) * n);
-    const N above_o = N::get(above + 2 * s * n), above_i = N::get(above + (2 * s + 1) * n);
-    const N o = before_o + g_o * (a0 * before_o + N::get(as + n) * before_i + N::same(b_o + s * N::parts) * x);
-    const N i = above_i + g_i * (N::get(as + 2 * n) * above_o + a3 * above_i + N::same(b_i + s * N::parts) * x);
-    o.put(now + 2 * s * n);
-    i.put(now + (2 * s + 1) * n);
-    if constexpr (OUTPUT) {
-      y += real_of_product(N::same(c_o + s * N::parts), o) + real_of_product(N::same(c_i + s * N::parts), i);
-    } else {
-      g_o.put(gains + 2 * s * n);
-      g_i.put(gains + (2 * s + 1) * n);
+    const N a0 = N::get(as), before_o = N::get(before + 2 * s * n);
+    const N g_o = N::expm1_of(a0, step_o) * N::get(as + 4 * n);
+    if constexpr (!OUTPUT) g_o.put(gains + 2 * s * n);
+    N q_o = add_product(N::same(b_o + s * N::parts) * x, a0, before_o);
+    if constexpr (!ONE) {
+      const N a3 = N::get(as + 3 * n), above_o = N::get(above + 2 * s * n), above_i = N::get(above + (2 * s + 1) * n);
+      const N g_i = N::expm1_of(a3, step_i) * N::get(as + 5 * n);
+      if constexpr (!OUTPUT) g_i.put(gains + (2 * s + 1) * n);
+      q_o = add_product(q_o, N::get(as + n), N::get(before + (2 * s + 1) * n));
+      const N q_i = drive<N>(N::get(as + 2 * n), above_o, a3, above_i, N::same(b_i + s * N::parts), x);
+      const N i = add_product(above_i, g_i, q_i);
+      if constexpr (OUTPUT) y = add_real_of_product(y, N::same(c_i + s * N::parts), i);
+      i.put(now + (2 * s + 1) * n);
     }
+    const N o = add_product(before_o, g_o, q_o);
+    if constexpr (OUTPUT) y = add_real_of_product(y, N::same(c_o + s * N::parts), o);
+    o.put(now + 2 * s * n);
   }
   return y;
 }
 
-template <class N> void forward_block(const Block<N> &block, typename N::Scalar *scratch) {
+template <class N, bool ONE> void forward_block(const Block<N> &block, typename N::Scalar *scratch) {
   using T = typename N::Scalar;
   const auto &args = block.args;
   T *a = scratch, *slots = a + block.states * 6 * block.number;
@@ -155,7 +168,7 @@ template <class N> void forward_block(const Block<N> &block, typename N::Scalar 
     for (int64_t i = 0; i < inner; ++i) {
       const int64_t cell = block.cell(o, i);
       T *now = slots + (i + 1) * slot;
-      const auto y = advance<N, true>(block, cell, a, now, slots + i * slot, now, nullptr);
+      const auto y = advance<N, ONE, true>(block, cell, a, now, slots + i * slot, now, nullptr);
       store<T, N::lanes>(args.y + block.at(cell), y, block.count);
     }
     if (args.end_i != nullptr) block.write_slot(args.end_i + block.edge(outer, o), slots + inner * slot);
@@ -167,8 +180,8 @@ template <class N> void forward_block(const Block<N> &block, typename N::Scalar 
 
 // The adjoint of one cell: `after` and `below` hold what later cells owe this one's neighbours' slots and its own;
 // on entry `after` is the debt to this cell, on return the debt to the cell one outer step back, and the debt to the
-// cell one inner step back has been added to `below`.
-template <class N>
+// cell one inner step back has been added to `below`. ONE: as in `advance`; gradients of what is left out are not written.
+template <class N, bool ONE>
 INLINE void retreat(const Block<N> &block, int64_t cell, const typename N::Scalar *a,
                     const typename N::Scalar *before, const typename N::Scalar *above, const typename N::Scalar *now,
                     const typename N::Scalar *gains, typename N::Scalar *after, typename N::Scalar *below,
@@ -184,47 +197,52 @@ INLINE void retreat(const Block<N> &block, int64_t cell, const typename N::Scala
   for (int64_t s = 0; s < block.states; ++s) {
     const T *as = a + s * 6 * n;
     T *ds = d_a + s * 4 * n, *after_o = after + 2 * s * n, *below_o = below + 2 * s * n;
-    const N bo = N::same(b_o + s * N::parts), bi = N::same(b_i + s * N::parts);
-    const N g_o = N::get(gains + 2 * s * n), g_i = N::get(gains + (2 * s + 1) * n);
-    {
-      const N a0 = N::get(as), a1 = N::get(as + n);
-      const N before_o = N::get(before + 2 * s * n), before_i = N::get(before + (2 * s + 1) * n);
-      const N debt = N::get(after_o) + N::same(c_o + s * N::parts) * d_y, m = debt * g_o;
-      const N q = a0 * before_o + a1 * before_i + bo * x;
-      const N turned = debt * q * plus_one(g_o * a0);
-      d_step_o += turned.re;
-      (N::get(ds) + m * before_o + (turned * step_o - m * q) * N::get(as + 4 * n)).put(ds);
-      (N::get(ds + n) + m * before_i).put(ds + n);
-      d_x += real_of_product(m, bo);
-      (m * x).put(rows + s * n);
-      (debt + m * a0).put(after_o);
-      // the other state's debt is still to be read
-      const N debt_i = N::get(after_o + n) + N::same(c_i + s * N::parts) * d_y;
-      (m * a1).put(after_o + n);
-      const N a2 = N::get(as + 2 * n), a3 = N::get(as + 3 * n);
+    const N a0 = N::get(as), bo = N::same(b_o + s * N::parts), before_o = N::get(before + 2 * s * n);
+    const N g_o = N::get(gains + 2 * s * n), debt_o = N::get(after_o) + N::same(c_o + s * N::parts) * d_y;
+    const N m_o = debt_o * g_o, back_o = m_o * a0;
+    N q_o = add_product(bo * x, a0, before_o);
+    (m_o * x).put(rows + s * n);
+    (N::get(now + 2 * s * n) * d_y).put(rows + many + s * n);
+    d_x = add_real_of_product(d_x, m_o, bo);
+    (debt_o + back_o).put(after_o);
+    if constexpr (!ONE) {
+      const N a1 = N::get(as + n), a2 = N::get(as + 2 * n), a3 = N::get(as + 3 * n), bi = N::same(b_i + s * N::parts);
+      const N before_i = N::get(before + (2 * s + 1) * n), g_i = N::get(gains + (2 * s + 1) * n);
       const N above_o = N::get(above + 2 * s * n), above_i = N::get(above + (2 * s + 1) * n);
-      const N m_i = debt_i * g_i, q_i = a2 * above_o + a3 * above_i + bi * x;
-      const N turned_i = debt_i * q_i * plus_one(g_i * a3);
+      const N debt_i = N::get(after_o + n) + N::same(c_i + s * N::parts) * d_y, m_i = debt_i * g_i, back_i = m_i * a3;
+      q_o = add_product(q_o, a1, before_i);
+      const N p_i = debt_i * drive<N>(a2, above_o, a3, above_i, bi, x), pg_i = p_i * g_i;
+      const N turned_i = add_product(p_i, pg_i, a3);
       d_step_i += turned_i.re;
-      (N::get(ds + 2 * n) + m_i * above_o).put(ds + 2 * n);
-      (N::get(ds + 3 * n) + m_i * above_i + (turned_i * step_i - m_i * q_i) * N::get(as + 5 * n)).put(ds + 3 * n);
-      d_x += real_of_product(m_i, bi);
-      (m_i * x).put(rows + many + s * n);
-      (N::get(below_o) + m_i * a2).put(below_o);
-      (N::get(below_o + n) + debt_i + m_i * a3).put(below_o + n);
+      add_product(N::get(ds + n), m_o, before_i).put(ds + n);
+      add_product(N::get(ds + 2 * n), m_i, above_o).put(ds + 2 * n);
+      add_product(N::get(ds + 3 * n) + turned_i * step_i - pg_i, back_i, above_i).put(ds + 3 * n);
+      d_x = add_real_of_product(d_x, m_i, bi);
+      (m_o * a1).put(after_o + n);
+      add_product(N::get(below_o), m_i, a2).put(below_o);
+      (N::get(below_o + n) + debt_i + back_i).put(below_o + n);
+      (m_i * x).put(rows + 2 * many + s * n);
+      (N::get(now + (2 * s + 1) * n) * d_y).put(rows + 3 * many + s * n);
     }
-    (N::get(now + 2 * s * n) * d_y).put(rows + 2 * many + s * n);
-    (N::get(now + (2 * s + 1) * n) * d_y).put(rows + 3 * many + s * n);
+    // derivatives by the steps: debt q (1 + g a); by a0 and a3 the same times the step, less debt q g, over a, see below
+    const N p_o = debt_o * q_o, pg_o = p_o * g_o, turned_o = add_product(p_o, pg_o, a0);
+    d_step_o += turned_o.re;
+    add_product(N::get(ds) + turned_o * step_o - pg_o, back_o, before_o).put(ds);
   }
   store<T, N::lanes>(args.d_x + at, d_x, count);
   store<T, N::lanes>(args.d_step_o + at, d_step_o, count);
-  store<T, N::lanes>(args.d_step_i + at, d_step_i, count);
+  if constexpr (!ONE) store<T, N::lanes>(args.d_step_i + at, d_step_i, count);
   const int64_t per = block.states * N::parts;
-  T *outs[] = {args.d_b_o + shared, args.d_b_i + shared, args.d_c_o + shared, args.d_c_i + shared};
-  for (int64_t k = 0; k < 4; ++k) sum_rows<T, N::lanes>(rows + k * many, per, outs[k], block.index > 0);
+  const int64_t d_shared = block.d_shared(cell);
+  T *outs[] = {args.d_b_o + d_shared, args.d_c_o + d_shared, args.d_b_i + d_shared, args.d_c_i + d_shared};
+  T *sums = rows + 4 * many;
+  constexpr int64_t used = ONE ? 2 : 4;
+  sum_rows<T, N::lanes>(rows, used * per, sums);
+  for (int64_t k = 0; k < used; ++k)
+    for (int64_t s = 0; s < per; ++s) outs[k][s] = block.index > 0 ? outs[k][s] + sums[k * per + s] : sums[k * per + s];
 }
 
-template <class N> void backward_block(const Block<N> &block, typename N::Scalar *scratch) {
+template <class N, bool ONE> void backward_block(const Block<N> &block, typename N::Scalar *scratch) {
   using T = typename N::Scalar;
   const auto &args = block.args;
   const int64_t outer = block.plan[OUTER], inner = block.inner, slot = block.slot, column = block.column;
@@ -246,7 +264,7 @@ template <class N> void backward_block(const Block<N> &block, typename N::Scalar
       T *past = history + (o - start) * column, *present = past + column;
       block.enter_column(present, o);
       for (int64_t i = 0; i < inner; ++i)
-        advance<N, false>(block, block.cell(o, i), a, past + (i + 1) * slot, present + i * slot,
+        advance<N, ONE, false>(block, block.cell(o, i), a, past + (i + 1) * slot, present + i * slot,
                           present + (i + 1) * slot, gains + ((o - start) * inner + i) * slot);
     }
     std::memset(d_a, 0, rates * sizeof(T));  // sums of a segment first: shorter chains of roundings
@@ -258,12 +276,18 @@ template <class N> void backward_block(const Block<N> &block, typename N::Scalar
         for (int64_t k = 0; k < slot; ++k) last[k] += owed[k];
       }
       for (int64_t i = inner - 1; i >= 0; --i)
-        retreat<N>(block, block.cell(o, i), a, past + (i + 1) * slot, present + i * slot, present + (i + 1) * slot,
+        retreat<N, ONE>(block, block.cell(o, i), a, past + (i + 1) * slot, present + i * slot, present + (i + 1) * slot,
                    gains + ((o - start) * inner + i) * slot, debts + (i + 1) * slot, debts + i * slot, d_a, rows);
       if (args.d_edge_i != nullptr) block.write_slot(args.d_edge_i + block.edge(outer, o), debts);
       block.fill(debts, 1);
     }
     for (int64_t k = 0; k < rates; ++k) total[k] += d_a[k];
+  }
+  for (int64_t s = 0; s < block.states; ++s) {  // those of a0 and a3 were summed a0 and a3 times too large
+    T *ds = total + s * 4 * block.number;
+    const T *as = a + s * 6 * block.number;
+    (N::get(ds) * N::get(as + 4 * block.number)).put(ds);
+    (N::get(ds + 3 * block.number) * N::get(as + 5 * block.number)).put(ds + 3 * block.number);
   }
   if (args.d_edge_o != nullptr)
     for (int64_t i = 0; i < inner; ++i)
@@ -276,15 +300,15 @@ template <class N> void backward_block(const Block<N> &block, typename N::Scalar
                            load<T, N::lanes>(total + (s * 4 + k) * block.number + p * N::lanes), block.count);
 }
 
-template <class N> void run(const Arguments<typename N::Scalar> &args, bool backward) {
+template <class N, bool ONE> void run(const Arguments<typename N::Scalar> &args, bool backward) {
   const int64_t *plan = args.plan, blocks = blocks_of(plan, N::lanes), threads = threads_of(plan, backward);
   const int64_t share = plan[backward ? BACKWARD_SCRATCH : FORWARD_SCRATCH] / threads;
   parallel_for(jobs_of(plan, backward), threads, [&](int64_t worker, int64_t begin, int64_t end) {
     typename N::Scalar *scratch = args.scratch + worker * share;
     for (int64_t job = begin; job < end; ++job) {
       const int64_t pair = backward ? job : job / blocks, batch = pair / plan[GROUPS], group = pair % plan[GROUPS];
-      if (!backward) forward_block(Block<N>(args, batch, group, job % blocks), scratch);
-      else for (int64_t j = 0; j < blocks; ++j) backward_block(Block<N>(args, batch, group, j), scratch);
+      if (!backward) forward_block<N, ONE>(Block<N>(args, batch, group, job % blocks), scratch);
+      else for (int64_t j = 0; j < blocks; ++j) backward_block<N, ONE>(Block<N>(args, batch, group, j), scratch);
     }
   });
   if (!backward) return;
@@ -294,8 +318,9 @@ template <class N> void run(const Arguments<typename N::Scalar> &args, bool back
 }
 
 template <class T, int L> void run_lanes(const Arguments<T> &args, bool backward) {
-  if (args.plan[PARTS] == 2) run<Complex<T, L>>(args, backward);
-  else run<Real<T, L>>(args, backward);
+  const bool one = args.plan[ONE_SIDED] != 0;
+  if (args.plan[PARTS] == 2) one ? run<Complex<T, L>, true>(args, backward) : run<Complex<T, L>, false>(args, backward);
+  else one ? run<Real<T, L>, true>(args, backward) : run<Real<T, L>, false>(args, backward);
 }
 
 template <class T> void dispatch(const Arguments<T> &args, bool backward) {
@@ -326,14 +351,17 @@ void scan2d_plan(int64_t *plan) {
   const int64_t lanes = best_lanes(plan[CHANNELS], WIDEST_BYTES / plan[BYTES]);
   const int64_t number = lanes * plan[PARTS], slot = plan[STATES] * 2 * number, column = (plan[INNER] + 1) * slot;
   int64_t interval = plan[INTERVAL];
-  if (interval <= 0)  // about the square root: as many checkpoints as columns between two of them
-    for (interval = 1; interval * interval < plan[OUTER];) ++interval;
+  if (interval <= 0) {  // about the square root: as many checkpoints as columns between two of them; more if a cache
+    for (interval = 1; interval * interval < plan[OUTER];) ++interval;  // holds what is computed again
+    const int64_t fit = CACHE_BYTES / ((column + plan[INNER] * slot) * plan[BYTES]);
+    if (interval < fit) interval = fit < plan[OUTER] ? fit : plan[OUTER];
+  }
   const int64_t segments = (plan[OUTER] - 1) / interval;
   plan[LANES] = lanes;
   plan[INTERVAL] = interval;
   plan[CHECKPOINTS] = jobs_of(plan, false) * segments * plan[INNER] * slot;
   plan[FORWARD_SCRATCH] = threads_of(plan, false) * (plan[STATES] * 6 * number + column);
-  plan[BACKWARD_SCRATCH] = threads_of(plan, true) * (plan[STATES] * 18 * number + (interval + 2) * column +
+  plan[BACKWARD_SCRATCH] = threads_of(plan, true) * (plan[STATES] * (18 * number + 4 * plan[PARTS]) + (interval + 2) * column +
                                                      interval * plan[INNER] * slot);
 }
 
