@@ -6,6 +6,7 @@ own colours apply to text and background. A gap in the data is a gap in the line
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -24,6 +25,10 @@ ALARM_BAND = "rgba(213,83,59,0.2)"
 ACCENT = "#e0912f"
 CYCLE = ("#2f7fd1", "#e0912f", "#2e9e6b", "#a065bd", "#d5533b", "#7a8896", "#b8912f", "#2fa3ac")
 GRID = "rgba(128,140,152,0.22)"
+OWN = "#b4bcc4"
+_READABLE = 12  # variates of a coupling matrix whose cells have room for numbers
+_CHARACTERS = 90  # of all names side by side
+_SMALL = 0.01  # below it ticks are powers of ten: nobody reads -200\u00b5
 
 
 def _style(figure: go.Figure, *, height: int = 380, title: str = "", y_title: str = "") -> go.Figure:
@@ -139,6 +144,8 @@ def _panels(lines: Mapping[str, tuple[pl.Series, pl.Series]]) -> go.Figure:
             row=row,
             col=1,
         )
+        if (values.abs().max() or 1.0) < _SMALL:  # type: ignore[operator]
+            figure.update_yaxes(exponentformat="power", row=row, col=1)
     figure = _style(figure, height=height)
     figure.update_layout(margin={"t": 30}, hovermode="x")
     figure.update_annotations(x=0, xanchor="left", font={"size": 13})
@@ -383,4 +390,137 @@ def memory_chart(timescales: pl.DataFrame) -> go.Figure:
     figure.update_layout(hovermode="closest")
     figure.update_xaxes(type="log", title_text="step size dt")
     figure.update_yaxes(type="log")
+    return figure
+
+
+def coupling_chart(coupling: pl.DataFrame) -> go.Figure:
+    """Return a heat map of how much one variate's last value (row) moves the forecast of another (column).
+
+    What a variate does to itself is greyed: it is usually the largest, and would hide the others in the colours.
+
+    Args:
+        coupling: columns ``source, variate`` (names), ``effect``; one row a pair, in the order of the variates.
+    """
+    names = coupling["source"].unique(maintain_order=True).to_list()
+    effects = {(row["source"], row["variate"]): row["effect"] for row in coupling.iter_rows(named=True)}
+    others = [[None if a == b else effects.get((a, b)) for b in names] for a in names]
+    own = [[effects.get((a, b)) if a == b else None for b in names] for a in names]
+    most = max((value for row in others for value in row if value is not None), default=0.0)
+    readable = len(names) <= _READABLE
+    shape: dict[str, Any] = {
+        "xgap": 2,
+        "ygap": 2,
+        "customdata": [[[a, b] for b in names] for a in names],
+        "texttemplate": "%{text}" if readable else None,
+        "textfont": {"size": 11},
+        "hovertemplate": "last value of %{customdata[0]}<br>moves the forecast of %{customdata[1]}<br>"
+        "by %{z:.3~g}<extra></extra>",
+        "hoverongaps": False,
+    }
+    figure = go.Figure(
+        [
+            go.Heatmap(
+                z=others,
+                text=_numbers(others, least=most / 100),
+                colorscale=[[0, "#e6eef7"], [0.5, FORECAST], [1, "#123f73"]],
+                zmin=0,
+                zmax=most or 1.0,
+                colorbar={"title": "effect", "len": 1, "exponentformat": "power"},
+                **shape,
+            ),
+            go.Heatmap(z=own, text=_numbers(own), colorscale=[[0, OWN], [1, OWN]], showscale=False, **shape),
+        ]
+    )
+    shown = [_short(name) for name in names]
+    longest = max(len(name) for name in shown)
+    slanted = longest * len(names) > _CHARACTERS
+    cell = 34 if readable else max(16, 440 // len(names))
+    figure = _style(figure, height=140 + cell * len(names) + (6 * longest if slanted else 0))
+    figure.update_layout(hovermode="closest")
+    size = 12 if len(names) <= 2 * _READABLE else 10
+    ticks = {"tickvals": list(range(len(names))), "ticktext": shown, "tickfont": {"size": size}, "showgrid": False}
+    figure.update_xaxes(side="top", title_text="forecast of", tickangle=-60 if slanted else 0, **ticks)
+    figure.update_yaxes(autorange="reversed", title_text="last value of", **ticks)
+    return figure
+
+
+def _short(name: str, most: int = 22) -> str:
+    """Return a name for a tick; what tells names apart is as often at their end as at their beginning."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[:half]}\u2026{name[1 - half :]}"
+
+
+def _numbers(rows: Sequence[Sequence[float | None]], least: float = 0.0) -> list[list[str]]:
+    """Return what stands in the cells of a heat map; nothing below ``least``."""
+    return [["" if value is None or value < least else f"{value:.2g}" for value in row] for row in rows]
+
+
+def time_scales_chart(scales: pl.DataFrame, *, step: str, context: int, variates: int) -> go.Figure:
+    """Return memory along time and, for coupled models, reach along variates: a row a layer, head and direction.
+
+    A dot is the median over channels and states, its bar the middle 80 %; a diamond the median period of those that
+    turn. Both axes are logarithmic. Dotted lines: the context, and the number of variates.
+
+    Args:
+        scales: columns ``layer, head, direction, period``, and ``memory, reach`` with ``_p10`` and ``_p90``.
+        step: what one step of the data is, for the title.
+        context: steps that a forecast reads.
+        variates: how many there are.
+    """
+    coupled = scales["reach"].is_not_null().any()
+    titles = [f"memory along time (steps of {step})", "reach along variates (number of variates)"]
+    panels = (("memory", context), ("reach", variates))[: 1 + coupled]
+    figure = make_subplots(
+        rows=1, cols=len(panels), shared_yaxes=True, subplot_titles=titles[: len(panels)], horizontal_spacing=0.08
+    )
+    table = scales.with_row_index("place")
+    for index, head in enumerate(table["head"].unique(maintain_order=True)):
+        chosen = table.filter(pl.col("head") == head)
+        color = CYCLE[index % len(CYCLE)]
+        for column, (name, _) in enumerate(panels, start=1):
+            figure.add_scatter(
+                x=chosen[name],
+                y=chosen["place"],
+                name=head,
+                legendgroup=head,
+                showlegend=column == 1,
+                mode="markers",
+                marker={"color": color, "size": 9},
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": chosen[f"{name}_p90"] - chosen[name],
+                    "arrayminus": chosen[name] - chosen[f"{name}_p10"],
+                    "thickness": 2,
+                    "width": 4,
+                },
+                customdata=chosen.select(f"{name}_p10", f"{name}_p90").rows(),
+                hovertemplate="%{x:.3~g} (%{customdata[0]:.3~g} to %{customdata[1]:.3~g})<extra></extra>",
+                row=1,
+                col=column,
+            )
+        if chosen["period"].is_not_null().any():
+            figure.add_scatter(
+                x=chosen["period"],
+                y=chosen["place"] + 0.3,  # below the dot, which may have the same value
+                name=f"{head}: period",
+                mode="markers",
+                marker={"color": color, "size": 9, "symbol": "diamond-open", "line": {"width": 2}},
+                hovertemplate="period %{x:.3~g}<extra></extra>",
+                row=1,
+                col=1,
+            )
+    _style(figure, height=130 + 34 * table.height)
+    figure.update_layout(margin_t=48, hovermode="closest")
+    figure.update_layout(legend={"yref": "container", "y": 0, "yanchor": "bottom", "x": 0.5, "xanchor": "center"})
+    figure.update_annotations(font={"size": 13})
+    for column, (name, limit) in enumerate(panels, start=1):
+        figure.add_vline(x=limit, line={"dash": "dot", "color": HISTORY, "width": 1.5}, row=1, col=column)
+        ends = [f"{name}_p10", f"{name}_p90", *(["period"] if name == "memory" else [])]
+        shown = [float(limit), *(value for end in ends for value in table[end].drop_nulls())]
+        decades = [math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))]
+        figure.update_xaxes(type="log", range=decades, dtick=1, showgrid=True, col=column, row=1)
+    words = ("layer", "head", "direction") if table["direction"].n_unique() > 1 else ("layer", "head")
+    labels = ["layer " + ", ".join(str(row[word]) for word in words) for row in table.iter_rows(named=True)]
+    figure.update_yaxes(tickvals=table["place"].to_list(), ticktext=labels, range=[table.height - 0.4, -0.6])
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,35 +158,104 @@ def _parts(shown: _Shown) -> None:
     if shown.parts.is_empty():
         st.caption("This model has no additive parts to show.")
         return
-    st.caption("They add up to the forecast; every panel has its own scale.")
-    st.plotly_chart(charts.components_chart(shown.parts), width="stretch", key="parts")
+    nothing = pl.col("value").abs().max().over("component") == 0
+    absent = shown.parts.filter(nothing)["component"].unique(maintain_order=True).to_list()
+    note = "They add up to the forecast; every panel has its own scale."
+    st.caption(note + (f" Zero throughout, not drawn: {', '.join(absent)}." if absent else ""))
+    drawn = shown.parts.filter(~nothing)
+    if not drawn.is_empty():
+        st.plotly_chart(charts.components_chart(drawn), width="stretch", key="parts")
 
 
-_DRAWN = {  # parts of an explanation that people would rather look at than read
-    "kernels": (
+_Draw = Callable[[pl.DataFrame, dict[str, Any]], None]
+
+
+def _chart(name: str, note: str, chart: Callable[[pl.DataFrame], Any]) -> _Draw:
+    """Return how a part of an explanation is drawn that needs nothing else of the model."""
+
+    def draw(records: pl.DataFrame, facts: dict[str, Any]) -> None:
+        st.caption(note)
+        st.plotly_chart(chart(records), width="stretch", key=f"learnt-{name}")
+
+    return draw
+
+
+def _coupling(records: pl.DataFrame, facts: dict[str, Any]) -> None:
+    if records.is_empty():
+        st.caption("No coupling matrix: the model keeps variates apart, or has one, or more than 64.")
+        return
+    if records["effect"].max() == 0:
+        st.caption("No variate moves another: the network adds nothing to the forecast.")
+        return
+    st.caption(
+        "How much the forecast of one variate moves, root mean square over the horizon, when the last value of another "
+        "is one deviation higher in a window at its mean. The linear part is left out; grey: a variate's own effect."
+    )
+    names = dict(enumerate(facts["variates"]))
+    named = pl.col("source", "variate").replace_strict(names, return_dtype=pl.String)
+    st.plotly_chart(charts.coupling_chart(records.with_columns(named)), width="stretch", key="learnt-coupling")
+
+
+_SCALES = {
+    "layer": "layer",
+    "head": "head",
+    "direction": "direction",
+    "memory": "memory (steps)",
+    "period": "period (steps)",
+    "reach": "reach (variates)",
+    "into_time": "variates into time",
+    "into_variates": "time into variates",
+}
+
+
+def _time_scales(records: pl.DataFrame, facts: dict[str, Any]) -> None:
+    coupled = records["reach"].is_not_null().any()
+    more = (
+        " and the number of variates. The last columns of the table are the learnt coupling (A2, A3) as a share of "
+        "what stability allows"
+    )
+    st.caption(
+        "How long the states of each head last, until 1/e is left: the median, the middle 80 % and, as a diamond, the "
+        f"median period. Dotted: the context{more if coupled else ''}."
+    )
+    figure = charts.time_scales_chart(
+        records, step=facts["freq"], context=facts["context_length"], variates=len(facts["variates"])
+    )
+    st.plotly_chart(figure, width="stretch", key="learnt-time-scales")
+    shown = [name for name in _SCALES if records[name].is_not_null().any()]
+    table(records, {name: _SCALES[name] for name in shown}, percentages=("into_time", "into_variates"))
+
+
+_DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather look at than read
+    "kernels": _chart(
+        "kernels",
         "Impulse responses of some features, from the shortest to the longest memory, each as a share of its peak.",
         charts.kernels_chart,
     ),
-    "timescales": (
+    "timescales": _chart(
+        "timescales",
         "How many steps back hold 95 % of a feature's weight, against the step size of its system.",
         charts.memory_chart,
     ),
+    "time_scales": _time_scales,
+    "coupling": _coupling,
 }
 
 
 def _explanation(facts: dict[str, Any], variate: str) -> None:
     with st.expander("What the model learnt"):
-        found = {name: records for name, records in facts["explanation"].items() if records}
+        found = {name: records for name, records in facts["explanation"].items() if records or name == "coupling"}
         if not found:
             st.caption("Nothing recorded for this model.")
             return
+        training = facts["provenance"].get("training") or {}
+        if training.get("epochs") and training.get("best_epoch", 0) < 0:
+            st.info("This fit kept its closed-form start: training did not clearly improve on it, and was taken back.")
         tabs = st.tabs([name.replace("_", " ") for name in found])
         for tab, (name, records) in zip(tabs, found.items(), strict=True):
             with tab:
                 if name in _DRAWN:
-                    note, draw = _DRAWN[name]
-                    st.caption(note)
-                    st.plotly_chart(draw(pl.DataFrame(records)), width="stretch", key=f"learnt-{name}")
+                    _DRAWN[name](pl.DataFrame(records, infer_schema_length=None), facts)
                 elif isinstance(records, list) and all(isinstance(record, dict) for record in records):
                     table(_named(records, facts, variate))
                 else:

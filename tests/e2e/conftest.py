@@ -75,6 +75,8 @@ def fill(workspace: Workspace) -> None:
     layers = {"name": "s4", "d_model": 8, "d_state": 8, "num_layers": 2, "patch_length": 1, "ridge": 100.0}
     once = {"max_epochs": 1, "max_steps_per_epoch": 4, "start_margin": 0}
     fit(validate(FitConfig, fit_settings(layers, train=once)), workspace)
+    coupled = {"name": "chimera", "d_model": 8, "d_state": 4, "skip": "learned"}  # no closed-form start to fall back to
+    fit(validate(FitConfig, fit_settings(coupled, train=once)), workspace)
     fit(validate(FitConfig, fit_settings({"name": "dlinear"}, train=short)), workspace)
     with suppress(DataError):  # a context longer than the data: a run that failed
         fit(validate(FitConfig, fit_settings({"name": "linear"}, window={"context_length": 5000})), workspace)

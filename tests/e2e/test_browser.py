@@ -204,3 +204,23 @@ def test_kernels_of_a_state_space_model_are_drawn(filled_workspace: Path, dashbo
         visitor.shoot(f"forecasts-{tab}")
     visitor.check()
     visitor.page.close()
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_coupling_and_time_scales_of_chimera_are_drawn(
+    filled_workspace: Path, dashboard: str, browser: Any, colours: str
+) -> None:
+    model = next(path.name for path in (filled_workspace / "artifacts").iterdir() if path.name.startswith("chimera"))
+    visitor = Visitor(browser, colours=colours)
+    visitor.open(f"{dashboard}/forecasts?artifact={model}")
+    visitor.page.get_by_text("What the model learnt").click(timeout=PATIENCE)
+    for tab in ("time scales", "coupling"):
+        visitor.page.get_by_role("tab", name=tab).click(timeout=PATIENCE)
+        visitor.page.wait_for_function(
+            "[...document.querySelectorAll('[role=tabpanel] .js-plotly-plot .main-svg')]"
+            ".some(chart => chart.getBoundingClientRect().width > 300)",
+            timeout=PATIENCE,
+        )
+        visitor.shoot(f"forecasts-{tab.replace(' ', '-')}-{colours}")
+    visitor.check()
+    visitor.page.close()

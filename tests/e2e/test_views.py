@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,64 @@ def test_state_space_model_shows_kernels_and_memory(filled: Path) -> None:
     memory = next(frame.value for frame in page.dataframe if "median" in frame.value.columns)
     assert memory["layer"].tolist() == [0, 1]
     assert ((memory["longest"] >= 1) & (memory["longest"] <= 72)).all()
+
+
+def chimera(home: Path) -> str:
+    return next(path.name for path in (home / "artifacts").iterdir() if path.name.startswith("chimera"))
+
+
+def test_chimera_shows_time_scales_coupling_and_parts(filled: Path) -> None:
+    page = draw("forecasts", artifact=chimera(filled))
+    assert not page.exception
+    assert not page.error
+    assert not page.info, "weights that were trained need no warning"
+    assert [tab.label for tab in page.tabs] == ["coupling", "time scales"]
+    matrix = json.loads(page.get("plotly_chart")[-2].proto.spec)
+    assert matrix["layout"]["yaxis"]["ticktext"] == ["x1", "x2", "x3"]
+    scales = next(frame.value for frame in page.dataframe if "memory" in frame.value.columns)
+    assert len(scales) == 8  # two layers, heads and directions
+    parts = json.loads(page.get("plotly_chart")[1].proto.spec)
+    named = [item["text"] for item in parts["layout"]["annotations"]]
+    assert named[-3:] == ["trend", "seasonal", "rest"]
+    assert any("not drawn: offset" in note.value for note in page.caption)
+
+
+def explained(home: Path, tmp_path: Path, monkeypatch: Any, change: Any, **training: int) -> Any:
+    """The forecast page of the chimera after ``change`` of its explanation."""
+    copy = tmp_path / "changed"
+    shutil.copytree(home, copy)
+    monkeypatch.setenv("TSFORGE_HOME", str(copy))
+    folder = copy / "artifacts" / chimera(copy)
+    found = json.loads((folder / "explanation.json").read_text())
+    change(found)
+    (folder / "explanation.json").write_text(json.dumps(found))
+    facts = json.loads((folder / "provenance.json").read_text())
+    facts["training"] |= training
+    (folder / "provenance.json").write_text(json.dumps(facts))
+    test = AppTest.from_string(
+        "from dashboards.state import workspace\nfrom dashboards.views import forecasts\n"
+        "from tsforge.app import catalog\n"
+        f"forecasts._explanation(catalog.artifact_facts(workspace(), {folder.name!r}), 'x1')\n",
+        default_timeout=240,
+    )
+    return test.run()
+
+
+def test_variates_kept_apart_are_said_to_be(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    page = explained(filled, tmp_path, monkeypatch, lambda found: found["coupling"].clear())
+    assert not page.exception
+    assert any("No coupling matrix" in note.value for note in page.caption)
+
+
+def test_a_network_that_was_taken_back_is_said_to_be(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def still(found: dict[str, Any]) -> None:
+        for record in found["coupling"]:
+            record["effect"] = 0.0
+
+    page = explained(filled, tmp_path, monkeypatch, still, best_epoch=-1)
+    assert not page.exception
+    assert any("closed-form start" in note.value for note in page.info)
+    assert any("No variate moves another" in note.value for note in page.caption)
 
 
 def test_published_forecast_is_shown_as_it_was_published(filled: Path) -> None:

@@ -156,6 +156,7 @@ def _shown(
         "context_length": spec["window"]["context_length"],
         "series": schema["series_ids"],
         "variates": columns["targets"],
+        "freq": columns["freq"],
         "covariates": {kind: columns[kind] for kind in ("known", "past", "static")},
         "known": [column for column in columns["known"] if not column.startswith(PREFIX)],
         "metrics": metrics,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,7 +46,7 @@ class _TextFormatter(logging.Formatter):
 
 
 def configure_logging(level: str = "info", *, as_json: bool = False) -> None:
-    """Send tsforge's logs to standard error, one line a record; called once by a shell.
+    """Send tsforge's logs and Python's warnings to standard error, one line a record; called once by a shell.
 
     Args:
         level: lowest level shown (``debug``, ``info``, ``warning``, ``error``).
@@ -59,6 +60,12 @@ def configure_logging(level: str = "info", *, as_json: bool = False) -> None:
     root.propagate = False
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Show a warning without the place in our code that gave it, which says nothing to who runs a command."""
+    get_logger("warnings").warning("%s", " ".join(str(message).split()))
 
 
 def log_event(logger: logging.Logger, message: str, **fields: object) -> None:

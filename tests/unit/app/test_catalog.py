@@ -88,7 +88,7 @@ def test_series_report_and_batches_of_a_dataset(workspace: Workspace) -> None:
 def store_artifact(workspace: Workspace, name: str, created: str) -> Path:
     folder = workspace.artifacts / name
     folder.mkdir(parents=True)
-    columns = {"targets": ["x"], "known": ["calendar.hour.sin", "price"], "past": [], "static": []}
+    columns = {"targets": ["x"], "known": ["calendar.hour.sin", "price"], "past": [], "static": [], "freq": "1h"}
     parts = {
         "spec": {"network": {"model": {"name": "linear"}}, "window": {"horizon": 4, "context_length": 8}},
         "schema": {"schema": columns, "series_ids": ["a", "b"]},
@@ -112,6 +112,7 @@ def test_artifacts_newest_first_without_incomplete_ones(workspace: Workspace) ->
     facts = catalog.artifact_facts(workspace, "older")
     assert facts["known"] == ["price"], "calendar features can be made for any time"
     assert facts["covariates"]["known"] == ["calendar.hour.sin", "price"]
+    assert facts["freq"] == "1h"
     with pytest.raises(ArtifactError, match=r"no artifact 'gone'.*newer, older"):
         catalog.artifact_facts(workspace, "gone")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_log_lines_are_one_json_object(capsys: pytest.CaptureFixture[str]) -> No
     log_event(get_logger("stage"), "checked", rows=3, dataset="x")
     line = json.loads(capsys.readouterr().err)
     assert (line["message"], line["rows"], line["dataset"], line["level"]) == ("checked", 3, "x", "info")
+    logging.getLogger("tsforge").handlers.clear()
+    logging.getLogger("tsforge").propagate = True
+
+
+def test_a_warning_is_one_line_without_our_source(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        configure_logging("info")
+        warnings.warn("this setting\nis for study", stacklevel=1)
+    assert capsys.readouterr().err == "warning this setting is for study\n"
     logging.getLogger("tsforge").handlers.clear()
     logging.getLogger("tsforge").propagate = True
 

@@ -137,3 +137,86 @@ def test_memory_chart_has_one_point_a_feature() -> None:
     assert [list(trace.y) for trace in figure.data] == [[300.0, 4.0], [40.0]]
     assert list(figure.data[0].x) == [0.001, 0.1]
     assert figure.layout.yaxis.type == "log"
+
+
+def coupling(names: list[str], effects: list[list[float]]) -> pl.DataFrame:
+    return pl.DataFrame(
+        [{"source": a, "variate": b, "effect": effects[i][j]} for i, a in enumerate(names) for j, b in enumerate(names)]
+    )
+
+
+def test_coupling_chart_has_sources_as_rows_and_keeps_own_effects_out_of_the_colours() -> None:
+    figure = charts.coupling_chart(coupling(["temp", "wind"], [[9.0, 0.0001], [0.5, 8.0]]))
+    others, own = figure.data
+    assert [list(row) for row in others.z] == [[None, 0.0001], [0.5, None]]
+    assert [list(row) for row in own.z] == [[9.0, None], [None, 8.0]]
+    assert (others.zmin, others.zmax) == (0, 0.5)
+    assert [list(row) for row in others.text] == [["", ""], ["0.5", ""]]  # what is next to nothing has no number
+    assert list(others.customdata[1][0]) == ["wind", "temp"]
+    assert list(figure.layout.yaxis.ticktext) == list(figure.layout.xaxis.ticktext) == ["temp", "wind"]
+    assert figure.layout.yaxis.title.text == "last value of"
+    assert figure.layout.xaxis.title.text == "forecast of"
+    assert figure.layout.yaxis.autorange == "reversed"  # the first on top, as in a matrix
+
+
+def test_coupling_chart_of_many_variates_names_them_all_and_leaves_the_numbers_out() -> None:
+    names = [f"particulate matter at station {number}" for number in range(20)]
+    figure = charts.coupling_chart(coupling(names, [[1.0] * 20] * 20))
+    ticks = list(figure.layout.xaxis.ticktext)
+    assert len(set(ticks)) == 20
+    assert max(len(tick) for tick in ticks) <= 22
+    assert figure.layout.xaxis.tickangle == -60
+    assert figure.data[0].texttemplate is None
+
+
+def scales(*, coupled: bool = True, directions: tuple[str, ...] = ("forward", "backward")) -> pl.DataFrame:
+    reach = {"reach_p10": 0.5, "reach": 2.0, "reach_p90": 9.0} if coupled else {}
+    reach = {**dict.fromkeys(("reach_p10", "reach", "reach_p90")), **reach}
+    return pl.DataFrame(
+        [
+            {"layer": 0, "head": head, "direction": direction, "memory_p10": 3.0, "memory": 20.0, "memory_p90": 400.0}
+            | {"period": 24.0 if head == "seasonal" else None}
+            | reach
+            for head in ("trend", "seasonal")
+            for direction in directions
+        ],
+        infer_schema_length=None,
+    )
+
+
+def test_time_scales_chart_has_a_row_a_head_and_direction_on_logarithmic_axes() -> None:
+    figure = charts.time_scales_chart(scales(), step="15m", context=96, variates=7)
+    assert [item.text for item in figure.layout.annotations] == [
+        "memory along time (steps of 15m)",
+        "reach along variates (number of variates)",
+    ]
+    assert [trace.name for trace in figure.data] == ["trend", "trend", "seasonal", "seasonal", "seasonal: period"]
+    assert list(figure.layout.yaxis.ticktext) == [
+        f"layer 0, {head}, {direction}" for head in ("trend", "seasonal") for direction in ("forward", "backward")
+    ]
+    memory = figure.data[0]
+    assert (list(memory.x), list(memory.error_x.array), list(memory.error_x.arrayminus)) == (
+        [20.0] * 2,
+        [380.0] * 2,
+        [17.0] * 2,
+    )
+    assert list(figure.data[4].x) == [24.0] * 2
+    assert (figure.layout.xaxis.type, figure.layout.xaxis2.type) == ("log", "log")
+    assert list(figure.layout.xaxis.range) == [0, 3]  # 3 to 400: whole decades
+    assert [shape.x0 for shape in figure.layout.shapes] == [96, 7]
+
+
+def test_time_scales_of_a_model_without_coupling_have_no_reach() -> None:
+    table = scales(coupled=False, directions=("forward",))
+    figure = charts.time_scales_chart(table, step="1d", context=96, variates=1)
+    assert [item.text for item in figure.layout.annotations] == ["memory along time (steps of 1d)"]
+    assert list(figure.layout.yaxis.ticktext) == ["layer 0, trend", "layer 0, seasonal"]
+
+
+def test_small_parts_have_powers_of_ten_on_their_axis() -> None:
+    table = pl.DataFrame(
+        {"time": times(2) * 2, "component": ["level"] * 2 + ["trend"] * 2, "value": [9.0] * 2 + [2e-4] * 2}
+    )
+    figure = charts.components_chart(table)
+    assert figure.layout.yaxis.exponentformat is None
+    assert figure.layout.yaxis2.exponentformat == "power"
