@@ -218,15 +218,18 @@ def long_run(series: int, steps: int, plan: Plan) -> dict[str, Any]:
     settled = min(200, steps // 2)
     before: int | None = None
     bytes_before = 0
+    tenths: list[int | None] = []
     start = time.perf_counter()
     for index in range(steps):
         if index == settled:
             before, bytes_before = resident_bytes(), state_bytes(state)["total"]
         state = model.step(state, observe(cycle[:, index % cycle.shape[1]]))
+        if (index + 1) * 10 % steps < 10:
+            tenths.append(resident_bytes())
     seconds = time.perf_counter() - start
     after = resident_bytes()
     record: dict[str, Any] = {"series": series, "steps": steps, "seconds": seconds}
-    record |= {"resident_before": before, "resident_after": after}
+    record |= {"resident_before": before, "resident_after": after, "resident_tenths": tenths}
     record |= {"state_before": bytes_before, "state_after": state_bytes(state)["total"]}
     if series == 1:
         carried, whole = bare.free_run(state).raw, bare(window(cycle)).raw
@@ -323,17 +326,18 @@ def memory_lines(rows: list[dict[str, Any]]) -> list[str]:
     """Return the table of memory as Markdown."""
     lines = [
         "| series | steps | s | state before and after, kB | resident before and after, MB | change, MB "
-        "| carried forecast against forward on all rows |",
-        "|---|---|---|---|---|---|---|",
+        "| resident after each tenth, MB | carried forecast against forward on all rows |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         shown = [row["series"], f"{row['steps']:,}", f"{row['seconds']:.1f}"]
         shown.append(f"{row['state_before'] / 1e3:,.1f}, {row['state_after'] / 1e3:,.1f}")
         if row["resident_before"] is None or row["resident_after"] is None:
-            shown += ["not told", "not told"]
+            shown += ["not told", "not told", "not told"]
         else:
             before, after = row["resident_before"] / 1e6, row["resident_after"] / 1e6
             shown += [f"{before:.1f}, {after:.1f}", f"{after - before:+.2f}"]
+            shown.append(", ".join(f"{part / 1e6:.0f}" for part in row.get("resident_tenths", []) if part is not None))
         known = "difference" in row
         shown.append(f"{row['difference']:.1e} (largest value {row['largest_forecast']:.2g})" if known else "")
         lines.append("| " + " | ".join(map(str, shown)) + " |")
