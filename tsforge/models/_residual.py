@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tsforge.contracts.model import ForecastModel, ModelConfig
+from tsforge.contracts.model import ForecastModel, ModelConfig, State
 from tsforge.contracts.tensors import Batch, SolveReport, TrainingSeries
-from tsforge.core.errors import ConfigError
+from tsforge.core.errors import ConfigError, ModelError
 from tsforge.models.linear import Linear, LinearConfig
 
 _LEAST_SCALE = 1e-5
@@ -48,10 +48,12 @@ class ResidualForecaster(ForecastModel[C]):
 
     Attributes:
         skip: the linear map, or None.
+        patch: steps read as one input.
         part_name: what the network adds, as named in ``components``.
     """
 
     skip: Linear | None
+    patch: int
     part_name = "network"
 
     def make_skip(self, auto: Literal["closed_form", "none"] = "closed_form") -> Linear | None:
@@ -67,6 +69,33 @@ class ResidualForecaster(ForecastModel[C]):
         skip = Linear(config, self.spec)
         skip.weight.requires_grad_(False)
         return skip
+
+    @property
+    def recurrent(self) -> bool:
+        """True without patches."""
+        return self.patch == 1
+
+    def _need_recurrent(self) -> None:
+        if not self.recurrent:
+            raise ModelError(
+                f"patches of {self.patch} steps cannot be carried forward step by step; fit with model.patch_length=1, "
+                "or stream in window mode"
+            )
+
+    def _first_memories(self, batch_size: int, like: Tensor, static: Tensor | None) -> State:
+        """Return what a state holds beside that of the network, before any observation."""
+        variates = self.spec.num_variates
+        found: State = {
+            "loc": like.new_zeros(batch_size, 1, variates),
+            "scale": like.new_ones(batch_size, 1, variates),
+        }
+        if self.skip is not None:
+            shape = (batch_size, self.spec.context_length, variates)
+            found["context"] = like.new_zeros(shape)
+            found["context_mask"] = torch.zeros(shape, dtype=torch.bool, device=like.device)
+        if self.spec.num_static:
+            found["static"] = like.new_zeros(batch_size, self.spec.num_static) if static is None else static
+        return found
 
     @property
     def normalises(self) -> bool:

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from tsforge.contracts.model import Capabilities, State
 from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction
 from tsforge.core.config import tunable
-from tsforge.core.errors import ConfigError, ModelError
+from tsforge.core.errors import ConfigError
 from tsforge.layers.ssm import SSM
 from tsforge.layers.ssm_block import SSMBlock, SSMStack, States, memory_lengths
 from tsforge.models._residual import ResidualConfig, ResidualForecaster
@@ -157,11 +157,6 @@ class SSMForecaster(ResidualForecaster[C]):
         low = min(max(1e-4, 1.0 / (4 * steps)), 0.1)
         low = low if self.config.dt_min is None else self.config.dt_min
         return low, min(100.0 * low, 1.0) if self.config.dt_max is None else self.config.dt_max
-
-    @property
-    def recurrent(self) -> bool:
-        """True without patches."""
-        return self.patch == 1
 
     @property
     def takes_elapsed(self) -> bool:
@@ -344,41 +339,19 @@ class SSMForecaster(ResidualForecaster[C]):
 
     # ---- streaming
 
-    def _need_recurrent(self) -> None:
-        if not self.recurrent:
-            raise ModelError(
-                f"patches of {self.patch} steps cannot be carried forward step by step; fit with model.patch_length=1, "
-                "or stream in window mode"
-            )
-
     def initial_state(self, batch_size: int, static: Tensor | None = None) -> State:
         """Return the state before any observation, in the units of the training span."""
         self._need_recurrent()
         weight = self.embed.weight
-        shape = (batch_size, 1, self.spec.num_variates)
+        rest = self._first_memories(batch_size, weight, static)
+        if self.skips_missing:
+            rest["pending"] = weight.new_zeros(batch_size, self.rows)
+            rest["seen"] = torch.zeros(batch_size, self.rows, dtype=torch.bool, device=weight.device)
         return self._pack(
             weight.new_zeros(batch_size * self.rows, self.config.d_model),
             self.stack.default_states(batch_size * self.rows),
-            {
-                "loc": weight.new_zeros(shape),
-                "scale": weight.new_ones(shape),
-                **self._memories(batch_size, weight),
-                **({} if static is None or not self.spec.num_static else {"static": static}),
-            },
+            rest,
         )
-
-    def _memories(self, batch: int, like: Tensor) -> dict[str, Tensor]:
-        length, variates = self.spec.context_length, self.spec.num_variates
-        found: dict[str, Tensor] = {}
-        if self.skip is not None:
-            found["context"] = like.new_zeros(batch, length, variates)
-            found["context_mask"] = torch.zeros(batch, length, variates, dtype=torch.bool, device=like.device)
-        if self.skips_missing:
-            found["pending"] = like.new_zeros(batch, self.rows)
-            found["seen"] = torch.zeros(batch, self.rows, dtype=torch.bool, device=like.device)
-        if self.spec.num_static:
-            found["static"] = like.new_zeros(batch, self.spec.num_static)
-        return found
 
     def _pack(self, feature: Tensor, states: States, rest: dict[str, Tensor]) -> State:
         batch = feature.shape[0] // self.rows

@@ -204,11 +204,6 @@ class Chimera(ResidualForecaster[ChimeraConfig]):
             raise ConfigError(f"model.patch_length: {length} exceeds context_length {self.spec.context_length}")
         return length
 
-    @property
-    def recurrent(self) -> bool:
-        """True without patches."""
-        return self.patch == 1
-
     # ---- inputs
 
     def _normalised(self, batch: Batch, loc: Tensor, scale: Tensor) -> Tensor:
@@ -418,27 +413,11 @@ class Chimera(ResidualForecaster[ChimeraConfig]):
 
     # ---- streaming
 
-    def _need_recurrent(self) -> None:
-        if not self.recurrent:
-            raise ModelError(
-                f"patches of {self.patch} steps cannot be carried forward step by step; fit with model.patch_length=1, "
-                "or stream in window mode"
-            )
-
     def initial_state(self, batch_size: int, static: Tensor | None = None) -> State:
         """Return the state before any observation, in the units of the training span."""
         self._need_recurrent()
         weight, variates = self.embed.weight, self.spec.num_variates
-        rest = {
-            "loc": weight.new_zeros(batch_size, 1, variates),
-            "scale": weight.new_ones(batch_size, 1, variates),
-        }
-        if self.skip is not None:
-            shape = (batch_size, self.spec.context_length, variates)
-            rest["context"] = weight.new_zeros(shape)
-            rest["context_mask"] = torch.zeros(shape, dtype=torch.bool, device=weight.device)
-        if self.spec.num_static:
-            rest["static"] = weight.new_zeros(batch_size, self.spec.num_static) if static is None else static
+        rest = self._first_memories(batch_size, weight, static)
         column = weight.new_zeros(batch_size, variates, self.config.d_model)
         token = self.next_token.bias.expand_as(column) if self.closed else None
         return self._pack(column, token, self.stack.default_states(batch_size, variates), rest)
