@@ -226,6 +226,11 @@ def _time_scales(records: pl.DataFrame, facts: dict[str, Any]) -> None:
     table(records, {name: _SCALES[name] for name in shown}, percentages=("into_time", "into_variates"))
 
 
+def _order(records: pl.DataFrame, facts: dict[str, Any]) -> None:
+    st.caption("The order that the coupling runs along, both ways: neighbours are variates that move together.")
+    st.write(", ".join(facts["variates"][number] for number in records.sort("position")["variate"]))
+
+
 _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather look at than read
     "kernels": _chart(
         "kernels",
@@ -239,6 +244,7 @@ _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather
     ),
     "time_scales": _time_scales,
     "coupling": _coupling,
+    "order": _order,
 }
 
 

@@ -174,6 +174,13 @@ def test_variates_kept_apart_are_said_to_be(filled: Path, tmp_path: Path, monkey
     assert any("No coupling matrix" in note.value for note in page.caption)
 
 
+def test_the_order_of_variates_is_named(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    order = [{"position": place, "variate": number} for place, number in enumerate((2, 0, 1))]
+    page = explained(filled, tmp_path, monkeypatch, lambda found: found.update(order=order[::-1]))
+    assert not page.exception
+    assert any(text.value == "x3, x1, x2" for text in page.markdown)
+
+
 def test_a_network_that_was_taken_back_is_said_to_be(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
     def still(found: dict[str, Any]) -> None:
         for record in found["coupling"]:

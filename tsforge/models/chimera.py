@@ -101,7 +101,10 @@ class ChimeraConfig(ResidualConfig):
         for name in ("dt_trend", "dt_seasonal"):
             if self.structure == "companion" and getattr(self, name) != usual[name].default:
                 raise ConfigError(f"model.{name} has no effect with structure companion, which has no steps along time")
-        self.options(1)
+        try:
+            self.options(1)
+        except ConfigError as error:
+            raise ConfigError(f"model.{error}") from error
 
     def options(self, patch: int) -> ChimeraOptions:
         """Return what the layers are made of; steps along time are those of a patch."""
@@ -405,11 +408,18 @@ class Chimera(ResidualForecaster[ChimeraConfig]):
 
     @torch.no_grad()
     def explain(self) -> dict[str, Any]:
-        """Return time-scales of the heads and how far variates move each other; see :mod:`._chimera_explain`."""
-        return {
+        """Return time-scales of the heads and how far variates move each other; see :mod:`._chimera_explain`.
+
+        With ``variate_order: corr`` also the order that the coupling runs along.
+        """
+        found: dict[str, Any] = {
             "time_scales": timescale_records(self.stack, self.patch),
             "coupling": coupling_records(self) if self.config.coupling != "none" else [],
         }
+        if self.config.variate_order == "corr":
+            places = enumerate(self.order.tolist())
+            found["order"] = [{"position": place, "variate": variate} for place, variate in places]
+        return found
 
     # ---- streaming
 

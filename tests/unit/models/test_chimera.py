@@ -116,9 +116,9 @@ def span(spec: DataSpec, *, rows: int = 150) -> TrainingSeries:
         ({"skip": "none", "ridge": 3.0}, r"model\.ridge has no effect with skip 'none'"),
         ({"variate_order": "corr", "coupling": "none"}, r"model\.variate_order has no effect with coupling 'none'"),
         ({"variate_order": "corr", "coupling": "pooled"}, r"model\.variate_order has no effect"),
-        ({"head_mix": "residual", "heads": "seasonal"}, "head_mix 'residual' needs both heads"),
+        ({"head_mix": "residual", "heads": "seasonal"}, "model.head_mix 'residual' needs both heads"),
         ({"coupling": "none", "discretisation": "separate"}, "cannot switch the coupling off"),
-        ({"structure": "companion"}, "structure 'companion'"),
+        ({"structure": "companion"}, "model.structure 'companion'"),
         (
             {"structure": "companion", "selective": False, "dt_trend": (0.1, 0.2)},
             r"model\.dt_trend has no effect with structure companion",
@@ -360,6 +360,7 @@ def test_the_order_comes_from_the_training_span_and_stays_with_the_weights() -> 
     other = make(spec, variate_order="corr", seed=4)
     other.load_state_dict(model.state_dict())
     assert other.order.tolist() == found
+    assert other.explain()["order"] == [{"position": i, "variate": variate} for i, variate in enumerate(found)]
 
 
 def frame_of(targets: tuple[str, ...]) -> SeriesFrame:
