@@ -8,8 +8,11 @@ and looks at it. In Triton's interpreter (``TRITON_INTERPRET=1``) tensors on the
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
+import subprocess
 from functools import lru_cache
 
 import torch
@@ -34,6 +37,15 @@ def unavailable_reason(device: torch.device) -> str | None:
     return compiled.settled("Triton on this GPU", lambda: _trial(device.type, device.index))
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what a missing compiler, header or driver, or a card that is too old, is known to raise."""
+    known = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+    failures: tuple[type[Exception], ...] = (*known, TypeError, ValueError, subprocess.SubprocessError)
+    with contextlib.suppress(ImportError):
+        failures = (*failures, importlib.import_module("triton.errors").TritonError)
+    return failures
+
+
 @lru_cache
 def _trial(kind: str, index: int | None) -> str | None:
     """Return what goes wrong in a first launch, or None."""
@@ -45,6 +57,6 @@ def _trial(kind: str, index: int | None) -> str | None:
         number = torch.zeros(1, device=torch.device(kind, index) if index is not None else kind)
         set_one[(1,)](number)
         return None if float(number) == 1.0 else "a trial kernel gave a wrong number"
-    except Exception as error:  # noqa: BLE001 - a compiler, a driver, a card: whatever fails, only speed is lost
+    except _failures() as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"a trial kernel failed: {type(error).__name__}: {lines[0] if lines else 'no message'}"

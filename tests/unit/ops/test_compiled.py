@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,20 +46,6 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("TSFORGE_COMPILED", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     return folder
-
-
-@pytest.fixture
-def logged() -> Iterator[list[logging.LogRecord]]:
-    """What the module logs, whatever the shells did to the loggers above it."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    level = compiled.logger.level
-    compiled.logger.addHandler(handler)
-    compiled.logger.setLevel(logging.INFO)
-    yield records
-    compiled.logger.removeHandler(handler)
-    compiled.logger.setLevel(level)
 
 
 def cache(tmp_path: Path) -> Path:

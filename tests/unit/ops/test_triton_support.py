@@ -25,24 +25,34 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     triton_support._trial.cache_clear()
 
 
-def test_a_cpu_is_no_place_for_triton(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_is_no_place_for_triton(logged: list[logging.LogRecord]) -> None:
     assert unavailable_reason(torch.device("cpu")) == "the tensors are on cpu, Triton needs an NVIDIA GPU"
-    assert not caplog.records
+    assert not logged
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the launch would work")
 def test_a_launch_that_fails_is_told_once_and_remembered(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, logged: list[logging.LogRecord]
 ) -> None:
     monkeypatch.setattr(triton_support.importlib.util, "find_spec", lambda name: object())
-    logging.getLogger("tsforge").propagate = True
     found = unavailable_reason(CUDA)
     assert found is not None
     assert found.startswith("a trial kernel failed: ")
     assert "\n" not in found
     assert unavailable_reason(CUDA) == found
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "the slower torch path is used" in caplog.text
+    assert [record.levelname for record in logged] == ["WARNING"]
+    assert "the slower torch path is used" in logged[0].getMessage()
+
+
+def test_errors_of_triton_itself_are_caught() -> None:
+    if triton_support.importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed (there is none for this system)")
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    assert issubclass(CompilationError, triton_support._failures())
+    assert issubclass(OutOfResources, triton_support._failures())
+    assert issubclass(PTXASError, triton_support._failures())
 
 
 def test_a_wrong_number_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
