@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout1d, gelu, glu, pad
 
@@ -54,10 +55,19 @@ class SSMBlock(nn.Module):
         mixed = gelu(y.flatten(1, 2).to(x.dtype))
         if self.training and self.dropout > 0.0:
             mixed = dropout1d(mixed, self.dropout)
-        gated = glu(self.out(mixed.transpose(1, 2)), dim=-1)
+        gated = glu(self._map(mixed), dim=1)
         if self.training and self.dropout > 0.0:
-            gated = dropout1d(gated.transpose(1, 2), self.dropout).transpose(1, 2)
-        return x + gated
+            gated = dropout1d(gated, self.dropout)
+        return x + gated.transpose(1, 2)
+
+    def _map(self, mixed: Tensor) -> Tensor:
+        """Return the linear map of features [B, M D, L], [B, 2 D, L]."""
+        weight, bias = self.out.weight, self.out.bias
+        length, width = mixed.shape[-1], mixed.shape[1]
+        if 2 * length < width:  # the gradient of one weight a sequence would be larger than the sequences
+            return self.out(mixed.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
+        size = (len(mixed), -1, -1)  # features stay in front of steps: no copy of what the convolution gave
+        return torch.baddbmm(bias[:, None].expand(len(mixed), -1, length), weight.expand(size), mixed)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, elapsed: Tensor | None = None, with_state: bool = False

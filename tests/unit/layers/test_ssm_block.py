@@ -324,3 +324,17 @@ def test_memory_adds_the_channels() -> None:
     kernel[0, 0, 0], kernel[1, 0, 5] = 1.0, -3.0
     assert memory_lengths(kernel, 0.2).tolist() == [1]
     assert memory_lengths(kernel, 0.5).tolist() == [6]
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 200])
+def test_the_map_of_features_is_the_linear_one_in_either_layout(length: int) -> None:
+    """Short sequences go through the layer itself, long ones keep features in front of steps."""
+    torch.manual_seed(0)
+    block = SSMBlock(DiagonalSSM(16, 4)).double()
+    mixed = torch.randn(3, 16, length, dtype=torch.float64, requires_grad=True)
+    found, expected = block._map(mixed), block.out(mixed.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    inputs = [mixed, *block.out.parameters()]
+    pairs = zip(*(torch.autograd.grad(part.square().sum(), inputs) for part in (found, expected)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
