@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tsforge.ops.scan2d import Scan2D, _unavailable, scan2d
 
-FAST = ("rows", "wavefront", "compiled", pytest.param("triton", marks=pytest.mark.gpu))
+TRITON = pytest.param("triton", marks=pytest.mark.gpu)
+FAST = ("rows", "wavefront", "compiled", TRITON)
 
 
 def backends() -> Any:

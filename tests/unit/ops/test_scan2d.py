@@ -16,6 +16,7 @@ import pytest
 import torch
 from block_operator import TREES, Block, cell
 from scan2d_cases import (
+    TRITON,
     Case,
     backends,
     difference,
@@ -52,7 +53,7 @@ def wavefront(case: Case, every: int | None = None) -> Scan2D:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("backend", ["reference", "rows", "wavefront", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "rows", "wavefront", "compiled", TRITON])
 def test_checklist_5_1_float64_equals_the_loop(backend: str, grid: tuple[int, int]) -> None:
     case = draw(2, *grid, groups=2)
     assert difference(run(backend, case), oracle(case)) < 1e-12
@@ -69,7 +70,7 @@ def test_checklist_5_1_float32_equals_the_loop(backend: str, grid: tuple[int, in
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (6, 1), (5, 9), (9, 4)])
-@pytest.mark.parametrize("backend", ["reference", "rows", "wavefront", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "rows", "wavefront", "compiled", TRITON])
 def test_checklist_5_1_complex_states_equal_the_loop(backend: str, grid: tuple[int, int]) -> None:
     case = draw(2, *grid, groups=4, complex_states=True)
     found = run(backend, case)
@@ -512,7 +513,7 @@ def test_checklist_5_5_outside_the_condition_it_explodes(backend: str) -> None:
     assert float(run(backend, constant(200, 200, math.sqrt(1.2))).y.abs().max()) > 1e6
 
 
-@pytest.mark.parametrize("backend", ["wavefront", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["wavefront", "compiled", TRITON])
 def test_checklist_5_5_float32_stays_finite_on_a_large_grid(backend: str) -> None:
     found = run(backend, constant(862, 720, 0.95, torch.float32))
     assert bool(found.y.isfinite().all())
@@ -592,7 +593,7 @@ def test_checklist_5_7_batches_can_be_permuted_and_split(backend: str) -> None:
 
 @pytest.mark.parametrize("complex_states", [False, True])
 @pytest.mark.parametrize("grid", [(5, 9), (9, 5), (1, 4)])
-@pytest.mark.parametrize("backend", ["auto", "rows", "wavefront", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "rows", "wavefront", "compiled", TRITON])
 def test_checklist_5_8_column_by_column_equals_the_full_pass(
     backend: str, grid: tuple[int, int], complex_states: bool
 ) -> None:
