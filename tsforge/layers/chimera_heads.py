@@ -25,7 +25,7 @@ HeadName: TypeAlias = Literal["trend", "seasonal"]
 Span: TypeAlias = tuple[float, float]
 
 RHO = 0.95  # share of the stability limit that the coupling can reach
-_LOG_DECAY = (-12.0, 8.0)  # clamp of p1, p4: exp stays finite whatever the optimiser does
+LOG_DECAY = (-12.0, 8.0)  # clamp of p1, p4: exp stays finite whatever the optimiser does
 _COUPLING_SPREAD = 0.1  # of p2, p3 at the start: nearly independent variates
 _CHANNELS_A_RANK = 16
 KEPT = OptimRule(weight_decay=0.0)
@@ -282,7 +282,7 @@ class DiagonalHead(ChimeraHead):
     def transitions(self) -> Four:
         """Return A1, A2, A3, A4, each (G E, S); without coupling A2 = A3 = 0."""
         given: list[Tensor] = [self.p1, self.p4] if self.coupled else [self.p1]
-        decay = torch.stack(given).flatten(1, 2).clamp(*_LOG_DECAY).exp()
+        decay = torch.stack(given).flatten(1, 2).clamp(*LOG_DECAY).exp()
         if self.coupled:
             a2, a3 = (RHO * torch.stack([self.p2, self.p3]).flatten(1, 2).tanh() * decay).unbind(0)
             rates = [-decay[0], a2, a3, -decay[1]]

@@ -18,12 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from tsforge.layers.chimera_heads import RHO, ChimeraHead, ChimeraOptions, DiagonalHead, HeadName, Scales, log_uniform
+from tsforge.layers.chimera_heads import (
+    LOG_DECAY,
+    RHO,
+    ChimeraHead,
+    ChimeraOptions,
+    DiagonalHead,
+    HeadName,
+    Scales,
+    log_uniform,
+)
 from tsforge.ops.scan2d import Pair
 from tsforge.ops.scan2d_lti import LTISystem2D, companion, lti_kernel2d, lti_scan2d, lti_step2d, lti_system2d
 
 _COLUMN_NORM = {"trend": 0.99, "seasonal": 0.9}
-_LOG_DECAY = (-12.0, 8.0)
 
 
 def _initial_maps(head: ChimeraHead) -> Tensor:
@@ -116,7 +124,7 @@ class CompanionHead(ChimeraHead):
         shrinks = self.norm ** (1 / self.options.states)
         strength = RHO * self.p2.tanh() * (1 - shrinks) / shrinks
         a2 = strength.reshape(-1, 1, 1) * companion(self.column2, self.norm)
-        a4 = torch.exp(-self.p4.clamp(*_LOG_DECAY).exp())
+        a4 = torch.exp(-self.p4.clamp(*LOG_DECAY).exp())
         a3 = RHO * self.p3.tanh() * (1 - a4.amax(-1, keepdim=True))
         return a1, a2, a3.flatten(0, 1), a4.flatten(0, 1)
 
@@ -152,5 +160,5 @@ class CompanionHead(ChimeraHead):
         still = self.column1.new_full(shape, memory)
         if not self.coupled:
             return Scales(still, None, None, None, None)
-        decay = self.p4.clamp(*_LOG_DECAY).exp()
+        decay = self.p4.clamp(*LOG_DECAY).exp()
         return Scales(still, None, 1 / decay, RHO * self.p2.tanh().abs(), RHO * self.p3.tanh().abs())

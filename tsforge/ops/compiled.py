@@ -4,8 +4,8 @@ A kernel is one file ``csrc/NAME.cpp`` of plain C functions (``extern "C"``, raw
 host compiler turns into a shared library and ctypes loads; calls release the interpreter's lock. Without a compiler,
 or where it fails, only speed is lost: ``unavailable_reason`` says why and the caller takes its torch path.
 
-Why not torch's C++ extension tooling: with the same kernel (``scan2d``, GCC 12, one core) it took 28 s against 5 to 7 s
-here, most of it for torch's headers; it needs ninja; and what it builds belongs to one torch version.
+Why not torch's C++ extension tooling: it compiles torch's headers each time, which takes several times as long as a
+kernel here; it needs ninja; and what it builds belongs to one torch version.
 
 The library is stored as ``NAME-KEY-DIGEST.so`` in a folder of this user alone (``$XDG_CACHE_HOME/tsforge/compiled``,
 else ``~/.cache/...``). KEY covers the sources, flags, compiler, processor and tsforge version: ``-march=native`` code
