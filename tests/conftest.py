@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -33,6 +34,19 @@ def shared_data() -> Path:
     if folder is None:
         pytest.skip("real data sets not found: set TSFORGE_DATA to the folder that holds forecast/ and anomaly/")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Take back what a command run in this process did to tsforge's logger: its handler writes to a stream that only
+    lives as long as the test.
+    """
+    logger = logging.getLogger("tsforge")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 @pytest.fixture
