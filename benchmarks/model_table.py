@@ -49,6 +49,7 @@ _TRAIN = (
     ":train.max_steps_per_epoch=80:train.batch_size=64:train.schedule=one_cycle:train.weight_decay=0.01"
     ":train.learning_rate=1e-3:train.max_epochs=3:train.patience=2"
 )
+_LONG = _TRAIN.replace("epoch=80", "epoch=250").replace("epochs=3", "epochs=12").replace("patience=2", "patience=4")
 _CHIMERA = "chimera:d_model=32:d_state=8:num_layers=2:dropout=0.2"
 
 
@@ -68,7 +69,10 @@ PRESETS = {
         (336, 720),
     ),
     "chimera": Preset(_CHIMERA + _TRAIN, (96, 336)),
+    "chimera, longer": Preset(_CHIMERA + _LONG, (96, 336)),
     "chimera alone": Preset(_CHIMERA + ":skip=none" + _TRAIN, (96,)),
+    "chimera alone, longer": Preset(_CHIMERA + ":skip=none" + _LONG, (96, 336)),
+    "chimera alone, longer: no coupling": Preset(_CHIMERA + ":skip=none:coupling=none" + _LONG, (96, 336)),
     "chimera alone: no coupling": Preset(_CHIMERA + ":skip=none:coupling=none" + _TRAIN, (96,)),
     "chimera alone: pooled": Preset(_CHIMERA + ":skip=none:coupling=pooled" + _TRAIN, (96,)),
     "chimera alone: forward only": Preset(_CHIMERA + ":skip=none:directions=forward" + _TRAIN, (96,)),
@@ -78,8 +82,9 @@ PRESETS = {
     "chimera alone: not selective": Preset(_CHIMERA + ":skip=none:selective=false" + _TRAIN, (96,)),
 }
 GROUPS = {
-    "ablations": tuple(name for name in PRESETS if name.startswith("chimera alone")),
+    "ablations": tuple(name for name in PRESETS if name.startswith("chimera alone") and ", longer" not in name),
     "closed": (LINEAR, CHOSEN),
+    "longer": tuple(name for name in PRESETS if ", longer" in name),
 }
 # Published MSE at 96, 192, 336, 720 steps, each with its own look-back, for orientation: PatchTST/42 (look-back 336;
 # Nie et al. 2023, ICLR, Table 3) and iTransformer (look-back 96; Liu et al. 2024, ICLR, Table 10), as remembered; the
@@ -294,7 +299,9 @@ def main() -> None:
         "--horizons", default=",".join(map(str, HORIZONS)), help="steps; published rows need the usual four"
     )
     parser.add_argument(
-        "--models", default="closed,s4,chimera", help="presets by commas; 'ablations' and 'closed' for several"
+        "--models",
+        default="closed,s4,chimera",
+        help="presets by commas; 'ablations', 'longer' and 'closed' for several",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--home", type=Path, default=None, help="workspace of the cache")
