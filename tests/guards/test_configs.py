@@ -21,6 +21,7 @@ CLASSES = {
     "benchmark": "tsforge.app.benchmark:BenchmarkConfig",
     "detect": "tsforge.app.detect:DetectJobConfig",
     "stream": "tsforge.app.stream:StreamConfig",
+    "reconstruct": "tsforge.app.reconstruct:ReconstructConfig",
     "tune": "tsforge.app.tune:TuneJobConfig",
     "retrain": "tsforge.app.retrain:RetrainConfig",
     "schedule": "tsforge.app.schedule:ScheduleConfig",
@@ -29,6 +30,7 @@ CLASSES = {
     "experiment/": "tsforge.app.fit:FitConfig",
     "experiment/demo_backtest": "tsforge.app.backtest:BacktestJobConfig",
     "experiment/demo_batch": "tsforge.app.batch:BatchConfig",
+    "experiment/demo_lorenz": "tsforge.app.reconstruct:ReconstructConfig",
     "experiment/demo_watch": "tsforge.app.detect:DetectJobConfig",
 }
 # groups are tried through a config that uses them: group -> (config, class, override)

@@ -14,7 +14,7 @@ LOW = {"core"}
 FLOOR1 = {"core", "contracts", "ops", "metrics"}
 FLOOR3 = FLOOR1 | {"data", "layers", "models"}
 FLOOR4 = FLOOR3 | {"network", "artifact"}
-BELOW_APP = FLOOR4 | {"training", "forecasting", "anomaly", "tracking", "tuning", "scheduling"}
+BELOW_APP = FLOOR4 | {"training", "forecasting", "anomaly", "dynamics", "tracking", "tuning", "scheduling"}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "contracts": LOW,
@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": FLOOR4,
     "forecasting": FLOOR4,
     "anomaly": FLOOR4 | {"forecasting"},
+    "dynamics": FLOOR4 | {"training"},
     "tracking": {"core", "contracts", "artifact", "forecasting", "data"},
     "tuning": {"core"},
     "scheduling": {"core"},
@@ -42,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
 # Library -> rooms that may import it (anywhere, also inside functions).
 TORCH_ROOMS = {"contracts", "ops", "data", "layers", "models", "network", "artifact", "training", "forecasting"}
 HEAVY: dict[str, set[str]] = {
-    "torch": TORCH_ROOMS | {"anomaly", "testing", "app"},
-    "lightning": {"training"},
+    "torch": TORCH_ROOMS | {"anomaly", "dynamics", "testing", "app"},
+    "lightning": {"training", "dynamics"},
     "pytorch_lightning": set(),
     "mlflow": {"tracking"},
     "optuna": {"tuning"},
@@ -57,7 +58,7 @@ HEAVY: dict[str, set[str]] = {
     "hydra": {"core"},
     "omegaconf": {"core"},
     "typer": {"cli"},
-    "rich": {"cli", "console", "training", "app", "tuning", "forecasting"},
+    "rich": {"cli", "console", "training", "dynamics", "app", "tuning", "forecasting"},
     "holidays": {"data"},
     "matplotlib": {"tracking"},
     "pickle": set(),
