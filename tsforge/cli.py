@@ -250,6 +250,22 @@ def tune(
 
 
 @app.command()
+def reconstruct(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="Name below configs/ or a YAML file.")
+    ] = "reconstruct",
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Reconstruct the dynamics behind trajectories: several seeds side by side, judged by their free runs."""
+    job = _config("tsforge.app.reconstruct:ReconstructConfig", config, overrides, dry_run)
+    result = _attribute("tsforge.app.reconstruct:reconstruct")(job, _workspace(home), progress=not as_json)
+    _show(result, as_json)
+
+
+@app.command()
 def promote(
     name: Annotated[str, typer.Argument(help="Registered model name.")],
     which: Annotated[str, typer.Argument(help="Version, artifact id or alias.")] = "challenger",

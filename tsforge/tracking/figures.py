@@ -89,3 +89,48 @@ def _draw(axis: Any, shown: pl.DataFrame, table: pl.DataFrame, variate: str, lev
     axis.plot(times, table["mean"].to_list(), color=_LINE, linewidth=1.4, label="forecast")
     axis.set_ylabel(variate)
     axis.grid(alpha=0.3)
+
+
+def phase_space_figure(table: pl.DataFrame, variates: Sequence[str]) -> Figure:
+    """Return data and free run side by side in the space of up to three variates (over the steps, where there is one).
+
+    Args:
+        table: ``kind`` (``data``, ``free_run``), ``step`` and the variates.
+        variates: the first three are drawn.
+    """
+    shown = list(variates[:3])
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    options = {"projection": "3d"} if len(shown) == 3 else {}
+    for place, (kind, title, colour) in enumerate((("data", "data", _PAST), ("free_run", "free run", _LINE)), start=1):
+        axis: Any = figure.add_subplot(1, 2, place, **options)
+        rows = table.filter(pl.col("kind") == kind)
+        names = shown if len(shown) > 1 else ["step", *shown]
+        axis.plot(*(rows[name].to_numpy() for name in names), color=colour, linewidth=0.5)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(names[0])
+        axis.set_ylabel(names[1])
+        if len(names) == 3:
+            axis.set_zlabel(names[2])
+    return figure
+
+
+def spectra_figure(table: pl.DataFrame) -> Figure:
+    """Return the power spectra of data and free run, one panel a variate (the first six).
+
+    Args:
+        table: ``variate, frequency, data, free_run``.
+    """
+    variates = table["variate"].unique(maintain_order=True).to_list()[:6]
+    figure = Figure(figsize=(9, 1.9 * len(variates)), layout="constrained")
+    axes = figure.subplots(len(variates), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, variate in zip(axes, variates, strict=True):
+        rows = table.filter(pl.col("variate") == variate)
+        for kind, label, colour in (("data", "data", _PAST), ("free_run", "free run", _LINE)):
+            power = rows[kind].to_numpy()
+            if (power > 0).any():
+                axis.semilogy(rows["frequency"].to_numpy(), power, color=colour, linewidth=0.9, label=label)
+        axis.set_ylabel(variate)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[-1].set_xlabel("frequency (cycles per unit of time)")
+    return figure

@@ -1,0 +1,234 @@
+"""Trajectories from files: any table of one row a time step, one numeric column a variate."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from tsforge.core.errors import ConfigError, DataError, listing, nearest
+from tsforge.core.seeding import derive_seed
+from tsforge.dynamics.config import SystemConfig, TrajectoryConfig
+
+Array = NDArray[np.float64]
+_STEPS = ("step", "time", "t")
+_FEWEST = 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectories:
+    """Training trajectories and the series to judge by, both standardised by the training rows.
+
+    Attributes:
+        name: of the training file.
+        columns: variates.
+        train: one or more series (R_i, N), NaN where missing.
+        test: (T, N).
+        loc, scale: (N,) what was subtracted and divided by.
+        notes: what was left out or assumed.
+        fingerprint: changes with any value.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    train: tuple[Array, ...]
+    test: Array
+    loc: Array
+    scale: Array
+    notes: tuple[str, ...]
+    fingerprint: str
+
+
+def read_trajectories(config: TrajectoryConfig) -> Trajectories:
+    """Return the trajectories of a config.
+
+    Raises:
+        ConfigError: a column that does not exist, another file type.
+        DataError: a missing, unreadable or empty file, no numeric column, values that are not finite, a constant
+            variate, too few rows.
+    """
+    if config.system is not None:
+        return _simulated(config, config.system)
+    assert config.path is not None
+    notes: list[str] = []
+    table, stamp = _read(config.path, config.rows, config)
+    columns = config.columns or _variates(table, stamp, config, notes)
+    train = _segments(table, stamp, columns, config, config.every, notes)
+    if config.test is not None:
+        other, stamp = _read(config.test, config.test_rows, config)
+        absent = [name for name in columns if name not in other.columns]
+        if absent:
+            raise DataError(f"{config.test} lacks the column(s) {listing(absent)} of {config.path}")
+        test = _longest(_segments(other, stamp, columns, config, config.test_every, notes), config.test, notes)
+    elif config.in_sample:
+        test = _longest(train, config.path, notes)
+        notes.append("in sample: the test series is the training series")
+    else:
+        if config.split is None:
+            notes.append(f"judged by the last {1 - config.share:.0%} of the rows; data.split or data.test change that")
+        train, test = _split(train, config, notes)
+    return _standardised(Path(config.path).stem, columns, train, test, config, notes)
+
+
+def _simulated(config: TrajectoryConfig, system: SystemConfig) -> Trajectories:
+    """Return a noisy trajectory to train on and a clean one from another start."""
+    from tsforge.data.attractors import simulate
+
+    seeds = (derive_seed(system.seed, "train"), derive_seed(system.seed, "test"))
+    train, test = (
+        simulate(system.system, system.steps, system.dt, seed=seed, noise=noise)
+        for seed, noise in zip(seeds, (system.noise, 0.0), strict=True)
+    )
+    columns = tuple(f"x{index + 1:02d}" for index in range(train.shape[1]))
+    return _standardised(system.system, columns, (train[:: config.every],), test[:: config.every], config, [])
+
+
+def _standardised(
+    name: str,
+    columns: tuple[str, ...],
+    train: tuple[Array, ...],
+    test: Array,
+    config: TrajectoryConfig,
+    notes: list[str],
+) -> Trajectories:
+    loc, scale = _scales(train, columns, name, standardise=config.standardise)
+    shown = tuple((part - loc) / scale for part in train)
+    test = (test - loc) / scale
+    if len(test) < _FEWEST:
+        raise DataError(f"the test series has {len(test)} rows; judging needs at least {_FEWEST}")
+    if not np.isfinite(test[0]).all():
+        raise DataError("the first test row has missing values, so a free run has nowhere to start; drop it")
+    digest = hashlib.sha256()
+    for part in (*shown, test):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return Trajectories(
+        name=name,
+        columns=tuple(columns),
+        train=shown,
+        test=test,
+        loc=loc,
+        scale=scale,
+        notes=tuple(dict.fromkeys(notes)),
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _read(name: str, rows: int | None, config: TrajectoryConfig) -> tuple[pl.DataFrame, str | None]:
+    """Return the table and its column of times."""
+    place = Path(name).expanduser()
+    if place.suffix.lower() not in (".parquet", ".csv"):
+        raise ConfigError(f"{name}: trajectories come from a .parquet or .csv file")
+    if not place.is_file():
+        raise DataError(f"the file {name} does not exist")
+    try:
+        table = pl.read_parquet(place) if place.suffix.lower() == ".parquet" else pl.read_csv(place)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if rows is not None:
+        table = table.head(rows)
+    if not table.height:
+        raise DataError(f"{name} has no rows")
+    for label, wanted in (("step", config.step), ("series", config.series)):
+        if wanted is not None and wanted not in table.columns:
+            raise ConfigError(f"data.{label}: {name} has no column '{wanted}'{nearest(wanted, table.columns)}")
+    for wanted in config.columns or ():
+        if wanted not in table.columns:
+            raise ConfigError(
+                f"data.columns: {name} has no column '{wanted}'{nearest(wanted, table.columns)} "
+                f"(it has {listing(table.columns, 20)})"
+            )
+        if not table[wanted].dtype.is_numeric():
+            raise DataError(f"{name}: the column '{wanted}' holds no numbers but {table[wanted].dtype}")
+    found = next(
+        (column for column in _STEPS if column in table.columns and column not in (config.columns or ())), None
+    )
+    return table, config.step or found
+
+
+def _variates(table: pl.DataFrame, stamp: str | None, config: TrajectoryConfig, notes: list[str]) -> tuple[str, ...]:
+    others = [name for name in table.columns if name not in (stamp, config.series)]
+    numeric = tuple(name for name in others if table[name].dtype.is_numeric())
+    dropped = [name for name in others if name not in numeric]
+    if not numeric:
+        raise DataError(f"{config.path} has no numeric column (it has {listing(table.columns, 20)})")
+    if dropped:
+        notes.append(f"left out the column(s) without numbers: {listing(dropped)}")
+    return numeric
+
+
+def _segments(
+    table: pl.DataFrame,
+    stamp: str | None,
+    columns: tuple[str, ...],
+    config: TrajectoryConfig,
+    every: int,
+    notes: list[str],
+) -> tuple[Array, ...]:
+    """Return the trajectories of a table, subsampled; a break in the times or a new name ends one."""
+    values = table.select(pl.col(name).cast(pl.Float64) for name in columns).to_numpy()
+    infinite = int(np.isinf(values).sum())
+    if infinite:
+        raise DataError(f"{infinite} value(s) of {listing(columns)} are infinite; mark missing values as null")
+    breaks = np.zeros(len(values), dtype=bool)
+    if config.series is not None:
+        names = table[config.series]
+        breaks[1:] = (names != names.shift())[1:].fill_null(True).to_numpy()
+    if stamp is not None:
+        times = table[stamp]
+        if times.dtype.is_temporal():
+            times = times.to_physical()
+        if not times.dtype.is_numeric() or times.null_count():
+            raise DataError(
+                f"the column of times '{stamp}' has missing values or is {times.dtype}, not numbers or dates"
+            )
+        gaps = np.diff(times.to_numpy().astype(np.float64))
+        inside = gaps[~breaks[1:]]
+        if len(inside):
+            spacing = float(np.median(inside))
+            if spacing <= 0:
+                raise DataError(f"the column of times '{stamp}' does not rise; sort the rows, or set data.step")
+            breaks[1:] |= np.abs(gaps - spacing) > 0.01 * spacing
+    parts = tuple(np.ascontiguousarray(part[::every]) for part in np.split(values, np.flatnonzero(breaks)) if len(part))
+    if len(parts) > 1:
+        notes.append(f"{len(parts)} trajectories (a break in the times or a new name ends one)")
+    missing = int(np.isnan(values).sum())
+    if missing:
+        notes.append(f"{missing} missing values: not forced there and not in the loss")
+    return parts
+
+
+def _longest(parts: tuple[Array, ...], name: str, notes: list[str]) -> Array:
+    chosen = max(parts, key=len)
+    if len(parts) > 1:
+        notes.append(f"{Path(name).name}: judged by the longest of {len(parts)} trajectories ({len(chosen)} rows)")
+    return chosen
+
+
+def _split(parts: tuple[Array, ...], config: TrajectoryConfig, notes: list[str]) -> tuple[tuple[Array, ...], Array]:
+    """Return the first share of each trajectory, and the rest of the longest."""
+    assert config.path is not None
+    cuts = [int(config.share * len(part)) for part in parts]
+    train = tuple(part[:cut] for part, cut in zip(parts, cuts, strict=True))
+    tests = tuple(part[cut + config.gap :] for part, cut in zip(parts, cuts, strict=True))
+    return train, _longest(tests, config.path, notes)
+
+
+def _scales(parts: tuple[Array, ...], columns: tuple[str, ...], name: str, *, standardise: bool) -> tuple[Array, Array]:
+    rows = np.concatenate(parts)
+    missing: list[bool] = np.all(np.isnan(rows), axis=0).tolist()
+    empty = [column for index, column in enumerate(columns) if missing[index]]
+    if empty:
+        raise DataError(
+            f"{name}: the variate(s) {listing(empty)} have no training value; leave them out (data.columns)"
+        )
+    loc, scale = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0)
+    flat = [column for column, spread in zip(columns, scale, strict=True) if not spread > 0]
+    if flat:
+        raise DataError(
+            f"{name}: the variate(s) {listing(flat)} are constant in the training rows; leave them out (data.columns)"
+        )
+    return (loc, scale) if standardise else (np.zeros_like(loc), np.ones_like(scale))

@@ -1,0 +1,181 @@
+"""What to reconstruct: trajectories, map, forcing, training and how the result is judged."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tsforge.core.config import Config
+from tsforge.dynamics.capture import CaptureSettings
+from tsforge.dynamics.findings import Expected
+from tsforge.layers.plrnn import MapKind
+from tsforge.layers.plrnn_observation import ObservationKind
+from tsforge.layers.teacher_forcing import ForcingConfig
+from tsforge.ops.plrnn import Backend
+
+DEFAULT_SHARE = 0.8
+
+
+class SystemConfig(Config):
+    """A known system to simulate: a noisy training trajectory, and a clean one from another start to judge by."""
+
+    system: Literal["lorenz63", "lorenz96", "roessler"] = "lorenz63"
+    steps: int = Field(20_000, ge=100)
+    dt: float = Field(0.01, gt=0)
+    noise: float = Field(0.05, ge=0)
+    """Observation noise of the training trajectory, in standard deviations of each variate."""
+    seed: int = Field(0, ge=0)
+
+
+class TrajectoryConfig(Config):
+    """Where the trajectories are, and what to judge by: a second file (``test``), the rest of the rows (``split``) or
+    the training series itself (``in_sample``).
+    """
+
+    path: str | None = Field(None, min_length=1)
+    """Parquet or CSV: one row a time step, one numeric column a variate."""
+    system: SystemConfig | None = None
+    """A simulated system instead of files."""
+    test: str | None = None
+    """A second file to judge by."""
+    split: float | None = Field(None, gt=0, lt=1)
+    """Share of the rows (after ``every``) that train; the rest, after ``gap``, is the test series. 0.8 if nothing else
+    is said."""
+    gap: int = Field(0, ge=0)
+    """Rows left out between the two parts of a split (after ``every``)."""
+    in_sample: bool = False
+    """Judge on the training series itself; the result says so."""
+    columns: tuple[str, ...] | None = None
+    """Variates; default every numeric column but ``step`` and ``series``."""
+    step: str | None = None
+    """Column of times; a break in its spacing ends a trajectory. Default ``step``, ``time`` or ``t`` if it exists."""
+    series: str | None = None
+    """Column that names the trajectory of each row; none means that the file holds one."""
+    every: int = Field(1, ge=1)
+    """Take each so many-th row of a training trajectory."""
+    test_every: int = Field(1, ge=1)
+    """The same for the test series of its own file."""
+    rows: int | None = Field(None, ge=2)
+    """Only the first so many rows of the training file (before ``every``)."""
+    test_rows: int | None = Field(None, ge=2)
+    """Only the first so many rows of the test file (before ``test_every``)."""
+    standardise: bool = True
+    """Each variate by the mean and standard deviation of the training rows, both parts alike."""
+
+    @model_validator(mode="after")
+    def _one_way_to_test(self) -> TrajectoryConfig:
+        if (self.path is None) == (self.system is None):
+            raise ValueError("give the file of the trajectories (path) or a system to simulate (system)")
+        ways = (self.test is not None) + (self.split is not None) + self.in_sample
+        if ways > 1:
+            raise ValueError("test, split and in_sample exclude each other: give one way to judge")
+        if self.system is not None and (ways or self.rows or self.columns or self.step or self.series):
+            raise ValueError("a simulated system brings its own test series and columns; leave out what is for files")
+        if self.gap and (self.test is not None or self.in_sample):
+            raise ValueError("gap has no part without split; leave it out")
+        if self.test is None and (self.test_every != 1 or self.test_rows is not None):
+            raise ValueError("test_every and test_rows belong to a test file; leave them out")
+        return self
+
+    @property
+    def share(self) -> float:
+        """The share of the rows that train when the rest is to judge by."""
+        return DEFAULT_SHARE if self.split is None else self.split
+
+
+class PLRNNConfig(Config):
+    """The map and its read-out; see ``tsforge.layers.plrnn`` and ``plrnn_observation``."""
+
+    kind: MapKind = "clipped_shallow"
+    latent: int | None = Field(None, ge=1)
+    """Latent units M; default the number of variates."""
+    hidden: int | tuple[int, ...] | None = None
+    """Hidden units H of the shallow kinds (default 100) or widths of the deep one (default 100)."""
+    bases: int | None = Field(None, ge=1)
+    rectified: int | None = Field(None, ge=0)
+    bounded: bool = False
+    observation: ObservationKind = "identity"
+    bias: bool = False
+
+
+class OptimConfig(Config):
+    """How the weights are found: RAdam on random windows, the learning rate falling by a constant factor an epoch."""
+
+    epochs: int = Field(2000, ge=1)
+    batches_per_epoch: int = Field(50, ge=1)
+    batch_size: int = Field(16, ge=1)
+    sequence_length: int = Field(200, ge=1)
+    """Predicted steps T of a window of T + 1 samples."""
+    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate_end: float = Field(1e-6, gt=0)
+    gradient_clip: float | None = Field(10.0, gt=0)
+    """Largest gradient norm of a seed."""
+    noise: float = Field(0.0, ge=0)
+    """Standard deviation of Gaussian noise on a window, in standardised units."""
+    noise_on: Literal["window", "inputs"] = "window"
+    """``inputs`` leaves the targets of the loss clean."""
+    lambda_lat: float = Field(1e-5, ge=0)
+    lambda_obs: float = Field(0.0, ge=0)
+    """Weight of the condition number of an affine read-out."""
+    lambda_mar: float = Field(0.0, ge=0)
+    mar_ratio: float = Field(0.5, gt=0, le=1)
+    """Share of the latent units under the manifold-attractor penalty ``lambda_mar``."""
+    estimate_every: int = Field(1, ge=1)
+    """The estimate of alpha looks at each so many-th step of a window."""
+    backend: Backend = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+
+
+class EvaluationConfig(Config):
+    """How a fit is judged."""
+
+    prediction_steps: int = Field(20, ge=1)
+    """n of PE(n)."""
+    sigma: float = Field(20.0, gt=0)
+    """Smoothing of the spectra of D_H in bins."""
+    lyapunov_steps: int = Field(20_000, ge=100)
+    lyapunov_transient: int = Field(1000, ge=0)
+    findings: bool = True
+    """Search fixed points and run the capture test."""
+    capture_runs: int = Field(400, ge=1)
+    capture_steps: int = Field(20_000, ge=500)
+    capture_tangent_steps: int = Field(5000, ge=100)
+    periods: tuple[int, ...] = (1,)
+    """Periods of the cycles searched for."""
+    expected: Expected | None = None
+    """What the data do in the long run; None takes what most free runs do."""
+
+    def capture_settings(self) -> CaptureSettings:
+        """Return the sizes of the capture test."""
+        return CaptureSettings(
+            runs=self.capture_runs, steps=self.capture_steps, tangent_steps=self.capture_tangent_steps
+        )
+
+
+class ReconstructionConfig(Config):
+    """Everything that decides a reconstruction."""
+
+    data: TrajectoryConfig
+    model: PLRNNConfig = PLRNNConfig()
+    forcing: ForcingConfig = ForcingConfig()
+    train: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seeds: tuple[int, ...] = Field((0, 1, 2, 3, 4), min_length=1)
+    seeds_at_once: int = Field(5, ge=1)
+    """Seeds that are trained side by side in one batched run."""
+    dt: float = Field(1.0, gt=0)
+    """Time between two training rows (after ``every``); Lyapunov exponents are per unit of it."""
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count(cls, value: object) -> object:
+        """Read a number as that many seeds: 5 means 0, 1, 2, 3, 4."""
+        return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value) or min(value) < 0:
+            raise ValueError(f"seeds must be distinct and not negative, given: {list(value)}")
+        return value

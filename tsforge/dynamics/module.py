@@ -1,0 +1,254 @@
+"""Training of several seeds side by side: one Lightning batch is the optimiser steps of one epoch.
+
+So Lightning's work a batch is paid once an epoch, and between two epochs nothing waits for the device. A seed whose
+loss or gradient is not finite skips that step; after the epoch it goes back to its state before the last epoch that
+was all finite, with half the learning rate and a higher alpha. The counts are reported.
+
+Source: Hess et al. (2023), arXiv 2306.04406, and its published settings; spec of the recipe in ``docs/dynamics.md``.
+Deviation: the reference ends a training whose parameters are no numbers.
+
+Legend: G groups (seeds).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tsforge.core.errors import BackendError
+from tsforge.dynamics.config import OptimConfig, ReconstructionConfig
+from tsforge.dynamics.network import Reconstruction
+from tsforge.dynamics.radam import GroupedRAdam
+from tsforge.dynamics.windows import RandomWindows
+from tsforge.layers.forcing_interval import forcing_interval
+from tsforge.training.loop import _own_random_state, _plain_interrupt, _quiet_lightning
+
+_TRACE = 200  # points of the traces that a training keeps
+_REDRAW_SECONDS = 0.2
+OnTrace = Callable[[int, dict[str, list[float]]], None]
+
+
+class ReconstructionModule(pl.LightningModule):
+    """Runs the optimiser steps of an epoch in one batch.
+
+    Attributes:
+        trace: epoch and, a list over groups each, loss, alpha, gradient failures so far and largest |A|.
+        failed_steps: (G,) steps that were skipped.
+        restored: (G,) times a group was taken back.
+    """
+
+    def __init__(
+        self, network: Reconstruction, train: OptimConfig, windows: RandomWindows, on_trace: OnTrace | None = None
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = network
+        self.settings = train
+        self.windows = windows
+        self.on_trace = on_trace
+        self.trace: list[dict[str, Any]] = []
+        self._every = max(train.epochs // _TRACE, 1)
+        self._optimiser: GroupedRAdam | None = None
+
+    def configure_optimizers(self) -> None:
+        """Leave the steps to ``GroupedRAdam``."""
+
+    def on_train_start(self) -> None:
+        """Make the parameters views of one tensor, after Lightning has moved them."""
+        self._optimiser = GroupedRAdam(list(self.network.parameters()), self.settings.gradient_clip)
+        self._good = self._optimiser.snapshot()
+        groups = len(self.network.seeds)
+        self.failed_steps = torch.zeros(groups, dtype=torch.int64, device=self.device)
+        self.restored = torch.zeros(groups, dtype=torch.int64, device=self.device)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Run the steps of epoch ``batch_idx``."""
+        assert self._optimiser is not None
+        settings = self.settings
+        rate = settings.learning_rate * (settings.learning_rate_end / settings.learning_rate) ** (
+            batch_idx / settings.epochs
+        )
+        starts = self.windows.draw(settings.batches_per_epoch, settings.batch_size)
+        complete = self.windows.is_complete
+        bad = torch.zeros_like(self.failed_steps)
+        total = torch.zeros(len(bad), device=self.device)
+        saved = self._optimiser.snapshot()
+        for step in range(1, settings.batches_per_epoch + 1):
+            x = self.windows.gather(starts[step - 1])
+            targets = x[:, 1:]
+            if settings.noise:
+                x = x + settings.noise * self.windows.noise(x)
+                if settings.noise_on == "window":
+                    targets = x[:, 1:]
+            loss = self.network.loss(x, targets, settings, step, complete)
+            bad += self._optimiser.step(loss, rate)
+            total += loss.detach()
+        failed = bad > 0
+        self._optimiser.restore(self._good, failed, 0.5)
+        self._good = tuple(  # type: ignore[assignment]
+            torch.where(failed.unsqueeze(1), old, new) for old, new in zip(self._good, saved, strict=True)
+        )
+        self.network.schedule.lift(failed)
+        self.failed_steps += bad
+        self.restored += failed
+        if batch_idx % self._every == 0 or batch_idx + 1 == settings.epochs:
+            self._note(batch_idx + 1, total / settings.batches_per_epoch)
+
+    @torch.no_grad()
+    def _note(self, epoch: int, loss: Tensor) -> None:
+        row = {
+            "loss": loss.tolist(),
+            "alpha": self.network.schedule.alpha.tolist(),
+            "max_abs_A": self.network.map.A.abs().amax(1).tolist(),
+            "failed_steps": self.failed_steps.tolist(),
+        }
+        self.trace.append({"epoch": epoch, **row})
+        if self.on_trace is not None:
+            self.on_trace(epoch, row)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """A finished training of G seeds.
+
+    Attributes:
+        network: on the CPU.
+        trace: see ``ReconstructionModule``.
+        failed_steps, restored: a number for each seed.
+        seconds: wall time; steps: optimiser steps.
+        device: what trained.
+    """
+
+    network: Reconstruction
+    trace: list[dict[str, Any]]
+    failed_steps: list[int]
+    restored: list[int]
+    seconds: float
+    steps: int
+    device: str
+
+
+def train_seeds(
+    trajectories: Sequence[np.ndarray[Any, np.dtype[np.float64]]],
+    config: ReconstructionConfig,
+    seeds: Sequence[int],
+    *,
+    progress: bool = False,
+    on_trace: OnTrace | None = None,
+) -> Training:
+    """Train ``seeds`` side by side on standardised trajectories (R_i, N) and return them.
+
+    Raises:
+        ConfigError: settings that contradict each other or the data.
+        DataError: no trajectory holds a window.
+        BackendError: the GPU asked for is not there.
+        KeyboardInterrupt: Ctrl-C; nothing is returned.
+    """
+    train = config.train
+    on_gpu = torch.cuda.is_available() and train.accelerator != "cpu"
+    if train.accelerator == "gpu" and not on_gpu:
+        raise BackendError("train.accelerator=gpu, but torch sees no CUDA device; use accelerator=auto or cpu")
+    device = "cuda:0" if on_gpu else "cpu"
+    rows = [torch.as_tensor(part, dtype=torch.float32) for part in trajectories]
+    windows = RandomWindows(rows, train.sequence_length, seeds, device)
+    tau = None
+    if config.forcing.method == "sparse" and config.forcing.tau is None:
+        tau = forcing_interval(max(trajectories, key=len))
+    values = torch.cat(rows)
+    finite = values[values.isfinite()]
+    span = (float(finite.min()), float(finite.max()))
+    network = Reconstruction(config.model, config.forcing, rows[0].shape[1], seeds, data_range=span, tau=tau)
+    module = ReconstructionModule(network, train, windows, on_trace)
+    started = time.perf_counter()
+    with _quiet_lightning(), _own_random_state(), _plain_interrupt():
+        import warnings
+
+        warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`")
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        trainer = pl.Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=1,
+            max_epochs=1,
+            limit_train_batches=train.epochs,
+            callbacks=[EpochLine(train.epochs, seeds)] if progress else [],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module, DataLoader(range(train.epochs), batch_size=None))  # type: ignore[arg-type]
+        failed, restored = module.failed_steps.tolist(), module.restored.tolist()
+    return Training(
+        network=network.cpu(),
+        trace=module.trace,
+        failed_steps=failed,
+        restored=restored,
+        seconds=time.perf_counter() - started,
+        steps=train.epochs * train.batches_per_epoch,
+        device=torch.cuda.get_device_name(0) if on_gpu else "cpu",
+    )
+
+
+class EpochLine(pl.Callback):
+    """One line on standard error: epochs done, time left, the last loss and alpha noted."""
+
+    def __init__(self, epochs: int, seeds: Sequence[int], console: Console | None = None) -> None:
+        self._console = console or Console(file=sys.stderr)
+        self._epochs = epochs
+        self._text = f"seeds {', '.join(map(str, seeds))}"
+        self._progress: Progress | None = None
+        self._drawn = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the line where there is a terminal."""
+        if not self._console.is_terminal:
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=self._console, transient=True, auto_refresh=False)
+        self._progress.start()
+        self._task = self._progress.add_task(self._text, total=self._epochs, note="")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance."""
+        now = time.monotonic()
+        if self._progress is None or now - self._drawn < _REDRAW_SECONDS:
+            return
+        self._drawn = now
+        assert isinstance(pl_module, ReconstructionModule)
+        last = pl_module.trace[-1]
+        note = f"loss {np.median(last['loss']):.2e}  alpha {np.median(last['alpha']):.3f}"
+        self._progress.update(self._task, completed=batch_idx + 1, note=note)
+        self._progress.refresh()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Remove the line before the message appears."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,246 @@
+"""A map, its read-out and its forcing for G seeds side by side: the loss of a window, and runs from an observation.
+
+    z_1 = initial(x_1),  z_k = F(z~_{k-1}),  z~ = (1 - alpha) z + alpha z_hat,  loss = mean (O(z_k) - x_k)^2, k = 2..T+1
+
+The loss compares the unforced prediction with the data. Source: Hess et al. (2023), arXiv 2306.04406, Algorithm 1.
+
+Complete data take a short way that inverts the affine read-out once a step and never waits for the device.
+
+Legend: G groups, B batch, T predicted steps, N variates, M latent units.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tsforge.core.errors import ConfigError
+from tsforge.dynamics.config import OptimConfig, PLRNNConfig
+from tsforge.layers.plrnn import PLRNNMap, make_map
+from tsforge.layers.plrnn_observation import AffineObservation, Forcing, Observation, make_observation
+from tsforge.layers.teacher_forcing import AlphaSchedule, ForcingConfig
+from tsforge.ops.plrnn import Backend, Shallow, free_run, gtf_loop, gtf_sequence
+from tsforge.ops.plrnn_jacobian import kappa
+
+_HIDDEN = 100
+
+
+class Reconstruction(nn.Module):
+    """G models of N variates.
+
+    Args:
+        model, forcing: see the config.
+        observed: N.
+        seeds: one a group; the first weights of a group depend on its seed alone.
+        data_range: least and largest value of the data, between which thresholds of dendrites start.
+        tau: interval of sparse forcing, if its config leaves it to the data.
+
+    Raises:
+        ConfigError: settings that contradict each other or the data.
+    """
+
+    def __init__(
+        self,
+        model: PLRNNConfig,
+        forcing: ForcingConfig,
+        observed: int,
+        seeds: Sequence[int],
+        *,
+        data_range: tuple[float, float] | None = None,
+        tau: int | None = None,
+    ) -> None:
+        super().__init__()
+        latent = observed if model.latent is None else model.latent
+        hidden = model.hidden
+        if hidden is None and (model.kind.endswith("shallow") or model.kind == "deep"):
+            hidden = _HIDDEN
+        if model.kind == "deep" and forcing.method == "adaptive":
+            raise ConfigError(
+                "adaptive forcing needs the Jacobians of a shallow form, which a deep PLRNN has not; "
+                "set forcing.method=constant with forcing.start"
+            )
+        dendritic = model.kind.endswith("dendritic") and model.observation == "identity"
+        self.map: PLRNNMap = make_map(
+            model.kind,
+            latent,
+            hidden,
+            seeds=seeds,
+            bases=model.bases,
+            rectified=model.rectified,
+            bounded=model.bounded,
+            theta_range=data_range if dendritic else None,
+        )
+        self.observation: Observation = make_observation(
+            model.observation, observed, latent, seeds=seeds, bias=model.bias
+        )
+        self.schedule = AlphaSchedule(forcing, len(seeds), tau=tau)
+        self.seeds = tuple(seeds)
+        self._partial = model.observation == "identity" and latent > observed
+        self._last_forced: Tensor | None = None
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the shallow form is the clipped one."""
+        return self.map.clipped
+
+    def loss(self, x: Tensor, targets: Tensor, train: OptimConfig, step: int, complete: bool) -> Tensor:
+        """Return the loss (G,) of windows x (G, T + 1, B, N) against targets (G, T, B, N); updates alpha if it is due.
+
+        Args:
+            step: 1, 2, ... of the epoch.
+            complete: no value is missing.
+        """
+        z1, forcing = self.inferred(x) if complete else (self.observation.initial(x[:, 0]), None)
+        forced = forcing if forcing is not None else self.observation.forcing(x[:, 1:])
+        params = None if self.map.kind == "deep" else self.map.shallow()
+        if params is not None and self.schedule.due(step):
+            self._estimate(params, forced, train.estimate_every)
+        alpha = self.schedule.strength(forced.states.shape[1], forced.reach)
+        if params is None:
+            z = gtf_loop(self.map.step, z1, forced.states, alpha)
+        else:
+            z = gtf_sequence(z1, forced.states, alpha, params, clipped=self.clipped, backend=train.backend)
+        if self._partial and self.schedule.due(step + 1):
+            self._last_forced = _mix(z.detach(), forced.states, alpha)
+        error = self.observation.observe(z) - targets
+        if complete:
+            loss = error.square().mean((1, 2, 3))
+        else:
+            seen = ~targets.isnan()
+            squared = torch.where(seen, torch.nan_to_num(error), 0.0).square()
+            loss = squared.sum((1, 2, 3)) / seen.sum((1, 2, 3)).clamp(min=1)
+        return self._penalised(loss, train)
+
+    def _penalised(self, loss: Tensor, train: OptimConfig) -> Tensor:
+        if train.lambda_lat:
+            loss = loss + train.lambda_lat * self.map.penalty()
+        if train.lambda_obs:
+            loss = loss + train.lambda_obs * self.observation.penalty()
+        if train.lambda_mar:
+            loss = loss + train.lambda_mar * self.map.mar_penalty(train.mar_ratio)
+        return loss
+
+    def _estimate(self, params: Shallow, forced: Forcing, every: int) -> None:
+        """Update alpha from the Jacobians at the forcing signals; at the last forced states where units are free.
+
+        Zero-padded signals would be states that the model never visits.
+        """
+        states = forced.states
+        if self._partial:
+            if self._last_forced is None:
+                return
+            states = self._last_forced
+        elif forced.reach.ndim == 4:
+            states = torch.where(forced.reach > 0, states, torch.nan)
+        method = self.schedule.config.estimator
+        found = kappa(params, states, method, clipped=self.clipped, every=every)
+        step = self.schedule.config.interval
+        self.schedule.update(step, found)
+
+    def inferred(self, x: Tensor) -> tuple[Tensor, Forcing]:
+        """Return z_1 (G, B, M), differentiable, and what windows x (G, T + 1, B, N) without gaps force."""
+        observation = self.observation
+        if not isinstance(observation, AffineObservation):
+            extra = observation.latent - observation.observed
+            states = x[:, 1:] if not extra else nn.functional.pad(x[:, 1:], (0, extra))
+            reach = (torch.arange(observation.latent, device=x.device) < observation.observed).to(x.dtype)
+            L = getattr(observation, "L", None)
+            first = x[:, 0]
+            return (first if L is None else torch.cat([first, first @ L.mT], dim=-1)), Forcing(states, reach)
+        if observation.b is not None:
+            x = x - observation.b[:, None, None]
+        inverse = _pseudo_inverse(observation.B)
+        rows = x[:, 1:].detach()
+        states = (rows.flatten(1, 2) @ inverse.detach().mT).view(*rows.shape[:-1], observation.latent)
+        return x[:, 0] @ inverse.mT, Forcing(states, x.new_ones(observation.latent))
+
+    def group(self, index: int) -> Model:
+        """Return one trained model in float64 on the CPU."""
+        return Model(self, index)
+
+
+def _pseudo_inverse(B: Tensor) -> Tensor:
+    """Return pinv(B) (G, M, N). On a GPU by the normal equations in float64, since a decomposition waits for it."""
+    if not B.is_cuda:
+        inverse: Tensor = torch.linalg.pinv(B)
+        return inverse
+    exact = B.double()
+    tall = B.shape[-2] >= B.shape[-1]
+    gram = exact.mT @ exact if tall else exact @ exact.mT
+    inverted: Tensor = torch.linalg.inv_ex(gram).inverse
+    return (inverted @ exact.mT if tall else exact.mT @ inverted).to(B)
+
+
+def _mix(z: Tensor, states: Tensor, alpha: Tensor) -> Tensor:
+    """Return the forced states (G, T, B, M)."""
+    if alpha.ndim == 2:
+        alpha = alpha[:, None, None]
+    elif alpha.ndim == 3:
+        alpha = alpha[:, :, None]
+    alpha = alpha.to(z)
+    return torch.where(alpha == 0, z, (1 - alpha) * z + alpha * states)
+
+
+class Model:
+    """One trained model in float64 on the CPU: free runs and steps, as the evaluation needs them.
+
+    Attributes:
+        params: its shallow form, None for a deep map.
+        alpha: the last strength of the forcing.
+    """
+
+    def __init__(self, parts: Reconstruction, index: int, backend: Backend = "auto") -> None:
+        self._parts = copy.deepcopy(parts).double().cpu()
+        for name, parameter in self._parts.named_parameters():
+            owner, _, last = name.rpartition(".")
+            fixed = nn.Parameter(parameter.detach()[index : index + 1].clone(), requires_grad=False)
+            setattr(self._parts.get_submodule(owner), last, fixed)
+        self._parts.map.groups = self._parts.observation.groups = 1
+        self._backend = backend
+        self.clipped = parts.clipped
+        self.latent = parts.map.latent
+        self.alpha = float(parts.schedule.alpha[index])
+        self.params: Shallow | None = None
+        if parts.map.kind != "deep":
+            self.params = Shallow(*(part[0].detach() for part in self._parts.map.shallow()))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every parameter is a finite number."""
+        return all(bool(part.isfinite().all()) for part in self._parts.parameters())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return every parameter without the axis of groups, float32, by name."""
+        return {name: value[0].float().contiguous() for name, value in self._parts.named_parameters()}
+
+    def diagonal(self) -> Tensor:
+        """Return A (M,)."""
+        return self._parts.map.A[0].detach()
+
+    def initial(self, x: Tensor) -> Tensor:
+        """Return z (B, M) of observations x (B, N)."""
+        return self._parts.observation.initial(x.unsqueeze(0))[0]
+
+    def observe(self, z: Tensor) -> Tensor:
+        """Return x (..., N) of states z (..., M)."""
+        return self._parts.observation.observe(z.unsqueeze(0))[0]
+
+    @torch.no_grad()
+    def step(self, z: Tensor) -> Tensor:
+        """Return F(z) for z (B, M)."""
+        return self._parts.map.step(z.unsqueeze(0))[0]
+
+    @torch.no_grad()
+    def run(self, z: Tensor, steps: int, every: int = 1) -> Tensor:
+        """Return the states (steps // every, B, M) of a free run from z (B, M)."""
+        if self.params is not None:
+            return free_run(z, self.params, steps, clipped=self.clipped, every=every, backend=self._backend)
+        found = []
+        for k in range(1, steps // every * every + 1):
+            z = self.step(z)
+            if k % every == 0:
+                found.append(z)
+        return torch.stack(found)

@@ -1,0 +1,74 @@
+"""Random windows of trajectories, gathered by index on the device that trains.
+
+Each group draws from a generator of its own, so a seed sees the same windows whoever is trained beside it.
+Every admissible start is drawn, the last one too (the reference implementation never draws it).
+
+Legend: R rows, N variates, G groups, S steps of an epoch, B batch, T predicted steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tsforge.core.errors import DataError
+from tsforge.core.seeding import derive_seed
+
+
+class RandomWindows:
+    """Windows of T + 1 rows that stay inside one trajectory.
+
+    Args:
+        trajectories: one or more series (R_i, N), standardised, NaN where missing.
+        length: T.
+        seeds: one a group.
+        device: where rows lie and indices are drawn.
+
+    Raises:
+        DataError: no trajectory holds a window.
+    """
+
+    def __init__(
+        self, trajectories: Sequence[Tensor], length: int, seeds: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        size = length + 1
+        starts, first = [], 0
+        for rows in trajectories:
+            starts.append(torch.arange(first, first + max(len(rows) - size + 1, 0)))
+            first += len(rows)
+        admissible = torch.cat(starts)
+        if not len(admissible):
+            longest = max((len(rows) for rows in trajectories), default=0)
+            raise DataError(
+                f"no trajectory holds a window of sequence_length + 1 = {size} rows (the longest has {longest}); "
+                "lower train.sequence_length, or data.every"
+            )
+        self.rows = torch.cat(list(trajectories)).to(device).contiguous()
+        self.is_complete = not bool(self.rows.isnan().any())
+        self._starts = admissible.to(device)
+        self._offsets = torch.arange(size, device=device)[:, None]
+        self._generators = [torch.Generator(device).manual_seed(derive_seed(seed, "windows")) for seed in seeds]
+
+    def draw(self, steps: int, batch_size: int) -> Tensor:
+        """Return the starts (S, G, 1, B) of one epoch."""
+        picks = [
+            torch.randint(len(self._starts), (steps, 1, batch_size), generator=generator, device=self.rows.device)
+            for generator in self._generators
+        ]
+        return self._starts[torch.stack(picks, dim=1)]
+
+    def gather(self, starts: Tensor) -> Tensor:
+        """Return windows (G, T + 1, B, N) of starts (G, 1, B)."""
+        index = starts + self._offsets
+        return self.rows.index_select(0, index.flatten()).view(*index.shape, -1)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Return standard normal numbers of the shape of windows (G, ...), each group from its own generator."""
+        return torch.stack(
+            [
+                torch.randn(like.shape[1:], generator=generator, device=like.device, dtype=like.dtype)
+                for generator in self._generators
+            ]
+        )
