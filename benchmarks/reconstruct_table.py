@@ -85,8 +85,8 @@ SETS: dict[str, dict[str, Any]] = {
         "note": "own settings; first half against second",
     },
 }
-# Medians and deviations of D_stsp, D_H, PE(20): arXiv 2306.04406, Table 1 (20 runs); Lorenz-63: one seed of the spec's
-# own replication.
+# Medians and deviations of D_stsp, D_H, PE(20): arXiv 2306.04406, Table 1 (20 runs); Lorenz-63: single seeds of an
+# earlier replication of ours.
 PUBLISHED: dict[str, str] = {
     "eeg": "2.1 +- 0.2 / 0.11 +- 0.01 / 0.55 +- 0.01 (GTF, in sample)",
     "ecg": "4.3 +- 0.6 / 0.34 +- 0.02 / 2.4e-3 +- 1e-4 (GTF)",

@@ -23,7 +23,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save as _save_tensors
 
 from tsforge.contracts.tensors import DataSpec
 from tsforge.core.atomic import atomic_directory, atomic_file
@@ -109,7 +109,7 @@ def create_artifact(
         metrics: plain numbers.
     """
     network = network.cpu().eval()
-    weights = hashlib.sha256(save_tensors(_state(network)))
+    weights = hashlib.sha256(tensor_bytes(_state(network)))
     weights.update(json.dumps(dict(config), sort_keys=True, default=str).encode())
     made = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     return Artifact(
@@ -157,6 +157,11 @@ def _revision() -> str | None:
     return found.stdout.strip() or None
 
 
+def tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    """Return named tensors as the bytes of a safetensors file."""
+    return bytes(_save_tensors(tensors))
+
+
 def _state(network: ForecastNetwork) -> dict[str, torch.Tensor]:
     """Return weights and buffers as separate contiguous tensors (tied ones are stored once for each name)."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
@@ -199,7 +204,7 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
                 "series_ids": list(artifact.series_ids),
             }
         ),
-        "weights.safetensors": save_tensors(_state(network)),
+        "weights.safetensors": tensor_bytes(_state(network)),
         "metrics.json": _json(artifact.metrics),
         "explanation.json": _json(artifact.explanation),
         "provenance.json": _json(artifact.provenance),
@@ -370,7 +375,7 @@ def save_tensor_file(path: Path, tensors: Mapping[str, torch.Tensor], facts: Map
     """
     text = _json(dict(facts)).decode()
     stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    content = save_tensors(stored, metadata={_FACTS: text, _DIGEST: _digest(stored, text)})
+    content = _save_tensors(stored, metadata={_FACTS: text, _DIGEST: _digest(stored, text)})
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 

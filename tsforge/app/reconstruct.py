@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-import tsforge.artifact as artifacts
+from tsforge import artifact as artifacts
 from tsforge.app.reconstruct_data import Trajectories, read_trajectories
 from tsforge.core.atomic import atomic_directory, atomic_file
 from tsforge.core.config import fingerprint, to_yaml
@@ -162,7 +162,7 @@ def _judge(
         "findings": judged.findings,
     }
     with atomic_directory(folder / "seeds" / str(seed), replace=True) as temporary:
-        tensors = artifacts.save_tensors(model.weights())  # type: ignore[attr-defined]
+        tensors = artifacts.tensor_bytes(model.weights())
         (temporary / "weights.safetensors").write_bytes(tensors)
         _trajectories(judged, data).write_parquet(temporary / "trajectory.parquet")
         _spectra(judged, data, config.dt).write_parquet(temporary / "spectra.parquet")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tsforge.core.errors import ModelError
+from tsforge.core.errors import DataError, ModelError
 from tsforge.dynamics.config import EvaluationConfig
 from tsforge.dynamics.findings import examine
 from tsforge.dynamics.network import Model
@@ -96,7 +96,7 @@ def evaluate(model: Model, test: Array, config: EvaluationConfig, dt: float) -> 
             if config.findings:
                 findings = _findings(model, test[complete], config)
                 metrics["captured"] = captured_share(findings["capture"], config.expected)
-        except (ModelError, np.linalg.LinAlgError) as error:
+        except (DataError, ModelError, np.linalg.LinAlgError) as error:
             reasons.append(str(error))
     failed = "" if math.isfinite(metrics["d_stsp"]) else "no generated point lies in the range of the data"
     return Judgement(

@@ -193,7 +193,7 @@ def _describe(finding: CycleFinding) -> str:
     point = ", ".join(f"{value:.3g}" for value in cycle.points[0][:6]) + (", ..." if cycle.points.shape[1] > 6 else "")
     return (
         f"An attracting {name} at ({point}) {place} the range of the data, largest multiplier {cycle.modulus:.4g}, "
-        f"takes {_percent(finding.captured)} of the free runs"
+        f"takes {_percent(finding.captured) if finding.captured > 0.0 else 'none'} of the free runs"
     )
 
 

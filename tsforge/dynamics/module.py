@@ -4,7 +4,8 @@ So Lightning's work a batch is paid once an epoch, and between two epochs nothin
 loss or gradient is not finite skips that step; after the epoch it goes back to its state before the last epoch that
 was all finite, with half the learning rate and a higher alpha. The counts are reported.
 
-Source: Hess et al. (2023), arXiv 2306.04406, and its published settings; spec of the recipe in ``docs/dynamics.md``.
+Source: Hess et al. (2023), arXiv 2306.04406, Algorithm 1, and its published settings; the recipe is in
+``docs/dynamics.md``.
 Deviation: the reference ends a training whose parameters are no numbers.
 
 Legend: G groups (seeds).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +34,7 @@ from tsforge.dynamics.network import Reconstruction
 from tsforge.dynamics.radam import GroupedRAdam
 from tsforge.dynamics.windows import RandomWindows
 from tsforge.layers.forcing_interval import forcing_interval
-from tsforge.training.loop import _own_random_state, _plain_interrupt, _quiet_lightning
+from tsforge.training.loop import own_random_state, plain_interrupt, quiet_lightning
 
 _TRACE = 200  # points of the traces that a training keeps
 _REDRAW_SECONDS = 0.2
@@ -171,12 +173,9 @@ def train_seeds(
     network = Reconstruction(config.model, config.forcing, rows[0].shape[1], seeds, data_range=span, tau=tau)
     module = ReconstructionModule(network, train, windows, on_trace)
     started = time.perf_counter()
-    with _quiet_lightning(), _own_random_state(), _plain_interrupt():
-        import warnings
-
+    with quiet_lightning(), own_random_state(), plain_interrupt():
         warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`")
         warnings.filterwarnings("ignore", message=".*does not have many workers")
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         trainer = pl.Trainer(
             accelerator="gpu" if on_gpu else "cpu",
             devices=1,

@@ -271,7 +271,7 @@ class _Run:
         ]
         kind = TrainModule if self.valid is None else ValidatedModule
         module = kind(self.network, config, total_steps=config.max_epochs * len(stream))
-        with _quiet_lightning(), _own_random_state(), _plain_interrupt(), _explained_disk_errors(checkpoint):
+        with quiet_lightning(), own_random_state(), plain_interrupt(), _explained_disk_errors(checkpoint):
             if checkpoint is not None:
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 callbacks.append(EpochCheckpoint(checkpoint))
@@ -341,7 +341,7 @@ def _explained_disk_errors(checkpoint: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Hold back Lightning's tips, device listings and its own use of a deprecated torch name for the time of a fit."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -357,7 +357,7 @@ def _quiet_lightning() -> Iterator[None]:
 
 
 @contextmanager
-def _own_random_state() -> Iterator[None]:
+def own_random_state() -> Iterator[None]:
     """Give training its own random numbers; the caller's state is the same afterwards."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -365,7 +365,7 @@ def _own_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_interrupt() -> Iterator[None]:
+def plain_interrupt() -> Iterator[None]:
     """Turn Lightning's way out of Ctrl-C (exit code 1, signal ignored for good) back into a ``KeyboardInterrupt``."""
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main else None
