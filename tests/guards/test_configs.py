@@ -37,6 +37,8 @@ CLASSES = {
 GROUPS = {"data": "ingest", "model": "fit", "train": "fit"}
 # templates state what a user must fill in
 REQUIRED = {
+    "benchmark": ["path=data.parquet"],
+    "reconstruct": ["data.path=data.parquet"],
     "data/csv": ["data.name=x", "data.source.path=x.csv"],
     "data/parquet": ["data.name=x", "data.source.path=x.parquet"],
     "data/sql": ["data.name=x"],
@@ -60,7 +62,7 @@ def test_config_loads_and_round_trips(name: str) -> None:
         host = GROUPS[folder]
         cls, file, overrides = config_class(host), host, [f"{folder}={choice}", *REQUIRED.get(name, [])]
     else:
-        cls, file, overrides = config_class(name), name, []
+        cls, file, overrides = config_class(name), name, REQUIRED.get(name, [])
     config = load(cls, file, overrides)
     import yaml
 

@@ -48,7 +48,7 @@ def read_trajectories(config: TrajectoryConfig) -> Trajectories:
 
     Raises:
         ConfigError: a column that does not exist, another file type.
-        DataError: a missing, unreadable or empty file, no numeric column, values that are not finite, a constant
+        DataError: a missing, unreadable or empty file, a column without numbers, values that are not finite, a constant
             variate, too few rows.
     """
     if config.system is not None:
@@ -56,7 +56,7 @@ def read_trajectories(config: TrajectoryConfig) -> Trajectories:
     assert config.path is not None
     notes: list[str] = []
     table, stamp = _read(config.path, config.rows, config)
-    columns = config.columns or _variates(table, stamp, config, notes)
+    columns = config.columns or _variates(table, stamp, config)
     train = _segments(table, stamp, columns, config, config.every, notes)
     if config.test is not None:
         other, stamp = _read(config.test, config.test_rows, config)
@@ -95,6 +95,11 @@ def _standardised(
     config: TrajectoryConfig,
     notes: list[str],
 ) -> Trajectories:
+    rows = sum(len(part) for part in train)
+    if rows < _FEWEST:
+        raise DataError(
+            f"{name} has {rows} training rows; at least {_FEWEST} are needed, and a window (train) in one piece"
+        )
     loc, scale = _scales(train, columns, name, standardise=config.standardise)
     shown = tuple((part - loc) / scale for part in train)
     test = (test - loc) / scale
@@ -149,14 +154,17 @@ def _read(name: str, rows: int | None, config: TrajectoryConfig) -> tuple[pl.Dat
     return table, config.step or found
 
 
-def _variates(table: pl.DataFrame, stamp: str | None, config: TrajectoryConfig, notes: list[str]) -> tuple[str, ...]:
+def _variates(table: pl.DataFrame, stamp: str | None, config: TrajectoryConfig) -> tuple[str, ...]:
     others = [name for name in table.columns if name not in (stamp, config.series)]
     numeric = tuple(name for name in others if table[name].dtype.is_numeric())
     dropped = [name for name in others if name not in numeric]
     if not numeric:
         raise DataError(f"{config.path} has no numeric column (it has {listing(table.columns, 20)})")
     if dropped:
-        notes.append(f"left out the column(s) without numbers: {listing(dropped)}")
+        raise DataError(
+            f"{config.path}: the column(s) {listing(dropped)} hold no numbers; mend them, or name the variates with "
+            "data.columns (data.series for the name of a trajectory)"
+        )
     return numeric
 
 

@@ -163,7 +163,8 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
         directory: the config tree (default ``config_dir()``).
 
     Raises:
-        ConfigError: missing file, unknown group or choice (the message lists the choices), bad override, bad YAML.
+        ConfigError: missing file, unknown group or choice (the message lists the choices), bad override, bad YAML, a
+            required value (``???``) that nobody gave.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -185,9 +186,13 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
                 settings = [_struct_override(text, {root, path.parent}, placed) for text in overrides]
                 composed = hydra_compose(path.stem, overrides=[*extra, *settings])
             plain = OmegaConf.to_container(composed, resolve=True)
+            absent = sorted(OmegaConf.missing_keys(composed))
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             message = " ".join(str(error).split())
             raise ConfigError(f"config '{name}': {message}") from error
+    if absent:
+        example = f"{absent[0]}=VALUE"
+        raise ConfigError(f"{listing(absent)}: required, but not given; add {example} to the command or the config")
     if not isinstance(plain, dict):
         raise ConfigError(f"config '{name}' holds no mapping of settings")
     return {str(key): value for key, value in plain.items()}

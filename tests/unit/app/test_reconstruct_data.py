@@ -23,7 +23,7 @@ def read(path: Path, **settings: Any) -> Trajectories:
 def table(tmp_path: Path) -> Path:
     rows = np.arange(100)
     place = tmp_path / "run.parquet"
-    columns = {"step": rows, "a": np.sin(rows * 0.7), "b": rows * 2.0 + 5, "label": ["x"] * 100}
+    columns = {"step": rows, "a": np.sin(rows * 0.7), "b": rows * 2.0 + 5}
     pl.DataFrame(columns).write_parquet(place)
     return place
 
@@ -36,7 +36,6 @@ def test_every_numeric_column_but_the_steps_is_a_variate(table: Path) -> None:
     np.testing.assert_allclose(data.train[0].mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(data.train[0].std(0), 1)
     np.testing.assert_allclose(data.test[0] * data.scale + data.loc, [np.sin(70 * 0.7), 145.0])
-    assert any("label" in note for note in data.notes)
 
 
 def test_csv_equals_parquet(table: Path) -> None:
@@ -85,7 +84,6 @@ def test_the_fingerprint_follows_the_values(table: Path) -> None:
         ({"path": "/nowhere.parquet"}, DataError, "does not exist"),
         ({"path": "x.xlsx"}, ConfigError, "parquet or .csv"),
         ({"columns": ["aa"]}, ConfigError, "did you mean 'a'|no column 'aa'"),
-        ({"columns": ["label"]}, DataError, "no numbers"),
         ({"step": "steps"}, ConfigError, "did you mean 'step'"),
         ({"split": 0.9}, DataError, "at least 20"),
         ({"step": "a"}, DataError, "does not rise|judging"),
@@ -104,6 +102,23 @@ def test_values_that_cannot_be_used(tmp_path: Path, column: list[Any], fragment:
     place = tmp_path / "bad.parquet"
     pl.DataFrame({"x": np.sin(np.arange(100.0)), "y": pl.Series(column, dtype=pl.Float64)}).write_parquet(place)
     with pytest.raises(DataError, match=fragment):
+        read(place)
+
+
+def test_a_column_without_numbers_is_refused_unless_the_variates_are_named(table: Path) -> None:
+    labelled = pl.read_parquet(table).with_columns(label=pl.lit("x"))
+    labelled.write_parquet(table)
+    with pytest.raises(DataError, match=r"label hold no numbers.*data\.columns"):
+        read(table)
+    with pytest.raises(DataError, match="'label' holds no numbers"):
+        read(table, columns=["label"])
+    assert read(table, columns=["a", "b"]).columns == ("a", "b")
+
+
+def test_too_few_rows_are_counted(tmp_path: Path) -> None:
+    place = tmp_path / "short.csv"
+    pl.DataFrame({"x": [1.0, 2.0, 3.0]}).write_csv(place)
+    with pytest.raises(DataError, match="2 training rows; at least 20"):
         read(place)
 
 

@@ -77,6 +77,13 @@ def test_missing_required_key_and_several_mistakes_at_once() -> None:
     assert "inner.width" in str(caught.value)
 
 
+def test_a_required_value_that_nobody_gave_is_named(tree: Path) -> None:
+    (tree / "needy.yaml").write_text("data:\n  path: ???\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data\.path: required, but not given; add data\.path=VALUE"):
+        compose("needy", [], tree)
+    assert compose("needy", ["data.path=x.csv"], tree) == {"data": {"path": "x.csv"}}
+
+
 def test_missing_file_names_the_nearest(tree: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'outer'"):
         compose("outr", directory=tree)
