@@ -261,6 +261,7 @@ def _write(
             "pe_steps": config.evaluation.prediction_steps,
             "free_run": "from the first test sample, 1.25 T steps, first quarter dropped",
         },
+        "observation": {"kind": config.model.observation, "loc": data.loc.tolist(), "scale": data.scale.tolist()},
         "machine": platform.machine(),
         "seeds": seeds,
     }

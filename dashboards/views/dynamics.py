@@ -1,0 +1,170 @@
+"""Reconstructed dynamics: what a model does on its own beside what the data do, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+import streamlit as st
+
+from dashboards import dynamics_charts as charts
+from dashboards.state import MINUTE, choose, empty, labels, page, table
+from tsforge.app import catalog_dynamics
+from tsforge.app.catalog_dynamics import StoredReconstruction
+from tsforge.core.errors import TsforgeError, listing
+from tsforge.core.workspace import Workspace
+
+_METRICS = {
+    "d_stsp": "D_stsp",
+    "d_h": "D_H",
+    "pe": "PE",
+    "lambda_1": "largest exponent",
+    "kaplan_yorke": "Kaplan-Yorke",
+    "captured": "captured",
+    "alpha": "alpha",
+}
+_SEEDS = {"seed": "seed", **_METRICS, "healthy": "healthy", "failed_steps": "failed steps", "failed": "failed because"}
+_CYCLES = {
+    "cycle": "no.",
+    "what": "what",
+    "kind": "stability",
+    "modulus": "largest multiplier",
+    "on_data": "in the range of the data",
+    "distance": "distance to the data (sd)",
+    "captured": "free runs that end there",
+}
+_SPECTRA = 4  # variates whose spectra are drawn beside the ones chosen
+
+
+def show() -> None:
+    """Draw the page."""
+    page("Dynamics", _draw, lead="Reconstructed systems: what the models do on their own, beside the data.")
+
+
+def _draw(workspace: Workspace) -> None:
+    damaged = catalog_dynamics.damaged_reconstructions(workspace)
+    if damaged:
+        st.warning(f"Left out, because damaged: {listing(damaged)}. Run the same `tsforge reconstruct` again.")
+    found = catalog_dynamics.list_reconstructions(workspace)
+    if not found:
+        empty("reconstruction", "tsforge reconstruct experiment/demo_lorenz")
+        return
+    names = labels(found, lambda item: f"{item['name']}, {item['seeds']} seed(s), {item['created']:{MINUTE}}")
+    left, right = st.columns([2, 1])
+    chosen = choose("Reconstruction", list(names), "reconstruction", names=names, where=left)
+    report = catalog_dynamics.load_reconstruction(workspace, chosen)
+    usable = sorted(report.seeds, key=_order)
+    seed = int(choose("Seed (best first)", [str(row["seed"]) for row in usable], "seed", where=right))
+    row = next(row for row in usable if row["seed"] == seed)
+    for note in report.summary.get("notes", []):
+        st.info(str(note))
+    if report.summary.get("in_sample"):
+        st.info("Judged on the training series itself: the figures say nothing about new data.")
+    _verdict(row)
+    _seed(workspace, report, seed)
+    st.subheader("All seeds")
+    table(_rows(report), _SEEDS)
+    st.caption(
+        "MAD: median absolute deviation, over the seeds with a value. Captured: share of free runs that do not end as "
+        "the data do. A good PE says little about the long run."
+    )
+    _training(workspace, report)
+    with st.expander("How this was measured"):
+        st.json(report.definition, expanded=1)
+
+
+def _order(row: dict[str, Any]) -> tuple[bool, bool, float]:
+    value = row.get("d_stsp")
+    return bool(row.get("failed")) or value is None, not row.get("healthy"), 0.0 if value is None else float(value)
+
+
+def _verdict(row: dict[str, Any]) -> None:
+    """Say in words what the check after the fit found."""
+    if row.get("failed"):
+        st.warning(f"Seed {row['seed']} failed: {row['failed']}.", icon=":material/error:")
+    for warning in row["warnings"]:
+        st.warning(str(warning), icon=":material/warning:")
+    if row.get("healthy"):
+        st.success("No warning: the free runs keep to what the data do.", icon=":material/check_circle:")
+    elif row.get("healthy") is None and not row.get("failed"):
+        st.caption("Fixed points and free runs of this seed were not examined.")
+    for note in row["findings"].get("notes", []):
+        st.caption(str(note))
+
+
+def _seed(workspace: Workspace, report: StoredReconstruction, seed: int) -> None:
+    """Draw what is stored of one seed; damaged tables are one message, and the rest of the page stays."""
+    try:
+        stored = catalog_dynamics.load_seed(workspace, report.id, seed)
+        cycles = catalog_dynamics.cycle_table(report, seed)
+    except TsforgeError as error:
+        st.error(f"**Seed {seed} cannot be drawn.** {error}", icon=":material/error:")
+        return
+    st.subheader("Trajectories")
+    variates = _choose_variates(report.columns)
+    st.plotly_chart(charts.phase_chart(stored.trajectory, cycles, variates=variates), width="stretch", key="phase")
+    if cycles.height and report.loc is None:
+        st.caption("The place of the fixed points in the units of the data is not stored; they are in the table below.")
+    st.subheader("Fixed points and cycles")
+    if cycles.is_empty():
+        st.caption("None was found, or none was searched for.")
+    else:
+        _cycles(report, cycles)
+    st.subheader("Power spectra")
+    drawn = list(dict.fromkeys([*variates, *report.columns]))[: max(_SPECTRA, len(variates))]
+    st.plotly_chart(charts.spectra_chart(stored.spectra, variates=drawn), width="stretch", key="spectra")
+    st.caption(
+        "Shares of all power. Less than a hundredth of the data's least lies below the axis: a run at rest has none."
+    )
+    if len(drawn) < len(report.columns):
+        st.caption(f"{len(drawn)} of {len(report.columns)} variates; the ones chosen above come first.")
+
+
+def _choose_variates(columns: Sequence[str]) -> list[str]:
+    """Return the axes: two or three variates, or the only one."""
+    if len(columns) == 1:
+        return list(columns)
+    views = ["3-D", "2-D"] if len(columns) > 2 else ["2-D"]
+    places = st.columns(4)
+    count = int(choose("View", views, "view", where=places[0])[0])
+    return [
+        choose(f"Axis {axis}", [*columns[index:], *columns[:index]], axis, where=places[index + 1])
+        for index, axis in enumerate("xyz"[:count])
+    ]
+
+
+def _cycles(report: StoredReconstruction, cycles: pl.DataFrame) -> None:
+    what = pl.when(pl.col("period") == 1).then(pl.lit("fixed point")).otherwise(pl.format("{}-cycle", "period"))
+    shown = cycles.with_columns(what=what)
+    place = {"latent": "latent state"} if report.loc is None else {name: name for name in report.columns[:6]}
+    table(shown, {**_CYCLES, **place}, percentages=("captured",))
+
+
+def _rows(report: StoredReconstruction) -> list[dict[str, Any]]:
+    """Return one row a seed, then the median and the median absolute deviation."""
+    words = {True: "yes", False: "no", None: "not examined"}
+    rows: list[dict[str, Any]] = [
+        {
+            **{name: row.get(name) for name in _SEEDS},
+            "seed": str(row["seed"]),
+            "healthy": words[row.get("healthy")],
+        }
+        for row in report.seeds
+    ]
+    rows.append({"seed": "median", **{name: report.summary.get(name) for name in _METRICS}})
+    rows.append({"seed": "MAD", **{name: report.summary.get(f"{name}_mad") for name in _METRICS}})
+    return rows
+
+
+def _training(workspace: Workspace, report: StoredReconstruction) -> None:
+    left, right = st.columns(2)
+    left.subheader("Lyapunov spectra")
+    left.plotly_chart(charts.lyapunov_chart(report.seeds), width="stretch", key="lyapunov")
+    right.subheader("Strength of the forcing")
+    try:
+        traces = catalog_dynamics.load_traces(workspace, report.id, [row["seed"] for row in report.seeds])
+    except TsforgeError as error:
+        right.error(f"**The training cannot be drawn.** {error}", icon=":material/error:")
+        return
+    right.plotly_chart(charts.alpha_chart(traces), width="stretch", key="alpha")

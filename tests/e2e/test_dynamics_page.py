@@ -1,0 +1,272 @@
+"""The page of reconstructions, headless: with a result, without any, and with damaged ones; and its charts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from dashboards import dynamics_charts as charts
+from tsforge.app import catalog_dynamics
+from tsforge.core.workspace import Workspace
+
+EVALUATION = {
+    "capture_runs": 5,
+    "capture_steps": 500,
+    "capture_tangent_steps": 100,
+    "lyapunov_steps": 200,
+    "lyapunov_transient": 20,
+}
+CYCLE = {"on_data": True, "distance": 0.5, "captured": 0.0, "multipliers": [], "residual": 0.0}
+CYCLES = [
+    {**CYCLE, "period": 1, "kind": "saddle", "modulus": 1.5, "points": [[1.0, -1.0, 0.5]]},
+    {**CYCLE, "period": 2, "kind": "stable", "modulus": 0.9, "points": [[0.0, 0.0, 0.0], [2.0, 1.0, 1.0]]},
+]
+OBSERVATION = {"kind": "identity", "loc": [10.0, 20.0, 30.0], "scale": [2.0, 3.0, 4.0]}
+
+
+@pytest.fixture(scope="module")
+def reconstructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a reconstruction of three variates by two seeds, made by the use-case itself."""
+    from tsforge.app.reconstruct import ReconstructConfig, reconstruct
+    from tsforge.core.config import validate
+
+    folder = tmp_path_factory.mktemp("dynamics")
+    rows = np.arange(600)
+    waves = {name: np.sin(rows * 0.3 + shift) for shift, name in enumerate(("x", "y", "z"))}
+    pl.DataFrame({"step": rows, **waves}).write_parquet(folder / "wave.parquet")
+    plain = {
+        "data": {"path": str(folder / "wave.parquet"), "split": 0.7},
+        "model": {"hidden": 8},
+        "train": {"epochs": 3, "batches_per_epoch": 5, "batch_size": 4, "sequence_length": 20, "accelerator": "cpu"},
+        "evaluation": EVALUATION,
+        "seeds": [0, 1],
+        "tracking": {"enabled": False},
+    }
+    reconstruct(validate(ReconstructConfig, plain), Workspace.open(folder / "home"))
+    return folder / "home"
+
+
+@pytest.fixture
+def filled(reconstructed: Path, workspace_root: Path) -> Path:
+    """A copy of the reconstruction, in the workspace of TSFORGE_HOME; returns its folder."""
+    shutil.copytree(reconstructed, workspace_root)
+    return next((workspace_root / "reports" / "reconstruct").iterdir())
+
+
+def draw(**query: str) -> Any:
+    test = AppTest.from_string("from dashboards.views import dynamics\ndynamics.show()\n", default_timeout=240)
+    for name, value in query.items():
+        test.query_params[name] = value
+    return test.run()
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    place = folder / "result.json"
+    document = json.loads(place.read_text())
+    change(document)
+    place.write_text(json.dumps(document))
+
+
+def with_cycles(document: dict[str, Any]) -> None:
+    document["observation"] = OBSERVATION
+    document["seeds"][0]["findings"]["cycles"] = CYCLES
+
+
+def box(page: Any, label: str) -> Any:
+    return next(found for found in page.selectbox if found.label.startswith(label))
+
+
+def markdown(found: Any) -> list[str]:
+    return [item.value for item in found]
+
+
+def test_without_a_reconstruction_the_page_says_the_command(workspace_root: Path) -> None:
+    page = draw()
+    assert not page.exception
+    assert "No reconstruction yet" in page.info[0].value
+    assert any("tsforge reconstruct" in block.value for block in page.code)
+
+
+def test_a_reconstruction_with_all_its_parts(filled: Path) -> None:
+    page = draw()
+    assert not page.exception
+    assert not page.error
+    assert not page.info
+    assert markdown(page.subheader) == [
+        "Trajectories",
+        "Fixed points and cycles",
+        "Power spectra",
+        "All seeds",
+        "Lyapunov spectra",
+        "Strength of the forcing",
+    ]
+    summary = json.loads((filled / "result.json").read_text())["summary"]
+    rows = page.dataframe[-1].value.set_index("seed")
+    assert list(rows.index) == ["0", "1", "median", "MAD"]
+    assert rows.loc["median", "d_stsp"] == pytest.approx(summary["d_stsp"])
+    assert rows.loc["MAD", "d_stsp"] == pytest.approx(summary["d_stsp_mad"])
+
+
+def test_the_warnings_of_the_chosen_seed_are_shown(filled: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["seeds"][0] |= {"warnings": ["All runs are lost."], "healthy": False, "failed": ""}
+        document["seeds"][1] |= {"warnings": [], "healthy": True, "failed": ""}
+
+    edit(filled, change)
+    page = draw(seed="0")
+    assert "All runs are lost." in markdown(page.warning)
+    assert not page.success
+    page = box(page, "Seed").select("1").run()
+    assert "All runs are lost." not in markdown(page.warning)
+    assert "No warning" in page.success[0].value
+
+
+def test_the_best_seed_comes_first(filled: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["seeds"][0] |= {"healthy": False, "failed": "", "d_stsp": 0.1}
+        document["seeds"][1] |= {"healthy": True, "failed": "", "d_stsp": 0.2}
+
+    edit(filled, change)
+    assert box(draw(), "Seed").value == "1"
+
+
+def test_axes_can_be_picked_and_sent_as_a_link(filled: Path) -> None:
+    page = draw(view="2-D", x="z")
+    assert not page.exception
+    assert box(page, "Axis x").value == "z"
+    assert [found.label for found in page.selectbox if found.label.startswith("Axis")] == ["Axis x", "Axis y"]
+    page = box(page, "Axis y").select("x").run()
+    assert not page.exception
+    assert page.query_params["y"] in ("x", ["x"])  # by the version of Streamlit
+
+
+def test_fixed_points_are_listed_in_the_units_of_the_data(filled: Path) -> None:
+    edit(filled, with_cycles)
+    page = draw(seed="0")
+    rows = page.dataframe[0].value
+    assert list(rows["kind"]) == ["saddle", "stable", "stable"]
+    assert list(rows["what"]) == ["fixed point", "2-cycle", "2-cycle"]
+    assert list(rows["x"]) == [12.0, 10.0, 14.0]
+    assert list(rows["z"]) == [32.0, 30.0, 34.0]
+
+
+def test_without_a_scaling_fixed_points_stay_in_latent_units(filled: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        with_cycles(document)
+        document["observation"] = {"kind": "affine"}
+
+    edit(filled, change)
+    page = draw(seed="0")
+    assert not page.exception
+    assert next(iter(page.dataframe[0].value["latent"])) == "1, -1, 0.5"
+    assert any("not stored" in caption.value for caption in page.caption)
+
+
+@pytest.mark.parametrize("rest", ["nothing", "columns"])
+def test_damaged_tables_of_a_seed_are_one_message_and_the_page_lives_on(filled: Path, rest: str) -> None:
+    place = filled / "seeds" / "0" / "trajectory.parquet"
+    if rest == "nothing":
+        place.write_bytes(b"PAR1 and then nothing")
+    else:
+        pl.read_parquet(place).drop("y").write_parquet(place)
+    page = draw(seed="0")
+    assert not page.exception
+    assert len(page.error) == 1
+    assert "damaged" in page.error[0].value
+    assert "refresh=true" in page.error[0].value
+    assert "All seeds" in markdown(page.subheader)
+    page = box(page, "Seed").select("1").run()
+    assert not page.error
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"summary": {"name": "a"}}'])
+def test_a_damaged_result_is_left_out_and_named(filled: Path, text: str) -> None:
+    other = filled.with_name("broken-1")
+    shutil.copytree(filled, other)
+    (other / "result.json").write_text(text)
+    page = draw()
+    assert not page.exception
+    assert not page.error
+    assert any("broken-1" in warning.value for warning in page.warning)
+    assert page.dataframe
+    (filled / "result.json").write_text(text)
+    assert "No reconstruction yet" in draw().info[0].value
+
+
+def test_a_result_with_damaged_seeds_is_one_message(filled: Path) -> None:
+    edit(filled, lambda document: document.update(seeds=[{"seed": 0}]))
+    page = draw()
+    assert not page.exception
+    assert len(page.error) == 1
+    assert "damaged" in page.error[0].value
+
+
+def test_names_do_not_lead_out_of_the_folder(filled: Path) -> None:
+    with pytest.raises(catalog_dynamics.BackendError, match="no reconstruction"):
+        catalog_dynamics.load_reconstruction(Workspace.open(filled.parents[2]), f"../reconstruct/{filled.name}")
+
+
+def trajectory() -> pl.DataFrame:
+    rows = [("data", 0, 1.0, 2.0, 3.0), ("data", 1, 2.0, 3.0, 4.0), ("free_run", 0, 1.0, float("nan"), 3.0)]
+    return pl.DataFrame(rows, schema=["kind", "step", "x", "y", "z"], orient="row")
+
+
+def found() -> pl.DataFrame:
+    kinds = {
+        "kind": ["stable", "saddle", "unstable", "stable"],
+        "period": [1, 1, 2, 1],
+        "modulus": [0.5, 1.2, 2.0, 0.1],
+    }
+    places = [1.0, 2.0, 3.0, None]  # the last one has no place in the units of the data
+    return pl.DataFrame({**kinds, "x": places, "y": places, "z": places})
+
+
+@pytest.mark.parametrize("variates", [["x", "y"], ["z", "x", "y"]])
+def test_phase_chart_shows_both_series_and_the_stability(variates: list[str]) -> None:
+    figure = charts.phase_chart(trajectory(), found(), variates=variates)
+    traces = {trace.name: trace for trace in figure.data}
+    assert list(traces) == ["data", "free run", "stable", "saddle", "unstable"]
+    assert {trace.type for trace in figure.data} == {"scatter" if len(variates) == 2 else "scatter3d"}
+    first = {"x": (1.0, 2.0), "z": (3.0, 4.0)}
+    assert tuple(traces["data"].x) == first[variates[0]]
+    assert len({traces[name].marker.symbol for name in ("stable", "saddle", "unstable")}) == 3
+    assert tuple(traces["stable"].x) == (1.0,)
+    assert traces["unstable"].text[0].startswith("cycle of 2 steps, unstable")
+    gap = traces["free run"].y if len(variates) == 2 else traces["free run"].z
+    assert tuple(gap) == (None,)
+
+
+def test_phase_chart_of_one_variate_runs_over_the_steps() -> None:
+    figure = charts.phase_chart(trajectory(), found(), variates=["x"])
+    assert [trace.name for trace in figure.data] == ["data", "free run"]
+    assert tuple(figure.data[0].x) == (0.0, 1.0)
+
+
+def test_spectra_chart_has_a_panel_a_variate() -> None:
+    columns = {"variate": ["x", "x", "y", "y"], "frequency": [0.1, 0.2] * 2, "data": [0.4, 0.6, 1.0, 0.0]}
+    table = pl.DataFrame({**columns, "free_run": [0.5, 0.5, float("nan"), 1.0]})
+    figure = charts.spectra_chart(table, variates=["y", "x"])
+    assert [trace.name for trace in figure.data] == ["data", "free run"] * 2
+    assert tuple(figure.data[0].y) == (1.0, None)
+    assert tuple(figure.data[1].y) == (None, 1.0)
+    assert tuple(figure.data[2].y) == (0.4, 0.6)
+    assert figure.layout.yaxis2.range == pytest.approx((np.log10(0.4) - 2, 0.3))
+    assert figure.layout.yaxis.type == figure.layout.yaxis2.type == "log"
+
+
+def test_bars_and_lines_of_every_seed() -> None:
+    figure = charts.lyapunov_chart(
+        [{"seed": 3, "lyapunov_spectrum": [0.9, 0.0, -14.5]}, {"seed": 5, "lyapunov_spectrum": []}]
+    )
+    assert [(bar.name, tuple(bar.y)) for bar in figure.data] == [("seed 3", (0.9, 0.0, -14.5)), ("seed 5", ())]
+    traces = pl.DataFrame({"seed": [3, 3, 5], "epoch": [2, 1, 1], "alpha": [0.5, 1.0, float("nan")]})
+    figure = charts.alpha_chart(traces)
+    assert [(line.name, tuple(line.y)) for line in figure.data] == [("seed 3", (1.0, 0.5)), ("seed 5", (None,))]

@@ -1,0 +1,201 @@
+"""Read-only questions about stored reconstructions (``tsforge reconstruct``), without loading a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from tsforge.core.errors import BackendError, listing
+from tsforge.core.workspace import Workspace
+
+FOLDER = "reconstruct"
+_AGAIN = "run the same tsforge reconstruct again with refresh=true"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredReconstruction:
+    """All seeds of a reconstruction.
+
+    Attributes:
+        summary: medians (``d_stsp``), deviations (``d_stsp_mad``), shares and notes over the seeds.
+        seeds: one record a seed: metrics, ``failed``, ``healthy``, ``warnings``, ``lyapunov_spectrum``, ``findings``.
+        columns: the N variates.
+        definition: how the metrics were computed.
+        loc, scale: (N,) latent unit i of an identity read-out is (variate i - loc) / scale; None where the result does
+            not say so or the read-out is another one.
+    """
+
+    id: str
+    summary: dict[str, Any]
+    seeds: list[dict[str, Any]]
+    columns: tuple[str, ...]
+    definition: dict[str, Any]
+    loc: tuple[float, ...] | None
+    scale: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSeed:
+    """Tables of one seed.
+
+    Attributes:
+        trajectory: ``kind`` (data, free_run), ``step`` and the variates in the units of the data.
+        spectra: ``variate, frequency, data, free_run``; shares of power.
+    """
+
+    trajectory: pl.DataFrame
+    spectra: pl.DataFrame
+
+
+def list_reconstructions(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return one record a reconstruction, newest first: ``id, name, data, seeds, created``; no damaged one."""
+    records = [record for place in _places(workspace) if (record := _record(place)) is not None]
+    return sorted(records, key=lambda record: (record["created"], record["id"]), reverse=True)
+
+
+def damaged_reconstructions(workspace: Workspace) -> list[str]:
+    """Return the folders whose ``result.json`` is there but cannot be used."""
+    return sorted(place.parent.name for place in _places(workspace) if _record(place) is None)
+
+
+def load_reconstruction(workspace: Workspace, name: str) -> StoredReconstruction:
+    """Return a reconstruction of ``list_reconstructions`` by its id.
+
+    Raises:
+        BackendError: it is not here, or damaged.
+    """
+    place = workspace.reports / FOLDER / name / "result.json"
+    if Path(name).name != name or not place.is_file():
+        known = listing([record["id"] for record in list_reconstructions(workspace)])
+        raise BackendError(
+            f"no reconstruction '{name}' in this workspace (known: {known or 'none'}); it may have been removed"
+        )
+    try:
+        document = json.loads(place.read_bytes())
+        seeds = [
+            {
+                **row,
+                "seed": int(row["seed"]),
+                "warnings": list(row["warnings"]),
+                "lyapunov_spectrum": [float(value) for value in row["lyapunov_spectrum"]],
+                "findings": dict(row["findings"]),
+            }
+            for row in document["seeds"]
+        ]
+        columns = tuple(str(column) for column in document["columns"])
+        loc, scale = _scaling(document.get("observation"), len(columns))
+        return StoredReconstruction(
+            id=name,
+            summary=dict(document["summary"]),
+            seeds=seeds,
+            columns=columns,
+            definition=dict(document["definition"]),
+            loc=loc,
+            scale=scale,
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise BackendError(f"reconstruction {place.parent} is damaged ({error!r}); {_AGAIN}") from error
+
+
+def load_seed(workspace: Workspace, name: str, seed: int) -> StoredSeed:
+    """Return the tables of one seed of a reconstruction.
+
+    Raises:
+        BackendError: they are not here, or damaged.
+    """
+    columns = load_reconstruction(workspace, name).columns
+    folder = workspace.reports / FOLDER / name / "seeds" / str(seed)
+    return StoredSeed(
+        trajectory=_table(folder / "trajectory.parquet", ("kind", "step", *columns)),
+        spectra=_table(folder / "spectra.parquet", ("variate", "frequency", "data", "free_run")),
+    )
+
+
+def load_traces(workspace: Workspace, name: str, seeds: Sequence[int]) -> pl.DataFrame:
+    """Return ``epoch, loss, alpha, seed`` of the training of several seeds.
+
+    Raises:
+        BackendError: one is not here, or damaged.
+    """
+    folder = workspace.reports / FOLDER / name / "seeds"
+    tables = [
+        _table(folder / str(seed) / "trace.parquet", ("epoch", "loss", "alpha")).with_columns(seed=pl.lit(seed))
+        for seed in seeds
+    ]
+    return pl.concat(tables)
+
+
+def cycle_table(report: StoredReconstruction, seed: int) -> pl.DataFrame:
+    """Return one row a point of each fixed point and cycle found for a seed.
+
+    Columns: ``cycle`` (number), ``period, kind, modulus, on_data, distance, captured, latent`` (the point as text) and
+    the variates in the units of the data, null where the result does not tell how to read latent units.
+
+    Raises:
+        BackendError: the findings of the seed are damaged.
+    """
+    row = next(row for row in report.seeds if row["seed"] == seed)
+    schema: dict[str, Any] = {"cycle": pl.Int64, "period": pl.Int64, "kind": pl.String}
+    schema |= dict.fromkeys(("modulus", "distance", "captured"), pl.Float64)
+    schema |= {"on_data": pl.Boolean, "latent": pl.String, **dict.fromkeys(report.columns, pl.Float64)}
+    rows = []
+    try:
+        for number, cycle in enumerate(row["findings"].get("cycles", []), start=1):
+            shown = {name: cycle[name] for name in ("period", "kind", "modulus", "on_data", "distance", "captured")}
+            rows += [
+                {"cycle": number, **shown, "latent": _text(point), **_observed(report, point)}
+                for point in cycle["points"]
+            ]
+        return pl.DataFrame(rows, schema=schema)
+    except (KeyError, TypeError, ValueError, pl.exceptions.PolarsError) as error:
+        raise BackendError(f"the findings of seed {seed} of {report.id} are damaged ({error!r}); {_AGAIN}") from error
+
+
+def _text(point: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in point[:6]) + (", ..." if len(point) > 6 else "")
+
+
+def _observed(report: StoredReconstruction, point: Sequence[float]) -> dict[str, float | None]:
+    if report.loc is None or report.scale is None:
+        return dict.fromkeys(report.columns)
+    parts = zip(report.columns, point, report.loc, report.scale, strict=False)  # further units are not observed
+    return {name: value * scale + loc for name, value, loc, scale in parts}
+
+
+def _scaling(facts: Any, variates: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if facts is None or facts["kind"] != "identity":
+        return None, None
+    loc, scale = (tuple(float(value) for value in facts[name]) for name in ("loc", "scale"))
+    if len(loc) != variates or len(scale) != variates:
+        raise ValueError(f"loc and scale of {len(loc)} and {len(scale)} values for {variates} variates")
+    return loc, scale
+
+
+def _table(place: Path, columns: Sequence[str]) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(place).select(columns)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise BackendError(f"{place} is damaged ({error}); {_AGAIN}") from error
+
+
+def _places(workspace: Workspace) -> list[Path]:
+    return list((workspace.reports / FOLDER).glob("*/result.json"))
+
+
+def _record(place: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(place.read_bytes())
+        facts = document["summary"]
+        return {
+            "id": place.parent.name,
+            **{name: facts[name] for name in ("name", "data", "seeds")},
+            "created": datetime.fromisoformat(document["created"]),
+        }
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
