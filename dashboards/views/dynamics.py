@@ -11,7 +11,7 @@ import streamlit as st
 from dashboards import dynamics_charts as charts
 from dashboards.state import MINUTE, choose, empty, labels, page, table
 from tsforge.app import catalog_dynamics
-from tsforge.app.catalog_dynamics import StoredReconstruction
+from tsforge.app.catalog_dynamics import StoredReconstruction, seed_rank
 from tsforge.core.errors import TsforgeError, listing
 from tsforge.core.workspace import Workspace
 
@@ -54,7 +54,7 @@ def _draw(workspace: Workspace) -> None:
     left, right = st.columns([2, 1])
     chosen = choose("Reconstruction", list(names), "reconstruction", names=names, where=left)
     report = catalog_dynamics.load_reconstruction(workspace, chosen)
-    usable = sorted(report.seeds, key=_order)
+    usable = sorted(report.seeds, key=seed_rank)
     seed = int(choose("Seed (best first)", [str(row["seed"]) for row in usable], "seed", where=right))
     row = next(row for row in usable if row["seed"] == seed)
     for note in report.summary.get("notes", []):
@@ -72,11 +72,6 @@ def _draw(workspace: Workspace) -> None:
     _training(workspace, report)
     with st.expander("How this was measured"):
         st.json(report.definition, expanded=1)
-
-
-def _order(row: dict[str, Any]) -> tuple[bool, bool, float]:
-    value = row.get("d_stsp")
-    return bool(row.get("failed")) or value is None, not row.get("healthy"), 0.0 if value is None else float(value)
 
 
 def _verdict(row: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def fit_settings(model: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def fill(workspace: Workspace) -> None:
-    """Ingest, fit with and without curves and with kernels, fail once, backtest, detect and publish two batches."""
+    """Ingest, fit with and without curves and with kernels, fail once, backtest, detect, publish two batches, reconstruct."""
     from tsforge.app.backtest import BacktestJobConfig, backtest
     from tsforge.app.batch import BatchConfig, run_batch
     from tsforge.app.detect import DetectJobConfig, detect
@@ -71,6 +71,13 @@ def fill(workspace: Workspace) -> None:
     with suppress(DataError):  # a source that is gone: a refused ingestion
         gone = plant() | {"source": {"kind": "parquet", "path": str(workspace.root / "gone.parquet")}}
         ingest(validate(IngestConfig, {"data": gone}), workspace)
+    from tsforge.app.reconstruct import ReconstructConfig, reconstruct
+
+    system = {"system": "lorenz63", "steps": 1000}
+    quick = {"epochs": 3, "batches_per_epoch": 5, "batch_size": 4, "sequence_length": 20, "accelerator": "cpu"}
+    looks = {"lyapunov_steps": 200, "lyapunov_transient": 20, "findings": False}
+    settings = {"data": {"system": system}, "model": {"hidden": 8}, "train": quick, "evaluation": looks}
+    reconstruct(validate(ReconstructConfig, settings | {"seeds": [0, 1], "tracking": {"enabled": False}}), workspace)
     short = {"max_epochs": 3, "max_steps_per_epoch": 12, "patience": None}
     layers = {"name": "s4", "d_model": 8, "d_state": 8, "num_layers": 2, "patch_length": 1, "ridge": 100.0}
     once = {"max_epochs": 1, "max_steps_per_epoch": 4, "start_margin": 0}

@@ -138,6 +138,15 @@ def test_the_best_seed_comes_first(filled: Path) -> None:
     assert box(draw(), "Seed").value == "1"
 
 
+def test_a_seed_that_loses_no_run_comes_before_one_with_a_better_divergence(filled: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["seeds"][0] |= {"healthy": False, "failed": "", "d_stsp": 0.1, "captured": 0.15}
+        document["seeds"][1] |= {"healthy": False, "failed": "", "d_stsp": 0.2, "captured": 0.0}
+
+    edit(filled, change)
+    assert box(draw(), "Seed").value == "1"
+
+
 def test_axes_can_be_picked_and_sent_as_a_link(filled: Path) -> None:
     page = draw(view="2-D", x="z")
     assert not page.exception

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
-VIEWS = ("overview", "forecasts", "anomalies", "backtests", "data", "runs")
+VIEWS = ("overview", "forecasts", "anomalies", "backtests", "dynamics", "data", "runs")
 
 
 def draw(view: str, **query: str) -> Any:

@@ -53,6 +53,16 @@ class StoredSeed:
     spectra: pl.DataFrame
 
 
+def seed_rank(row: dict[str, Any]) -> tuple[bool, bool, float, float]:
+    """Return what seeds are sorted by, best first: not failed, healthy, least captured (in steps of 1 %), D_stsp.
+
+    D_stsp alone would prefer a model that loses free runs to a spurious fixed point, which one long run may not meet.
+    """
+    value, captured = row.get("d_stsp"), row.get("captured")
+    lost = round(1.0 if captured is None else float(captured), 2)
+    return bool(row.get("failed")) or value is None, not row.get("healthy"), lost, float(value or 0.0)
+
+
 def list_reconstructions(workspace: Workspace) -> list[dict[str, Any]]:
     """Return one record a reconstruction, newest first: ``id, name, data, seeds, created``; no damaged one."""
     records = [record for place in _places(workspace) if (record := _record(place)) is not None]

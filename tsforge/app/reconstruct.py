@@ -21,6 +21,7 @@ import polars as pl
 from pydantic import Field
 
 from tsforge import artifact as artifacts
+from tsforge.app.catalog_dynamics import FOLDER, seed_rank
 from tsforge.app.reconstruct_data import Trajectories, read_trajectories
 from tsforge.core.atomic import atomic_directory, atomic_file
 from tsforge.core.config import fingerprint, to_yaml
@@ -33,7 +34,6 @@ from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.runs import Run, Tracker
 
 _LOG = get_logger(__name__)
-FOLDER = "reconstruct"
 _POINTS = 5000  # of a trajectory that is stored to be drawn
 _BINS = 500  # of a spectrum that is stored to be drawn
 
@@ -275,14 +275,12 @@ def _write(
 
 
 def best_seed(seeds: Sequence[dict[str, Any]]) -> int | None:
-    """Return the seed to use: of those that did not fail the healthy ones first, then by D_stsp; None if all failed.
+    """Return the seed to use (``seed_rank``), None if all failed.
 
-    D_stsp looks at the test series, so its value for the seed chosen is no estimate for new data.
+    The rank looks at the test series, so the metrics of the seed chosen are no estimate for new data.
     """
-    usable = [row for row in seeds if not row["failed"] and row["d_stsp"] is not None]
-    if not usable:
-        return None
-    return int(min(usable, key=lambda row: (not row["healthy"], row["d_stsp"]))["seed"])
+    first = min(seeds, key=seed_rank)
+    return None if seed_rank(first)[0] else int(first["seed"])
 
 
 def _log_result(run: Run, result: ReconstructResult, data: Trajectories) -> None:
