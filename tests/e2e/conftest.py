@@ -56,7 +56,7 @@ def fit_settings(model: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def fill(workspace: Workspace) -> None:
-    """Ingest, fit with and without curves and with kernels, fail once, backtest, detect, publish two batches, reconstruct."""
+    """Ingest, fit (with curves, with kernels, without), fail once, backtest, detect, publish, reconstruct."""
     from tsforge.app.backtest import BacktestJobConfig, backtest
     from tsforge.app.batch import BatchConfig, run_batch
     from tsforge.app.detect import DetectJobConfig, detect
