@@ -31,7 +31,8 @@ _CHARACTERS = 90  # of all names side by side
 _SMALL = 0.01  # below it ticks are powers of ten: nobody reads -200\u00b5
 
 
-def _style(figure: go.Figure, *, height: int = 380, title: str = "", y_title: str = "") -> go.Figure:
+def style(figure: go.Figure, *, height: int = 380, title: str = "", y_title: str = "") -> go.Figure:
+    """Give a figure the look of all charts and return it."""
     figure.update_layout(
         height=height,
         title={"text": title, "font": {"size": 15}} if title else None,
@@ -110,7 +111,7 @@ def fan_chart(
         )
     if table.height and isinstance(table["cutoff"][0], datetime):
         figure.add_vline(x=table["cutoff"][0], line_width=1, line_dash="dash", line_color=HISTORY)
-    return _style(figure, height=440, y_title=variate)
+    return style(figure, height=440, y_title=variate)
 
 
 def components_chart(components: pl.DataFrame) -> go.Figure:
@@ -146,7 +147,7 @@ def _panels(lines: Mapping[str, tuple[pl.Series, pl.Series]]) -> go.Figure:
         )
         if (values.abs().max() or 1.0) < _SMALL:  # type: ignore[operator]
             figure.update_yaxes(exponentformat="power", row=row, col=1)
-    figure = _style(figure, height=height)
+    figure = style(figure, height=height)
     figure.update_layout(margin={"t": 30}, hovermode="x")
     figure.update_annotations(x=0, xanchor="left", font={"size": 13})
     return figure
@@ -206,7 +207,7 @@ def anomaly_timeline(
     figure.update_yaxes(title_text=score_name, row=2, col=1)
     if scores.height and (scores["score"].max() or 0) > 50 * max(float(scores["score"].median() or 0), 1e-9):  # type: ignore[arg-type,operator]
         figure.update_yaxes(type="log", row=2, col=1)
-    return _style(figure, height=520)
+    return style(figure, height=520)
 
 
 def attribution_chart(variates: Sequence[Mapping[str, Any]]) -> go.Figure:
@@ -220,7 +221,7 @@ def attribution_chart(variates: Sequence[Mapping[str, Any]]) -> go.Figure:
             marker_color=ALARM,
         )
     )
-    return _style(figure, height=110 + 28 * len(ranked), title="Which variates are strange (in standard deviations)")
+    return style(figure, height=110 + 28 * len(ranked), title="Which variates are strange (in standard deviations)")
 
 
 def leaderboard_chart(summary: pl.DataFrame, *, metric: str, name: str = "") -> go.Figure:
@@ -236,7 +237,7 @@ def leaderboard_chart(summary: pl.DataFrame, *, metric: str, name: str = "") -> 
             textposition="auto",
         )
     )
-    figure = _style(figure, height=120 + 40 * table.height, title=f"{name or metric} (smaller is better)")
+    figure = style(figure, height=120 + 40 * table.height, title=f"{name or metric} (smaller is better)")
     figure.update_layout(hovermode="closest")
     return figure
 
@@ -255,7 +256,7 @@ def error_by_step(metrics: pl.DataFrame, *, metric: str, name: str = "") -> go.F
             )
         )
     figure.update_xaxes(title_text="steps ahead")
-    return _style(figure, y_title=name or metric)
+    return style(figure, y_title=name or metric)
 
 
 def null_share_chart(report: pl.DataFrame) -> go.Figure:
@@ -283,7 +284,7 @@ def null_share_chart(report: pl.DataFrame) -> go.Figure:
             hovertemplate="%{y} %{x}: %{z:.2%}<extra></extra>",
         )
     )
-    figure = _style(figure, height=max(190, 90 + 34 * min(wide.height, 30)))
+    figure = style(figure, height=max(190, 90 + 34 * min(wide.height, 30)))
     figure.update_layout(hovermode="closest")
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False, autorange="reversed", type="category")
@@ -328,7 +329,7 @@ def history_chart(history: pl.DataFrame) -> go.Figure:
                 col=place % columns + 1,
             )
             shown.add(kind)
-    figure = _style(figure, height=40 + 230 * rows)
+    figure = style(figure, height=40 + 230 * rows)
     figure.update_layout(margin={"t": 50}, legend={"y": 1.12})
     epochs = int(history["epoch"].n_unique())
     figure.update_xaxes(tick0=0, dtick=max(1, -(-epochs // 6)))
@@ -362,7 +363,7 @@ def kernels_chart(kernels: pl.DataFrame) -> go.Figure:
                 row=row,
                 col=1,
             )
-    _style(figure, height=80 + 210 * len(layers))
+    style(figure, height=80 + 210 * len(layers))
     figure.update_layout(margin_t=36)  # room for the first panel's title
     figure.update_xaxes(title_text="steps back", row=len(layers), col=1)
     return figure
@@ -386,7 +387,7 @@ def memory_chart(timescales: pl.DataFrame) -> go.Figure:
             customdata=chosen["feature"],
             hovertemplate="feature %{customdata}: %{y:.0f} steps back, dt %{x:.3g}",
         )
-    _style(figure, height=320, y_title="effective memory (steps)")
+    style(figure, height=320, y_title="effective memory (steps)")
     figure.update_layout(hovermode="closest")
     figure.update_xaxes(type="log", title_text="step size dt")
     figure.update_yaxes(type="log")
@@ -435,7 +436,7 @@ def coupling_chart(coupling: pl.DataFrame) -> go.Figure:
     longest = max(len(name) for name in shown)
     slanted = longest * len(names) > _CHARACTERS
     cell = 34 if readable else max(16, 440 // len(names))
-    figure = _style(figure, height=140 + cell * len(names) + (6 * longest if slanted else 0))
+    figure = style(figure, height=140 + cell * len(names) + (6 * longest if slanted else 0))
     figure.update_layout(hovermode="closest")
     size = 12 if len(names) <= 2 * _READABLE else 10
     ticks = {"tickvals": list(range(len(names))), "ticktext": shown, "tickfont": {"size": size}, "showgrid": False}
@@ -510,7 +511,7 @@ def time_scales_chart(scales: pl.DataFrame, *, step: str, context: int, variates
                 row=1,
                 col=1,
             )
-    _style(figure, height=130 + 34 * table.height)
+    style(figure, height=130 + 34 * table.height)
     figure.update_layout(margin_t=48, hovermode="closest")
     figure.update_layout(legend={"yref": "container", "y": 0, "yanchor": "bottom", "x": 0.5, "xanchor": "center"})
     figure.update_annotations(font={"size": 13})

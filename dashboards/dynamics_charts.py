@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import polars as pl
 from plotly.subplots import make_subplots
 
-from dashboards.charts import ACCENT, ALARM, CYCLE, FORECAST, GRID, HISTORY, OBSERVED
+from dashboards.charts import ACCENT, ALARM, CYCLE, FORECAST, HISTORY, OBSERVED, style
 
 _SERIES = (("data", "data", HISTORY), ("free_run", "free run", FORECAST))
 # both plotly's flat and its 3-D markers know these symbols
@@ -165,14 +165,4 @@ def alpha_chart(traces: pl.DataFrame) -> go.Figure:
 
 
 def _style(figure: go.Figure, *, height: int) -> None:
-    figure.update_layout(
-        height=height,
-        margin={"l": 10, "r": 10, "t": 30, "b": 10},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"size": 13},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
-        hovermode="closest",
-    )
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(gridcolor=GRID, zeroline=False, automargin=True)
+    style(figure, height=height).update_layout(margin_t=30, hovermode="closest")
