@@ -155,6 +155,15 @@ class ForecastNetwork(nn.Module):
             self.model.prepare(self.scaler.scale(batch) for batch in batches)
 
     @property
+    def settles(self) -> bool:
+        """True when the model chooses something on trained weights."""
+        return type(self.model).settle is not ForecastModel.settle
+
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """Let the model choose from windows (data units) held out of its training."""
+        self.model.settle(self.scaler.scale(batch) for batch in batches)
+
+    @property
     def anneals(self) -> bool:
         """True when the model follows a schedule over training."""
         return type(self.model).anneal is not ForecastModel.anneal
@@ -171,14 +180,17 @@ class ForecastNetwork(nn.Module):
 
     def parameters_of(self, prediction: Prediction) -> Tensor:
         """Return the parameters [B, H, V, K] of the likelihood that a prediction of the model means: offset added."""
-        raw = prediction.raw.to(torch.promote_types(prediction.raw.dtype, self.param_offset.dtype))
+        return self._filled(prediction.raw) + self.param_offset
+
+    def _filled(self, raw: Tensor) -> Tensor:
+        """Return raw [..., K], zeros beside the location of a model that gives nothing else."""
+        raw = raw.to(torch.promote_types(raw.dtype, self.param_offset.dtype))
         missing = self.spec.num_params - raw.shape[-1]
-        if missing > 0 and not self.capabilities.probabilistic:
-            raw = nn.functional.pad(raw, (0, missing))
-        return raw + self.param_offset
+        return nn.functional.pad(raw, (0, missing)) if missing > 0 and not self.capabilities.probabilistic else raw
 
     def _inputs(self, scaled: Batch) -> Batch:
-        inputs = scaled._replace(target=None, target_mask=None)
+        forced = self.capabilities.teacher_forced and self.training
+        inputs = scaled if forced else scaled._replace(target=None, target_mask=None)
         return inputs if self.capabilities.absolute_time else inputs._replace(cutoff_index=None)
 
     def _check_batch(self, batch: Batch) -> None:
@@ -211,8 +223,10 @@ class ForecastNetwork(nn.Module):
         unit = self.scaler.unit(batch, stats[1])
         parts = {"nll": self.likelihood.nll(prediction.raw, scaled.target, scaled.target_mask, unit)}
         if prediction.context_raw is not None:
-            context_raw = prediction.context_raw.to(self.param_offset.dtype) + self.param_offset[:1]
-            parts["context_nll"] = self.likelihood.nll(context_raw, scaled.context, scaled.context_mask, unit)
+            context_raw = self._filled(prediction.context_raw) + self.param_offset[:1]
+            last = slice(scaled.context.shape[1] - context_raw.shape[1], None)
+            loss = self.likelihood.nll(context_raw, scaled.context[:, last], scaled.context_mask[:, last], unit)
+            parts["context_nll"] = loss * prediction.context_weight
         parts.update(prediction.aux_losses or {})
         total = parts["nll"] if len(parts) == 1 else torch.stack([part.float() for part in parts.values()]).sum()
         return scaled, prediction, {"loss": total, **parts}

@@ -28,6 +28,7 @@ from tsforge.core.config import Config, fingerprint, validate
 from tsforge.core.errors import ConfigError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
+from tsforge.data.calendar import Feature
 from tsforge.data.splits import SplitConfig
 from tsforge.metrics.ranking import skill_score
 from tsforge.training.config import TrainConfig
@@ -111,6 +112,8 @@ class BenchmarkConfig(Config):
     """Time column; default ``ds``, else the first column of dates."""
     columns: tuple[str, ...] | None = None
     """Variates; default every numeric column."""
+    calendar: tuple[Feature, ...] = ()
+    """Features of the time stamp that models with known covariates are given; the others do without."""
     split: SplitConfig | None = None
     """Default: the literature's (ETT by months, others 7:1:2)."""
     season_length: int | None = Field(None, ge=1)
@@ -230,7 +233,12 @@ def benchmark(config: BenchmarkConfig, workspace: Workspace, *, progress: bool =
         KeyboardInterrupt: what was measured before is kept.
     """
     data = read_benchmark_data(
-        config.path, time=config.time, columns=config.columns, split=config.split, season=config.season_length
+        config.path,
+        time=config.time,
+        columns=config.columns,
+        split=config.split,
+        season=config.season_length,
+        calendar=config.calendar,
     )
     for note in data.notes:
         _LOG.warning("%s: %s", data.name, note)

@@ -12,6 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tsforge.core.errors import ConfigError, DataError, listing
+from tsforge.data.calendar import CalendarConfig, Feature, add_calendar
 from tsforge.data.config import CsvSource, ParquetSource
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.io import read_source
@@ -30,6 +31,7 @@ class BenchmarkData:
         name: file name without ending.
         fingerprint: changes with the values, the columns taken and the split.
         panel: one series, standardised per variate with mean and population standard deviation of the training rows.
+        with_calendar: the same with calendar features as known covariates; the panel itself if none were asked for.
         splits: spans of rows.
         loc, scale: what was subtracted and divided by [V].
         season: steps of a season.
@@ -39,6 +41,7 @@ class BenchmarkData:
     name: str
     fingerprint: str
     panel: Panel
+    with_calendar: Panel
     splits: Splits
     loc: NDArray[np.float64]
     scale: NDArray[np.float64]
@@ -53,6 +56,7 @@ def read_benchmark_data(
     columns: Sequence[str] | None = None,
     split: SplitConfig | None = None,
     season: int | None = None,
+    calendar: tuple[Feature, ...] = (),
 ) -> BenchmarkData:
     """Return a wide Parquet or CSV file as a benchmark.
 
@@ -62,10 +66,12 @@ def read_benchmark_data(
         columns: variates; default every numeric column (others are dropped with a note).
         split: default the literature's for this file name (ETT by months, others 7:1:2).
         season: steps of a season; default from the frequency, else from the data.
+        calendar: features of the time stamp.
 
     Raises:
         DataError: missing, empty or unreadable file, no numeric column, too few rows.
         ConfigError: a column that does not exist, another file type.
+        DataError: calendar features without time stamps.
     """
     place = Path(path).expanduser()
     table = _read(place)
@@ -81,12 +87,14 @@ def read_benchmark_data(
     notes += more
     panel, loc, scale, more = _standardise(panel, splits)
     notes += more
+    with_calendar = _with_calendar(panel, frame, calendar)
     rows = slice(*splits.train)
     training = np.where(panel.observed[rows], panel.values[rows], np.nan)
     return BenchmarkData(
         name=place.stem,
-        fingerprint=_fingerprint(panel, splits),
+        fingerprint=_fingerprint(with_calendar, splits),
         panel=panel,
+        with_calendar=with_calendar,
         splits=splits,
         loc=loc,
         scale=scale,
@@ -209,8 +217,23 @@ def _standardise(panel: Panel, splits: Splits) -> tuple[Panel, NDArray[np.float6
     return replace(panel, values=standard), loc, scale, notes
 
 
+def _with_calendar(panel: Panel, frame: SeriesFrame, features: tuple[Feature, ...]) -> Panel:
+    """Return the panel with calendar features of the frame's times as known covariates."""
+    if not features:
+        return panel
+    added = Panel.from_frame(add_calendar(frame, CalendarConfig(features=features)))
+    known, first = added.schema.known, added.num_targets
+    return replace(
+        panel,
+        values=np.concatenate([panel.values, added.values[:, first:]], axis=1),
+        observed=np.concatenate([panel.observed, added.observed[:, first:]], axis=1),
+        schema=replace(panel.schema, known=known),
+    )
+
+
 def _fingerprint(panel: Panel, splits: Splits) -> str:
-    digest = hashlib.sha256(repr((panel.schema.targets, panel.schema.freq, splits.to_dict())).encode())
+    schema = (panel.schema.targets, panel.schema.freq, *([panel.schema.known] if panel.schema.known else []))
+    digest = hashlib.sha256(repr((*schema, splits.to_dict())).encode())
     digest.update(np.ascontiguousarray(panel.values).tobytes())
     digest.update(np.packbits(panel.observed).tobytes())
     return digest.hexdigest()[:16]

@@ -18,8 +18,10 @@ from tsforge.contracts.tensors import DataSpec
 from tsforge.core.config import validate
 from tsforge.core.errors import DataError
 from tsforge.core.seeding import derive_seed, seed_everything
+from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.window_forecasts import error_sums
+from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
 from tsforge.training.config import TrainConfig
 from tsforge.training.loop import fit_network
@@ -88,7 +90,7 @@ def run_setting(data: BenchmarkData, setting: Setting, *, progress: bool = False
     fitted = time.perf_counter()
     network.to(device)
     coupled = network.capabilities.rows_coupled
-    windows = WindowDataset(data.panel, spec, first, stop, aligned=coupled, device=device)
+    windows = WindowDataset(_panel_for(setting, data), spec, first, stop, aligned=coupled, device=device)
     sums = error_sums(network, windows)
     finished = time.perf_counter()
     count = int(sums.count.sum())
@@ -112,15 +114,22 @@ def run_setting(data: BenchmarkData, setting: Setting, *, progress: bool = False
     }
 
 
+def _panel_for(setting: Setting, data: BenchmarkData) -> Panel:
+    """Return what the model is given: calendar features only where it takes known covariates."""
+    takes = MODELS.get(setting.network.model.name).capabilities.known_covariates
+    return data.with_calendar if takes else data.panel
+
+
 def _fit(
     data: BenchmarkData, setting: Setting, spec: WindowSpec, *, progress: bool
 ) -> tuple[ForecastNetwork, int, bool]:
     """Return the fitted network, its epochs, and whether no random number took part."""
-    panel, splits = data.panel, data.splits
+    panel, splits = _panel_for(setting, data), data.splits
     size = DataSpec(
         context_length=spec.context_length,
         horizon=spec.horizon,
         num_variates=panel.num_targets,
+        num_known=len(panel.schema.known),
         train_length=splits.train[1] - splits.train[0],
     )
     network = build_network(setting.network, size, seed=derive_seed(setting.seed, "weights"))

@@ -40,6 +40,7 @@ class Capabilities:
         trainable: has parameters that gradient steps improve.
         variate_coupling: a forecast of one variate may depend on the context of another.
         scaling: scalings allowed, the first is the default used for ``scaling.kind: auto``.
+        teacher_forced: sees the target while it is trained, and never otherwise.
         probabilistic: honours num_params > 1 by itself; False means only the location is modelled and the
             remaining parameters stay at the constants the network sets from residuals.
     """
@@ -53,6 +54,7 @@ class Capabilities:
     closed_form: bool = False
     trainable: bool = True
     variate_coupling: bool = False
+    teacher_forced: bool = False
     scaling: tuple[ScalingKind, ...] = ("global", "series", "window", "window_mean", "last", "none")
     probabilistic: bool = True
 
@@ -92,7 +94,8 @@ class ForecastModel(nn.Module, Generic[C]):
         return False
 
     def forward(self, batch: Batch) -> Prediction:
-        """Return raw parameters [B, H, V, K] in scaled units; must not read ``batch.target``."""
+        """Return raw parameters [B, H, V, K] in scaled units; must not read ``batch.target`` (``teacher_forced``: may
+        while training)."""
         raise NotImplementedError
 
     def solve(self, data: TrainingSeries) -> SolveReport | None:
@@ -104,6 +107,10 @@ class ForecastModel(nn.Module, Generic[C]):
 
     def anneal(self, progress: float) -> None:
         """Called before each step with progress in [0, 1]; changes schedules kept in buffers, never weights."""
+
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """Choose what is best chosen on trained weights, from scaled windows with targets: those of the validation
+        span, or of training without one. Called once, after gradient steps, with the weights that are kept."""
 
     def components(self, batch: Batch) -> dict[str, Tensor]:
         """Return additive parts of the location forecast, name -> [B, H, V] in scaled units; empty if none."""

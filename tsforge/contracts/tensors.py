@@ -91,13 +91,16 @@ class Prediction(NamedTuple):
 
     Shapes:
         raw [B, H, V, K], unconstrained, in scaled units; parameter 0 is the location.
-        context_raw [B, L, V, K], for models that also predict or reconstruct the context, else None.
+        context_raw [B, C, V, K] of the last C <= L steps, for models that also predict or reconstruct the context, else
+            None.
         aux_losses: name -> scalar added to the loss, already weighted.
+        context_weight: of the loss of ``context_raw``; that of ``raw`` has 1.
     """
 
     raw: Tensor
     context_raw: Tensor | None = None
     aux_losses: dict[str, Tensor] | None = None
+    context_weight: float = 1.0
 
 
 class TrainingSeries(NamedTuple):

@@ -17,15 +17,14 @@ from torch import Tensor
 from tsforge.contracts.model import ForecastModel, ModelConfig, State
 from tsforge.contracts.tensors import Batch, SolveReport, TrainingSeries
 from tsforge.core.errors import ConfigError, ModelError
+from tsforge.models._window_statistics import Normalisation, window_statistics
 from tsforge.models.linear import Linear, LinearConfig
-
-_LEAST_SCALE = 1e-5
 
 
 class ResidualConfig(ModelConfig):
     """Settings of the normalisation and of the linear map."""
 
-    normalisation: Literal["window", "last", "none"] = "window"
+    normalisation: Normalisation = "window"
     """Mean and deviation of the observed context, its last value, or only the scaling of the training span."""
     skip: Literal["auto", "closed_form", "learned", "none"] = "auto"
     """The linear map beside the network: solved before training and kept, trained with the rest, or absent. ``auto``:
@@ -104,19 +103,7 @@ class ResidualForecaster(ForecastModel[C]):
 
     def _statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return location and scale [B, 1, V] of each context; 0 and 1 without normalisation or observation."""
-        context, mask = batch.context, batch.context_mask
-        zero = torch.zeros_like(context[:, :1])
-        if not self.normalises:
-            return zero, torch.ones_like(zero)
-        count = mask.sum(1, keepdim=True).clamp(min=1).to(context.dtype)
-        mean = torch.where(mask, context, 0.0).sum(1, keepdim=True) / count
-        deviation = (torch.where(mask, context - mean, 0.0).square().sum(1, keepdim=True) / count).sqrt()
-        scale = torch.where(deviation > _LEAST_SCALE, deviation, torch.ones_like(deviation))
-        if self.config.normalisation == "window":
-            return mean, scale
-        steps = torch.arange(context.shape[1], device=context.device).view(1, -1, 1)
-        last = torch.where(mask, steps, 0).amax(1, keepdim=True)
-        return torch.where(mask.any(1, keepdim=True), context.gather(1, last), zero), scale
+        return window_statistics(batch, self.config.normalisation)
 
     def _compose(self, residual: Tensor, loc: Tensor, scale: Tensor, skip: Tensor | None) -> Tensor:
         """Return raw parameters in scaled units from residuals in normalised units and the linear part."""

@@ -43,7 +43,7 @@ class TrainResult:
             windows_per_second`` (losses in scaled units).
         best_epoch: the epoch whose weights were kept; -1 for a closed-form fit or a warm start that no epoch clearly
             improved (``TrainConfig.start_margin``).
-        metrics: the row of the kept weights.
+        metrics: the row of the kept weights; errors after the model has settled, where it does.
         solve: what the closed form reported, or None.
         stopped_by: ``solved``, ``untrainable``, ``max_epochs``, ``patience`` or ``hook``.
         seconds: wall time of everything.
@@ -126,6 +126,11 @@ def fit_network(
     record, stopped_by = run.descend(resume=resume, on_epoch=on_epoch, progress=progress)
     if start is not None and valid is not None and record.best_epoch >= 0 and config.start_margin > 0:
         _confirm(network, before, valid, config, record)
+    metrics = record.best_metrics()
+    if network.settles:
+        network.settle((train if valid is None else valid).batches(config.eval_batch_size))
+        if valid is not None:
+            metrics |= evaluate_windows(network, valid, config.eval_batch_size)
     if not network.capabilities.probabilistic:
         _set_spread(network, None, train, config)
     speed = record.windows_seen / record.train_seconds if record.train_seconds else 0.0
@@ -136,7 +141,7 @@ def fit_network(
         epochs=len(record.history),
         history=tuple(record.history),
         best_epoch=record.best_epoch,
-        metrics=record.best_metrics(),
+        metrics=metrics,
         solve=report,
         stopped_by=stopped_by,
         seconds=time.perf_counter() - started,
