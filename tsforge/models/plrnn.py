@@ -191,10 +191,10 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
     # ---- one pass over a window
 
     def forward(self, batch: Batch) -> Prediction:
-        """Return raw locations [B, H, V, 1], and those of the context but its first step.
+        """Return raw locations [B, H, V, 1].
 
-        While training, every member forecasts its own part of the batch; with ``objective: gtf`` the horizon is forced
-        by the target, if there is one.
+        While training, every member forecasts its own part of the batch, the context but its first step is told too,
+        and with ``objective: gtf`` the horizon is forced by the target, if there is one.
         """
         rows = self.spec.context_length + self.spec.horizon
         most = max(1, _MOST_CELLS // (self.config.ensemble * rows * self.map.latent))
@@ -205,7 +205,7 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
             parts = [Batch._make(None if part is None else part[piece] for part in batch) for piece in pieces]
             found = torch.cat([self._locations(part) for part in parts])
         found, known = found.unsqueeze(-1), self.spec.context_length - 1
-        context_raw = found[:, :known] if known else None
+        context_raw = found[:, :known] if known and self.training else None  # which weights are best says the horizon
         return Prediction(found[:, known:], context_raw, context_weight=self._context_weight)
 
     @property
