@@ -285,3 +285,37 @@ def test_model_entries_parse_to_their_groups() -> None:
     }
     config = load(BenchmarkConfig, "benchmark", ["path=x.csv", "models=['linear:ridge=5e4',drift]", "horizons=[1,2]"])
     assert [item.title for item in config.models] == ["linear:ridge=5e4", "drift"]
+
+
+def test_calendar_features_reach_the_models_that_take_them(
+    workspace: Workspace, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tsforge.app.benchmark_run as module
+
+    given: dict[str, int] = {}
+    real = module.fit_network
+
+    def spy(network: Any, *args: Any, **options: Any) -> Any:
+        given[network.config.model.name] = network.spec.num_known
+        return real(network, *args, **options)
+
+    monkeypatch.setattr(module, "fit_network", spy)
+    models = ["dlinear", "plrnn:latent=6:hidden=8:ensemble=1"]
+    settings = {"models": models, "calendar": ["hour"], "train": {"max_epochs": 1, "max_steps_per_epoch": 2}}
+    result = run(workspace, table, **settings)
+    assert set(result.table["status"]) == {"ok"}
+    assert given == {"dlinear": 0, "plrnn": 2}
+
+
+def test_calendar_features_follow_the_clock_and_change_the_fingerprint(table: Path, tmp_path: Path) -> None:
+    plain, full = read_benchmark_data(table), read_benchmark_data(table, calendar=("hour",))
+    assert plain.with_calendar is plain.panel
+    assert plain.fingerprint != full.fingerprint
+    panel = full.with_calendar
+    assert panel.schema.known == ("calendar.hour.sin", "calendar.hour.cos")
+    np.testing.assert_array_equal(panel.values[:, : panel.num_targets], full.panel.values)
+    hours = pl.read_parquet(table)["when"].dt.hour().to_numpy()
+    np.testing.assert_allclose(panel.values[:, -2], np.sin(2 * np.pi * hours / 24), atol=1e-12)
+    pl.read_parquet(table).drop("when").write_csv(tmp_path / "plain.csv")
+    with pytest.raises(DataError, match="calendar"):
+        read_benchmark_data(tmp_path / "plain.csv", columns=["wave"], calendar=("hour",))
