@@ -5,7 +5,8 @@ Usage: python benchmarks/model_table.py --data FOLDER --out benchmarks/results/m
 
 Errors are those of the benchmark harness (``tsforge benchmark``): literature splits, standardised by the training
 rows, no window dropped. Every setting is kept in the workspace (``--home``) once it is done, so a run goes on where it
-stopped; ``--minutes`` begins no setting after that time. Published rows come from the papers' tables with their own
+stopped; ``--minutes`` begins no setting after that time. ``--calendar hour,weekday,dayofyear`` gives these features to
+models that take known covariates. Published rows come from the papers' tables with their own
 look-back and are for orientation only. ``--models`` names presets, listed with their settings in ``PRESETS``.
 """
 
@@ -50,6 +51,10 @@ _TRAIN = (
     ":train.learning_rate=1e-3:train.max_epochs=3:train.patience=2"
 )
 _LONG = _TRAIN.replace("epoch=80", "epoch=250").replace("epochs=3", "epochs=12").replace("patience=2", "patience=4")
+_PLRNN = (
+    ":train.max_steps_per_epoch=40:train.schedule=cosine:train.weight_decay=0.1:train.learning_rate=5e-4"
+    ":train.max_epochs=8:train.patience=3"
+)
 _CHIMERA = "chimera:d_model=32:d_state=8:num_layers=2:dropout=0.2"
 
 
@@ -80,8 +85,15 @@ PRESETS = {
     "chimera alone: seasonal only": Preset(_CHIMERA + ":skip=none:heads=seasonal" + _TRAIN, (96,)),
     "chimera alone: no gate": Preset(_CHIMERA + ":skip=none:gate=false" + _TRAIN, (96,)),
     "chimera alone: not selective": Preset(_CHIMERA + ":skip=none:selective=false" + _TRAIN, (96,)),
+    "plrnn, one member": Preset("plrnn:ensemble=1:train.batch_size=32" + _PLRNN, (96,)),
+    "plrnn, four members": Preset("plrnn:ensemble=4:train.batch_size=128" + _PLRNN, (96,)),
+    "plrnn, four members, free run": Preset(
+        "plrnn:ensemble=4:objective=horizon:train.batch_size=128" + _PLRNN,
+        (96,),
+    ),
 }
 GROUPS = {
+    "plrnn": tuple(name for name in PRESETS if name.startswith("plrnn")),
     "ablations": tuple(name for name in PRESETS if name.startswith("chimera alone") and ", longer" not in name),
     "closed": (LINEAR, CHOSEN),
     "longer": tuple(name for name in PRESETS if ", longer" in name),
@@ -144,20 +156,21 @@ def plan(sets: list[str], models: list[str], lengths: list[int], horizons: list[
     return sorted(jobs, key=lambda job: (-job.length, job.model, -job.horizon))
 
 
-def run(job: Job, folder: Path, seeds: int, home: Path | None, threads: int) -> list[dict[str, Any]]:
+def run(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one record a seed, and the naive forecasts' records with those of the linear model."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     config: dict[str, Any] = {
-        "path": str(folder / "forecast" / f"{job.data}.parquet"),
+        "path": str(options.data / "forecast" / f"{job.data}.parquet"),
         "models": [PRESETS[job.model].entry],
         "context_lengths": [job.length],
         "horizons": [job.horizon],
-        "seeds": seeds,
+        "seeds": options.seeds,
+        "calendar": [name for name in options.calendar.split(",") if name],
     }
     columns = SETS[job.data]
     if columns is not None:
         config["columns"] = list(columns)
-    table = benchmark(validate(BenchmarkConfig, config), Workspace.open(home), progress=False).table
+    table = benchmark(validate(BenchmarkConfig, config), Workspace.open(options.home), progress=False).table
     rows = []
     for row in table.iter_rows(named=True):
         own = row["model"] == PRESETS[job.model].entry
@@ -180,7 +193,7 @@ def measure(jobs: list[Job], options: argparse.Namespace, save: Any) -> list[dic
                 waiting = []
             while waiting and len(running) < options.workers:
                 job = waiting.pop(0)
-                running[pool.submit(run, job, options.data, options.seeds, options.home, options.threads)] = job
+                running[pool.submit(run, job, options)] = job
             for done in as_completed(list(running)):
                 job = running.pop(done)
                 records += done.result()
@@ -208,7 +221,8 @@ def page(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
     for part in (*about["beside"], about):
         lines += [
             f"{part['made']}, {part['hardware']}, torch {part['torch']}, {part['workers']} runs at a time, up to "
-            f"{part['seeds']} seeds, revision {part['revision']}:",
+            f"{part['seeds']} seeds, {'calendar features ' + part['calendar'] + ', ' if part.get('calendar') else ''}"
+            f"revision {part['revision']}:",
             "",
             *[f"- `{name}` is `{preset['entry']}`" for name, preset in part["models"].items()],
             "",
@@ -301,9 +315,10 @@ def main() -> None:
     parser.add_argument(
         "--models",
         default="closed,s4,chimera",
-        help="presets by commas; 'ablations', 'longer' and 'closed' for several",
+        help="presets by commas; 'ablations', 'longer', 'plrnn' and 'closed' for several",
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--calendar", default="", help="features of the time stamp for models with known covariates")
     parser.add_argument("--home", type=Path, default=None, help="workspace of the cache")
     parser.add_argument("--workers", type=int, default=1, help="settings at a time, each in a process of its own")
     parser.add_argument("--threads", type=int, default=1)
@@ -326,6 +341,7 @@ def main() -> None:
         + f"{os.cpu_count()} {platform.machine()} cores",
         "torch": torch.__version__,
         "workers": options.workers,
+        "calendar": options.calendar,
         "seeds": options.seeds,
         "models": {name: asdict(PRESETS[name]) for name in models},
         "revision": collect_provenance(data_fingerprint="", seeds={})["revision"],
