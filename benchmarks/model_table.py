@@ -6,8 +6,8 @@ Usage: python benchmarks/model_table.py --data FOLDER --out benchmarks/results/m
 Errors are those of the benchmark harness (``tsforge benchmark``): literature splits, standardised by the training
 rows, no window dropped. Every setting is kept in the workspace (``--home``) once it is done, so a run goes on where it
 stopped; ``--minutes`` begins no setting after that time. ``--calendar hour,weekday,dayofyear`` gives these features to
-models that take known covariates. Published rows come from the papers' tables with their own
-look-back and are for orientation only. ``--models`` names presets, listed with their settings in ``PRESETS``.
+models that take known covariates. Published rows come from the papers' tables with their own look-back and are for
+orientation only. ``--models`` names presets, listed with their settings in ``PRESETS``.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ PRESETS = {
     "chimera alone: seasonal only": Preset(_CHIMERA + ":skip=none:heads=seasonal" + _TRAIN, (96,)),
     "chimera alone: no gate": Preset(_CHIMERA + ":skip=none:gate=false" + _TRAIN, (96,)),
     "chimera alone: not selective": Preset(_CHIMERA + ":skip=none:selective=false" + _TRAIN, (96,)),
-    "plrnn, one member": Preset("plrnn:ensemble=1:train.batch_size=32" + _PLRNN, (96,)),
-    "plrnn, four members": Preset("plrnn:ensemble=4:train.batch_size=128" + _PLRNN, (96,)),
-    "plrnn, four members, free run": Preset(
+    "plrnn (1 member)": Preset("plrnn:ensemble=1:train.batch_size=32" + _PLRNN, (96,)),
+    "plrnn (4 members)": Preset("plrnn:ensemble=4:train.batch_size=128" + _PLRNN, (96,)),
+    "plrnn (4 members; free run)": Preset(
         "plrnn:ensemble=4:objective=horizon:train.batch_size=128" + _PLRNN,
         (96,),
     ),
