@@ -42,6 +42,7 @@ SETS: dict[str, tuple[str, ...] | None] = {  # columns; None: all of them
     "ETTh2": None,
     "ETTm1": None,
     "exchange_rate": None,
+    "beijing_air_pm25": tuple(f"{station}.PM2.5" for station in STATIONS),
     "beijing_air": tuple(f"{station}.{part}" for part in ("PM2.5", "WSPM") for station in STATIONS),
 }
 HORIZONS = (96, 192, 336, 720)
@@ -160,7 +161,7 @@ def run(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one record a seed, and the naive forecasts' records with those of the linear model."""
     torch.set_num_threads(options.threads)
     config: dict[str, Any] = {
-        "path": str(options.data / "forecast" / f"{job.data}.parquet"),
+        "path": str(options.data / "forecast" / f"{job.data.removesuffix('_pm25')}.parquet"),
         "models": [PRESETS[job.model].entry],
         "context_lengths": [job.length],
         "horizons": [job.horizon],
