@@ -224,6 +224,23 @@ def attribution_chart(variates: Sequence[Mapping[str, Any]]) -> go.Figure:
     return style(figure, height=110 + 28 * len(ranked), title="Which variates are strange (in standard deviations)")
 
 
+def observer_chart(observer: pl.DataFrame) -> go.Figure:
+    """Return bars of the gain of each variate; columns ``variate`` (names), ``gain``."""
+    figure = go.Figure(
+        go.Bar(
+            x=observer["gain"],
+            y=[_short(name) for name in observer["variate"]],
+            customdata=observer["variate"],
+            orientation="h",
+            marker_color=FORECAST,
+            hovertemplate="%{customdata}<br>gain %{x:.3~g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(range=[0, 1], title_text="0: only the model, 1: only the observation")
+    figure.update_yaxes(autorange="reversed")
+    return style(figure, height=150 + 28 * observer.height)
+
+
 def leaderboard_chart(summary: pl.DataFrame, *, metric: str, name: str = "") -> go.Figure:
     """Return bars of one metric per model, best on top; columns ``model`` and the metric (``name`` in words)."""
     table = summary.drop_nulls(metric).sort(metric, descending=True)

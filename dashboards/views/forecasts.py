@@ -231,6 +231,17 @@ def _order(records: pl.DataFrame, facts: dict[str, Any]) -> None:
     st.write(", ".join(facts["variates"][number] for number in records.sort("position")["variate"]))
 
 
+def _observer(records: pl.DataFrame, facts: dict[str, Any]) -> None:
+    st.caption(
+        "How much an observation corrects the state that the model predicted for it, chosen after training by the "
+        "smallest one-step error. That error is in deviations of the variate within its context."
+    )
+    names = dict(enumerate(facts["variates"]))
+    named = records.with_columns(pl.col("variate").replace_strict(names, return_dtype=pl.String))
+    st.plotly_chart(charts.observer_chart(named), width="stretch", key="learnt-observer")
+    table(named)
+
+
 _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather look at than read
     "kernels": _chart(
         "kernels",
@@ -245,6 +256,7 @@ _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather
     "time_scales": _time_scales,
     "coupling": _coupling,
     "order": _order,
+    "observer": _observer,
 }
 
 

@@ -181,6 +181,16 @@ def test_the_order_of_variates_is_named(filled: Path, tmp_path: Path, monkeypatc
     assert any(text.value == "x3, x1, x2" for text in page.markdown)
 
 
+def test_the_gain_of_an_observer_is_drawn_for_every_variate(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    observer = [{"variate": number, "gain": gain, "one_step_error": 0.1} for number, gain in enumerate((0.2, 1.0, 0.5))]
+    page = explained(filled, tmp_path, monkeypatch, lambda found: found.update(observer=observer))
+    assert not page.exception
+    shown = next(frame.value for frame in page.dataframe if "gain" in frame.value.columns)
+    assert shown["variate"].tolist() == ["x1", "x2", "x3"]
+    drawn = [json.loads(item.proto.spec) for item in page.get("plotly_chart")]
+    assert any(trace["type"] == "bar" and trace["y"] == ["x1", "x2", "x3"] for item in drawn for trace in item["data"])
+
+
 def test_a_network_that_was_taken_back_is_said_to_be(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
     def still(found: dict[str, Any]) -> None:
         for record in found["coupling"]:

@@ -87,6 +87,13 @@ class PLRNNForecastConfig(ModelConfig):
     normalisation: Normalisation = "window"
     """Mean and deviation of the observed context, its last value, or only the scaling of the training span."""
 
+    @field_validator("gain", mode="before")
+    @classmethod
+    def _name_or_number(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("innovation", "horizon"):
+            raise ValueError(f"'{value}' is neither innovation, horizon nor a number from 0 to 1")
+        return value
+
     @field_validator("forcing", mode="before")
     @classmethod
     def _constant_by_default(cls, value: Any) -> Any:

@@ -195,6 +195,18 @@ def test_loss_weighs_every_step_alike() -> None:
     assert parts["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_context_is_judged_with_the_spread_of_the_first_step() -> None:
+    config = NetworkConfig.model_validate(
+        {"model": {"name": "plrnn", **BASE}, "likelihood": {"name": "normal"}, "scaling": {"kind": "none"}}
+    )
+    network, batch = build_network(config, spec_of()).train(), make_batch(spec_of(), gaps=0.0)
+    network.set_residual_scale(torch.linspace(0.5, 2.0, H).unsqueeze(1).expand(-1, V))
+    found = network.model(batch)
+    error = found.context_raw[..., 0] - batch.context[:, 1:]
+    nll = (0.5 * (error / 0.5).square() + math.log(0.5) + 0.5 * math.log(2 * math.pi)).mean()
+    assert network.loss(batch)["context_nll"].item() == pytest.approx(nll.item() * (L - 1) / H, rel=1e-4)
+
+
 def test_network_gives_the_target_while_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     real = PLRNN.forward
@@ -418,6 +430,9 @@ def test_thinned_windows_are_spread_evenly() -> None:
     found = thinned(batches(), most=30)
     assert found is not None
     assert found.context.flatten().tolist() == list(range(0, 100, 4))
+    half = thinned(batches(), most=60)
+    assert half is not None
+    assert half.context.flatten().tolist() == list(range(0, 100, 2))
     everything = thinned(batches(), most=100)
     assert everything is not None
     assert everything.context.flatten().tolist() == list(range(100))
@@ -479,7 +494,7 @@ def test_an_outlier_moves_the_state_by_no_more_than_the_cut() -> None:
         ({"forcing": {"method": "sparse"}}, "tau"),
         ({"observation": "affine", "innovation_clip": 3.0}, "identity"),
         ({"gain": 1.5}, "gain"),
-        ({"gain": "best"}, "gain"),
+        ({"gain": "best"}, "neither innovation, horizon nor a number"),
         ({"ensemble": 0}, "ensemble"),
         ({"forcing": {"estimator": "arithmetic_mean"}}, "estimator has no part in method 'constant'"),
     ],
