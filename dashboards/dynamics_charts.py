@@ -144,22 +144,32 @@ def _most(seeds: Sequence[Mapping[str, Any]]) -> int:
     return max((len(row["lyapunov_spectrum"]) for row in seeds), default=0)
 
 
-def alpha_chart(traces: pl.DataFrame) -> go.Figure:
-    """Return the strength of the forcing over the epochs, one line a seed; columns ``seed, epoch, alpha``."""
+def trace_chart(traces: pl.DataFrame, *, figure_of: str, title: str, logarithmic: bool = False) -> go.Figure:
+    """Return one figure of the training over the epochs, one line a seed.
+
+    Args:
+        traces: ``seed, epoch`` and the figure, null where it was not taken.
+        figure_of: the column drawn.
+        title: of its axis.
+        logarithmic: for positive figures over several sizes; others begin at 0.
+    """
     figure = go.Figure()
     for index, seed in enumerate(traces["seed"].unique(maintain_order=True)):
-        part = traces.filter(pl.col("seed") == seed).sort("epoch")
+        part = traces.filter(pl.col("seed") == seed).drop_nulls(figure_of).sort("epoch")
         figure.add_trace(
             go.Scatter(
                 x=part["epoch"].to_list(),
-                y=_gaps(part["alpha"]),
+                y=_gaps(part[figure_of]),
                 name=f"seed {seed}",
                 line={"color": CYCLE[index % len(CYCLE)], "width": 1.5},
             )
         )
     _style(figure, height=360)
     figure.update_xaxes(title_text="epoch")
-    figure.update_yaxes(title_text="strength of the forcing", rangemode="tozero")
+    if logarithmic:
+        figure.update_yaxes(title_text=title, type="log", exponentformat="power")
+    else:
+        figure.update_yaxes(title_text=title, rangemode="tozero")
     figure.update_layout(showlegend=True, hovermode="x unified")
     return figure
 

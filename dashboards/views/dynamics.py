@@ -25,6 +25,7 @@ _METRICS = {
     "alpha": "alpha",
 }
 _SEEDS = {"seed": "seed", **_METRICS, "healthy": "healthy", "failed_steps": "failed steps", "failed": "failed because"}
+_VALIDATED = {"kept_epoch": "epoch kept", "score": "validation score"}
 _CYCLES = {
     "cycle": "no.",
     "what": "what",
@@ -33,6 +34,14 @@ _CYCLES = {
     "on_data": "in the range of the data",
     "distance": "distance to the data (sd)",
     "captured": "free runs that end there",
+}
+_TRACES = {  # column: what it is called, whether it spans several sizes
+    "alpha": ("strength of the forcing", False),
+    "kappa": ("growth that sets the forcing (kappa)", False),
+    "loss": ("loss", True),
+    "gradient_norm": ("gradient norm before clipping", True),
+    "max_abs_A": ("largest |A|", False),
+    "validation": ("validation score", True),
 }
 _SPECTRA = 4  # variates whose spectra are drawn beside the ones chosen
 
@@ -61,10 +70,15 @@ def _draw(workspace: Workspace) -> None:
         st.info(str(note))
     if report.summary.get("in_sample"):
         st.info("Judged on the training series itself: the figures say nothing about new data.")
+    if report.inputs:
+        st.caption(
+            f"Driven by {listing(list(report.inputs))}: the free runs take the recorded inputs of the test series."
+        )
     _verdict(row)
     _seed(workspace, report, seed)
     st.subheader("All seeds")
-    table(_rows(report), _SEEDS)
+    validated = any(row.get("validation") for row in report.seeds)
+    table(_rows(report), {**_SEEDS, **(_VALIDATED if validated else {})})
     st.caption(
         "MAD: median absolute deviation, over the seeds with a value. Captured: share of free runs that do not end as "
         "the data do. A good PE says little about the long run."
@@ -82,8 +96,11 @@ def _verdict(row: dict[str, Any]) -> None:
         st.warning(str(warning), icon=":material/warning:")
     if row.get("healthy"):
         st.success("No warning: the free runs keep to what the data do.", icon=":material/check_circle:")
-    elif row.get("healthy") is None and not row.get("failed"):
+    elif row.get("healthy") is None and not row.get("failed") and not row["findings"]:
         st.caption("Fixed points and free runs of this seed were not examined.")
+    validation = row.get("validation") or {}
+    if validation.get("epoch") is not None:
+        st.caption(f"Weights of epoch {validation['epoch']}: the best on the validation rows.")
     for note in row["findings"].get("notes", []):
         st.caption(str(note))
 
@@ -99,7 +116,7 @@ def _seed(workspace: Workspace, report: StoredReconstruction, seed: int) -> None
     st.subheader("Trajectories")
     variates = _choose_variates(report.columns)
     st.plotly_chart(charts.phase_chart(stored.trajectory, cycles, variates=variates), width="stretch", key="phase")
-    if cycles.height and report.loc is None:
+    if cycles.height and not _is_placed(report, cycles):
         st.caption("The place of the fixed points in the units of the data is not stored; they are in the table below.")
     st.subheader("Fixed points and cycles")
     if cycles.is_empty():
@@ -132,8 +149,14 @@ def _choose_variates(columns: Sequence[str]) -> list[str]:
 def _cycles(report: StoredReconstruction, cycles: pl.DataFrame) -> None:
     what = pl.when(pl.col("period") == 1).then(pl.lit("fixed point")).otherwise(pl.format("{}-cycle", "period"))
     shown = cycles.with_columns(what=what)
-    place = {"latent": "latent state"} if report.loc is None else {name: name for name in report.columns[:6]}
+    placed = _is_placed(report, cycles)
+    place = {name: name for name in report.columns[:6]} if placed else {"latent": "latent state"}
     table(shown, {**_CYCLES, **place}, percentages=("captured",))
+
+
+def _is_placed(report: StoredReconstruction, cycles: pl.DataFrame) -> bool:
+    """Return whether the cycles have their place in the units of the data."""
+    return cycles[report.columns[0]].is_not_null().all()
 
 
 def _rows(report: StoredReconstruction) -> list[dict[str, Any]]:
@@ -144,6 +167,8 @@ def _rows(report: StoredReconstruction) -> list[dict[str, Any]]:
             **{name: row.get(name) for name in _SEEDS},
             "seed": str(row["seed"]),
             "healthy": words[row.get("healthy")],
+            "kept_epoch": (row.get("validation") or {}).get("epoch"),
+            "score": (row.get("validation") or {}).get("score"),
         }
         for row in report.seeds
     ]
@@ -156,10 +181,18 @@ def _training(workspace: Workspace, report: StoredReconstruction) -> None:
     left, right = st.columns(2)
     left.subheader("Lyapunov spectra")
     left.plotly_chart(charts.lyapunov_chart(report.seeds), width="stretch", key="lyapunov")
-    right.subheader("Strength of the forcing")
+    right.subheader("Training")
     try:
         traces = catalog_dynamics.load_traces(workspace, report.id, [row["seed"] for row in report.seeds])
     except TsforgeError as error:
         right.error(f"**The training cannot be drawn.** {error}", icon=":material/error:")
         return
-    right.plotly_chart(charts.alpha_chart(traces), width="stretch", key="alpha")
+    there = [name for name in _TRACES if traces[name].is_not_null().any()]
+    if not there:
+        right.caption("Nothing of the training was stored.")
+        return
+    names = {name: _TRACES[name][0] for name in there}
+    chosen = choose("Figure", there, "figure", names=names, where=right)
+    title, logarithmic = _TRACES[chosen]
+    drawn = charts.trace_chart(traces, figure_of=chosen, title=title, logarithmic=logarithmic)
+    right.plotly_chart(drawn, width="stretch", key="trace")

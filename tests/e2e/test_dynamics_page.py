@@ -106,7 +106,7 @@ def test_a_reconstruction_with_all_its_parts(filled: Path) -> None:
         "Power spectra",
         "All seeds",
         "Lyapunov spectra",
-        "Strength of the forcing",
+        "Training",
     ]
     summary = json.loads((filled / "result.json").read_text())["summary"]
     rows = page.dataframe[-1].value.set_index("seed")
@@ -165,6 +165,71 @@ def test_fixed_points_are_listed_in_the_units_of_the_data(filled: Path) -> None:
     assert list(rows["what"]) == ["fixed point", "2-cycle", "2-cycle"]
     assert list(rows["x"]) == [12.0, 10.0, 14.0]
     assert list(rows["z"]) == [32.0, 30.0, 34.0]
+
+
+def test_fixed_points_of_an_affine_read_out_are_where_it_shows_them(filled: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        with_cycles(document)
+        document["observation"] = {**OBSERVATION, "kind": "affine"}
+        seen = [[[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]]
+        found = document["seeds"][0]["findings"]
+        found["cycles"] = [{**cycle, "observed": place} for cycle, place in zip(CYCLES, seen, strict=True)]
+
+    edit(filled, change)
+    page = draw(seed="0")
+    assert not page.exception
+    rows = page.dataframe[0].value
+    assert list(rows["x"]) == [1.0, 4.0, 7.0]
+    assert list(rows["z"]) == [3.0, 6.0, 9.0]
+    assert not any("not stored" in caption.value for caption in page.caption)
+
+
+def test_every_figure_of_the_training_can_be_drawn(filled: Path) -> None:
+    page = draw()
+    assert box(page, "Figure").value == "alpha"
+    assert len(box(page, "Figure").options) == 5  # no validation
+    for figure in ("kappa", "loss", "gradient_norm", "max_abs_A"):
+        page = box(page, "Figure").select(figure).run()
+        assert not page.exception
+        assert not page.error
+
+
+def test_a_training_stored_before_kappa_was_traced_is_drawn_without_it(filled: Path) -> None:
+    for seed in (0, 1):
+        place = filled / "seeds" / str(seed) / "trace.parquet"
+        pl.read_parquet(place).select("epoch", "loss", "alpha", "max_abs_A", "failed_steps").write_parquet(place)
+    page = draw()
+    assert not page.exception
+    assert not page.error
+    assert len(box(page, "Figure").options) == 3
+
+
+def test_a_validated_driven_reconstruction_says_so(filled: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["inputs"] = [{"name": "pump", "loc": 0.0, "scale": 1.0}]
+        for row, epoch, score in zip(document["seeds"], (2, 3), (0.5, 0.4), strict=True):
+            row |= {"validation": {"epoch": epoch, "score": score}, "healthy": None, "failed": "", "captured": None}
+            row["findings"] = {"cycles": [], "notes": ["Fixed points are those of the map at the mean inputs."]}
+
+    edit(filled, change)
+    for seed, score in ((0, 0.5), (1, 0.4)):
+        table = pl.DataFrame({"epoch": [2, 3], "score": [score, None], "d_stsp": [0.1, None]})
+        table.write_parquet(filled / "seeds" / str(seed) / "validation.parquet")
+    page = draw(figure="validation")
+    assert not page.exception
+    assert not page.error
+    assert box(page, "Seed").value == "1"  # the better score
+    captions = markdown(page.caption)
+    assert any("Driven by pump" in text for text in captions)
+    assert any("Weights of epoch 3" in text for text in captions)
+    assert not any("not examined" in text for text in captions)
+    rows = page.dataframe[-1].value.set_index("seed")
+    assert rows.loc["1", "kept_epoch"] == 3
+    assert box(page, "Figure").value == "validation"
+    traces = catalog_dynamics.load_traces(Workspace.open(filled.parents[2]), filled.name, [0, 1])
+    assert traces.filter(pl.col("seed") == 1).drop_nulls("validation").select("epoch", "validation").rows() == [
+        (2, 0.4)
+    ]
 
 
 def test_without_a_scaling_fixed_points_stay_in_latent_units(filled: Path) -> None:
@@ -277,5 +342,10 @@ def test_bars_and_lines_of_every_seed() -> None:
     )
     assert [(bar.name, tuple(bar.y)) for bar in figure.data] == [("seed 3", (0.9, 0.0, -14.5)), ("seed 5", ())]
     traces = pl.DataFrame({"seed": [3, 3, 5], "epoch": [2, 1, 1], "alpha": [0.5, 1.0, float("nan")]})
-    figure = charts.alpha_chart(traces)
+    figure = charts.trace_chart(traces, figure_of="alpha", title="alpha")
     assert [(line.name, tuple(line.y)) for line in figure.data] == [("seed 3", (1.0, 0.5)), ("seed 5", (None,))]
+    assert (figure.layout.yaxis.type, figure.layout.yaxis.title.text) == (None, "alpha")
+    holes = traces.with_columns(alpha=pl.Series([None, 1.0, 2.0]))
+    figure = charts.trace_chart(holes, figure_of="alpha", title="alpha", logarithmic=True)
+    assert [tuple(line.x) for line in figure.data] == [(1,), (1,)]
+    assert figure.layout.yaxis.type == "log"

@@ -11,12 +11,16 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tsforge.app import reconstruct as use_case
-from tsforge.app.reconstruct import ReconstructConfig, reconstruct
+from tsforge.app.catalog_dynamics import cycle_table, load_reconstruction, seed_rank
+from tsforge.app.reconstruct import ReconstructConfig, best_seed, reconstruct
+from tsforge.app.reconstruct_data import read_trajectories
 from tsforge.cli import main
 from tsforge.core.config import validate
 from tsforge.core.workspace import Workspace
+from tsforge.dynamics import evaluation
 from tsforge.dynamics.evaluation import free_comparison
 from tsforge.dynamics.module import train_seeds
 
@@ -109,6 +113,145 @@ def test_an_interrupted_run_keeps_what_is_complete_and_goes_on(
     assert trained == [0, 1]
 
 
+def test_refresh_and_unreadable_seeds_train_again_and_nothing_else(
+    source: Path, workspace_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace.open(workspace_root)
+    trained: list[int] = []
+
+    def noted(trajectories: Any, settings: Any, seeds: list[int], **options: Any) -> Any:
+        trained.extend(seeds)
+        return train_seeds(trajectories, settings, seeds, **options)
+
+    monkeypatch.setattr(use_case, "train_seeds", noted)
+    folder = reconstruct(config(source), workspace).path
+    (folder / "seeds" / "1" / "result.json").write_text("{")
+    reconstruct(config(source, seeds=[0, 1, 2]), workspace)
+    assert trained == [0, 1, 1, 2]
+    reconstruct(config(source, refresh=True), workspace)
+    assert trained == [0, 1, 1, 2, 0, 1]
+
+
+def test_what_is_stored_of_each_seed_is_its_own_and_in_its_units(source: Path, workspace_root: Path) -> None:
+    workspace = Workspace.open(workspace_root)
+    slow, fast = (reconstruct(config(source, dt=dt), workspace) for dt in (1.0, 0.5))
+    weights = [load_file(slow.path / "seeds" / str(seed) / "weights.safetensors") for seed in (0, 1)]
+    assert not torch.equal(weights[0]["map.W1"], weights[1]["map.W1"])
+    for one, other in zip(slow.seeds, fast.seeds, strict=True):
+        assert one["lambda_1"] == pytest.approx(other["lambda_1"] * 0.5)  # exponents are per unit of dt
+        spectra = pl.read_parquet(fast.path / "seeds" / str(one["seed"]) / "spectra.parquet")
+        x = spectra.filter(pl.col("variate") == "x")
+        assert x["data"].sum() == pytest.approx(1.0)
+        assert x["frequency"][x["data"].arg_max()] == pytest.approx(0.3 / (2 * np.pi) / 0.5, abs=0.02)
+    measured = {row["healthy"] for row in slow.seeds}
+    assert slow.facts["healthy_share"] == sum(bool(row["healthy"]) for row in slow.seeds) / 2
+    assert measured <= {True, False}
+    drawn = pl.read_parquet(slow.path / "seeds" / "1" / "trajectory.parquet").filter(pl.col("kind") == "free_run")
+    columns = json.loads((slow.path / "result.json").read_text())["observation"]
+    data = read_trajectories(config(source).data)
+    model = train_seeds(data.train, config(source), [0, 1]).network.group(1)
+    expected = free_comparison(model, data.test) * columns["scale"] + columns["loc"]
+    np.testing.assert_allclose(drawn.select("x", "y").to_numpy(), expected, rtol=1e-9)
+
+
+def test_fixed_points_are_stored_as_the_read_out_shows_them(source: Path, workspace_root: Path) -> None:
+    settings = config(source, model={"hidden": 8, "latent": 3, "observation": "affine", "bias": True}, seeds=[0])
+    result = reconstruct(settings, Workspace.open(workspace_root))
+    document = json.loads((result.path / "result.json").read_text())
+    (row,) = document["seeds"]
+    loc, scale = (np.array(document["observation"][name]) for name in ("loc", "scale"))
+    parts = load_file(result.path / "seeds" / "0" / "weights.safetensors")
+    B, b = parts["observation.B"].double().numpy(), parts["observation.b"].double().numpy()
+    assert row["findings"]["cycles"]
+    for cycle in row["findings"]["cycles"]:
+        expected = (np.array(cycle["points"]) @ B.T + b) * scale + loc
+        np.testing.assert_allclose(cycle["observed"], expected)
+    report = load_reconstruction(Workspace.open(workspace_root), result.path.name)
+    table = cycle_table(report, 0)
+    first = row["findings"]["cycles"][0]["observed"][0]
+    np.testing.assert_allclose(table.select("x", "y").row(0), first)
+
+
+def test_validation_keeps_an_epoch_and_decides_which_seed_is_best(
+    source: Path, tracked_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+    original = evaluation.examine
+
+    def examine(params: Any, states: torch.Tensor, **options: Any) -> Any:
+        judged.append(len(states))
+        return original(params, states, **options)
+
+    monkeypatch.setattr(evaluation, "examine", examine)
+    plain = {
+        "data": {"path": str(source), "split": 0.7, "valid": 0.25, "gap": 5},
+        "train": TRAIN | {"validate_every": 2},
+        "tracking": {},
+    }
+    result = reconstruct(config(source, **plain), tracked_workspace)
+    assert judged == [100, 100]  # of 420 rows that do not test, a quarter less the gap
+    assert result.facts["valid_steps"] == 100
+    table = pl.read_parquet(result.path / "seeds" / "1" / "validation.parquet")
+    assert table["epoch"].to_list() == [2, 4]
+    least = table.sort("score").row(0, named=True)
+    record = json.loads((result.path / "seeds" / "1" / "result.json").read_text())
+    assert record["validation"] == {"epoch": least["epoch"], "score": least["score"]}
+    assert [row["kept_epoch"] for row in result.rows()] == [row["validation"]["epoch"] for row in result.seeds]
+    trace = pl.read_parquet(result.path / "seeds" / "1" / "trace.parquet")
+    assert trace.columns == ["epoch", "loss", "alpha", "kappa", "gradient_norm", "max_abs_A", "failed_steps"]
+    assert not any(trace.null_count().row(0))
+    from tsforge.tracking.runs import Tracker
+
+    (run,) = Tracker.open(tracked_workspace).runs()
+    curves = {"loss", "alpha", "kappa", "gradient_norm", "max_abs_A", "validation_score", "validation_d_stsp"}
+    assert {f"seed_1.{name}" for name in curves} <= run["metrics"].keys()
+    assert run["metrics"]["seed_1.validation_score"] == pytest.approx(table["score"][-1])
+
+
+def test_seeds_with_a_validation_score_are_ranked_without_the_test_series() -> None:
+    """By health and lost free runs (from the validation rows), then by the score; never by what the test run did."""
+    fine: dict[str, Any] = {"healthy": True, "captured": 0.0, "failed": "", "d_stsp": 0.1}
+    first = {**fine, "seed": 0, "validation": {"epoch": 4, "score": 0.3}, "d_stsp": 9.0}
+    second = {**fine, "seed": 1, "validation": {"epoch": 2, "score": 0.5}}
+    lost = {**fine, "seed": 2, "validation": {"epoch": 2, "score": 0.1}, "captured": 0.4}
+    ill = {**fine, "seed": 3, "validation": {"epoch": 2, "score": 0.1}, "healthy": False}
+    failed = {**fine, "seed": 4, "validation": {"epoch": None, "score": None}}
+    order = sorted([failed, ill, lost, second, first], key=seed_rank)
+    assert [row["seed"] for row in order] == [0, 1, 2, 3, 4]
+    assert best_seed([second, {**first, "failed": "the free run diverged", "d_stsp": None}]) == 0
+    assert best_seed([failed]) is None
+    plain = [{**row, "validation": None} for row in (first, second)]
+    assert best_seed(plain) == 1
+
+
+def test_settings_that_came_later_leave_stored_keys_alone(source: Path) -> None:
+    """A default of a later setting is not in the key, another value is."""
+    plain = use_case._decisive(config(source))
+    assert not set(use_case._LATER) & set(plain["train"])
+    data = {"path": str(source), "valid": 0.2}
+    validated = use_case._decisive(config(source, data=data, train=TRAIN | {"validate_every": 3}))
+    assert validated["train"]["validate_every"] == 3
+
+
+def test_a_driven_system_is_trained_judged_and_said_to_be_driven(source: Path, workspace_root: Path) -> None:
+    pl.read_parquet(source).with_columns(u=(pl.col("step") * 0.05).sin()).write_parquet(source)
+    data = {"path": str(source), "split": 0.7, "inputs": ["u"]}
+    result = reconstruct(config(source, data=data, seeds=[0]), Workspace.open(workspace_root))
+    document = json.loads((result.path / "result.json").read_text())
+    assert document["columns"] == ["x", "y"]
+    assert [item["name"] for item in document["inputs"]] == ["u"]
+    assert "recorded inputs" in document["definition"]["free_run"]
+    assert "mean inputs" in document["definition"]["fixed_points"]
+    (row,) = document["seeds"]
+    assert (row["healthy"], row["captured"], row["lyapunov_steps"]) == (None, None, 180 - 20 - 18)
+    assert row["d_stsp"] is not None
+    assert result.facts["healthy_share"] is None
+    weights = load_file(result.path / "seeds" / "0" / "weights.safetensors")
+    assert weights["map.C"].shape == (2, 1)
+    plain = reconstruct(config(source, seeds=[0], data=data | {"inputs": []}), Workspace.open(workspace_root))
+    assert plain.path != result.path
+
+
 def test_checklist_8_15_a_free_run_reads_the_first_sample_only(source: Path) -> None:
     settings = config(source)
     series = np.random.default_rng(1).normal(size=(200, 2))
@@ -131,6 +274,8 @@ def test_checklist_8_15_a_free_run_reads_the_first_sample_only(source: Path) -> 
         (["reconstruct", "reconstruct", "data.path=a.parquet", "train.epochs=0"], 2, "train.epochs"),
         (["reconstruct", "reconstruct", "data.path=a.parquet", "data.test=b", "data.in_sample=true"], 2, "exclude"),
         (["reconstruct", "reconstruct", "data.path=SOURCE", "model.latent=1"], 2, "latent >= 2"),
+        (["reconstruct", "reconstruct", "data.path=SOURCE", "data.valid=0.2"], 2, "belong together"),
+        (["reconstruct", "reconstruct", "data.path=SOURCE", "data.inputs=[speed]"], 2, "no column 'speed'"),
         (["reconstruct", "reconstruct", "data.path=SOURCE", "train.sequence_length=5000"], 3, "sequence_length"),
     ],
 )

@@ -15,6 +15,7 @@ from tsforge.core.errors import BackendError, listing
 from tsforge.core.workspace import Workspace
 
 FOLDER = "reconstruct"
+TRACES = ("loss", "alpha", "kappa", "gradient_norm", "max_abs_A", "validation")
 _AGAIN = "run the same tsforge reconstruct again with refresh=true"
 
 
@@ -27,8 +28,9 @@ class StoredReconstruction:
         seeds: one record a seed: metrics, ``failed``, ``healthy``, ``warnings``, ``lyapunov_spectrum``, ``findings``.
         columns: the N variates.
         definition: how the metrics were computed.
+        inputs: the K columns that drive the system.
         loc, scale: (N,) latent unit i of an identity read-out is (variate i - loc) / scale; None where the result does
-            not say so or the read-out is another one.
+            not say so or the read-out is another one. Needed for results whose cycles lack ``observed``.
     """
 
     id: str
@@ -36,6 +38,7 @@ class StoredReconstruction:
     seeds: list[dict[str, Any]]
     columns: tuple[str, ...]
     definition: dict[str, Any]
+    inputs: tuple[str, ...]
     loc: tuple[float, ...] | None
     scale: tuple[float, ...] | None
 
@@ -57,10 +60,16 @@ def seed_rank(row: dict[str, Any]) -> tuple[bool, bool, float, float]:
     """Return what seeds are sorted by, best first: not failed, healthy, least captured (in steps of 1 %), D_stsp.
 
     D_stsp alone would prefer a model that loses free runs to a spurious fixed point, which one long run may not meet.
+    A seed that was validated is ranked without the test series: its score takes the place of D_stsp, none counts as
+    failed, and what is healthy and captured was found from the validation rows.
     """
-    value, captured = row.get("d_stsp"), row.get("captured")
+    captured, validation = row.get("captured"), row.get("validation")
     lost = round(1.0 if captured is None else float(captured), 2)
-    return bool(row.get("failed")) or value is None, not row.get("healthy"), lost, float(value or 0.0)
+    if validation is not None:
+        value, failed = validation["score"], False
+    else:
+        value, failed = row.get("d_stsp"), bool(row.get("failed"))
+    return failed or value is None, not row.get("healthy"), lost, float(value or 0.0)
 
 
 def list_reconstructions(workspace: Workspace) -> list[dict[str, Any]]:
@@ -106,6 +115,7 @@ def load_reconstruction(workspace: Workspace, name: str) -> StoredReconstruction
             seeds=seeds,
             columns=columns,
             definition=dict(document["definition"]),
+            inputs=tuple(str(item["name"]) for item in document.get("inputs", [])),
             loc=loc,
             scale=scale,
         )
@@ -128,24 +138,29 @@ def load_seed(workspace: Workspace, name: str, seed: int) -> StoredSeed:
 
 
 def load_traces(workspace: Workspace, name: str, seeds: Sequence[int]) -> pl.DataFrame:
-    """Return ``epoch, loss, alpha, seed`` of the training of several seeds.
+    """Return ``epoch``, ``TRACES`` and ``seed`` of the training of several seeds; null where a figure was not traced.
 
     Raises:
         BackendError: one is not here, or damaged.
     """
     folder = workspace.reports / FOLDER / name / "seeds"
-    tables = [
-        _table(folder / str(seed) / "trace.parquet", ("epoch", "loss", "alpha")).with_columns(seed=pl.lit(seed))
-        for seed in seeds
-    ]
-    return pl.concat(tables)
+    schema: dict[str, Any] = {"epoch": pl.Int64, **dict.fromkeys(TRACES, pl.Float64), "seed": pl.Int64}
+    tables = []
+    for seed in seeds:
+        table = _table(folder / str(seed) / "trace.parquet", ("epoch", "loss", "alpha"), TRACES)
+        place = folder / str(seed) / "validation.parquet"
+        if place.exists():
+            looked = _table(place, ("epoch", "score")).rename({"score": "validation"})
+            table = table.join(looked, on="epoch", how="full", coalesce=True).sort("epoch")
+        tables.append(table.with_columns(seed=pl.lit(seed)))
+    return pl.concat([pl.DataFrame(schema=schema), *tables], how="diagonal_relaxed")
 
 
 def cycle_table(report: StoredReconstruction, seed: int) -> pl.DataFrame:
     """Return one row a point of each fixed point and cycle found for a seed.
 
     Columns: ``cycle`` (number), ``period, kind, modulus, on_data, distance, captured, latent`` (the point as text) and
-    the variates in the units of the data, null where the result does not tell how to read latent units.
+    the variates in the units of the data, as the read-out shows the point; null in an older result of an affine one.
 
     Raises:
         BackendError: the findings of the seed are damaged.
@@ -158,9 +173,16 @@ def cycle_table(report: StoredReconstruction, seed: int) -> pl.DataFrame:
     try:
         for number, cycle in enumerate(row["findings"].get("cycles", []), start=1):
             shown = {name: cycle[name] for name in ("period", "kind", "modulus", "on_data", "distance", "captured")}
+            points = cycle["points"]
+            seen = cycle.get("observed")
+            places = (
+                [_observed(report, point) for point in points]
+                if seen is None
+                else [dict(zip(report.columns, place, strict=True)) for place in seen]
+            )
             rows += [
-                {"cycle": number, **shown, "latent": _text(point), **_observed(report, point)}
-                for point in cycle["points"]
+                {"cycle": number, **shown, "latent": _text(point), **place}
+                for point, place in zip(points, places, strict=True)
             ]
         return pl.DataFrame(rows, schema=schema)
     except (KeyError, TypeError, ValueError, pl.exceptions.PolarsError) as error:
@@ -187,9 +209,11 @@ def _scaling(facts: Any, variates: int) -> tuple[tuple[float, ...] | None, tuple
     return loc, scale
 
 
-def _table(place: Path, columns: Sequence[str]) -> pl.DataFrame:
+def _table(place: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pl.DataFrame:
+    """Return these columns, and those of the optional ones that are there."""
     try:
-        return pl.read_parquet(place).select(columns)
+        table = pl.read_parquet(place)
+        return table.select(*columns, *(name for name in optional if name in table.columns and name not in columns))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise BackendError(f"{place} is damaged ({error}); {_AGAIN}") from error
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from pydantic import Field
 
 from tsforge import artifact as artifacts
@@ -27,15 +28,18 @@ from tsforge.core.atomic import atomic_directory, atomic_file
 from tsforge.core.config import fingerprint, to_yaml
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
-from tsforge.dynamics.config import ReconstructionConfig
-from tsforge.dynamics.evaluation import METRICS, Judgement, evaluate, summarise
-from tsforge.dynamics.module import Training, train_seeds
+from tsforge.dynamics.config import OptimConfig, ReconstructionConfig
+from tsforge.dynamics.evaluation import METRICS, Drive, Judgement, evaluate, summarise
+from tsforge.dynamics.module import TRACED, Training, train_seeds
+from tsforge.dynamics.network import Model
+from tsforge.dynamics.validation import FIGURES, Validation, ValidationSeries
 from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.runs import Run, Tracker
 
 _LOG = get_logger(__name__)
 _POINTS = 5000  # of a trajectory that is stored to be drawn
 _BINS = 500  # of a spectrum that is stored to be drawn
+_LATER = ("lambda_self", "self_limit", "validate_every")  # settings of train that came after the first results
 
 
 class ReconstructConfig(ReconstructionConfig):
@@ -71,7 +75,11 @@ class ReconstructResult:
     def rows(self) -> list[dict[str, Any]]:
         """Return one record a seed."""
         shown = ("seed", *METRICS, "healthy", "failed_steps", "seconds", "failed")
-        return [{name: row.get(name) for name in shown} for row in self.seeds]
+        rows = [{name: row.get(name) for name in shown} for row in self.seeds]
+        for row, record in zip(rows, self.seeds, strict=True):
+            if "validation" in record:
+                row["kept_epoch"] = record["validation"]["epoch"]
+        return rows
 
 
 def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bool = False) -> ReconstructResult:
@@ -98,7 +106,10 @@ def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bo
         run.log_data(data.name, data.fingerprint, source=config.data.path or "simulated", profile={"rows": rows})
         for first in range(0, len(missing), config.seeds_at_once):
             chunk = missing[first : first + config.seeds_at_once]
-            training = train_seeds(data.train, config, chunk, progress=progress, on_trace=partial(_log, run, chunk))
+            options: dict[str, Any] = {"progress": progress, "on_trace": partial(_log, run, chunk)}
+            training = train_seeds(
+                data.train, config, chunk, inputs=data.train_inputs, valid=_validation_series(data), **options
+            )
             for index, seed in enumerate(chunk):
                 known[seed] = _judge(training, index, seed, data, config, folder)
             _write(folder, name, known, config, data)
@@ -109,9 +120,12 @@ def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bo
 
 def _decisive(config: ReconstructConfig) -> dict[str, Any]:
     """Return the settings that decide a seed's numbers."""
-    return config.model_dump(mode="json", exclude={"seeds", "seeds_at_once", "tracking", "refresh", "name", "data"}) | {
-        "standardise": config.data.standardise
-    }
+    record = {"seeds", "seeds_at_once", "tracking", "refresh", "name", "data"}
+    settings = config.model_dump(mode="json", exclude=record) | {"standardise": config.data.standardise}
+    for name in _LATER:  # seeds stored before these were there keep their key
+        if settings["train"][name] == OptimConfig.model_fields[name].default:
+            del settings["train"][name]
+    return settings
 
 
 def _stored(folder: Path, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -131,10 +145,10 @@ def _log(run: Run, seeds: Sequence[int], epoch: int, row: dict[str, list[float]]
     run.log_epoch(
         epoch,
         {
-            f"seed_{seed}.{name}": float(row[name][index])
+            f"seed_{seed}.{name}": float(values[index])
             for index, seed in enumerate(seeds)
-            for name in ("loss", "alpha")
-            if math.isfinite(row[name][index])
+            for name, values in row.items()
+            if name != "failed_steps" and math.isfinite(values[index])
         },
     )
 
@@ -144,7 +158,7 @@ def _judge(
 ) -> dict[str, Any]:
     """Judge one seed, store its folder and return its record."""
     model = training.network.group(index)
-    judged = evaluate(model, data.test, config.evaluation, config.dt)
+    judged = evaluate(model, data.test, config.evaluation, config.dt, drive=_drive(data), valid=data.valid)
     record: dict[str, Any] = {
         "seed": seed,
         **{name: _number(value) for name, value in judged.metrics.items()},
@@ -152,6 +166,7 @@ def _judge(
         "healthy": judged.findings.get("healthy"),
         "warnings": judged.findings.get("warnings", []),
         "lyapunov_spectrum": judged.spectrum.tolist(),
+        "lyapunov_steps": judged.lyapunov_steps,
         "failed_steps": training.failed_steps[index],
         "restored": training.restored[index],
         "max_abs_A": _number(float(model.diagonal().abs().max())),
@@ -159,20 +174,46 @@ def _judge(
         "seconds": training.seconds / len(training.network.seeds),
         "steps": training.steps,
         "device": training.device,
-        "findings": judged.findings,
+        "findings": _observed(judged.findings, model, data),
     }
+    if training.validation is not None:
+        record["validation"] = _validation(training.validation, index)
     with atomic_directory(folder / "seeds" / str(seed), replace=True) as temporary:
         tensors = artifacts.tensor_bytes(model.weights())
         (temporary / "weights.safetensors").write_bytes(tensors)
         _trajectories(judged, data).write_parquet(temporary / "trajectory.parquet")
         _spectra(judged, data, config.dt).write_parquet(temporary / "spectra.parquet")
         _trace(training, index).write_parquet(temporary / "trace.parquet")
+        if training.validation is not None:
+            _validations(training.validation, index).write_parquet(temporary / "validation.parquet")
         (temporary / "result.json").write_text(_json(record), encoding="utf-8")
     shown = {name: record[name] for name in ("d_stsp", "d_h", "pe", "lambda_1", "captured", "alpha")}
     log_event(_LOG, f"seed {seed}", **shown, failed=judged.failed or None)
     for warning in record["warnings"]:
         _LOG.warning("seed %d: %s", seed, warning)
     return record
+
+
+def _observed(findings: dict[str, Any], model: Model, data: Trajectories) -> dict[str, Any]:
+    """Return the findings with the points of every cycle as the read-out shows them, in the units of the data."""
+    if "cycles" not in findings:
+        return findings
+    cycles = [
+        {
+            **cycle,
+            "observed": (
+                model.observe(torch.tensor(cycle["points"], dtype=torch.float64)).numpy() * data.scale + data.loc
+            ).tolist(),
+        }
+        for cycle in findings["cycles"]
+    ]
+    return {**findings, "cycles": cycles}
+
+
+def _drive(data: Trajectories) -> Drive | None:
+    if data.test_inputs is None or data.input_mean is None:
+        return None
+    return Drive(inputs=data.test_inputs, mean=data.input_mean)
 
 
 def _number(value: float) -> float | None:
@@ -228,11 +269,28 @@ def _spectra(judged: Judgement, data: Trajectories, dt: float) -> pl.DataFrame:
 
 
 def _trace(training: Training, index: int) -> pl.DataFrame:
-    """Return ``epoch, loss, alpha, max_abs_A, failed_steps`` of one seed."""
-    names = ("loss", "alpha", "max_abs_A", "failed_steps")
-    return pl.DataFrame(
-        [{"epoch": row["epoch"], **{name: row[name][index] for name in names}} for row in training.trace]
+    """Return ``epoch`` and ``TRACED`` of one seed; null where there is no number."""
+    table = pl.DataFrame(
+        [{"epoch": row["epoch"], **{name: row[name][index] for name in TRACED}} for row in training.trace]
     )
+    return table.with_columns(pl.col("kappa").fill_nan(None))
+
+
+def _validation(validation: Validation, index: int) -> dict[str, Any]:
+    """Return the epoch that was kept and its ``score``, None where no free run was finite."""
+    return {"epoch": validation.epochs[index], "score": _number(validation.scores[index])}
+
+
+def _validations(validation: Validation, index: int) -> pl.DataFrame:
+    """Return ``epoch`` and ``FIGURES`` of every free run on the validation rows; null where there is no number."""
+    table = pl.DataFrame(
+        [{"epoch": row["epoch"], **{name: row[name][index] for name in FIGURES}} for row in validation.history]
+    )
+    return table.with_columns(pl.col(FIGURES).fill_nan(None))
+
+
+def _validation_series(data: Trajectories) -> ValidationSeries | None:
+    return None if data.valid is None else ValidationSeries(data.valid, data.valid_inputs)
 
 
 def _write(
@@ -245,8 +303,10 @@ def _write(
         schema={"seed": pl.Int64, "metric": pl.String, "value": pl.Float64},
     )
     facts: dict[str, Any] = {"name": name, "data": data.name, **summarise(seeds)}
-    facts["healthy_share"] = sum(bool(row["healthy"]) for row in seeds) / len(seeds)
+    facts["healthy_share"] = None if data.inputs else sum(bool(row["healthy"]) for row in seeds) / len(seeds)
     facts["test_steps"] = len(data.test)
+    if data.valid is not None:
+        facts["valid_steps"] = len(data.valid)
     facts["in_sample"] = config.data.in_sample
     facts["seconds"] = sum(row["seconds"] for row in seeds)
     facts["notes"] = list(data.notes)
@@ -255,13 +315,9 @@ def _write(
         "summary": facts,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "columns": list(data.columns),
-        "definition": {
-            "d_stsp": "gtf preset: binned for fewer than 6 variates, Gaussian mixture otherwise",
-            "d_h_sigma": config.evaluation.sigma,
-            "pe_steps": config.evaluation.prediction_steps,
-            "free_run": "from the first test sample, 1.25 T steps, first quarter dropped",
-        },
+        "definition": _definition(config, data),
         "observation": {"kind": config.model.observation, "loc": data.loc.tolist(), "scale": data.scale.tolist()},
+        "inputs": _inputs(data),
         "machine": platform.machine(),
         "seeds": seeds,
     }
@@ -274,10 +330,44 @@ def _write(
     return ReconstructResult(table=table, seeds=seeds, facts=facts, path=folder)
 
 
+def _definition(config: ReconstructConfig, data: Trajectories) -> dict[str, Any]:
+    """Return how the metrics were computed."""
+    facts: dict[str, Any] = {
+        "d_stsp": "gtf preset: binned for fewer than 6 variates, Gaussian mixture otherwise",
+        "d_h_sigma": config.evaluation.sigma,
+        "pe_steps": config.evaluation.prediction_steps,
+        "free_run": "from the first test sample, 1.25 T steps, first quarter dropped",
+    }
+    if data.valid is not None:
+        facts |= {
+            "validation": "D_stsp + D_H of a free run on the validation rows (D_stsp alone where values are missing); "
+            "the least of all epochs looked at is kept",
+            "findings": "from the validation rows; seeds are ranked by them and the validation score",
+        }
+    if data.inputs:
+        facts |= {
+            "free_run": "from the first test sample under the recorded inputs, T states, none dropped",
+            "pe_inputs": "recorded",
+            "lyapunov": "along the free run under the recorded inputs, lyapunov_steps of a seed says how long",
+            "fixed_points": "of the map at the mean inputs of the training rows",
+            "captured": "not examined: runs at held inputs need not end as driven data do",
+        }
+    return facts
+
+
+def _inputs(data: Trajectories) -> list[dict[str, Any]]:
+    """Return name, loc and scale of every input; input = (column - loc) / scale."""
+    if data.input_loc is None or data.input_scale is None:
+        return []
+    parts = zip(data.inputs, data.input_loc.tolist(), data.input_scale.tolist(), strict=True)
+    return [{"name": name, "loc": loc, "scale": scale} for name, loc, scale in parts]
+
+
 def best_seed(seeds: Sequence[dict[str, Any]]) -> int | None:
     """Return the seed to use (``seed_rank``), None if all failed.
 
-    The rank looks at the test series, so the metrics of the seed chosen are no estimate for new data.
+    Without validation the rank looks at the test series: the metrics of the seed chosen are then no estimate for new
+    data.
     """
     first = min(seeds, key=seed_rank)
     return None if seed_rank(first)[0] else int(first["seed"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -31,6 +32,12 @@ class Trajectories:
         loc, scale: (N,) what was subtracted and divided by.
         notes: what was left out or assumed.
         fingerprint: changes with any value.
+        valid: (V, N) rows that validate, None if there are none.
+        inputs: columns that drive the system, K of them; all that follows is None without.
+        train_inputs: (R_i, K) of each training series, standardised by the training rows.
+        test_inputs, valid_inputs: (T, K) and (V, K).
+        input_mean: (K,) of the training rows, standardised as they are.
+        input_loc, input_scale: (K,) what was subtracted and divided by.
     """
 
     name: str
@@ -41,6 +48,14 @@ class Trajectories:
     scale: Array
     notes: tuple[str, ...]
     fingerprint: str
+    valid: Array | None = None
+    inputs: tuple[str, ...] = ()
+    train_inputs: tuple[Array, ...] | None = None
+    test_inputs: Array | None = None
+    valid_inputs: Array | None = None
+    input_mean: Array | None = None
+    input_loc: Array | None = None
+    input_scale: Array | None = None
 
 
 def read_trajectories(config: TrajectoryConfig) -> Trajectories:
@@ -49,7 +64,7 @@ def read_trajectories(config: TrajectoryConfig) -> Trajectories:
     Raises:
         ConfigError: a column that does not exist, another file type.
         DataError: a missing, unreadable or empty file, a column without numbers, values that are not finite, a constant
-            variate, too few rows.
+            variate or input, an input with missing values, too few rows.
     """
     if config.system is not None:
         return _simulated(config, config.system)
@@ -60,18 +75,19 @@ def read_trajectories(config: TrajectoryConfig) -> Trajectories:
     train = _segments(table, stamp, columns, config, config.every, notes)
     if config.test is not None:
         other, stamp = _read(config.test, config.test_rows, config)
-        absent = [name for name in columns if name not in other.columns]
+        absent = [name for name in (*columns, *config.inputs) if name not in other.columns]
         if absent:
             raise DataError(f"{config.test} lacks the column(s) {listing(absent)} of {config.path}")
         test = _longest(_segments(other, stamp, columns, config, config.test_every, notes), config.test, notes)
-    elif config.in_sample:
-        test = _longest(train, config.path, notes)
-        notes.append("in sample: the test series is the training series")
-    else:
+    elif not config.in_sample:
         if config.split is None:
             notes.append(f"judged by the last {1 - config.share:.0%} of the rows; data.split or data.test change that")
         train, test = _split(train, config, notes)
-    return _standardised(Path(config.path).stem, columns, train, test, config, notes)
+    train, valid = _hold_back(train, config, notes)
+    if config.in_sample:
+        test = _longest(train, config.path, notes)
+        notes.append("in sample: the test series is the training series")
+    return _standardised(Path(config.path).stem, columns, train, test, valid, config, notes)
 
 
 def _simulated(config: TrajectoryConfig, system: SystemConfig) -> Trajectories:
@@ -84,7 +100,9 @@ def _simulated(config: TrajectoryConfig, system: SystemConfig) -> Trajectories:
         for seed, noise in zip(seeds, (system.noise, 0.0), strict=True)
     )
     columns = tuple(f"x{index + 1:02d}" for index in range(train.shape[1]))
-    return _standardised(system.system, columns, (train[:: config.every],), test[:: config.every], config, [])
+    notes: list[str] = []
+    parts, valid = _hold_back((train[:: config.every],), config, notes)
+    return _standardised(system.system, columns, parts, test[:: config.every], valid, config, notes)
 
 
 def _standardised(
@@ -92,33 +110,55 @@ def _standardised(
     columns: tuple[str, ...],
     train: tuple[Array, ...],
     test: Array,
+    valid: Array | None,
     config: TrajectoryConfig,
     notes: list[str],
 ) -> Trajectories:
+    """Return series (R, N + K), the inputs last, scaled and told apart."""
     rows = sum(len(part) for part in train)
     if rows < _FEWEST:
         raise DataError(
             f"{name} has {rows} training rows; at least {_FEWEST} are needed, and a window (train) in one piece"
         )
-    loc, scale = _scales(train, columns, name, standardise=config.standardise)
+    count = len(columns)
+    loc, scale = _scales(train, (*columns, *config.inputs), name, standardise=config.standardise)
     shown = tuple((part - loc) / scale for part in train)
     test = (test - loc) / scale
     if len(test) < _FEWEST:
         raise DataError(f"the test series has {len(test)} rows; judging needs at least {_FEWEST}")
-    if not np.isfinite(test[0]).all():
+    if not np.isfinite(test[0, :count]).all():
         raise DataError("the first test row has missing values, so a free run has nowhere to start; drop it")
+    if valid is not None:
+        valid = (valid - loc) / scale
+        _check_valid(valid[:, :count])
     digest = hashlib.sha256()
     for part in (*shown, test):
         digest.update(np.ascontiguousarray(part).tobytes())
+    further: dict[str, Any] = {}
+    if valid is not None:
+        digest.update(b"valid" + np.ascontiguousarray(valid).tobytes())
+        further["valid"] = np.ascontiguousarray(valid[:, :count])
+    if config.inputs:
+        digest.update(f"inputs {len(config.inputs)}".encode())
+        further |= {
+            "inputs": config.inputs,
+            "train_inputs": tuple(np.ascontiguousarray(part[:, count:]) for part in shown),
+            "test_inputs": np.ascontiguousarray(test[:, count:]),
+            "valid_inputs": None if valid is None else np.ascontiguousarray(valid[:, count:]),
+            "input_mean": np.concatenate(shown)[:, count:].mean(axis=0),
+            "input_loc": loc[count:],
+            "input_scale": scale[count:],
+        }
     return Trajectories(
         name=name,
         columns=tuple(columns),
-        train=shown,
-        test=test,
-        loc=loc,
-        scale=scale,
+        train=tuple(np.ascontiguousarray(part[:, :count]) for part in shown),
+        test=np.ascontiguousarray(test[:, :count]),
+        loc=loc[:count],
+        scale=scale[:count],
         notes=tuple(dict.fromkeys(notes)),
         fingerprint=digest.hexdigest()[:16],
+        **further,
     )
 
 
@@ -140,22 +180,22 @@ def _read(name: str, rows: int | None, config: TrajectoryConfig) -> tuple[pl.Dat
     for label, wanted in (("step", config.step), ("series", config.series)):
         if wanted is not None and wanted not in table.columns:
             raise ConfigError(f"data.{label}: {name} has no column '{wanted}'{nearest(wanted, table.columns)}")
-    for wanted in config.columns or ():
-        if wanted not in table.columns:
-            raise ConfigError(
-                f"data.columns: {name} has no column '{wanted}'{nearest(wanted, table.columns)} "
-                f"(it has {listing(table.columns, 20)})"
-            )
-        if not table[wanted].dtype.is_numeric():
-            raise DataError(f"{name}: the column '{wanted}' holds no numbers but {table[wanted].dtype}")
-    found = next(
-        (column for column in _STEPS if column in table.columns and column not in (config.columns or ())), None
-    )
+    for role, names in (("columns", config.columns or ()), ("inputs", config.inputs)):
+        for wanted in names:
+            if wanted not in table.columns:
+                raise ConfigError(
+                    f"data.{role}: {name} has no column '{wanted}'{nearest(wanted, table.columns)} "
+                    f"(it has {listing(table.columns, 20)})"
+                )
+            if not table[wanted].dtype.is_numeric():
+                raise DataError(f"{name}: the column '{wanted}' holds no numbers but {table[wanted].dtype}")
+    taken = (*(config.columns or ()), *config.inputs)
+    found = next((column for column in _STEPS if column in table.columns and column not in taken), None)
     return table, config.step or found
 
 
 def _variates(table: pl.DataFrame, stamp: str | None, config: TrajectoryConfig) -> tuple[str, ...]:
-    others = [name for name in table.columns if name not in (stamp, config.series)]
+    others = [name for name in table.columns if name not in (stamp, config.series, *config.inputs)]
     numeric = tuple(name for name in others if table[name].dtype.is_numeric())
     dropped = [name for name in others if name not in numeric]
     if not numeric:
@@ -176,11 +216,12 @@ def _segments(
     every: int,
     notes: list[str],
 ) -> tuple[Array, ...]:
-    """Return the trajectories of a table, subsampled; a break in the times or a new name ends one."""
-    values = table.select(pl.col(name).cast(pl.Float64) for name in columns).to_numpy()
+    """Return the trajectories of a table (R, N + K), subsampled; a break in the times or a new name ends one."""
+    every_column = (*columns, *config.inputs)
+    values = table.select(pl.col(name).cast(pl.Float64) for name in every_column).to_numpy()
     infinite = int(np.isinf(values).sum())
     if infinite:
-        raise DataError(f"{infinite} value(s) of {listing(columns)} are infinite; mark missing values as null")
+        raise DataError(f"{infinite} value(s) of {listing(every_column)} are infinite; mark missing values as null")
     breaks = np.zeros(len(values), dtype=bool)
     if config.series is not None:
         names = table[config.series]
@@ -203,10 +244,21 @@ def _segments(
     parts = tuple(np.ascontiguousarray(part[::every]) for part in np.split(values, np.flatnonzero(breaks)) if len(part))
     if len(parts) > 1:
         notes.append(f"{len(parts)} trajectories (a break in the times or a new name ends one)")
-    missing = int(np.isnan(values).sum())
+    _complete_inputs(np.concatenate(parts)[:, len(columns) :], config)
+    missing = int(np.isnan(values[:, : len(columns)]).sum())
     if missing:
         notes.append(f"{missing} missing values: not forced there and not in the loss")
     return parts
+
+
+def _complete_inputs(values: Array, config: TrajectoryConfig) -> None:
+    absent = np.isnan(values).sum(axis=0)
+    if absent.any():
+        holes = [f"{name} ({count})" for name, count in zip(config.inputs, absent, strict=True) if count]
+        raise DataError(
+            f"data.inputs: missing values of {listing(holes)}; an input drives every step, so fill them or leave those "
+            "rows out (a break in the times ends a trajectory)"
+        )
 
 
 def _longest(parts: tuple[Array, ...], name: str, notes: list[str]) -> Array:
@@ -225,18 +277,43 @@ def _split(parts: tuple[Array, ...], config: TrajectoryConfig, notes: list[str])
     return train, _longest(tests, config.path, notes)
 
 
+def _hold_back(
+    parts: tuple[Array, ...], config: TrajectoryConfig, notes: list[str]
+) -> tuple[tuple[Array, ...], Array | None]:
+    """Return what trains, and the end of the longest training trajectory, which validates."""
+    if config.valid is None:
+        return parts, None
+    place = max(range(len(parts)), key=lambda index: len(parts[index]))
+    whole = parts[place]
+    cut = int((1 - config.valid) * len(whole))
+    valid = whole[cut + config.gap :]
+    notes.append(f"the last {len(valid)} of {len(whole)} rows of the longest training trajectory validate")
+    return (*parts[:place], whole[:cut], *parts[place + 1 :]), valid
+
+
+def _check_valid(values: Array) -> None:
+    if len(values) < _FEWEST:
+        raise DataError(
+            f"{len(values)} rows validate; at least {_FEWEST} are needed: raise data.valid, or lower data.gap"
+        )
+    if not np.isfinite(values[0]).all():
+        raise DataError(
+            "the first row that validates has missing values, so a free run has nowhere to start; change data.valid or "
+            "data.gap"
+        )
+
+
 def _scales(parts: tuple[Array, ...], columns: tuple[str, ...], name: str, *, standardise: bool) -> tuple[Array, Array]:
     rows = np.concatenate(parts)
     missing: list[bool] = np.all(np.isnan(rows), axis=0).tolist()
     empty = [column for index, column in enumerate(columns) if missing[index]]
     if empty:
-        raise DataError(
-            f"{name}: the variate(s) {listing(empty)} have no training value; leave them out (data.columns)"
-        )
+        raise DataError(f"{name}: the column(s) {listing(empty)} have no training value; leave them out (data.columns)")
     loc, scale = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0)
     flat = [column for column, spread in zip(columns, scale, strict=True) if not spread > 0]
     if flat:
         raise DataError(
-            f"{name}: the variate(s) {listing(flat)} are constant in the training rows; leave them out (data.columns)"
+            f"{name}: the column(s) {listing(flat)} are constant in the training rows; leave them out (data.columns, "
+            "data.inputs)"
         )
     return (loc, scale) if standardise else (np.zeros_like(loc), np.ones_like(scale))

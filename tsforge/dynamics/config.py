@@ -15,6 +15,7 @@ from tsforge.layers.teacher_forcing import ForcingConfig
 from tsforge.ops.plrnn import Backend
 
 DEFAULT_SHARE = 0.8
+SELF_LIMIT = 0.95
 
 
 class SystemConfig(Config):
@@ -43,11 +44,16 @@ class TrajectoryConfig(Config):
     """Share of the rows (after ``every``) that train; the rest, after ``gap``, is the test series. 0.8 if nothing else
     is said."""
     gap: int = Field(0, ge=0)
-    """Rows left out between the two parts of a split (after ``every``)."""
+    """Rows left out between the two parts of a split, and before those that validate (after ``every``)."""
+    valid: float | None = Field(None, gt=0, lt=1)
+    """Share of the rows of the longest training trajectory, at its end, that validate (``train.validate_every``) and do
+    not train."""
     in_sample: bool = False
     """Judge on the training series itself; the result says so."""
     columns: tuple[str, ...] | None = None
-    """Variates; default every numeric column but ``step`` and ``series``."""
+    """Variates; default every numeric column but ``step``, ``series`` and ``inputs``."""
+    inputs: tuple[str, ...] = ()
+    """Columns that drive the system and are not predicted: row t enters the step that predicts row t."""
     step: str | None = None
     """Column of times; a break in its spacing ends a trajectory. Default ``step``, ``time`` or ``t`` if it exists."""
     series: str | None = None
@@ -61,7 +67,7 @@ class TrajectoryConfig(Config):
     test_rows: int | None = Field(None, ge=2)
     """Only the first so many rows of the test file (before ``test_every``)."""
     standardise: bool = True
-    """Each variate by the mean and standard deviation of the training rows, both parts alike."""
+    """Each variate and input by the mean and standard deviation of the training rows, all parts alike."""
 
     @model_validator(mode="after")
     def _one_way_to_test(self) -> TrajectoryConfig:
@@ -70,12 +76,22 @@ class TrajectoryConfig(Config):
         ways = (self.test is not None) + (self.split is not None) + self.in_sample
         if ways > 1:
             raise ValueError("test, split and in_sample exclude each other: give one way to judge")
-        if self.system is not None and (ways or self.rows or self.columns or self.step or self.series):
+        files = (self.rows, self.columns, self.inputs, self.step, self.series)
+        if self.system is not None and (ways or any(files)):
             raise ValueError("a simulated system brings its own test series and columns; leave out what is for files")
-        if self.gap and (self.test is not None or self.in_sample):
-            raise ValueError("gap has no part without split; leave it out")
+        unsplit = self.test is not None or self.in_sample or self.system is not None
+        if self.gap and self.valid is None and unsplit:
+            raise ValueError("gap has no part without split or valid; leave it out")
         if self.test is None and (self.test_every != 1 or self.test_rows is not None):
             raise ValueError("test_every and test_rows belong to a test file; leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_are_nothing_else(self) -> TrajectoryConfig:
+        others = {*(self.columns or ()), self.step, self.series}
+        wrong = sorted({name for name in self.inputs if name in others or self.inputs.count(name) > 1})
+        if wrong:
+            raise ValueError(f"inputs names columns twice, or columns that are a variate, step or series: {wrong}")
         return self
 
     @property
@@ -121,6 +137,12 @@ class OptimConfig(Config):
     lambda_mar: float = Field(0.0, ge=0)
     mar_ratio: float = Field(0.5, gt=0, le=1)
     """Share of the latent units under the manifold-attractor penalty ``lambda_mar``."""
+    lambda_self: float = Field(0.0, ge=0)
+    """Weight of the penalty on A + diag W above ``self_limit`` of an almost-linear map, against divergence."""
+    self_limit: float = SELF_LIMIT
+    validate_every: int | None = Field(None, ge=1)
+    """Epochs between two free runs on the validation rows (``data.valid``); the best weights of each seed are kept.
+    None keeps the last ones, as published."""
     estimate_every: int = Field(1, ge=1)
     """The estimate of alpha looks at each so many-th step of a window."""
     backend: Backend = "auto"
@@ -172,6 +194,24 @@ class ReconstructionConfig(Config):
     def _count(cls, value: object) -> object:
         """Read a number as that many seeds: 5 means 0, 1, 2, 3, 4."""
         return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _penalty_has_its_map(self) -> ReconstructionConfig:
+        train, kind = self.train, self.model.kind
+        if train.lambda_self and kind != "almost_linear":
+            raise ValueError(f"train.lambda_self is for model.kind=almost_linear, not {kind}; leave it out")
+        if not train.lambda_self and train.self_limit != SELF_LIMIT:
+            raise ValueError("train.self_limit has no part without train.lambda_self; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _validation_is_whole(self) -> ReconstructionConfig:
+        if (self.data.valid is None) != (self.train.validate_every is None):
+            raise ValueError(
+                "data.valid (the rows that validate) and train.validate_every (how often) belong together; "
+                "set both or neither"
+            )
+        return self
 
     @field_validator("seeds")
     @classmethod

@@ -5,33 +5,57 @@ with the test series of T steps by D_stsp and D_H. PE(n) starts from every test 
 fixed points and the capture test belong to the map itself. A model whose parameters or free run are not finite has
 failed: its metrics are NaN and it counts in the share of failed seeds.
 
+A map with external inputs is no autonomous system. Its free run takes the recorded inputs of the test series from the
+first test sample on; none of its T states is dropped, and state t goes with row t. PE(n) takes the recorded inputs too,
+and so do the Lyapunov exponents: they say how a deviation between two runs under the same inputs grows, along that free
+run and only as long as it is. A fixed point exists only for inputs that stay where they are: the search is for the map
+at the mean inputs of the training rows. There is no capture test, since a run at held inputs need not end as driven
+data do.
+
 Source of the protocol: Hess et al. (2023), arXiv 2306.04406, and its published evaluation.
 
-Legend: T test steps, N variates, M latent units.
+Legend: T test steps, N variates, M latent units, K inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tsforge.core.errors import DataError, ModelError
 from tsforge.dynamics.config import EvaluationConfig
-from tsforge.dynamics.findings import examine
+from tsforge.dynamics.findings import examine, examine_held
 from tsforge.dynamics.network import Model
 from tsforge.metrics.dynamics import d_h, d_stsp, prediction_error
-from tsforge.metrics.lyapunov import kaplan_yorke, lyapunov_spectrum
+from tsforge.metrics.lyapunov import kaplan_yorke, lyapunov_spectrum, spectrum_of_jacobians
 from tsforge.ops.plrnn_jacobian import jacobians
 
 Array = NDArray[np.float64]
 METRICS = ("d_stsp", "d_h", "pe", "lambda_1", "kaplan_yorke", "captured", "alpha")
 _STATES = 10_000  # states of the data that the findings look at, at most
+_ALIGN = 100  # steps in which the directions of the exponents turn into place
+_MATRICES = 2_000_000  # entries of Jacobians held at once
+_UNFIT = (DataError, ModelError, np.linalg.LinAlgError)  # what a map that cannot be examined raises
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drive:
+    """External inputs of a test series.
+
+    Attributes:
+        inputs: (T, K), standardised and complete.
+        mean: (K,) of the training rows, at which inputs are held in the search for fixed points.
+    """
+
+    inputs: Array
+    mean: Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +67,7 @@ class Judgement:
             not end as most of the data's do.
         free_run: (T, N) observations of the free run that was compared, standardised.
         spectrum: (M,) Lyapunov exponents per unit of time, falling; empty where there are none.
+        lyapunov_steps: steps that the exponents are means of, 0 where there are none.
         findings: fixed points, capture test and warnings, plain types; empty if not asked for.
         failed: why there are no metrics, "" otherwise.
     """
@@ -50,81 +75,119 @@ class Judgement:
     metrics: dict[str, float]
     free_run: Array
     spectrum: Array
+    lyapunov_steps: int = 0
     findings: dict[str, Any] = field(default_factory=dict)
     failed: str = ""
 
 
-def free_comparison(model: Model, test: Array) -> Array:
+def free_comparison(model: Model, test: Array, inputs: Array | None = None) -> Array:
     """Return the (T, N) observations of the free run that is compared with ``test`` (T, N).
 
-    The start is the first test sample and no later value is read.
+    The start is the first test sample and no later one is read; ``inputs`` (T, K) are. The first row is then the start.
     """
-    length = len(test)
-    dropped = length // 4
-    start = model.initial(torch.from_numpy(test[:1]))
     with torch.no_grad():
+        if inputs is not None:
+            observed: Array = model.observe(_driven_states(model, test, inputs)).numpy()
+            return observed
+        length = len(test)
+        dropped = length // 4
+        start = model.initial(torch.from_numpy(test[:1]))
         states = model.run(start, length + dropped)[dropped:, 0]
-        observed: Array = model.observe(states).numpy()
+        observed = model.observe(states).numpy()
     return observed
 
 
-def evaluate(model: Model, test: Array, config: EvaluationConfig, dt: float) -> Judgement:
+def _driven_states(model: Model, test: Array, inputs: Array) -> Tensor:
+    """Return the (T, M) states from the first test sample on, under the inputs of the rows that they predict."""
+    start = model.initial(torch.from_numpy(test[:1]))
+    pushed = torch.from_numpy(inputs[1:, None])
+    return torch.cat([start, model.run(start, len(test) - 1, inputs=pushed)[:, 0]])
+
+
+def evaluate(
+    model: Model,
+    test: Array,
+    config: EvaluationConfig,
+    dt: float,
+    *,
+    drive: Drive | None = None,
+    valid: Array | None = None,
+) -> Judgement:
     """Judge one model on a standardised test series (T, N).
 
     Args:
         dt: time between two steps.
+        drive: of a map with inputs.
+        valid: (V, N) rows that validated; fixed points and the capture test then look at them instead of the test
+            series, so that a seed can be chosen without it, even where its test run diverges.
+
+    Raises:
+        ModelError: a map with inputs without their values, or the reverse.
     """
-    nothing = dict.fromkeys(METRICS, math.nan) | {"alpha": model.alpha}
-    empty = np.zeros(0)
+    if (model.inputs > 0) != (drive is not None):
+        raise ModelError(f"the map has {model.inputs} external inputs; their test values (drive) belong to it")
+    inputs = None if drive is None else drive.inputs
+    metrics = dict.fromkeys(METRICS, math.nan) | {"alpha": model.alpha}
+    spectrum, steps = np.zeros(0), 0
     if not model.is_finite:
-        return Judgement(metrics=nothing, free_run=np.full_like(test, np.nan), spectrum=empty, failed="parameters")
-    run = free_comparison(model, test)
-    if not np.isfinite(run).all():
-        return Judgement(metrics=nothing, free_run=run, spectrum=empty, failed="the free run diverged")
-    metrics = dict(nothing)
-    complete = np.isfinite(test).all(axis=1)
-    metrics["d_stsp"] = float(d_stsp(test[complete], run))
-    metrics["d_h"] = float(d_h(test, run, sigma=config.sigma)) if complete.all() else math.nan
-    metrics["pe"] = _prediction_error(model, test, config.prediction_steps)
-    spectrum, findings = empty, {}
-    reasons = []
-    if model.params is not None:
+        return Judgement(metrics=metrics, free_run=np.full_like(test, np.nan), spectrum=spectrum, failed="parameters")
+    run = free_comparison(model, test, inputs)
+    reasons = [] if np.isfinite(run).all() else ["the free run diverged"]
+    if not reasons:
+        complete = np.isfinite(test).all(axis=1)
+        metrics["d_stsp"] = float(d_stsp(test[complete], run))
+        metrics["d_h"] = float(d_h(test, run, sigma=config.sigma)) if complete.all() else math.nan
+        metrics["pe"] = _prediction_error(model, test, config.prediction_steps, inputs)
+        if not math.isfinite(metrics["d_stsp"]):
+            reasons.append("no generated point lies in the range of the data")
         try:
-            spectrum = _spectrum(model, test[complete][0], config, dt)
-            metrics["lambda_1"] = float(spectrum[0])
-            metrics["kaplan_yorke"] = float(kaplan_yorke(spectrum))
-            if config.findings:
-                findings = _findings(model, test[complete], config)
-                metrics["captured"] = captured_share(findings["capture"], config.expected)
-        except (DataError, ModelError, np.linalg.LinAlgError) as error:
+            spectrum, steps = _spectrum(model, test, inputs, config, dt)
+        except _UNFIT as error:
             reasons.append(str(error))
-    failed = "" if math.isfinite(metrics["d_stsp"]) else "no generated point lies in the range of the data"
+        if len(spectrum):
+            metrics |= {"lambda_1": float(spectrum[0]), "kaplan_yorke": float(kaplan_yorke(spectrum))}
+    findings: dict[str, Any] = {}
+    if config.findings and model.params is not None and (valid is not None or len(spectrum)):
+        rows = test if valid is None else valid
+        try:
+            findings = _findings(model, rows[np.isfinite(rows).all(axis=1)], drive, config)
+            if drive is None:
+                metrics["captured"] = captured_share(findings["capture"], config.expected)
+        except _UNFIT as error:
+            reasons.append(str(error))
     return Judgement(
         metrics=metrics,
         free_run=run,
         spectrum=spectrum,
+        lyapunov_steps=steps,
         findings=findings,
-        failed="; ".join([failed, *reasons]).strip("; "),
+        failed="; ".join(reasons),
     )
 
 
-def _prediction_error(model: Model, test: Array, steps: int) -> float:
+def _prediction_error(model: Model, test: Array, steps: int, inputs: Array | None) -> float:
     """Return PE(n): the map is iterated from all samples at once."""
 
     def start(x: Array) -> Array:
         return model.initial(torch.from_numpy(np.ascontiguousarray(x))).numpy()
 
-    def step(z: Array) -> Array:
-        return model.step(torch.from_numpy(z)).numpy()
+    def step(z: Array, s: Array | None = None) -> Array:
+        return model.step(torch.from_numpy(z), None if s is None else torch.from_numpy(s)).numpy()
 
     def observe(z: Array) -> Array:
         return model.observe(torch.from_numpy(z)).numpy()
 
-    return float(prediction_error(step, start, test, steps, observe=observe))
+    return float(prediction_error(step, start, test, steps, observe=observe, inputs=inputs))
 
 
-def _spectrum(model: Model, first: Array, config: EvaluationConfig, dt: float) -> Array:
-    assert model.params is not None
+def _spectrum(
+    model: Model, test: Array, inputs: Array | None, config: EvaluationConfig, dt: float
+) -> tuple[Array, int]:
+    """Return the exponents and the steps that they are means of; none of a deep map."""
+    if model.params is None:
+        return np.zeros(0), 0
+    if inputs is not None:
+        return _driven_spectrum(model, test, inputs, config, dt)
     params, clipped = model.params, model.clipped
 
     def step(z: Array) -> Array:
@@ -133,17 +196,45 @@ def _spectrum(model: Model, first: Array, config: EvaluationConfig, dt: float) -
     def jacobian(z: Array) -> Array:
         return jacobians(params, torch.from_numpy(z), clipped=clipped).numpy()
 
-    start = model.initial(torch.from_numpy(first[None]))[0].numpy()
+    first = test[np.isfinite(test).all(axis=1)][:1]
+    start = model.initial(torch.from_numpy(first))[0].numpy()
     found = lyapunov_spectrum(
         step, jacobian, start, steps=config.lyapunov_steps, transient=config.lyapunov_transient, dt=dt
     )
-    return np.asarray(found, dtype=np.float64)
+    return np.asarray(found, dtype=np.float64), found.steps
 
 
-def _findings(model: Model, test: Array, config: EvaluationConfig) -> dict[str, Any]:
+def _driven_spectrum(
+    model: Model, test: Array, inputs: Array, config: EvaluationConfig, dt: float
+) -> tuple[Array, int]:
+    """Return the exponents along the free run under recorded inputs, and the steps that they are means of.
+
+    Of short series at most a quarter is transient and a tenth aligns the directions.
+    """
+    params, length = model.params, len(test)
+    assert params is not None
+    first = min(config.lyapunov_transient, length // 4)
+    align = min(_ALIGN, length // 10)
+    steps = min(config.lyapunov_steps, length - first - align)
+    states = _driven_states(model, test, inputs)[first : first + align + steps]
+
+    def pieces() -> Iterator[Array]:
+        for part in torch.split(states, max(_MATRICES // model.latent**2, 1)):
+            yield jacobians(params, part, clipped=model.clipped).numpy()
+
+    found = spectrum_of_jacobians(pieces(), align=align, dt=dt)
+    return np.asarray(found, dtype=np.float64), found.steps
+
+
+def _findings(model: Model, rows: Array, drive: Drive | None, config: EvaluationConfig) -> dict[str, Any]:
+    """Examine the map from complete rows (R, N) of data; with inputs, the map at their mean."""
     assert model.params is not None
-    every = max(len(test) // _STATES, 1)
-    states = model.initial(torch.from_numpy(np.ascontiguousarray(test[::every])))
+    every = max(len(rows) // _STATES, 1)
+    states = model.initial(torch.from_numpy(np.ascontiguousarray(rows[::every])))
+    if drive is not None:
+        held = model.held(torch.from_numpy(drive.mean))
+        assert held is not None
+        return examine_held(held, states, clipped=model.clipped, periods=config.periods)
     return examine(
         model.params,
         states,

@@ -32,13 +32,13 @@ class CycleFinding:
         cycle: where it is and how stable.
         on_data: all its points lie within the range of the data, widened by a tenth.
         distance: from its nearest point to the nearest data state, in standard deviations of the data.
-        captured: share of free runs that end on it.
+        captured: share of free runs that end on it; None without a capture test.
     """
 
     cycle: Cycle
     on_data: bool
     distance: float
-    captured: float
+    captured: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as plain numbers."""
@@ -126,6 +126,41 @@ def examine(
     )
 
 
+def examine_held(
+    params: Shallow,
+    states: Any,
+    *,
+    clipped: bool = False,
+    periods: Sequence[int] = (1,),
+    budget: SearchBudget | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return what can be said of a driven map while its inputs are held, ready for JSON: no verdict.
+
+    Fixed points and cycles of the held map are found and placed as by ``examine``. Where its free runs end says nothing
+    about driven data, so there is no capture test, no warning, and ``healthy`` is None.
+
+    Args:
+        params: shallow form of one group with C s in h1.
+        states: (T, M) states of the data in latent coordinates.
+        clipped, periods, budget, seed: as for ``examine``.
+
+    Raises:
+        ModelError: shapes that do not fit or values that are not finite.
+    """
+    data = checked_states(states, len(as_float64(params.h1)))
+    mapping = piecewise_linear(params, clipped=clipped)
+    cycles = find_cycles(params, data, periods=periods, clipped=clipped, budget=budget, seed=seed)
+    return {
+        "healthy": None,
+        "warnings": [],
+        "notes": ["Fixed points are those of the map at the mean inputs; there is no capture test of a driven map."],
+        "complete": all(is_enumerable(mapping, period) for period in periods),
+        "cycles": [_place(cycle, data, None).to_dict() for cycle in cycles],
+        "regions": visited_regions(params, data, clipped=clipped).to_dict(),
+    }
+
+
 def judge(
     cycles: Sequence[CycleFinding], capture: Capture, expected: Expected | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -155,7 +190,7 @@ def judge(
         if finding.cycle.kind != "stable":
             continue
         wanted = finding.on_data and right == ("rest" if finding.cycle.period == 1 else "oscillation")
-        if wanted and finding.captured > _TOLERATED:
+        if wanted and (finding.captured or 0.0) > _TOLERATED:
             notes.append(f"{_describe(finding)}.")
         elif finding.on_data:
             warnings.append(f"{_describe(finding)}: a free run that comes near it never leaves.")
@@ -193,16 +228,18 @@ def _describe(finding: CycleFinding) -> str:
     point = ", ".join(f"{value:.3g}" for value in cycle.points[0][:6]) + (", ..." if cycle.points.shape[1] > 6 else "")
     return (
         f"An attracting {name} at ({point}) {place} the range of the data, largest multiplier {cycle.modulus:.4g}, "
-        f"takes {_percent(finding.captured) if finding.captured > 0.0 else 'none'} of the free runs"
+        f"takes {_percent(finding.captured) if finding.captured else 'none'} of the free runs"
     )
 
 
-def _place(cycle: Cycle, data: Array, capture: Capture) -> CycleFinding:
+def _place(cycle: Cycle, data: Array, capture: Capture | None) -> CycleFinding:
     low, high = data.min(axis=0), data.max(axis=0)
     spread = np.where(data.std(axis=0) > 0.0, data.std(axis=0), 1.0)
     margin = _MARGIN * (high - low) + 1e-9
     inside = bool(((cycle.points >= low - margin) & (cycle.points <= high + margin)).all())
     distance = min(float(np.linalg.norm((data - point) / spread, axis=1).min()) for point in cycle.points)
+    if capture is None:
+        return CycleFinding(cycle, inside, distance, None)
     ended = capture.ends[np.isfinite(capture.ends).all(axis=1)]
     near = [(np.abs(ended - point) / spread).max(axis=1) < _ARRIVED for point in cycle.points]
     # Chaos may pass an unstable point at the very moment a run ends: only attractors keep what reaches them.

@@ -28,16 +28,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tsforge.core.errors import BackendError
+from tsforge.core.errors import BackendError, ConfigError
 from tsforge.dynamics.config import OptimConfig, ReconstructionConfig
 from tsforge.dynamics.network import Reconstruction
 from tsforge.dynamics.radam import GroupedRAdam
+from tsforge.dynamics.validation import Validation, ValidationSeries
 from tsforge.dynamics.windows import RandomWindows
 from tsforge.layers.forcing_interval import forcing_interval
 from tsforge.training.loop import own_random_state, plain_interrupt, quiet_lightning
 
 _TRACE = 200  # points of the traces that a training keeps
 _REDRAW_SECONDS = 0.2
+TRACED = ("loss", "alpha", "kappa", "gradient_norm", "max_abs_A", "failed_steps")
 OnTrace = Callable[[int, dict[str, list[float]]], None]
 
 
@@ -45,13 +47,20 @@ class ReconstructionModule(pl.LightningModule):
     """Runs the optimiser steps of an epoch in one batch.
 
     Attributes:
-        trace: epoch and, a list over groups each, loss, alpha, gradient failures so far and largest |A|.
+        trace: epoch and, a list over groups each, ``TRACED``: loss and gradient norm before clipping (means over the
+            steps of the epoch), alpha and the kappa that it last followed (NaN where there is none), largest |A|, and
+            failed steps so far.
         failed_steps: (G,) steps that were skipped.
         restored: (G,) times a group was taken back.
     """
 
     def __init__(
-        self, network: Reconstruction, train: OptimConfig, windows: RandomWindows, on_trace: OnTrace | None = None
+        self,
+        network: Reconstruction,
+        train: OptimConfig,
+        windows: RandomWindows,
+        on_trace: OnTrace | None = None,
+        validation: Validation | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -59,6 +68,7 @@ class ReconstructionModule(pl.LightningModule):
         self.settings = train
         self.windows = windows
         self.on_trace = on_trace
+        self.validation = validation
         self.trace: list[dict[str, Any]] = []
         self._every = max(train.epochs // _TRACE, 1)
         self._optimiser: GroupedRAdam | None = None
@@ -85,6 +95,7 @@ class ReconstructionModule(pl.LightningModule):
         complete = self.windows.is_complete
         bad = torch.zeros_like(self.failed_steps)
         total = torch.zeros(len(bad), device=self.device)
+        norms = torch.zeros_like(total)
         saved = self._optimiser.snapshot()
         for step in range(1, settings.batches_per_epoch + 1):
             x = self.windows.gather(starts[step - 1])
@@ -93,9 +104,11 @@ class ReconstructionModule(pl.LightningModule):
                 x = x + settings.noise * self.windows.noise(x)
                 if settings.noise_on == "window":
                     targets = x[:, 1:]
-            loss = self.network.loss(x, targets, settings, step, complete)
+            inputs = self.windows.gather_inputs(starts[step - 1])
+            loss = self.network.loss(x, targets, settings, step, complete, inputs)
             bad += self._optimiser.step(loss, rate)
             total += loss.detach()
+            norms += self._optimiser.norm
         failed = bad > 0
         self._optimiser.restore(self._good, failed, 0.5)
         self._good = tuple(  # type: ignore[assignment]
@@ -105,13 +118,31 @@ class ReconstructionModule(pl.LightningModule):
         self.failed_steps += bad
         self.restored += failed
         if batch_idx % self._every == 0 or batch_idx + 1 == settings.epochs:
-            self._note(batch_idx + 1, total / settings.batches_per_epoch)
+            self._note(batch_idx + 1, total / settings.batches_per_epoch, norms / settings.batches_per_epoch)
+        self._validate(batch_idx + 1)
+
+    def on_train_end(self) -> None:
+        """Go back to the weights that validated best."""
+        if self.validation is not None:
+            assert self._optimiser is not None
+            self.validation.restore(self.network, self._optimiser.values)
+
+    def _validate(self, epoch: int) -> None:
+        every = self.settings.validate_every
+        if self.validation is None or every is None or (epoch % every and epoch != self.settings.epochs):
+            return
+        assert self._optimiser is not None
+        found = self.validation.look(epoch, self.network, self._optimiser.values)
+        if self.on_trace is not None:
+            self.on_trace(epoch, {f"validation_{name}": values for name, values in found.items()})
 
     @torch.no_grad()
-    def _note(self, epoch: int, loss: Tensor) -> None:
+    def _note(self, epoch: int, loss: Tensor, norm: Tensor) -> None:
         row = {
             "loss": loss.tolist(),
             "alpha": self.network.schedule.alpha.tolist(),
+            "kappa": self.network.last_kappa.tolist(),
+            "gradient_norm": norm.tolist(),
             "max_abs_A": self.network.map.A.abs().amax(1).tolist(),
             "failed_steps": self.failed_steps.tolist(),
         }
@@ -128,6 +159,7 @@ class Training:
         network: on the CPU.
         trace: see ``ReconstructionModule``.
         failed_steps, restored: a number for each seed.
+        validation: what free runs on the validation rows showed and which epoch was kept; None without.
         seconds: wall time; steps: optimiser steps.
         device: what trained.
     """
@@ -136,6 +168,7 @@ class Training:
     trace: list[dict[str, Any]]
     failed_steps: list[int]
     restored: list[int]
+    validation: Validation | None
     seconds: float
     steps: int
     device: str
@@ -146,10 +179,16 @@ def train_seeds(
     config: ReconstructionConfig,
     seeds: Sequence[int],
     *,
+    inputs: Sequence[np.ndarray[Any, np.dtype[np.float64]]] | None = None,
+    valid: ValidationSeries | None = None,
     progress: bool = False,
     on_trace: OnTrace | None = None,
 ) -> Training:
     """Train ``seeds`` side by side on standardised trajectories (R_i, N) and return them.
+
+    Args:
+        inputs: external inputs (R_i, K) of each trajectory, standardised and complete.
+        valid: what to validate on, as ``train.validate_every`` says; the weights are then the best ones of each seed.
 
     Raises:
         ConfigError: settings that contradict each other or the data.
@@ -163,15 +202,27 @@ def train_seeds(
         raise BackendError("train.accelerator=gpu, but torch sees no CUDA device; use accelerator=auto or cpu")
     device = "cuda:0" if on_gpu else "cpu"
     rows = [torch.as_tensor(part, dtype=torch.float32) for part in trajectories]
-    windows = RandomWindows(rows, train.sequence_length, seeds, device)
+    driven = None if inputs is None else [torch.as_tensor(part, dtype=torch.float32) for part in inputs]
+    windows = RandomWindows(rows, train.sequence_length, seeds, device, inputs=driven)
     tau = None
     if config.forcing.method == "sparse" and config.forcing.tau is None:
         tau = forcing_interval(max(trajectories, key=len))
     values = torch.cat(rows)
     finite = values[values.isfinite()]
     span = (float(finite.min()), float(finite.max()))
-    network = Reconstruction(config.model, config.forcing, rows[0].shape[1], seeds, data_range=span, tau=tau)
-    module = ReconstructionModule(network, train, windows, on_trace)
+    network = Reconstruction(
+        config.model,
+        config.forcing,
+        rows[0].shape[1],
+        seeds,
+        data_range=span,
+        tau=tau,
+        inputs=0 if driven is None else driven[0].shape[1],
+    )
+    if (valid is None) != (train.validate_every is None):
+        raise ConfigError("train.validate_every needs validation rows (data.valid), and these need it; give both")
+    validation = None if valid is None else Validation(valid, config.evaluation.sigma, len(seeds))
+    module = ReconstructionModule(network, train, windows, on_trace, validation)
     started = time.perf_counter()
     with quiet_lightning(), own_random_state(), plain_interrupt():
         warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`")
@@ -195,6 +246,7 @@ def train_seeds(
         trace=module.trace,
         failed_steps=failed,
         restored=restored,
+        validation=validation,
         seconds=time.perf_counter() - started,
         steps=train.epochs * train.batches_per_epoch,
         device=torch.cuda.get_device_name(0) if on_gpu else "cpu",

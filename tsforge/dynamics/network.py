@@ -1,18 +1,21 @@
 """A map, its read-out and its forcing for G seeds side by side: the loss of a window, and runs from an observation.
 
-    z_1 = initial(x_1),  z_k = F(z~_{k-1}),  z~ = (1 - alpha) z + alpha z_hat,  loss = mean (O(z_k) - x_k)^2, k = 2..T+1
+    z_1 = initial(x_1),  z_k = F(z~_{k-1}) + C s_k,  z~ = (1 - alpha) z + alpha z_hat
+    loss = mean (O(z_k) - x_k)^2, k = 2..T+1
 
+External inputs s, if there are any, are those of the step that is predicted.
 The loss compares the unforced prediction with the data. Source: Hess et al. (2023), arXiv 2306.04406, Algorithm 1.
 
 Complete data take a short way that inverts the affine read-out once a step and never waits for the device.
 
-Legend: G groups, B batch, T predicted steps, N variates, M latent units.
+Legend: G groups, B batch, T predicted steps, N variates, M latent units, K inputs.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,10 @@ class Reconstruction(nn.Module):
         seeds: one a group; the first weights of a group depend on its seed alone.
         data_range: least and largest value of the data, between which thresholds of dendrites start.
         tau: interval of sparse forcing, if its config leaves it to the data.
+        inputs: K, external inputs.
+
+    Attributes:
+        last_kappa: (G,) the last estimate that alpha followed, NaN before the first and without adaptive forcing.
 
     Raises:
         ConfigError: settings that contradict each other or the data.
@@ -51,6 +58,7 @@ class Reconstruction(nn.Module):
         *,
         data_range: tuple[float, float] | None = None,
         tau: int | None = None,
+        inputs: int = 0,
     ) -> None:
         super().__init__()
         latent = observed if model.latent is None else model.latent
@@ -67,6 +75,7 @@ class Reconstruction(nn.Module):
             model.kind,
             latent,
             hidden,
+            inputs=inputs,
             seeds=seeds,
             bases=model.bases,
             rectified=model.rectified,
@@ -80,18 +89,28 @@ class Reconstruction(nn.Module):
         self.seeds = tuple(seeds)
         self._partial = model.observation == "identity" and latent > observed
         self._last_forced: Tensor | None = None
+        self.last_kappa = torch.full((len(seeds),), torch.nan)
 
     @property
     def clipped(self) -> bool:
         """Whether the shallow form is the clipped one."""
         return self.map.clipped
 
-    def loss(self, x: Tensor, targets: Tensor, train: OptimConfig, step: int, complete: bool) -> Tensor:
+    def loss(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        train: OptimConfig,
+        step: int,
+        complete: bool,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss (G,) of windows x (G, T + 1, B, N) against targets (G, T, B, N); updates alpha if it is due.
 
         Args:
             step: 1, 2, ... of the epoch.
             complete: no value is missing.
+            inputs: (G, T, B, K) of the predicted steps, for a map with inputs.
         """
         z1, forcing = self.inferred(x) if complete else (self.observation.initial(x[:, 0]), None)
         forced = forcing if forcing is not None else self.observation.forcing(x[:, 1:])
@@ -99,10 +118,12 @@ class Reconstruction(nn.Module):
         if params is not None and self.schedule.due(step):
             self._estimate(params, forced, train.estimate_every)
         alpha = self.schedule.strength(forced.states.shape[1], forced.reach)
+        pushes = None if inputs is None else self.map.input_term(inputs)
         if params is None:
-            z = gtf_loop(self.map.step, z1, forced.states, alpha)
+            z = gtf_loop(self.map.step, z1, forced.states, alpha, pushes)
         else:
-            z = gtf_sequence(z1, forced.states, alpha, params, clipped=self.clipped, backend=train.backend)
+            options: dict[str, Any] = {"inputs": pushes, "clipped": self.clipped, "backend": train.backend}
+            z = gtf_sequence(z1, forced.states, alpha, params, **options)
         if self._partial and self.schedule.due(step + 1):
             self._last_forced = _mix(z.detach(), forced.states, alpha)
         error = self.observation.observe(z) - targets
@@ -121,6 +142,8 @@ class Reconstruction(nn.Module):
             loss = loss + train.lambda_obs * self.observation.penalty()
         if train.lambda_mar:
             loss = loss + train.lambda_mar * self.map.mar_penalty(train.mar_ratio)
+        if train.lambda_self:
+            loss = loss + train.lambda_self * self.map.self_penalty(train.self_limit)
         return loss
 
     def _estimate(self, params: Shallow, forced: Forcing, every: int) -> None:
@@ -137,6 +160,7 @@ class Reconstruction(nn.Module):
             states = torch.where(forced.reach > 0, states, torch.nan)
         method = self.schedule.config.estimator
         found = kappa(params, states, method, clipped=self.clipped, every=every)
+        self.last_kappa = found
         step = self.schedule.config.interval
         self.schedule.update(step, found)
 
@@ -188,8 +212,9 @@ class Model:
     """One trained model in float64 on the CPU: free runs and steps, as the evaluation needs them.
 
     Attributes:
-        params: its shallow form, None for a deep map.
+        params: its shallow form without inputs, None for a deep map.
         alpha: the last strength of the forcing.
+        inputs: K.
     """
 
     def __init__(self, parts: Reconstruction, index: int, backend: Backend = "auto") -> None:
@@ -201,7 +226,7 @@ class Model:
         self._parts.map.groups = self._parts.observation.groups = 1
         self._backend = backend
         self.clipped = parts.clipped
-        self.latent = parts.map.latent
+        self.latent, self.inputs = parts.map.latent, parts.map.inputs
         self.alpha = float(parts.schedule.alpha[index])
         self.params: Shallow | None = None
         if parts.map.kind != "deep":
@@ -229,18 +254,30 @@ class Model:
         return self._parts.observation.observe(z.unsqueeze(0))[0]
 
     @torch.no_grad()
-    def step(self, z: Tensor) -> Tensor:
-        """Return F(z) for z (B, M)."""
-        return self._parts.map.step(z.unsqueeze(0))[0]
+    def push(self, s: Tensor) -> Tensor:
+        """Return C s (..., M) of inputs s (..., K)."""
+        return self._parts.map.input_term(s.unsqueeze(0))[0]
+
+    def held(self, s: Tensor) -> Shallow | None:
+        """Return the shallow form of the map whose inputs stay at s (K,): C s joins h1. None for a deep map."""
+        return None if self.params is None else self.params._replace(h1=self.params.h1 + self.push(s[None])[0])
 
     @torch.no_grad()
-    def run(self, z: Tensor, steps: int, every: int = 1) -> Tensor:
-        """Return the states (steps // every, B, M) of a free run from z (B, M)."""
+    def step(self, z: Tensor, s: Tensor | None = None) -> Tensor:
+        """Return F(z) for z (B, M), or F(z) + C s with the inputs s (B, K) of the target step."""
+        after = self._parts.map.step(z.unsqueeze(0))[0]
+        return after if s is None else after + self.push(s)
+
+    @torch.no_grad()
+    def run(self, z: Tensor, steps: int, every: int = 1, inputs: Tensor | None = None) -> Tensor:
+        """Return the states (steps // every, B, M) of a free run from z (B, M), driven by inputs (steps, B, K)."""
+        pushes = None if inputs is None else self.push(inputs)
         if self.params is not None:
-            return free_run(z, self.params, steps, clipped=self.clipped, every=every, backend=self._backend)
+            options: dict[str, Any] = {"inputs": pushes, "clipped": self.clipped, "backend": self._backend}
+            return free_run(z, self.params, steps, every=every, **options)
         found = []
         for k in range(1, steps // every * every + 1):
-            z = self.step(z)
+            z = self.step(z) if pushes is None else self.step(z) + pushes[k - 1]
             if k % every == 0:
                 found.append(z)
         return torch.stack(found)

@@ -25,6 +25,7 @@ class GroupedRAdam:
     Attributes:
         values: all parameters.
         rate_scale: (G, 1) factor of the learning rate of each group.
+        norm: (G,) gradient norms of the last step, before clipping.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], clip: float | None) -> None:
@@ -39,6 +40,7 @@ class GroupedRAdam:
         self._mean = torch.zeros_like(self.values)
         self._square = torch.zeros_like(self.values)
         self.rate_scale = self.values.new_ones(len(self.values), 1)
+        self.norm = self.values.new_zeros(len(self.values))
         self._clip = clip
         self._taken = 0
 
@@ -50,6 +52,7 @@ class GroupedRAdam:
         gradients = torch.autograd.grad(total, self.parameters)
         gradient = torch.cat([part.flatten(1) for part in gradients], dim=1)
         norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+        self.norm = norm.squeeze(1)
         fine = torch.isfinite(norm + loss.detach().unsqueeze(1))
         if self._clip is not None:
             gradient.mul_((self._clip / (norm + 1e-6)).clamp_(max=1.0))

@@ -3,7 +3,7 @@
 Each group draws from a generator of its own, so a seed sees the same windows whoever is trained beside it.
 Every admissible start is drawn, the last one too (the reference implementation never draws it).
 
-Legend: R rows, N variates, G groups, S steps of an epoch, B batch, T predicted steps.
+Legend: R rows, N variates, K inputs, G groups, S steps of an epoch, B batch, T predicted steps.
 """
 
 from __future__ import annotations
@@ -25,13 +25,20 @@ class RandomWindows:
         length: T.
         seeds: one a group.
         device: where rows lie and indices are drawn.
+        inputs: external inputs (R_i, K) of each trajectory, complete; None for a system without.
 
     Raises:
         DataError: no trajectory holds a window.
     """
 
     def __init__(
-        self, trajectories: Sequence[Tensor], length: int, seeds: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        trajectories: Sequence[Tensor],
+        length: int,
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        inputs: Sequence[Tensor] | None = None,
     ) -> None:
         size = length + 1
         starts, first = [], 0
@@ -46,6 +53,7 @@ class RandomWindows:
                 "lower train.sequence_length, or data.every"
             )
         self.rows = torch.cat(list(trajectories)).to(device).contiguous()
+        self.inputs = None if inputs is None else torch.cat(list(inputs)).to(device).contiguous()
         self.is_complete = not bool(self.rows.isnan().any())
         self._starts = admissible.to(device)
         self._offsets = torch.arange(size, device=device)[:, None]
@@ -61,8 +69,11 @@ class RandomWindows:
 
     def gather(self, starts: Tensor) -> Tensor:
         """Return windows (G, T + 1, B, N) of starts (G, 1, B)."""
-        index = starts + self._offsets
-        return self.rows.index_select(0, index.flatten()).view(*index.shape, -1)
+        return _take(self.rows, starts + self._offsets)
+
+    def gather_inputs(self, starts: Tensor) -> Tensor | None:
+        """Return the inputs (G, T, B, K) of the predicted steps of the same windows, None without inputs."""
+        return None if self.inputs is None else _take(self.inputs, starts + self._offsets[1:])
 
     def noise(self, like: Tensor) -> Tensor:
         """Return standard normal numbers of the shape of windows (G, ...), each group from its own generator."""
@@ -72,3 +83,7 @@ class RandomWindows:
                 for generator in self._generators
             ]
         )
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.index_select(0, index.flatten()).view(*index.shape, -1)

@@ -19,7 +19,8 @@ Sources: Durstewitz (2017) for the PLRNN; Brenner et al. (2022) for dendrites an
 arXiv 2306.04406, for the (clipped) shallow PLRNN; Brenner et al. (2024) for the almost-linear RNN.
 
 Deviations: W keeps a zero diagonal by a mask and not by zeroed gradients; ``bounded`` is an addition here; so are
-penalties of kinds for which no published formula was at hand (slopes and thresholds of dendrites carry none).
+penalties of kinds for which no published formula was at hand (slopes and thresholds of dendrites carry none). The
+penalty on the linear part of an almost-linear map follows its published implementation: the 2-norm, not squared.
 
 Legend: G groups (models side by side; every parameter carries this axis), B batch, T steps, M latent units, H hidden
 units, K inputs, Bs bases of a dendrite, P rectified units.
@@ -149,6 +150,14 @@ class PLRNNMap(nn.Module):
         parts = (1 - self.A[:, first:], W[:, first:], h[:, first:])
         return torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in parts]).sum(0)
 
+    def self_penalty(self, limit: float) -> Tensor:
+        """Return ||relu(A + diag W - limit)|| (G,): what a unit takes over from itself is kept below ``limit``.
+
+        Raises:
+            ConfigError: the map is of another kind than ``almost_linear``, whose units alone have both terms.
+        """
+        raise ConfigError(f"a PLRNN of kind '{self.kind}' has no penalty on A + diag W; it is for 'almost_linear'")
+
     def parameters_per_group(self) -> int:
         """Return the number of parameters of one group (a masked diagonal is counted, as in published tables)."""
         return sum(parameter[0].numel() for parameter in self.parameters())
@@ -211,6 +220,12 @@ class AlmostLinearMap(SquareMap):
     def _drive(self, z: Tensor) -> Tensor:
         linear = self.latent - self.rectified
         return torch.cat([z[..., :linear], torch.relu(z[..., linear:])], dim=-1)
+
+    def self_penalty(self, limit: float) -> Tensor:
+        """Return the penalty; its gradient is 0 where every unit is below the limit."""
+        beyond = torch.relu(self.A + self.W.diagonal(dim1=1, dim2=2) - limit)
+        size: Tensor = torch.linalg.vector_norm(beyond, dim=1)
+        return size
 
 
 class DendriticMap(SquareMap):

@@ -10,6 +10,7 @@ import torch
 
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError
+from tsforge.dynamics import module
 from tsforge.dynamics.config import ReconstructionConfig
 from tsforge.dynamics.module import train_seeds
 from tsforge.dynamics.network import Reconstruction
@@ -118,6 +119,71 @@ def test_a_broken_group_is_restored_counted_and_forced_more(monkeypatch: pytest.
     for mine, theirs in zip(training.network.parameters(), fine.parameters(), strict=True):
         assert bool(mine.isfinite().all())
         torch.testing.assert_close(mine[1], theirs[1])
+
+
+def test_a_failed_epoch_ends_where_the_last_fine_one_began_at_half_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group 0 fails in epochs 2 and 3, group 1 in epoch 3 only; states are those at the start of each epoch."""
+    original, starts, calls = Reconstruction.loss, [], [0]
+    optimisers: list[GroupedRAdam] = []
+
+    def broken(self: Reconstruction, *args: Any) -> torch.Tensor:
+        if calls[0] % 6 == 0:
+            starts.append(torch.cat([part.detach().flatten(1) for part in self.parameters()], dim=1))
+        calls[0] += 1
+        nan = float("nan")
+        factors = {8: [nan, 1.0], 15: [nan, nan]}.get(calls[0], [1.0, 1.0])
+        return original(self, *args) * torch.tensor(factors)
+
+    class Kept(GroupedRAdam):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            optimisers.append(self)
+
+    monkeypatch.setattr(Reconstruction, "loss", broken)
+    monkeypatch.setattr(module, "GroupedRAdam", Kept)
+    training = train_seeds([SERIES], config(), [0, 1])
+    final = torch.cat([part.detach().flatten(1) for part in training.network.parameters()], dim=1)
+    assert torch.equal(final[0], starts[0][0])
+    assert torch.equal(final[1], starts[1][1])
+    assert not torch.equal(starts[1][1], starts[0][1])
+    assert optimisers[0].rate_scale.flatten().tolist() == [0.25, 0.5]
+    assert (training.failed_steps, training.restored) == ([2, 1], [2, 1])
+
+
+def test_the_learning_rate_falls_by_a_constant_factor_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    original = GroupedRAdam.step
+
+    def noted(self: GroupedRAdam, loss: torch.Tensor, rate: float) -> torch.Tensor:
+        rates.append(rate)
+        return original(self, loss, rate)
+
+    monkeypatch.setattr(GroupedRAdam, "step", noted)
+    train_seeds([SERIES], config(train={"learning_rate": 1e-2, "learning_rate_end": 1e-5}), [0])
+    assert rates == pytest.approx([1e-2] * 6 + [1e-3] * 6 + [1e-4] * 6)
+
+
+@pytest.mark.parametrize("place", ["window", "inputs"])
+def test_noise_is_on_the_window_or_leaves_the_targets_clean(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = Reconstruction.loss
+
+    def noted(self: Reconstruction, x: torch.Tensor, targets: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append((x, targets))
+        return original(self, x, targets, *args)
+
+    monkeypatch.setattr(Reconstruction, "loss", noted)
+    train_seeds([SERIES], config(train={"noise": 0.3, "noise_on": place}), [0, 1])
+    noise = []
+    for x, targets in seen:
+        if place == "window":
+            assert torch.equal(targets, x[:, 1:])
+        # the wave tells clean rows: sin^2 + cos^2 = 1
+        assert bool(((targets.square().sum(-1) - 1).abs().amax() < 1e-5) == (place == "inputs"))
+        if place == "inputs":
+            noise.append(x[:, 1:] - targets)
+    if place == "inputs":
+        assert float(torch.stack(noise).std()) == pytest.approx(0.3, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Random cases of the forced PLRNN and an oracle of scalar loops that shares no code with the package."""
+"""Random cases of the forced PLRNN, an oracle of scalar loops and a tensor loop for gradients; none of it shares code
+with the package."""
 
 from __future__ import annotations
 
@@ -25,6 +26,9 @@ def backends(*, reference: bool = False, free: bool = False) -> Any:
     """Parametrise over every fast path; ``run`` skips those that no machine like this one can run."""
     names = [name for name in (EVERY if reference else FAST) if not (free and name == "newton")]
     return pytest.mark.parametrize("backend", names)
+
+
+Arguments = tuple[Tensor, Tensor | None, Tensor, Shallow, Tensor | None]  # z1, forcing, alpha, params, inputs
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,12 @@ class Case:
         """Return the case in single precision."""
         return self.mapped(lambda part: part.to(torch.float32))
 
+    def arguments(self) -> Arguments:
+        """Return the arguments of a kernel, of a case with groups and alpha of the shape of the states."""
+        assert isinstance(self.alpha, torch.Tensor)
+        assert self.alpha.ndim == 4
+        return self.z1, self.forcing, self.alpha, self.params, self.inputs
+
     def group(self, index: int) -> Case:
         """Return one group alone, without the axis of groups."""
         return self.mapped(lambda part: part[index])
@@ -75,9 +85,10 @@ def draw(
     clipped: bool = False,
     inputs: bool = True,
     alpha: str = "batch",
+    gain: float = 0.5,
     seed: int = 0,
 ) -> Case:
-    """Return a random contracting case in float64; ``alpha`` as of :func:`draw_alpha`."""
+    """Return a random case in float64; ``alpha`` as of :func:`draw_alpha`. ``gain`` sizes W1: the default contracts."""
     rng = np.random.default_rng([seed, batch, steps, latent, hidden, groups or 0])
     lead = () if groups is None else (groups,)
 
@@ -86,7 +97,7 @@ def draw(
 
     params = Shallow(
         torch.from_numpy(rng.uniform(-0.7, 0.7, (*lead, latent))),
-        0.5 * normal(latent, hidden) / hidden**0.5,
+        gain * normal(latent, hidden) / hidden**0.5,
         normal(hidden, latent) / latent**0.5,
         0.3 * normal(latent),
         0.7 * normal(hidden),
@@ -225,6 +236,28 @@ def oracle(case: Case) -> np.ndarray:
                     after.append(value)
                 state = after
     return found if grouped else found[0]
+
+
+def loop(
+    z1: Tensor, forcing: Tensor | None, alpha: Tensor, params: Shallow, inputs: Tensor | None, clipped: bool
+) -> Tensor:
+    """Return the result of a case with groups, differentiable: one step after another by tensors under autograd."""
+    A, W1, W2, h1, h2 = params
+    before, found = z1, []
+    for k in range(alpha.shape[1]):
+        drive = torch.einsum("ghm,gbm->gbh", W2, before)
+        active = torch.relu(drive + h2[:, None])
+        if clipped:
+            active = active - torch.relu(drive)
+        z = A[:, None] * before + torch.einsum("gmh,gbh->gbm", W1, active) + h1[:, None]
+        z = z if inputs is None else z + inputs[:, k]
+        found.append(z)
+        share = alpha[:, k]
+        if forcing is None:
+            before = z
+        else:  # an entry of no weight may be missing
+            before = torch.where(share == 0, z, (1 - share) * z + share * forcing[:, k].nan_to_num())
+    return torch.stack(found, dim=1)
 
 
 def difference(found: Tensor, expected: Any) -> float:

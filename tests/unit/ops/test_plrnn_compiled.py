@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import plrnn_cases
 import pytest
 import torch
 from compiler import need_compiler
+from plrnn_cases import Arguments, loop
 from torch import Tensor
 
 from tsforge.core.errors import ModelError
@@ -34,39 +36,9 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def draw(
-    groups: int, batch: int, steps: int, latent: int, hidden: int
-) -> tuple[Tensor, Tensor, Tensor, Shallow, Tensor]:
-    """Return z1, forcing, alpha, params and inputs in float64."""
-    torch.manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, dtype=torch.float64)
-
-    grid = (groups, steps, batch, latent)
-    params = Shallow(
-        0.7 * torch.rand(groups, latent, dtype=torch.float64),
-        0.5 * normal(groups, latent, hidden) / hidden**0.5,
-        normal(groups, hidden, latent) / latent**0.5,
-        0.1 * normal(groups, latent),
-        0.3 * normal(groups, hidden),
-    )
-    alpha = 0.5 * torch.rand(grid, dtype=torch.float64)
-    return normal(groups, batch, latent), normal(*grid), alpha, params, 0.1 * normal(*grid)
-
-
-def loop(z1: Tensor, forcing: Tensor | None, alpha: Tensor, p: Shallow, inputs: Tensor | None, clipped: bool) -> Tensor:
-    x, found = z1, []
-    for k in range(alpha.shape[1]):
-        u = x @ p.W2.mT
-        phi = torch.relu(u + p.h2[:, None]) - (torch.relu(u) if clipped else 0.0)
-        z = p.A[:, None] * x + phi @ p.W1.mT + p.h1[:, None] + (0.0 if inputs is None else inputs[:, k])
-        found.append(z)
-        if forcing is None:
-            x = z
-        else:
-            x = torch.where(alpha[:, k] == 0, z, (1 - alpha[:, k]) * z + alpha[:, k] * forcing[:, k].nan_to_num())
-    return torch.stack(found, 1)
+def draw(groups: int, batch: int, steps: int, latent: int, hidden: int) -> Arguments:
+    """Return the arguments of a kernel in float64."""
+    return plrnn_cases.draw(batch, steps, latent, hidden, groups=groups).arguments()
 
 
 @pytest.mark.parametrize("clipped", [False, True])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 
+import plrnn_cases
 import pytest
 import torch
+from plrnn_cases import loop
 from torch import Tensor
 
 from tsforge.core.errors import ModelError
@@ -13,19 +15,9 @@ from tsforge.ops import _plrnn_newton as newton
 from tsforge.ops.plrnn import Shallow
 
 
-def draw(groups: int, latent: int, hidden: int, seed: int = 0) -> Shallow:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(groups, *shape, generator=generator, dtype=torch.float64)
-
-    return Shallow(
-        0.4 * normal(latent),
-        normal(latent, hidden) / hidden**0.5,
-        normal(hidden, latent) / 2,
-        normal(latent),
-        normal(hidden),
-    )
+def draw(groups: int, latent: int, hidden: int) -> Shallow:
+    """Return a random map in float64 that need not contract by itself."""
+    return plrnn_cases.draw(1, 1, latent, hidden, groups=groups, gain=1.0).params
 
 
 @functools.cache
@@ -54,20 +46,6 @@ def lorenz() -> tuple[Shallow, Tensor]:
     weights = torch.linalg.solve(gram, features.T @ (data[1:] - 0.9 * data[:-1]))
     A = torch.full((3,), 0.9, dtype=torch.float64)
     return Shallow(A[None], weights[:-1].T[None].contiguous(), W2[None], weights[-1][None], h2[None]), data
-
-
-def loop(z1: Tensor, forcing: Tensor, alpha: Tensor, p: Shallow, inputs: Tensor | None, clipped: bool) -> Tensor:
-    """The definition, written here again."""
-    found, forced = [], z1
-    for k in range(forcing.shape[1]):
-        drive = torch.einsum("ghm,gbm->gbh", p.W2, forced)
-        hidden = torch.relu(drive + p.h2[:, None]) - (torch.relu(drive) if clipped else 0.0)
-        z = p.A[:, None] * forced + torch.einsum("gmh,gbh->gbm", p.W1, hidden) + p.h1[:, None]
-        z = z if inputs is None else z + inputs[:, k]
-        found.append(z)
-        a = alpha[:, k]
-        forced = torch.where(a == 0, z, (1 - a) * z + a * forcing[:, k])
-    return torch.stack(found, 1)
 
 
 def compare(

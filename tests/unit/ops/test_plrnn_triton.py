@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import plrnn_cases
 import pytest
 import torch
+from plrnn_cases import Arguments, loop
 from torch import Tensor
 from triton_interpreter import DEVICES, INTERPRETING, run_in_interpreter
 
@@ -14,7 +16,6 @@ from tsforge.ops import _plrnn_triton as module
 from tsforge.ops._plrnn_triton import Tile, default_tile, gtf_triton, unavailable
 from tsforge.ops.plrnn import Shallow
 
-Args = tuple[Tensor, Tensor | None, Tensor, Shallow, Tensor | None]
 Sizes = tuple[int, int, int, int, int]
 
 
@@ -25,54 +26,24 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def draw(sizes: Sizes, device: str = "cpu", *, forced: bool = True, pushed: bool = True) -> Args:
-    """z1, forcing, alpha, params and inputs in float64 for (G, B, T, M, H); some alphas are 0, their forcing NaN."""
-    groups, batch, steps, latent, hidden = sizes
-    rng = torch.Generator().manual_seed(sum(sizes))
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=rng, dtype=torch.float64)
-
-    params = Shallow(
-        0.5 + 0.4 * torch.rand(groups, latent, generator=rng, dtype=torch.float64),
-        0.5 * normal(groups, latent, hidden) / hidden**0.5,
-        normal(groups, hidden, latent) / latent**0.5,
-        0.1 * normal(groups, latent),
-        0.3 * normal(groups, hidden),
-    )
-    grid = (groups, steps, batch, latent)
-    alpha = (
-        (torch.rand(grid, generator=rng, dtype=torch.float64) - 0.3).clamp(0.0, 0.6) if forced else torch.zeros(grid)
-    )
-    alpha = alpha.double()
-    forcing = torch.where(alpha == 0, torch.nan, normal(*grid)) if forced else None
-    inputs = 0.1 * normal(*grid) if pushed else None
-    return on((normal(groups, batch, latent), forcing, alpha, params, inputs), device)
+def draw(sizes: Sizes, device: str = "cpu", *, forced: bool = True, pushed: bool = True) -> Arguments:
+    """Return the arguments in float64 for (G, B, T, M, H); where alpha is 0 the forcing is NaN."""
+    groups, *rest = sizes
+    z1, forcing, alpha, params, inputs = plrnn_cases.draw(*rest, groups=groups, inputs=pushed).arguments()
+    assert forcing is not None
+    if not forced:
+        return on((z1, None, torch.zeros_like(alpha), params, inputs), device)
+    return on((z1, torch.where(alpha == 0, torch.nan, forcing), alpha, params, inputs), device)
 
 
-def on(args: Args, target: Any) -> Args:
+def on(args: Arguments, target: Any) -> Arguments:
     """Move to a device or a dtype."""
     z1, forcing, alpha, params, inputs = args
     moved = [None if part is None else part.to(target) for part in (forcing, inputs)]
     return z1.to(target), moved[0], alpha.to(target), Shallow(*(part.to(target) for part in params)), moved[1]
 
 
-def loop(z1: Tensor, forcing: Tensor | None, alpha: Tensor, p: Shallow, inputs: Tensor | None, clipped: bool) -> Tensor:
-    """The recurrence by autograd, written here again: nothing of it is shared with the kernels."""
-    before, found = z1, []
-    for k in range(alpha.shape[1]):
-        drive = torch.einsum("ghm,gbm->gbh", p.W2, before)
-        active = torch.relu(drive + p.h2[:, None])
-        if clipped:
-            active = active - torch.relu(drive)
-        z = p.A[:, None] * before + torch.einsum("gmh,gbh->gbm", p.W1, active) + p.h1[:, None]
-        z = z if inputs is None else z + inputs[:, k]
-        found.append(z)
-        before = z if forcing is None else (1 - alpha[:, k]) * z + alpha[:, k] * forcing[:, k].nan_to_num()
-    return torch.stack(found, dim=1)
-
-
-def with_gradients(run: Any, args: Args, clipped: bool, **options: Any) -> tuple[Tensor, list[Tensor]]:
+def with_gradients(run: Any, args: Arguments, clipped: bool, **options: Any) -> tuple[Tensor, list[Tensor]]:
     """The states, and gradients of a weighted sum of them: of z1, A, W1, W2, h1, h2 and of the inputs if any."""
     z1, forcing, alpha, params, inputs = args
     leaves = [part.detach().clone().requires_grad_() for part in (z1, *params)]
@@ -90,7 +61,7 @@ def gap(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1.0)) for a, b in pairs)
 
 
-def agree(args: Args, clipped: bool, tolerance: float = 1e-12, **options: Any) -> None:
+def agree(args: Arguments, clipped: bool, tolerance: float = 1e-12, **options: Any) -> None:
     found, gradients = with_gradients(gtf_triton, args, clipped, **options)
     expected, expected_gradients = with_gradients(loop, args, clipped)
     assert gap([found], [expected]) <= tolerance

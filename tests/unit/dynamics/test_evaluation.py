@@ -1,0 +1,95 @@
+"""What a judgement is made of: the part of the free run that is compared, failures, shares of lost runs, medians."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tsforge.core.config import validate
+from tsforge.dynamics.config import EvaluationConfig, PLRNNConfig
+from tsforge.dynamics.evaluation import METRICS, captured_share, evaluate, free_comparison, summarise
+from tsforge.dynamics.network import Model, Reconstruction
+from tsforge.layers.teacher_forcing import ForcingConfig
+from tsforge.metrics.dynamics import d_h, d_stsp
+
+SMALL = validate(
+    EvaluationConfig,
+    {"lyapunov_steps": 200, "lyapunov_transient": 20, "capture_runs": 5, "capture_steps": 500, "sigma": 3.0},
+)
+
+
+def rotation(radius: float = 1.0, *, turn: float = 0.3) -> Model:
+    """Return the linear map of two units that turns by ``turn`` and stretches by ``radius``."""
+    plain = validate(PLRNNConfig, {"kind": "almost_linear", "rectified": 0})
+    parts = Reconstruction(plain, ForcingConfig(), 2, [0])
+    cosine, sine = math.cos(turn), math.sin(turn)
+    with torch.no_grad():
+        parts.map.raw_A.zero_()
+        parts.map.get_parameter("W").copy_(radius * torch.tensor([[[cosine, -sine], [sine, cosine]]]))
+        parts.map.get_parameter("h").zero_()
+    return parts.group(0)
+
+
+def circle(rows: int = 400, turn: float = 0.3) -> np.ndarray:
+    angle = turn * np.arange(rows)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def test_the_first_quarter_of_the_free_run_is_dropped_and_the_rest_compared() -> None:
+    run = free_comparison(rotation(), circle(40))
+    assert run.shape == (40, 2)
+    np.testing.assert_allclose(run, circle(51)[11:], atol=1e-5)  # 10 steps dropped; the first state kept is the 11th
+
+
+def test_metrics_of_a_rotation() -> None:
+    test = circle()
+    judged = evaluate(rotation(0.999), test, SMALL, 0.5)
+    assert judged.metrics["d_stsp"] == float(d_stsp(test, judged.free_run))
+    assert judged.metrics["d_h"] == float(d_h(test, judged.free_run, sigma=3.0))
+    np.testing.assert_allclose(judged.spectrum, [math.log(0.999) / 0.5] * 2, rtol=1e-3)  # per unit of time
+    assert judged.metrics["pe"] == pytest.approx((1 - 0.999**20) ** 2 / 2, rel=1e-3)
+    assert judged.metrics["lambda_1"] == judged.spectrum[0]
+    assert judged.lyapunov_steps == 200
+    assert judged.metrics["alpha"] == 1.0
+
+
+def test_missing_test_values_cost_the_spectral_distance_only() -> None:
+    test = circle()
+    test[7, 1] = np.nan
+    judged = evaluate(rotation(0.999), test, SMALL, 1.0)
+    assert math.isnan(judged.metrics["d_h"])
+    assert all(math.isfinite(judged.metrics[name]) for name in ("d_stsp", "pe", "lambda_1", "captured"))
+
+
+def test_a_run_that_diverges_has_no_metrics_and_says_why() -> None:
+    judged = evaluate(rotation(9.0), circle(), SMALL, 1.0)
+    assert judged.failed == "the free run diverged"
+    assert all(math.isnan(judged.metrics[name]) for name in METRICS if name != "alpha")
+    assert judged.findings == {}
+    validated = evaluate(rotation(9.0), circle(), SMALL, 1.0, valid=circle(100))
+    assert validated.findings["capture"]["diverged"] == 1.0  # found without the test series
+    assert validated.failed == judged.failed
+    broken = rotation(math.nan)
+    assert evaluate(broken, circle(), SMALL, 1.0).failed == "parameters"
+
+
+@pytest.mark.parametrize(("expected", "share"), [(None, 0.4), ("chaos", 0.7), ("rest", 0.9), ("oscillation", 0.4)])
+def test_lost_runs_are_those_that_end_otherwise_than_the_data(expected: str | None, share: float) -> None:
+    ends = {"fixed": 0.1, "contracting": 0.2, "near_zero": 0.4, "expanding": 0.3, "diverged": 0.0}
+    assert captured_share(ends, expected) == pytest.approx(share)
+
+
+def test_medians_and_deviations_are_over_the_seeds_with_a_value() -> None:
+    def row(value: float | None, failed: str = "") -> dict[str, Any]:
+        return {**dict.fromkeys(METRICS, None), "d_stsp": value, "failed": failed}
+
+    facts = summarise([row(1.0), row(2.0), row(9.0), row(4.0), row(None, "parameters"), row(math.nan, "diverged")])
+    assert facts["seeds"] == 6
+    assert facts["failed_share"] == pytest.approx(1 / 3)
+    assert facts["d_stsp"] == 3.0
+    assert facts["d_stsp_mad"] == 1.5
+    assert (facts["pe"], facts["pe_mad"]) == (None, None)
