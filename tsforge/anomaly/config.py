@@ -10,14 +10,18 @@ from tsforge.core.config import Config
 
 JointName = Literal["mahalanobis", "mean_abs", "max_abs", "top_k", "fisher"]
 HorizonReduction = Literal["first", "last", "median", "max"]
+WINDOW_KINDS = ("spectrum", "states", "regions")
+DEFAULT_WINDOW = 400
 
 
 class ScoreConfig(Config):
     """From residuals to one score a row."""
 
-    kind: Literal["normalised", "tail"] = "normalised"
+    kind: Literal["normalised", "tail", "spectrum", "states", "regions"] = "normalised"
     """``normalised``: residual of the mean. ``tail``: how far out the value lies in the predictive distribution, as a
-    normal deviate (needs a probabilistic artifact). Both then in robust standard deviations of step and variate."""
+    normal deviate (needs a probabilistic artifact). The others judge what a trailing window does, not single values:
+    its power spectrum, the states it visits, or the linear regions that a ``plrnn`` of kind ``almost_linear`` goes
+    through. All of them then in robust standard deviations of step and variate."""
     joint: JointName = "mahalanobis"
     """``mahalanobis`` sees broken correlations, ``max_abs`` single sensors, ``mean_abs`` broad faults."""
     top_k: int | None = Field(None, ge=1)
@@ -34,6 +38,14 @@ class ScoreConfig(Config):
     """Score given to a variate that was constant in training and now differs from that constant."""
     smoothing: float | None = Field(None, gt=0.0, le=1.0)
     """Weight a of ``S[t] = a s[t] + (1 - a) S[t-1]``; 0.1 suits sustained faults, null suits spikes."""
+    window: int | None = Field(None, ge=16)
+    """Rows of the trailing window of ``spectrum``, ``states`` and ``regions`` (default 400)."""
+    stride: int | None = Field(None, ge=1)
+    """Rows between windows; their scores are held in between (default a fiftieth of the window)."""
+    bins: int | None = Field(None, ge=2, le=100)
+    """Cells an axis of ``states`` (default 12)."""
+    lag: int | None = Field(None, ge=1)
+    """Rows between the two coordinates of ``states`` (default from the autocorrelation of the training rows)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ScoreConfig:
@@ -41,7 +53,18 @@ class ScoreConfig(Config):
             raise ValueError("top_k is needed by joint: top_k and has no effect without it")
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps)):
             raise ValueError(f"steps {self.steps} must be different whole numbers from 1 on")
+        of_kind = {"window": WINDOW_KINDS, "stride": WINDOW_KINDS, "bins": ("states",), "lag": ("states",)}
+        for name, kinds in of_kind.items():
+            if getattr(self, name) is not None and self.kind not in kinds:
+                raise ValueError(f"{name} has no effect with kind '{self.kind}'")
+        if self.is_windowed and (self.steps is not None or self.horizon_reduction != "median"):
+            raise ValueError(f"steps and horizon_reduction are for forecasts; kind '{self.kind}' makes none")
         return self
+
+    @property
+    def is_windowed(self) -> bool:
+        """True when trailing windows are judged, not forecasts."""
+        return self.kind in WINDOW_KINDS
 
 
 class CalibrationConfig(Config):

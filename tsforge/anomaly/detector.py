@@ -67,7 +67,7 @@ def detect(
         ArtifactError: the frame does not fit the artifact, or the artifact does not say what trained it.
         ConfigError: a budget without a clock, or steps beyond the horizon.
         DataError: too few rows before ``start``; the message says how many are needed.
-        ModelError: tail scores of an artifact that forecasts points only.
+        ModelError: tail scores of an artifact that forecasts points only, regions of a model that has none.
     """
     settings = config or DetectConfig()
     judged = match_frame(artifact, frame if values is None else values)
@@ -82,7 +82,9 @@ def detect(
             f"(from {show_time(panel.grid.time_at(span.start))}); at least {settings.calibration.min_rows} are needed"
             " to calibrate"
         )
-    found = collect_deviations(artifact, frame, settings.score, (first, span.stop), panel)
+    found = collect_deviations(
+        artifact, frame, settings.score, (first, span.stop), panel, (span.train_start, span.train_stop)
+    )
     training = _training_ranges(panel, span, found.series_ids)
     context = ReportContext(
         artifact=artifact,

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tsforge.anomaly.config import ScoreConfig
+from tsforge.anomaly.config import DEFAULT_WINDOW, ScoreConfig
+from tsforge.anomaly.regions import visited_regions
 from tsforge.anomaly.residuals import tail_to_normal
+from tsforge.anomaly.window_scores import region_scores, spectrum_scores, state_scores
 from tsforge.artifact import Artifact
-from tsforge.core.errors import ConfigError
+from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.forecasting.rolling import RollingForecasts, rolling_forecasts
@@ -39,11 +41,13 @@ class Deviations:
 
 
 def used_steps(config: ScoreConfig, horizon: int) -> tuple[int, ...]:
-    """Return the forecast steps whose deviations are used.
+    """Return the forecast steps whose deviations are used; none of windowed kinds.
 
     Raises:
         ConfigError: a step beyond the artifact's horizon.
     """
+    if config.is_windowed:
+        return ()
     if config.steps is not None:
         if max(config.steps) > horizon:
             raise ConfigError(f"score.steps: {max(config.steps)} is beyond the artifact's horizon of {horizon}")
@@ -53,9 +57,17 @@ def used_steps(config: ScoreConfig, horizon: int) -> tuple[int, ...]:
 
 
 def collect_deviations(
-    artifact: Artifact, frame: SeriesFrame, config: ScoreConfig, span: tuple[int, int], observed: Panel
+    artifact: Artifact,
+    frame: SeriesFrame,
+    config: ScoreConfig,
+    span: tuple[int, int],
+    observed: Panel,
+    training: tuple[int, int],
 ) -> Deviations:
     """Return the deviations of absolute rows [start, stop); each forecast is made from rows before the one it is for.
+
+    Of windowed kinds these are distances of the window that ends with a row, the same for all variates with
+    ``regions``; nothing is expected then.
 
     Args:
         artifact: the fitted network.
@@ -64,10 +76,14 @@ def collect_deviations(
         span: absolute rows.
         observed: values to judge, on the artifact's grid; cells that the frame lacks (masked as impossible) count as
             far out.
+        training: absolute rows that windows are compared with.
 
     Raises:
-        ModelError: ``kind: tail`` with an artifact that forecasts points only.
+        ModelError: ``kind: tail`` with an artifact that forecasts points only, ``regions`` of a model without them.
+        DataError: too few training rows for a window.
     """
+    if config.is_windowed:
+        return _windowed(artifact, frame, config, span, observed, training)
     start, stop = span
     steps = used_steps(config, artifact.window.horizon)
     place = np.array(steps) - 1
@@ -102,6 +118,45 @@ def collect_deviations(
         values=observed_values(observed, ids, start, stop),
         expected=np.concatenate([part.mean[:, :, steps[0] - 1] for part in found], axis=1),
     )
+
+
+def _windowed(
+    artifact: Artifact,
+    frame: SeriesFrame,
+    config: ScoreConfig,
+    span: tuple[int, int],
+    observed: Panel,
+    training: tuple[int, int],
+) -> Deviations:
+    start, stop = span
+    window = config.window or DEFAULT_WINDOW
+    sizes = {"window": window, "stride": config.stride or max(window // 50, 1)}
+    ids = tuple(name for name, rows in zip(observed.series_ids, observed.lengths, strict=True) if rows)
+    first = start - window + 1  # rows before the span only fill its first windows
+    width = len(artifact.schema.targets)
+    found = np.full((len(ids), stop - start, 1, width), np.nan)
+    symbols: dict[str, NDArray[np.int64]] = {}
+    if config.kind == "regions":
+        early = min(first, training[0])
+        symbols = visited_regions(artifact, frame, early, stop)
+    for place, name in enumerate(ids):
+        try:
+            if config.kind == "regions":
+                known = symbols[name]
+                reference = known[training[0] - early : training[1] - early]
+                scores = region_scores(known[first - early :], reference, **sizes)[:, None]
+            else:
+                values = observed_values(observed, (name,), first, stop)[0]
+                reference_values = observed_values(observed, (name,), *training)[0]
+                if config.kind == "spectrum":
+                    scores = spectrum_scores(values, reference_values, **sizes)
+                else:
+                    scores = state_scores(values, reference_values, **sizes, bins=config.bins or 12, lag=config.lag)
+        except DataError as error:
+            raise DataError(f"series '{name}': {error}") from error
+        found[place, :, 0] = scores[window - 1 :]
+    values = observed_values(observed, ids, start, stop)
+    return Deviations(ids, start, found, values, np.full_like(values, np.nan))
 
 
 def observed_values(panel: Panel, series_ids: tuple[str, ...], start: int, stop: int) -> FloatArray:

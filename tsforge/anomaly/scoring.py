@@ -49,7 +49,7 @@ class ScoreModel:
         Shapes:
             deviations [N, K, V]; values [N, V], which judge variates that were constant in training.
         """
-        z = reduce_horizon(self.scale.normalise(deviations, values), self.config.horizon_reduction)
+        z = _deviates(self.scale, deviations, values, self.config)
         joint = self._joint(winsorise(z, self.config.winsor))
         if self.config.smoothing is not None:
             joint = smooth(joint, self.config.smoothing)
@@ -85,6 +85,12 @@ class ScoreModel:
         }
 
 
+def _deviates(scale: ResidualScale, deviations: ArrayLike, values: ArrayLike, config: ScoreConfig) -> FloatArray:
+    """Return z [N, V]; windows nearer to training than usual are not strange."""
+    z = reduce_horizon(scale.normalise(deviations, values), config.horizon_reduction)
+    return np.where(scale.constant, z, np.maximum(z, 0.0)) if config.is_windowed else z
+
+
 def fit_score_model(
     deviations: ArrayLike,
     values: ArrayLike,
@@ -101,9 +107,10 @@ def fit_score_model(
     Raises:
         DataError: too few residuals to set any scale.
     """
-    floor = TAIL_FLOOR if config.kind == "tail" else config.scale_floor * (training.high - training.low)
+    unit = 1.0 if config.is_windowed else training.high - training.low  # distances of windows have no unit of the data
+    floor = TAIL_FLOOR if config.kind == "tail" else config.scale_floor * unit
     scale = fit_residual_scale(deviations, training, smallest=floor, constant_score=config.constant_score)
-    z = winsorise(reduce_horizon(scale.normalise(deviations, values), config.horizon_reduction), config.winsor)
+    z = winsorise(_deviates(scale, deviations, values, config), config.winsor)
     used = ~scale.constant & ((~np.isnan(z)).sum(axis=0) >= 2)
     covariance = fit_covariance(z[:, used]) if used.any() else None
     calibrations: tuple[Calibration | None, ...] = ()
