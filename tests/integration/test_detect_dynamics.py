@@ -8,15 +8,21 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
-from tsforge.anomaly.config import DetectConfig
+from tsforge.anomaly.config import DetectConfig, ScoreConfig
 from tsforge.anomaly.detector import detect
+from tsforge.anomaly.regions import visited_regions
+from tsforge.anomaly.residuals import TrainingRange
+from tsforge.anomaly.scoring import fit_score_model
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.artifact import Artifact
 from tsforge.contracts.tables import JOINT, AnomalyReport
+from tsforge.contracts.tensors import Batch
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError, ModelError
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.panel import Panel
 
 START = datetime(2024, 1, 1)
 ROWS, TRAIN, VALID, FAST = 2400, 1000, 1600, slice(2000, 2250)
@@ -110,6 +116,26 @@ def test_innovations_of_one_and_several_steps(plrnn: Artifact) -> None:
         scores = joint(report)
         assert report.metadata["steps"] == list(steps)
         assert np.nanmedian(scores[FAST.start - VALID : FAST.stop - VALID]) > np.nanmedian(scores[: FAST.start - VALID])
+
+
+def test_a_region_belongs_to_the_last_row_of_its_context(plrnn: Artifact) -> None:
+    frame = as_frame(made())
+    found = visited_regions(plrnn, frame, 1200, 1230)["a"]
+    network, panel = plrnn.network.eval(), Panel.from_frame(frame)
+    for row in (1200, 1217, 1229):
+        values = torch.from_numpy(panel.values[row - 23 : row + 1]).float().unsqueeze(0)
+        batch = Batch(values, torch.ones_like(values, dtype=torch.bool))
+        assert found[row - 1200] == int(network.model.symbols(network.scaler.scale(batch))[0, -1])
+
+
+def test_windows_nearer_to_training_than_usual_are_not_strange() -> None:
+    training = TrainingRange.of(np.array([[0.0], [1000.0]]))
+    config = ScoreConfig(kind="spectrum", joint="mean_abs")
+    usual = np.random.default_rng(0).normal(0.5, 0.1, size=(200, 1, 1))
+    model = fit_score_model(usual, np.ones((200, 1)), training, config)
+    near, far = (model.score(np.full((1, 1, 1), value), np.ones((1, 1))).joint[0] for value in (0.1, 0.9))
+    assert near == 0
+    assert far == pytest.approx(4.0, abs=0.5)  # in robust deviations of usual windows, whatever the unit of the data
 
 
 def test_regions_need_a_model_that_has_them(linear: Artifact, plrnn: Artifact) -> None:
