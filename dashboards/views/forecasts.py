@@ -239,7 +239,8 @@ def _observer(records: pl.DataFrame, facts: dict[str, Any]) -> None:
     names = dict(enumerate(facts["variates"]))
     named = records.with_columns(pl.col("variate").replace_strict(names, return_dtype=pl.String))
     st.plotly_chart(charts.observer_chart(named), width="stretch", key="learnt-observer")
-    table(named)
+    headings = {"variate": "variate", "gain": "gain", "one_step_error": "one-step error"}
+    table(named, {name: heading for name, heading in headings.items() if name in named.columns})
 
 
 _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather look at than read
