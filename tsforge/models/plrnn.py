@@ -272,7 +272,8 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
         if x.shape[2] == 1:
             return _Forced(z1.new_zeros(z1.shape[0], 0, *z1.shape[1:]), z1)
         if self.config.innovation_clip is not None and not self.training:
-            return self._follow_clipped(z1, x, pushes)
+            z, states = self._step_by_step(z1, x, pushes)
+            return _Forced(z, states[:, -1])
         states, reach = self.observation.forcing(x[:, :, 1:].transpose(1, 2))
         alpha = self._strength(states.shape[1], reach)
         z = self._sequence(z1, states, alpha, pushes)
@@ -281,13 +282,20 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
         last = alpha.unsqueeze(1) if alpha.ndim == 2 else alpha[:, -1:] if alpha.ndim == 3 else alpha[:, -1]
         return _Forced(z, _mix(z[:, -1], states[:, -1], last))
 
-    def _follow_clipped(self, z1: Tensor, x: Tensor, pushes: Tensor | None) -> _Forced:
-        state, found = z1, []
+    def _step_by_step(self, z1: Tensor, x: Tensor, pushes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return predictions z (G, R - 1, b, M) and forced states (G, R, b, M), the first of which is z1."""
+        states, found = [z1], []
         for step in range(1, x.shape[2]):
-            z = self._advance(state, None if pushes is None else pushes[:, step - 1])
-            found.append(z)
-            state = self._correct(z, x[:, :, step])
-        return _Forced(torch.stack(found, dim=1), state)
+            found.append(self._advance(states[-1], None if pushes is None else pushes[:, step - 1]))
+            states.append(self._correct(found[-1], x[:, :, step]))
+        nothing = z1.new_zeros(z1.shape[0], 0, *z1.shape[1:])
+        return torch.stack(found, dim=1) if found else nothing, torch.stack(states, dim=1)
+
+    def _context(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return observations x (G, b, L, N) of a context, what covariates add to its steps, and its statistics."""
+        loc, scale = window_statistics(batch, self.config.normalisation)
+        x = self._members(_rows(batch.context, batch.context_mask, loc, scale))
+        return x, self._pushes(batch.known, batch.static, slice(1, self.spec.context_length)), loc, scale
 
     def _advance(self, state: Tensor, push: Tensor | None) -> Tensor:
         """Return the prediction (G, b, M) of the step after a state."""
@@ -372,9 +380,7 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
 
     def _innovations(self, windows: Batch) -> tuple[Tensor, Tensor]:
         """Return sums of squared one-step errors (G, N) in normalised units and their count, after a quarter of L."""
-        loc, scale = window_statistics(windows, self.config.normalisation)
-        x = self._members(_rows(windows.context, windows.context_mask, loc, scale))
-        pushes = self._pushes(windows.known, windows.static, slice(1, self.spec.context_length))
+        x, pushes, _, _ = self._context(windows)
         first = x.shape[2] // 4
         told = self.observation.observe(self._follow(x, pushes).z).transpose(1, 2)
         return _squares(told[:, :, first:] - x[:, :, first + 1 :])
@@ -382,10 +388,9 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
     def _misses(self, windows: Batch) -> tuple[Tensor, Tensor]:
         """Return sums of squared errors over the horizon (G, N) in scaled units and their count."""
         assert windows.target is not None  # settle has windows with targets
-        loc, scale = window_statistics(windows, self.config.normalisation)
         state, length = self.warm_up(windows), self.spec.context_length
         ahead = None if windows.known is None else windows.known[:, length:]
-        told = self._ahead(state, ahead).transpose(1, 2) * scale + loc
+        told = self._ahead(state, ahead).transpose(1, 2) * state["scale"] + state["loc"]
         mask = torch.ones_like(windows.target, dtype=torch.bool) if windows.target_mask is None else windows.target_mask
         return _squares(torch.where(mask, told - windows.target, torch.nan))
 
@@ -406,9 +411,7 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
 
     def warm_up(self, batch: Batch) -> State:
         """Return the forced state after a context; the statistics it was normalised with stay."""
-        loc, scale = window_statistics(batch, self.config.normalisation)
-        x = self._members(_rows(batch.context, batch.context_mask, loc, scale))
-        pushes = self._pushes(batch.known, batch.static, slice(1, self.spec.context_length))
+        x, pushes, loc, scale = self._context(batch)
         z = self._follow(x, pushes).state.transpose(0, 1)
         found: State = {"z": z, "begun": torch.ones_like(z[:, 0, 0], dtype=torch.bool), "loc": loc, "scale": scale}
         if batch.static is not None and self.spec.num_static:
@@ -475,16 +478,9 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
                 f"this model has {self.map.rectified} rectified units; regions are told apart for up to "
                 f"{_MOST_RECTIFIED} (model.rectified)"
             )
-        loc, scale = window_statistics(batch, self.config.normalisation)
-        x = self._members(_rows(batch.context, batch.context_mask, loc, scale))
-        pushes = self._pushes(batch.known, batch.static, slice(1, self.spec.context_length))
-        state = self.observation.initial(x[:, :, 0])
-        states = [state[0]]
-        for step in range(1, x.shape[2]):
-            z = self._advance(state, None if pushes is None else pushes[:, step - 1])
-            state = self._correct(z, x[:, :, step])
-            states.append(state[0])
-        on = torch.stack(states, dim=1)[..., self.map.latent - self.map.rectified :] > 0
+        x, pushes, _, _ = self._context(batch)
+        states = self._step_by_step(self.observation.initial(x[:, :, 0]), x, pushes)[1][0].transpose(0, 1)
+        on = states[..., self.map.latent - self.map.rectified :] > 0
         return (on.long() << torch.arange(self.map.rectified, device=on.device)).sum(-1)
 
 

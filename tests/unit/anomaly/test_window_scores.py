@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tsforge.core.errors import DataError
 from tsforge.metrics.power_spectrum import smoothed_spectrum
 
 W = 128
+Scores = Callable[..., np.ndarray]
 
 
 def walk(rows: int, seed: int = 0, variates: int = 2) -> np.ndarray:
@@ -83,26 +85,26 @@ def test_regions_are_ordered_in_time() -> None:
 
 
 @pytest.mark.parametrize("scores", [spectrum_scores, state_scores])
-def test_scores_do_not_see_the_future_and_hold_between_strides(scores: object) -> None:
+def test_scores_do_not_see_the_future_and_hold_between_strides(scores: Scores) -> None:
     values, reference = walk(400), walk(600, seed=1)
-    whole = scores(values, reference, window=W, stride=10)  # type: ignore[operator]
+    whole = scores(values, reference, window=W, stride=10)
     changed = values.copy()
     changed[300:] = 50.0
-    other = scores(changed, reference, window=W, stride=10)  # type: ignore[operator]
+    other = scores(changed, reference, window=W, stride=10)
     np.testing.assert_array_equal(whole[:300], other[:300])
     assert not np.array_equal(whole[310:], other[310:])
-    every = scores(values, reference, window=W, stride=1)  # type: ignore[operator]
+    every = scores(values, reference, window=W, stride=1)
     for row in (W - 1, W + 4, W + 8, W + 9, 399):
         at = W - 1 + (row - W + 1) // 10 * 10
         np.testing.assert_array_equal(whole[row], every[at])
 
 
 @pytest.mark.parametrize("scores", [spectrum_scores, state_scores])
-def test_windows_with_many_gaps_have_no_score(scores: object) -> None:
+def test_windows_with_many_gaps_have_no_score(scores: Scores) -> None:
     values, reference = walk(400), walk(600, seed=1)
     values[200:220, 0] = np.nan  # 20 of 128
     values[200:205, 1] = np.nan
-    found = scores(values, reference, window=W, stride=1)  # type: ignore[operator]
+    found = scores(values, reference, window=W, stride=1)
     assert np.isnan(found[219:300, 0]).all()
     assert np.isfinite(found[W + 40 :, 1]).all()
     assert np.isfinite(found[219 + W :, 0]).all()
@@ -160,13 +162,13 @@ def test_memory_is_the_lag_of_the_autocorrelation() -> None:
 
 
 @pytest.mark.parametrize("scores", [spectrum_scores, state_scores])
-def test_too_few_training_rows_are_refused(scores: object) -> None:
+def test_too_few_training_rows_are_refused(scores: Scores) -> None:
     with pytest.raises(DataError, match=r"100 training rows .* lower score\.window"):
-        scores(walk(300), walk(100), window=W, stride=1)  # type: ignore[operator]
+        scores(walk(300), walk(100), window=W, stride=1)
     hidden = walk(400)
     hidden[::2] = np.nan
     with pytest.raises(DataError, match="400 training rows"):
-        scores(walk(300), hidden, window=W * 2, stride=1)  # type: ignore[operator]
+        scores(walk(300), hidden, window=W * 2, stride=1)
 
 
 def test_too_few_training_regions_are_refused() -> None:
