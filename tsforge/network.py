@@ -10,12 +10,12 @@ import torch
 from pydantic import SerializeAsAny, field_validator
 from torch import Tensor, nn
 
-from tsforge.contracts.model import ForecastModel, ModelConfig, ScalingKind
+from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig, ScalingKind
 from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
 from tsforge.core.config import Config, validate
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.layers.likelihoods import Likelihood, LikelihoodConfig, Point, build_likelihood, masked_mean
-from tsforge.layers.scaling import WINDOW_KINDS, Scaler, ScalingConfig
+from tsforge.layers.scaling import SERIES_KINDS, WINDOW_KINDS, Scaler, ScalingConfig
 from tsforge.models.registry import MODELS
 
 
@@ -75,21 +75,21 @@ class ForecastNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, spec: DataSpec) -> None:
         super().__init__()
         model_class = MODELS.get(config.model.name)
-        _check_covariates(config.model.name, model_class, spec)
+        self.capabilities = model_class.capabilities_of(config.model)
+        _check_covariates(config.model.name, self.capabilities, spec)
         self.config = config
         self.likelihood: Likelihood = build_likelihood(config.likelihood)
         self.spec = replace(spec, num_params=self.likelihood.num_params)
-        self.scaling = _choose_scaling(config, model_class)
+        self.scaling = _choose_scaling(config, self.capabilities)
         self.scaler = Scaler(self.scaling, self.spec, robust=config.scaling.robust)
         self.model: ForecastModel[Any] = model_class(config.model, self.spec)
-        self.capabilities = model_class.capabilities
         ones = torch.ones(spec.horizon, spec.num_variates)
         self.register_buffer("param_offset", self.likelihood.initial_raw(ones))
 
     @property
     def needs_known_series(self) -> bool:
         """True when a series that was not trained on cannot be forecast (its statistics are part of the scaling)."""
-        return self.scaling == "series"
+        return self.scaling in SERIES_KINDS
 
     def fit_scaler(self, data: TrainingSeries) -> None:
         """Take scaling statistics from the training span in data units."""
@@ -149,10 +149,9 @@ class ForecastNetwork(nn.Module):
             pooled = (total.sum(0) / count.sum(0).clamp(min=1)).expand_as(total)  # steps never observed borrow the rest
             self.set_residual_scale(torch.where(count > 0, total / count.clamp(min=1), pooled).sqrt())
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        """Show the model every training window once, scaled, if it wants to see them."""
-        if type(self.model).prepare is not ForecastModel.prepare:
-            self.model.prepare(self.scaler.scale(batch) for batch in batches)
+    def prepare(self, data: TrainingSeries) -> None:
+        """Show the model the training span in data units."""
+        self.model.prepare(data)
 
     @property
     def settles(self) -> bool:
@@ -313,6 +312,14 @@ class ForecastNetwork(nn.Module):
         shape = (batch.context.shape[0], self.spec.horizon, self.spec.num_variates)
         return {"level": loc.expand(shape).clone(), **{name: part * scale for name, part in parts.items()}}
 
+    @torch.no_grad()
+    def contributions(self, batch: Batch) -> Tensor | None:
+        """Return what each variate gives to the component ``network``, [B, H, V, V'] in data units of the receiver."""
+        self._check_batch(batch)
+        _, scale = self.scaler.stats(batch)
+        found = self.model.contributions(self._inputs(self.scaler.scale(batch)))
+        return None if found is None else found * scale.unsqueeze(-1)
+
 
 def build_network(config: NetworkConfig, spec: DataSpec, *, seed: int = 0) -> ForecastNetwork:
     """Return a network whose initial weights depend on ``seed`` only; the caller's random state stays as it is."""
@@ -321,8 +328,7 @@ def build_network(config: NetworkConfig, spec: DataSpec, *, seed: int = 0) -> Fo
         return ForecastNetwork(config, spec)
 
 
-def _check_covariates(name: str, model_class: type[ForecastModel[Any]], spec: DataSpec) -> None:
-    capabilities = model_class.capabilities
+def _check_covariates(name: str, capabilities: Capabilities, spec: DataSpec) -> None:
     for kind, size, allowed in (
         ("known", spec.num_known, capabilities.known_covariates),
         ("past", spec.num_past, capabilities.past_covariates),
@@ -335,8 +341,8 @@ def _check_covariates(name: str, model_class: type[ForecastModel[Any]], spec: Da
             )
 
 
-def _choose_scaling(config: NetworkConfig, model_class: type[ForecastModel[Any]]) -> ScalingKind:
-    allowed = model_class.capabilities.scaling
+def _choose_scaling(config: NetworkConfig, capabilities: Capabilities) -> ScalingKind:
+    allowed = capabilities.scaling
     kind = config.scaling.kind
     if kind == "auto":
         return allowed[0]

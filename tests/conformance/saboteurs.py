@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -52,8 +52,8 @@ class Honest(ForecastModel[SaboteurConfig]):
     def forward(self, batch: Batch) -> Prediction:
         return Prediction(self.raw(batch))
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        self.seen.fill_(sum(batch.context.shape[0] for batch in batches))
+    def prepare(self, data: TrainingSeries) -> None:
+        self.seen.fill_(len(data.values))
 
     def anneal(self, progress: float) -> None:
         self.strength.fill_(progress)
@@ -312,8 +312,8 @@ class PartsMissing(Honest):
 class CountsTwice(Honest):
     """check_hooks: preparing adds up over calls."""
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        self.seen.add_(sum(batch.context.shape[0] for batch in batches))
+    def prepare(self, data: TrainingSeries) -> None:
+        self.seen.add_(len(data.values))
 
 
 class AnnealsWeights(Honest):

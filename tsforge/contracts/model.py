@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction, SolveReport, TrainingSeries
 from tsforge.core.config import Config
 
-ScalingKind = Literal["none", "global", "series", "window", "window_mean", "last"]
+ScalingKind = Literal["none", "global", "series", "series_max", "window", "window_mean", "last"]
 
 
 class ModelConfig(Config):
@@ -102,8 +102,16 @@ class ForecastModel(nn.Module, Generic[C]):
         """Fit in closed form, or set a warm start, from the whole scaled training span; None = nothing to solve."""
         return None
 
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        """See every training window once before the first step (idempotent); for example to count a graph."""
+    @classmethod
+    def capabilities_of(cls, config: C) -> Capabilities:
+        """Return what the model can do with these settings: ``capabilities``, unless they take something away."""
+        return cls.capabilities
+
+    def prepare(self, data: TrainingSeries) -> None:
+        """See the whole training span in data units once, before ``solve`` (idempotent); for example to count a graph.
+
+        Cells that are not observed hold anything and must not matter.
+        """
 
     def anneal(self, progress: float) -> None:
         """Called before each step with progress in [0, 1]; changes schedules kept in buffers, never weights."""
@@ -115,6 +123,11 @@ class ForecastModel(nn.Module, Generic[C]):
     def components(self, batch: Batch) -> dict[str, Tensor]:
         """Return additive parts of the location forecast, name -> [B, H, V] in scaled units; empty if none."""
         return {}
+
+    def contributions(self, batch: Batch) -> Tensor | None:
+        """Return what each variate gives to the component ``network`` of every variate, [B, H, V, V'] in scaled units;
+        the last axis, the giver, sums to that component. None where nothing of the kind is defined."""
+        return None
 
     def explain(self) -> dict[str, Any]:
         """Return fitted quantities worth showing (coefficients, roots): name -> list of plain records."""

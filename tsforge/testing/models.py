@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tsforge.artifact import create_artifact, load_artifact, save_artifact
-from tsforge.contracts.model import ForecastModel, Recurrent
+from tsforge.contracts.model import Capabilities, ForecastModel, Recurrent
 from tsforge.contracts.tensors import Batch, DataSpec, Observation
 from tsforge.core.config import compose, to_yaml, validate
 from tsforge.core.errors import ConfigError, TsforgeError
@@ -57,6 +57,11 @@ def installed(model_cls: Model) -> Iterator[str]:
     """Make a class known to the registry for the time of a check (outside models, saboteurs)."""
     with MODELS.borrowed(model_name(model_cls), model_cls):
         yield model_name(model_cls)
+
+
+def capabilities_of(model_cls: Model, settings: dict[str, Any]) -> Capabilities:
+    """Return what the model can do with these settings."""
+    return model_cls.capabilities_of(model_cls.config_class.model_validate(settings))
 
 
 def build_model(model_cls: Model, settings: dict[str, Any], spec: DataSpec, *, seed: int = 0) -> ForecastModel[Any]:
@@ -118,7 +123,7 @@ def check_config(model_cls: Model, settings: dict[str, Any]) -> None:
         pass
     else:
         raise AssertionError("an unknown setting is accepted")
-    build_model(model_cls, settings, declared_spec(model_cls.capabilities))
+    build_model(model_cls, settings, declared_spec(capabilities_of(model_cls, settings)))
     if model_cls.__module__.startswith("tsforge.models."):
         name = model_name(model_cls)
         assert model_cls.__module__ == f"tsforge.models.{name}", f"model '{name}' lives in {model_cls.__module__}"
@@ -129,7 +134,9 @@ def shortest_context(model_cls: Model, settings: dict[str, Any], **sizes: int) -
     """Return the least context length these settings build with; shorter ones must be refused with a tsforge error."""
     for length in range(1, LONGEST_MINIMUM + 1):
         try:
-            build_model(model_cls, settings, declared_spec(model_cls.capabilities, context_length=length, **sizes))
+            build_model(
+                model_cls, settings, declared_spec(capabilities_of(model_cls, settings), context_length=length, **sizes)
+            )
         except TsforgeError:
             continue
         return length
@@ -141,14 +148,14 @@ def check_shapes(model_cls: Model, settings: dict[str, Any]) -> None:
     least = shortest_context(model_cls, settings)
     for length, horizon, variates, params in ((16, 4, 2, 1), (16, 1, 1, 3), (least, 3, 3, 2), (least, 1, 1, 1)):
         spec = declared_spec(
-            model_cls.capabilities,
+            capabilities_of(model_cls, settings),
             context_length=length,
             horizon=horizon,
             num_variates=variates,
             num_params=params,
         )
         model = build_model(model_cls, settings, spec)
-        width = params if model_cls.capabilities.probabilistic else 1
+        width = params if capabilities_of(model_cls, settings).probabilistic else 1
         for size, gaps in ((5, 0.3), (1, 0.0), (2, 1.1)):
             raw = _raw(model, make_batch(spec, size=size, gaps=gaps))
             expected = {(size, horizon, variates, width), (size, horizon, variates, params)}
@@ -159,7 +166,7 @@ def check_shapes(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_target_unused(model_cls: Model, settings: dict[str, Any]) -> None:
     """3: changing or removing the target changes nothing."""
-    spec = declared_spec(model_cls.capabilities)
+    spec = declared_spec(capabilities_of(model_cls, settings))
     model = build_model(model_cls, settings, spec)
     _shake(model)
     batch = make_batch(spec)
@@ -172,7 +179,7 @@ def check_target_unused(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_rows(model_cls: Model, settings: dict[str, Any]) -> None:
     """4: rows of a batch are independent; where they are coupled, permuting rows permutes forecasts."""
-    spec = declared_spec(model_cls.capabilities)
+    spec = declared_spec(capabilities_of(model_cls, settings))
     model = build_model(model_cls, settings, spec)
     _shake(model)
     batch = make_batch(spec, size=6)
@@ -180,7 +187,7 @@ def check_rows(model_cls: Model, settings: dict[str, Any]) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = Batch._make(None if part is None else part[order] for part in batch)
     _close(_raw(model, shuffled), whole[order], "the order of rows changes forecasts")
-    if not model_cls.capabilities.rows_coupled:
+    if not capabilities_of(model_cls, settings).rows_coupled:
         for row in range(6):
             alone = Batch._make(None if part is None else part[row : row + 1] for part in batch)
             _close(_raw(model, alone)[0], whole[row], "a row is forecast differently alone")
@@ -188,13 +195,14 @@ def check_rows(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_mask(model_cls: Model, settings: dict[str, Any]) -> None:
     """5: through the network, values under a False mask change nothing, neither in training spans nor in windows."""
-    spec = declared_spec(model_cls.capabilities)
+    spec = declared_spec(capabilities_of(model_cls, settings))
     data = make_series(spec, gaps=0.15)
     outputs = []
     for poison in (0.0, 1e6, float("nan")):
         dirty = data._replace(values=torch.where(data.mask, data.values, poison))
         network = build_net(model_cls, settings, spec)
         network.fit_scaler(dirty)
+        network.prepare(dirty)
         network.solve(dirty)
         batch = series_batch(spec, dirty)
         assert not bool(batch.context_mask.all())
@@ -206,7 +214,7 @@ def check_mask(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_covariates(model_cls: Model, settings: dict[str, Any]) -> None:
     """6: an undeclared covariate is refused; the forecast depends on every declared kind."""
-    capabilities = model_cls.capabilities
+    capabilities = capabilities_of(model_cls, settings)
     bare = declared_spec(capabilities, num_known=0, num_past=0, num_static=0)
     for kind in ("known", "past", "static"):
         if getattr(capabilities, f"{kind}_covariates"):
@@ -238,12 +246,14 @@ def check_covariates(model_cls: Model, settings: dict[str, Any]) -> None:
 def check_gradients(model_cls: Model, settings: dict[str, Any]) -> None:
     """7: every trainable parameter receives a finite gradient; untrainable models have none."""
     for params in (1, 3):
-        spec = declared_spec(model_cls.capabilities, num_params=params)
+        spec = declared_spec(capabilities_of(model_cls, settings), num_params=params)
         model = build_model(model_cls, settings, spec).train()
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        assert model_cls.capabilities.trainable or not names, f"declared untrainable, but has parameters {names}"
+        assert capabilities_of(model_cls, settings).trainable or not names, (
+            f"declared untrainable, but has parameters {names}"
+        )
         if not names:
-            assert not model_cls.capabilities.trainable, "declared trainable, but has no parameters"
+            assert not capabilities_of(model_cls, settings).trainable, "declared trainable, but has no parameters"
             return
         _shake(model)
         prediction = model(_without_target(make_batch(spec)))
@@ -261,9 +271,9 @@ def check_gradients(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_overfit(model_cls: Model, settings: dict[str, Any]) -> None:
     """8: gradient steps overfit one small batch of noiseless seasons (a twentieth of the variance)."""
-    if not model_cls.capabilities.trainable:
+    if not capabilities_of(model_cls, settings).trainable:
         return
-    spec = declared_spec(model_cls.capabilities)
+    spec = declared_spec(capabilities_of(model_cls, settings))
     length = spec.context_length
     batch = make_batch(spec, size=4, gaps=0.0)
     steps = torch.arange(length + spec.horizon) + torch.arange(4).unsqueeze(1) * 3
@@ -284,10 +294,10 @@ def check_overfit(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_seeds(model_cls: Model, settings: dict[str, Any]) -> None:
     """9: one seed, one fit, bit by bit; another seed, other initial weights (unless solved in closed form)."""
-    spec = declared_spec(model_cls.capabilities)
+    spec = declared_spec(capabilities_of(model_cls, settings))
     states = [build_model(model_cls, settings, spec, seed=seed).state_dict() for seed in (0, 0, 1)]
     assert _equal(states[0], states[1]), "the same seed gives other weights"
-    capabilities = model_cls.capabilities
+    capabilities = capabilities_of(model_cls, settings)
     if capabilities.trainable and not capabilities.closed_form:
         assert not _equal(states[0], states[2]), "another seed gives the same weights"
     fits = []
@@ -310,8 +320,9 @@ def _quick_fit(
     panel = seasonal_panel()
     window = WindowSpec(context_length=3 * SEASON, horizon=4)
     spec = DataSpec(context_length=3 * SEASON, horizon=4, num_variates=2, train_length=400)
-    train = WindowDataset(panel, window, None, 400)
-    valid, test = WindowDataset(panel, window, 400, 500), WindowDataset(panel, window, 500, None)
+    coupled = capabilities_of(model_cls, settings).rows_coupled
+    parts = [WindowDataset(panel, window, *span, aligned=coupled) for span in ((None, 400), (400, 500), (500, None))]
+    train, valid, test = parts
     network = build_net(model_cls, settings, spec)
     config = TrainConfig(
         max_epochs=max_epochs, batch_size=32, learning_rate=0.01, schedule="one_cycle", seed=0, accelerator="cpu"
@@ -345,7 +356,7 @@ def check_artifact(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_dtypes(model_cls: Model, settings: dict[str, Any]) -> None:
     """11: float64 agrees with float32 (1e-3 of the size) and is kept as such."""
-    spec = declared_spec(model_cls.capabilities)
+    spec = declared_spec(capabilities_of(model_cls, settings))
     model = build_model(model_cls, settings, spec)
     _shake(model)
     batch = make_batch(spec)
@@ -358,7 +369,7 @@ def check_dtypes(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_recurrent(model_cls: Model, settings: dict[str, Any]) -> None:
     """13: where declared recurrent, carrying the state row by row, warming up and ``forward`` forecast the same."""
-    spec = declared_spec(model_cls.capabilities)
+    spec = declared_spec(capabilities_of(model_cls, settings))
     model = build_model(model_cls, settings, spec)
     if not model.recurrent:
         return
@@ -396,18 +407,23 @@ def _rows(batch: Batch, length: int) -> Iterator[Observation]:
 
 
 def check_units(model_cls: Model, settings: dict[str, Any]) -> None:
-    """14: through the network, y -> a y + b with a > 0 maps forecasts and components alike (any scaling but none)."""
-    a, b = 5.0, -70.0
-    spec = declared_spec(model_cls.capabilities)
+    """14: through the network, y -> a y + b with a > 0 maps forecasts and components alike.
+
+    With scaling ``series_max``, which moves nothing, b is 0; ``none`` promises nothing.
+    """
+    a = 5.0
+    spec = declared_spec(capabilities_of(model_cls, settings))
     data = make_series(spec)
-    other = data._replace(values=torch.where(data.mask, a * data.values + b, 0.0))
-    for kind in model_cls.capabilities.scaling:
+    for kind in capabilities_of(model_cls, settings).scaling:
         if kind == "none":
             continue
+        b = 0.0 if kind == "series_max" else -70.0
+        other = data._replace(values=torch.where(data.mask, a * data.values + b, 0.0))
         results = []
         for span in (data, other):
             network = build_net(model_cls, settings, spec, scaling={"kind": kind})
             network.fit_scaler(span)
+            network.prepare(span)
             network.solve(span)
             batch = series_batch(spec, span)
             results.append((network.predict(batch).mean, network.components(batch)))
@@ -428,24 +444,24 @@ def check_units(model_cls: Model, settings: dict[str, Any]) -> None:
 
 def check_hooks(model_cls: Model, settings: dict[str, Any]) -> None:
     """15: ``prepare`` twice equals once, ``anneal`` touches no weights, hooks leave forecasts usable."""
-    spec = declared_spec(model_cls.capabilities)
+    spec = declared_spec(capabilities_of(model_cls, settings))
     model = build_model(model_cls, settings, spec)
-    batches = [make_batch(spec, seed=seed) for seed in range(3)]
-    model.prepare(iter(batches))
+    data, batch = make_series(spec), make_batch(spec)
+    model.prepare(data)
     once = {name: value.clone() for name, value in model.state_dict().items()}
-    model.prepare(iter(batches))
+    model.prepare(data)
     assert _equal(once, model.state_dict()), "preparing twice differs from preparing once"
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for progress in (0.0, 0.37, 1.0):
         model.anneal(progress)
         now = {name: parameter.detach() for name, parameter in model.named_parameters()}
         assert _equal(weights, now), f"anneal({progress}) changes weights"
-    assert bool(torch.isfinite(_raw(model, batches[0])).all())
+    assert bool(torch.isfinite(_raw(model, batch)).all())
 
 
 def check_skill(model_cls: Model, settings: dict[str, Any]) -> None:
     """16: a trainable model beats the seasonal naive on the generated seasonal set after at most 20 small epochs."""
-    if not model_cls.capabilities.trainable:
+    if not capabilities_of(model_cls, settings).trainable:
         return
     network, _, test = _quick_fit(model_cls, settings, max_epochs=20)
     error = evaluate_windows(network, test, 256)["valid_mse"]

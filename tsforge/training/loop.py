@@ -97,7 +97,7 @@ def fit_network(
     if resume and checkpoint_dir is None:
         raise ConfigError("resume=True needs checkpoint_dir, the folder of the interrupted run")
     network.fit_scaler(series)
-    network.prepare(train.batches(config.eval_batch_size))
+    network.prepare(series)
     report = network.solve(series)
     reason = _done_without_steps(network, report)
     if reason is not None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -100,8 +100,8 @@ class Noisy(ForecastModel[NoisyConfig]):
         out = self.map(rows).unflatten(-1, (self.spec.horizon, self.spec.num_params))
         return Prediction(out.transpose(1, 2))
 
-    def prepare(self, batches: Iterator[Batch]) -> None:
-        self.calls["windows"] = sum(batch.context.shape[0] for batch in batches)
+    def prepare(self, data: TrainingSeries) -> None:
+        self.calls["rows"] = len(data.values)
 
     def anneal(self, progress: float) -> None:
         self.calls.setdefault("progress", []).append(progress)
@@ -202,7 +202,7 @@ def test_steps_per_epoch_can_be_limited(parts: Parts) -> None:
 def test_model_hooks_run(parts: Parts, noisy) -> None:
     network = parts.network(model="noisy")
     parts.fit(network, QUICK.model_copy(update={"max_epochs": 2, "patience": None}))
-    assert noisy.calls["windows"] == len(parts.train)
+    assert noisy.calls["rows"] == len(parts.series.values)
     progress = noisy.calls["progress"]
     steps = -(-len(parts.train) // 16)
     np.testing.assert_allclose(progress, np.arange(2 * steps) / (2 * steps), atol=1e-12)
