@@ -12,6 +12,7 @@ from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.core.config import Config
 from tsforge.core.errors import ModelError, listing
 
+SERIES_KINDS: tuple[ScalingKind, ...] = ("series", "series_max")  # forecast no series that they have not met
 WINDOW_KINDS: tuple[ScalingKind, ...] = ("window", "window_mean", "last")
 IQR_TO_SD = 1.3489795003921634  # interquartile range of a standard Normal
 WINDOW_FLOOR = 1e-3  # smallest window scale, in standard deviations of the calmest training series
@@ -20,7 +21,7 @@ WINDOW_FLOOR = 1e-3  # smallest window scale, in standard deviations of the calm
 class ScalingConfig(Config):
     """How values reach the model. ``auto`` takes the first scaling the model allows."""
 
-    kind: Literal["auto", "none", "global", "series", "window", "window_mean", "last"] = "auto"
+    kind: Literal["auto", "none", "global", "series", "series_max", "window", "window_mean", "last"] = "auto"
     robust: bool = False
     """Median and interquartile range instead of mean and standard deviation."""
 
@@ -75,9 +76,10 @@ class Scaler(nn.Module):
     """Maps data units to scaled units and back; holds its statistics as buffers, so they travel with the weights.
 
     Kinds: ``none`` leaves everything as it is. ``global``: mean and standard deviation of each variate over all series
-    of the training span. ``series``: the same for each series. ``window``: mean and standard deviation of the observed
-    context. ``window_mean`` and ``last``: subtract the context's mean or last observed value, divide by the global
-    standard deviation. Covariates are standardised over the training span, binary ones (0/1) are left alone.
+    of the training span. ``series``: the same for each series. ``series_max``: 0 and the largest size of each variate
+    of a series in the training span. ``window``: mean and standard deviation of the observed context. ``window_mean``
+    and ``last``: subtract the context's mean or last observed value, divide by the global standard deviation.
+    Covariates are standardised over the training span, binary ones (0/1) are left alone.
 
     Shapes:
         global_loc, global_scale [V] over the whole span; series_loc, series_scale [num_series, V];
@@ -127,7 +129,7 @@ class Scaler(nn.Module):
         if not bool(mask.any()):
             raise ModelError("the training span holds no observed value; widen it or check the target columns")
         mean, spread = masked_moments(values, mask, robust=self.robust)
-        size = torch.where(mask, values.abs(), 0.0).amax(dim=0)
+        size = _peak(values, mask)
         scale = self._fall_back(spread, size, values, mask)
         series_loc, series_spread = self._series_stats(data, values)
         seen = torch.stack([mask[a:b].any(dim=0) for a, b in _spans(data.indptr)])
@@ -136,6 +138,11 @@ class Scaler(nn.Module):
         self._set("global_scale", scale)
         self._set("series_loc", torch.where(seen, series_loc, mean))
         self._set("series_scale", torch.where(seen & ~constant, series_spread, torch.where(seen, 1.0, scale)))
+        if self.kind == "series_max":
+            peaks = torch.stack([_peak(values[a:b], mask[a:b]) for a, b in _spans(data.indptr)])
+            unseen = torch.where(size > 0, size, 1.0)
+            self._set("series_loc", torch.zeros_like(peaks))
+            self._set("series_scale", torch.where(peaks > 0, peaks, torch.where(seen, 1.0, unseen)))
         calmest = torch.where(constant, torch.inf, series_spread).amin(dim=0)
         self._set("floor", WINDOW_FLOOR * torch.where(torch.isfinite(calmest), calmest, scale))
         for name, count in self._covariates().items():
@@ -151,7 +158,7 @@ class Scaler(nn.Module):
         return _safe(spread, size)
 
     def _series_stats(self, data: TrainingSeries, values: Tensor) -> tuple[Tensor, Tensor]:
-        size = torch.where(data.mask, values.abs(), 0.0).amax(dim=0)
+        size = _peak(values, data.mask)
         locs, spreads = [], []
         for start, stop in _spans(data.indptr):
             rows, seen = values[start:stop], data.mask[start:stop]
@@ -185,7 +192,7 @@ class Scaler(nn.Module):
         if not self.is_fitted:
             raise ModelError("the scaler knows no training data yet; call fit_scaler(series) first")
         loc, scale = self.global_loc.to(context.dtype), self.global_scale.to(context.dtype)
-        if self.kind == "series":
+        if self.kind in SERIES_KINDS:
             rows = self._known_series(batch)
             return self.series_loc[rows].to(context.dtype).unsqueeze(1), self.series_scale[rows].to(
                 context.dtype
@@ -221,7 +228,7 @@ class Scaler(nn.Module):
     def _known_series(self, batch: Batch) -> Tensor:
         index = batch.series_index
         if index is None:
-            raise ModelError("scaling 'series' needs the series of every window, but the batch does not say it")
+            raise ModelError(f"scaling '{self.kind}' needs the series of every window, but the batch does not say it")
         count = self.series_loc.shape[0]
         outside = (index < 0) | (index >= count)
         if not torch.compiler.is_compiling() and bool(outside.any()):
@@ -267,7 +274,7 @@ class Scaler(nn.Module):
         return torch.where(torch.isnan(scaled), 0.0, scaled)
 
     def scale_series(self, data: TrainingSeries) -> TrainingSeries:
-        """Return the training span in scaled units, for closed-form fits (kinds ``none``, ``global``, ``series``).
+        """Return the training span in scaled units, for closed-form fits (kinds that do not look at windows).
 
         Raises:
             ModelError: the scaling differs from window to window, so a span has no scaled form.
@@ -278,7 +285,7 @@ class Scaler(nn.Module):
             )
         values = data.values.double()
         loc, scale = self.global_loc.double(), self.global_scale.double()
-        if self.kind == "series":
+        if self.kind in SERIES_KINDS:
             rows = torch.repeat_interleave(torch.diff(data.indptr))
             loc, scale = self.series_loc.double()[rows], self.series_scale.double()[rows]
         return data._replace(
@@ -295,6 +302,13 @@ def _standardise(values: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         shape = (1, *values.shape[1:])
         loc, scale = loc[:1].expand(shape).contiguous(), scale[:1].expand(shape).contiguous()
     return (values - loc) / scale
+
+
+def _peak(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the largest size [V] of observed values, 0 where there is none."""
+    if not len(values):
+        return values.new_zeros(values.shape[1])
+    return torch.where(mask, values.abs(), 0.0).amax(dim=0)
 
 
 def _spans(indptr: Tensor) -> list[tuple[int, int]]:

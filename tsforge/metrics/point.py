@@ -114,6 +114,20 @@ def rmse(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, 
     return Score(np.sqrt(score.value), score.count)
 
 
+def msle(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, axis: Axis = None) -> Score:
+    """Return the mean squared error of log(1 + y); a forecast below 0 counts as 0 here.
+
+    Raises:
+        DataError: a scored target is below 0, so it has no such logarithm.
+    """
+    scored = scored_cells(target, mask)
+    below = int((scored & (_float(target) < 0)).sum())
+    if below:
+        raise DataError(f"{below} scored targets are below 0; the squared logarithmic error is for counts and sizes")
+    y, guess = (np.log1p(np.maximum(_float(values), 0.0)) for values in (target, forecast))
+    return mean_over(squared_error(y, guess), scored, axis)
+
+
 def smape(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, axis: Axis = None) -> Score:
     """Return the symmetric mean absolute percentage error over ``axis``, in percent from 0 to 200."""
     return mean_over(symmetric_percentage_error(target, forecast), scored_cells(target, mask), axis)

@@ -191,7 +191,24 @@ def test_unfitted_and_unusable_training_data_are_refused() -> None:
         _fitted("last").scale_series(data)
 
 
-@pytest.mark.parametrize("kind", ["none", "global", "series"])
+def test_series_max_divides_by_the_largest_size_of_each_series_and_moves_nothing() -> None:
+    values = torch.tensor([[1.0, 0.0, 5.0], [-4.0, 0.0, 2.0], [2.0, 3.0, 9.0], [1.0, 6.0, 9.0]], dtype=torch.float64)
+    mask = torch.ones_like(values, dtype=torch.bool)
+    mask[2:, 2] = False  # never observed in the second series: the largest of all series
+    spec = DataSpec(context_length=2, horizon=1, num_variates=3)
+    scaler = Scaler("series_max", spec)
+    indptr = torch.tensor([0, 2, 4])
+    scaler.fit(TrainingSeries(values, mask, indptr, torch.zeros(2, dtype=torch.int64)))
+    assert scaler.series_loc.abs().max() == 0
+    assert scaler.series_scale.tolist() == [[4.0, 1.0, 5.0], [2.0, 6.0, 5.0]]
+    batch = Batch(values[None, :2].float(), mask[None, :2], series_index=torch.tensor([7]))
+    with pytest.raises(ModelError, match="were not trained on"):
+        scaler.stats(batch)
+    with pytest.raises(ModelError, match="scaling 'series_max' needs the series of every window"):
+        scaler.stats(batch._replace(series_index=None))
+
+
+@pytest.mark.parametrize("kind", ["none", "global", "series", "series_max"])
 def test_scaled_training_span_agrees_with_scaled_windows(kind: str) -> None:
     data, scaler = _series(), _fitted(kind)
     scaled = scaler.scale_series(data)

@@ -14,6 +14,7 @@ from tsforge.metrics.point import (
     mae,
     mase,
     mse,
+    msle,
     rmse,
     scored_cells,
     seasonal_scale,
@@ -71,6 +72,18 @@ def test_means_equal_a_loop_overall_per_step_and_per_variate(name: str, windows)
 def test_rmse_takes_the_root_last(windows) -> None:
     target, forecast, mask = windows
     assert rmse(target, forecast, mask).value == pytest.approx(math.sqrt(mse(target, forecast, mask).value))
+
+
+def test_msle_takes_forecasts_below_zero_for_zero_and_refuses_such_targets() -> None:
+    target, forecast = np.array([[0.0, 3.0], [7.0, np.nan]]), np.array([[-5.0, 4.0], [6.0, 1.0]])
+    expected = [0.0, math.log(4 / 5) ** 2, math.log(8 / 7) ** 2]
+    score = msle(target, forecast)
+    assert score.value == pytest.approx(sum(expected) / 3)
+    assert score.count == 3
+    mask = np.array([[True, False], [True, True]])
+    assert msle(target, forecast, mask, axis=0).value[0] == pytest.approx((expected[0] + expected[2]) / 2)
+    with pytest.raises(DataError, match="1 scored targets are below 0"):
+        msle(np.array([-1.0, 2.0]), np.array([1.0, 2.0]))
 
 
 def test_smape_known_values() -> None:
