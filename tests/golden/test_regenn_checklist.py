@@ -1,0 +1,665 @@
+"""The ReGENN verification checklist, point by point, against loops in float64 that share no code with the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tsforge.artifact import create_artifact, load_artifact, save_artifact
+from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
+from tsforge.core.config import validate
+from tsforge.core.errors import DataError
+from tsforge.core.seeding import derive_seed
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.panel import Panel
+from tsforge.data.windows import WindowDataset, WindowSpec
+from tsforge.forecasting.window_forecasts import forecast_batches
+from tsforge.layers.regenn import GraphEvolution, co_occurrence, cosine, window_counts
+from tsforge.metrics.point import ErrorSums, mae, msle, rmse
+from tsforge.models._regenn_fit import count_graph
+from tsforge.models.regenn import ReGENN, ReGENNConfig
+from tsforge.network import ForecastNetwork, NetworkConfig, build_network
+from tsforge.training.config import TrainConfig
+from tsforge.training.loop import evaluate_windows, fit_network
+
+Array = NDArray[np.float64]
+FAITHFUL: dict[str, Any] = {  # the released network, all paths on
+    "normalisation": "none",
+    "network_gate": None,
+    "mask_channel": False,
+    "ar_init": "xavier",
+    "ff_dim": 2048,
+    "output_activation": "relu",
+}
+
+
+def make(spec: DataSpec, *, seed: int = 0, shake: float = 0.0, **settings: Any) -> ReGENN:
+    """Return a float64 model in evaluation mode, its weights moved away from their start by ``shake``."""
+    torch.manual_seed(seed)
+    model = ReGENN(validate(ReGENNConfig, settings, where="model"), spec).double().eval()
+    with torch.no_grad():
+        for part in model.parameters():
+            part.add_(shake * torch.randn_like(part))
+    return model
+
+
+def batch_of(spec: DataSpec, size: int = 5, seed: int = 0, gaps: float = 0.0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, spec.context_length, spec.num_variates)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape, generator=generator) >= gaps
+    return Batch(torch.where(mask, values, 0.0), mask)
+
+
+def series_of(values: Array, mask: NDArray[np.bool_] | None = None, lengths: tuple[int, ...] = ()) -> TrainingSeries:
+    lengths = lengths or (len(values),)
+    seen = np.ones(values.shape, dtype=bool) if mask is None else mask
+    return TrainingSeries(
+        values=torch.from_numpy(values),
+        mask=torch.from_numpy(seen),
+        indptr=torch.tensor([0, *np.cumsum(lengths)]),
+        offset=torch.zeros(len(lengths), dtype=torch.int64),
+    )
+
+
+def graph_by_hand(x: Array, present: NDArray[np.bool_]) -> Array:
+    variates = x.shape[1]
+    graph = np.zeros((variates, variates))
+    for b, c in product(range(variates), repeat=2):
+        for row in range(len(x)):
+            graph[b, c] += x[row, b] * present[row, c]
+    return with_own_diagonal(graph)
+
+
+def with_own_diagonal(graph: Array) -> Array:
+    found = graph.copy()
+    for b in range(len(graph)):
+        found[b, b] = max(0.0, 2 * graph[b, b] - graph[b].sum())
+    return found
+
+
+# 1, 6: the graph
+
+
+@pytest.mark.parametrize("variates", [2, 4])
+def test_1_graph_equals_a_triple_loop(variates: int) -> None:
+    rng = np.random.default_rng(variates)
+    x = np.maximum(rng.normal(size=(30, variates)), 0.0)  # half of the cells are absent
+    x[:, 0] *= 3.0
+    found = co_occurrence(torch.from_numpy(x), torch.from_numpy(x > 0)).numpy()
+    np.testing.assert_allclose(found, graph_by_hand(x, x > 0), rtol=1e-12)
+    if variates == 2:  # the mass of b while the other is absent
+        alone = [x[x[:, 1 - b] == 0, b].sum() for b in range(2)]
+        np.testing.assert_allclose(np.diag(found), alone, rtol=1e-12)
+        assert min(alone) > 0
+
+
+@pytest.mark.parametrize("presence", ["observed", "positive"])
+@pytest.mark.parametrize("by_windows", [False, True])
+def test_1_counted_from_a_span_with_gaps(presence: str, by_windows: bool) -> None:
+    rng = np.random.default_rng(3)
+    values = rng.poisson(1.5, size=(40, 3)).astype(float)
+    values[rng.random(values.shape) < 0.3] = 0.0
+    mask = rng.random(values.shape) >= 0.25
+    length, horizon, lengths = 5, 2, (25, 3, 12)  # the second series is too short for a window
+    weight = np.zeros(40)
+    first = 0
+    for size in lengths:
+        for start in range(size - length - horizon + 1):
+            weight[first + start : first + start + length] += 1
+        first += size
+    counted = window_counts(torch.tensor([0, *np.cumsum(lengths)]), length, horizon).numpy()
+    np.testing.assert_array_equal(counted, weight)
+    raw = np.where(mask, values, np.inf).min(0)
+    mass = np.where(mask, values - raw, 0.0)
+    mass /= mass.max(0)
+    present = mask & (values > 0) if presence == "positive" else mask
+    graph = np.zeros((3, 3))
+    for row in range(40):
+        graph += np.outer(mass[row], present[row]) * (weight[row] if by_windows else 1.0)
+    expected = with_own_diagonal(graph)
+    poisoned = np.where(mask, values, np.nan)
+    found = count_graph(
+        series_of(poisoned, mask, lengths), presence=presence, by_windows=by_windows, sizes=(length, horizon)
+    )
+    np.testing.assert_allclose(found.numpy(), expected / np.abs(expected).max(), rtol=1e-12)
+
+
+def test_1_graph_does_not_depend_on_units() -> None:
+    rng = np.random.default_rng(0)
+    celsius = rng.normal(size=(50, 3)) * [1, 5, 10]
+    graphs = [
+        count_graph(series_of(values), presence="observed", by_windows=False, sizes=(4, 2))
+        for values in (celsius, 1.8 * celsius + 32)
+    ]
+    torch.testing.assert_close(graphs[0], graphs[1], rtol=1e-10, atol=1e-12)
+
+
+def test_6_ten_times_the_graph_has_the_same_cosines() -> None:
+    layer = GraphEvolution(4, steps=None, bias=False).double()
+    graph = torch.rand(4, 4, dtype=torch.float64)
+    (first, weights), (second, more) = layer.evolve(graph), layer.evolve(10 * graph)
+    torch.testing.assert_close(cosine(first), cosine(second))
+    torch.testing.assert_close(weights, more)
+    torch.testing.assert_close(second, 10 * first)
+
+
+# 2, 3: shapes and sizes
+
+SWITCHES = [
+    {"gate": gate, "sequencer": sequencer, "bidirectional_gate": both, "encoder": encoder, "ablate_gse": ablate}
+    | {"bidirectional_sequencer": both and sequencer != "none", "paths": paths, "bias": bias}
+    for gate, sequencer in (("lstm", "gru"), ("gru", "none"), ("rnn", "lstm"))
+    for both in (False, True)
+    for encoder in (False, True)
+    for ablate in (False, True)
+    for paths in ("both", "network")
+    for bias in (False, True)
+]
+
+
+@pytest.mark.parametrize("settings", SWITCHES)
+def test_2_shapes_for_all_switches(settings: dict[str, Any]) -> None:
+    for size, length, horizon, variates in ((5, 7, 14, 3), (1, 1, 1, 2), (4, 6, 2, 5)):
+        spec = DataSpec(context_length=length, horizon=horizon, num_variates=variates)
+        model = make(spec, **settings, ff_dim=8) if settings["encoder"] else make(spec, **settings)
+        raw = model(batch_of(spec, size)).raw
+        assert raw.shape == (size, horizon, variates, 1)
+        assert bool(torch.isfinite(raw).all())
+        assert (model.source_layer is None) == settings["ablate_gse"]
+
+
+@pytest.mark.parametrize(("length", "horizon", "variates", "ff_dim"), [(7, 14, 3, 2048), (5, 3, 4, 16)])
+def test_3_parameter_count(length: int, horizon: int, variates: int, ff_dim: int) -> None:
+    w, h, V = length, horizon, variates
+    model = make(DataSpec(context_length=w, horizon=h, num_variates=V), **FAITHFUL | {"ff_dim": ff_dim})
+    expected = {
+        "source": 3 * V**2 + V + w**2 + w,
+        "encoder": 4 * w**2 + 4 * w + 2 * ff_dim * w + ff_dim + w + 4 * w,
+        "gate": 4 * h * w + 4 * h**2 + 8 * h,
+        "sequencer": 8 * V**2 + 8 * V,
+        "target": 3 * V**2 + V,
+        "autoregression": w * h + h,
+    }
+    assert sum(part.numel() for part in model.parameters()) == sum(expected.values())
+    if (w, h, V, ff_dim) == (7, 14, 3, 2048):
+        assert sum(expected.values()) == 32_591
+
+
+# 4, 5: the layer by hand, and what order means to it
+
+
+def test_4_layer_that_changes_nothing() -> None:
+    layer = GraphEvolution(3, steps=None, bias=True).double()
+    with torch.no_grad():
+        layer.W_A.copy_(torch.eye(3))
+        layer.W_C.fill_(1.0)
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    found, evolved = layer(x, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(evolved, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(found, x)
+
+
+def test_5_variates_permuted_with_their_weights() -> None:
+    variates, order = 4, torch.tensor([2, 0, 3, 1])
+    layer = GraphEvolution(variates, steps=6, bias=True).double()
+    other = GraphEvolution(variates, steps=6, bias=True).double()
+    graph = torch.rand(variates, variates, dtype=torch.float64)
+    with torch.no_grad():
+        for part in layer.parameters():
+            part.add_(torch.randn_like(part))
+        other.load_state_dict(layer.state_dict())
+        assert other.b_A is not None
+        assert other.B_C is not None
+        for part in (other.W_A, other.W_C, other.B_C):
+            part.copy_(part[order][:, order])
+        other.b_A.copy_(other.b_A[order])
+    x = torch.randn(5, 6, variates, dtype=torch.float64)
+    torch.testing.assert_close(other(x[..., order], graph[order][:, order])[0], layer(x, graph)[0][..., order])
+
+
+def test_5_autoregression_is_equivariant_and_the_whole_is_not() -> None:
+    spec = DataSpec(context_length=6, horizon=3, num_variates=4)
+    batch, order = batch_of(spec), torch.tensor([2, 0, 3, 1])
+    turned = Batch(batch.context[..., order], batch.context_mask[..., order])
+    straight = make(spec, shake=0.3, paths="autoregression")
+    torch.testing.assert_close(straight(turned).raw, straight(batch).raw[:, :, order])
+    whole = make(spec, shake=0.3, ablate_gse=True, sequencer="none", ff_dim=8)  # no weight is indexed by a variate
+    assert float((whole(turned).raw - whole(batch).raw[:, :, order]).abs().max().detach()) > 1e-3
+
+
+# the whole network against a derivation of its own
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def _lstm(part: dict[str, Array], name: str, rows: Array) -> Array:
+    size = part[f"{name}.weight_hh_l0"].shape[1]
+    h, c, out = np.zeros(size), np.zeros(size), []
+    for x in rows:
+        both = part[f"{name}.weight_ih_l0"] @ x + part[f"{name}.bias_ih_l0"]
+        both = both + part[f"{name}.weight_hh_l0"] @ h + part[f"{name}.bias_hh_l0"]
+        i, f, g, o = (both[k * size : (k + 1) * size] for k in range(4))
+        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(g)
+        h = _sigmoid(o) * np.tanh(c)
+        out.append(h)
+    return np.array(out)
+
+
+def _norm(part: dict[str, Array], name: str, x: Array) -> Array:
+    return part[f"{name}.weight"] * (x - x.mean()) / math.sqrt(x.var() + 1e-5) + part[f"{name}.bias"]
+
+
+def _encoder(part: dict[str, Array], rows: Array) -> Array:
+    width = rows.shape[1]
+    q, k, v = np.split(rows @ part["encoder.self_attn.in_proj_weight"].T + part["encoder.self_attn.in_proj_bias"], 3, 1)
+    out = []
+    for i in range(len(rows)):
+        score = np.exp([q[i] @ k[j] / math.sqrt(width) for j in range(len(rows))])
+        mixed = sum(score[j] / score.sum() * v[j] for j in range(len(rows)))
+        mixed = part["encoder.self_attn.out_proj.weight"] @ mixed + part["encoder.self_attn.out_proj.bias"]
+        x = _norm(part, "encoder.norm1", rows[i] + mixed)
+        wide = np.maximum(part["encoder.linear1.weight"] @ x + part["encoder.linear1.bias"], 0.0)
+        back = part["encoder.linear2.weight"] @ wide + part["encoder.linear2.bias"]
+        out.append(_norm(part, "encoder.norm2", x + back))
+    return np.array(out)
+
+
+def _evolve(part: dict[str, Array], name: str, graph: Array) -> tuple[Array, Array]:
+    evolved = graph @ part[f"{name}.W_A"] + part[f"{name}.b_A"]
+    V = len(graph)
+    cos = np.zeros((V, V))
+    for a, b in product(range(V), repeat=2):
+        cos[a, b] = evolved[a] @ evolved[b] / (np.linalg.norm(evolved[a]) * np.linalg.norm(evolved[b]))
+    return evolved, cos * part[f"{name}.W_C"] + part[f"{name}.B_C"]
+
+
+def by_hand(model: ReGENN, x: Array) -> Array:
+    """Return the released network's forecast [H, V] of one window [L, V], written out from its equations."""
+    part = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    length, variates = x.shape
+    horizon = model.spec.horizon
+    evolved, weights = _evolve(part, "source_layer", part["graph"])
+    mixed = np.array(
+        [[sum(weights[a, b] * x[t, b] for b in range(variates)) for a in range(variates)] for t in range(length)]
+    )
+    timed = part["source_layer.W_T"].T @ mixed + part["source_layer.b_T"]
+    gated = _lstm(part, "gate", _encoder(part, timed.T)).T  # [H, V]
+    v = _lstm(part, "sequencer", gated) + gated
+    _, weights = _evolve(part, "target_layer", evolved)
+    out = np.zeros((horizon, variates))
+    for d, a in product(range(horizon), range(variates)):
+        out[d, a] = sum(weights[a, b] * v[d, b] for b in range(variates))
+        out[d, a] += sum(part["ar_weight"][t, d] * x[t, a] for t in range(length)) + part["ar_bias"][d]
+    return np.maximum(out, 0.0)
+
+
+def test_the_released_forward_pass_in_float64() -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    model = make(spec, shake=0.4, **FAITHFUL | {"ff_dim": 20})
+    model.graph = torch.rand(3, 3, dtype=torch.float64)
+    batch = batch_of(spec, 6)
+    found = model(batch).raw[..., 0].detach().numpy()
+    expected = np.array([by_hand(model, row) for row in batch.context.numpy()])
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    assert 0.2 < (expected > 0).mean() < 0.95  # both sides of the clip were seen
+
+
+# 7, 8: a row alone, and the future
+
+
+def test_7_an_entity_alone_or_in_a_batch() -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    model, batch = make(spec, shake=0.3, ff_dim=8).float(), batch_of(spec, 7)
+    batch = Batch(batch.context.float(), batch.context_mask)
+    whole = model(batch).raw
+    for row in range(7):
+        alone = model(Batch(batch.context[row : row + 1], batch.context_mask[row : row + 1])).raw[0]
+        torch.testing.assert_close(alone, whole[row], rtol=0, atol=1e-5)
+
+
+def test_7_entities_attend_to_their_own_cutoff_only() -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    model, batch = make(spec, shake=0.3, ff_dim=8, attend="entities"), batch_of(spec, 6)
+    cutoffs = torch.tensor([10, 20, 10, 20, 20, 30])
+    batch = batch._replace(cutoff_index=cutoffs)
+    moved = batch._replace(context=batch.context.clone())
+    moved.context[1, 0] += 1.0
+    change = (model(moved).raw - model(batch).raw).detach().abs().amax((1, 2, 3))
+    assert bool((change[cutoffs == 20] > 1e-6).all())
+    assert float(change[cutoffs != 20].max()) == 0.0
+
+
+def test_7_an_absent_entity_is_not_attended_to() -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    model, batch = make(spec, shake=0.3, ff_dim=8, attend="entities"), batch_of(spec, 4)
+    batch.context_mask[2] = False
+    batch = batch._replace(context=torch.where(batch.context_mask, batch.context, 0.0))
+    keep = torch.tensor([0, 1, 3])
+    fewer = Batch(batch.context[keep], batch.context_mask[keep])
+    torch.testing.assert_close(model(batch).raw[keep], model(fewer).raw)
+
+
+def panel_of(values: Array, names: tuple[str, ...]) -> Panel:
+    """Return the panel of values [series, time, variate]."""
+    series, rows, variates = values.shape
+    table = pl.DataFrame(
+        {
+            "id": np.repeat([f"s{k}" for k in range(series)], rows),
+            "t": np.tile(np.arange(rows), series),
+            **{name: values[..., k].reshape(-1) for k, name in enumerate(names[:variates])},
+        }
+    )
+    return Panel.from_frame(SeriesFrame.from_long(table, time="t", series_id="id", targets=names[:variates], freq="1i"))
+
+
+def fit(
+    panel: Panel, window: WindowSpec, stop: int, *, valid: int | None = None, seed: int = 0, **parts: Any
+) -> ForecastNetwork:
+    train_settings = parts.pop("train", {})
+    scaling = parts.pop("scaling", "global")
+    config = validate(
+        NetworkConfig,
+        {"model": {"name": "regenn", **parts}, "likelihood": {"name": "point", "loss": "mae"}}
+        | {"scaling": {"kind": scaling}},
+    )
+    spec = DataSpec(context_length=window.context_length, horizon=window.horizon, num_variates=panel.num_targets)
+    network = build_network(config, spec, seed=derive_seed(seed, "weights"))
+    settings = {"max_epochs": 2, "batch_size": 64, "learning_rate": 5e-3, "accelerator": "cpu", "start_margin": 0.0}
+    fit_network(
+        network,
+        WindowDataset(panel, window, None, stop),
+        None if valid is None else WindowDataset(panel, window, stop, valid),
+        validate(TrainConfig, {**settings, **train_settings}),
+        series=panel.training_series(None, stop),
+        progress=False,
+    )
+    return network
+
+
+@pytest.mark.parametrize("settings", [{}, {"scaling": "series_max", "normalisation": "none"}, {"attend": "entities"}])
+def test_8_the_future_changes_nothing(settings: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 60, 3)).cumsum(1)
+    window, origin = WindowSpec(context_length=6, horizon=4), 45
+    states, forecasts = [], []
+    for push in (0.0, 1e6):
+        moved = values.copy()
+        moved[:, origin:] += push
+        panel = panel_of(moved, ("a", "b", "c"))
+        coupled = settings.get("attend") == "entities"
+        network = _fit_until(panel, window, origin, coupled=coupled, **settings)
+        last = WindowDataset(panel, window, origin, origin + 4, aligned=coupled)
+        forecasts.append(np.concatenate([part.mean for part in forecast_batches(network, last)]))
+        states.append(network.state_dict())
+    np.testing.assert_array_equal(forecasts[0], forecasts[1])
+    assert {"model.graph", "scaler.global_loc", "model.floor"} <= set(states[0])
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def _fit_until(panel: Panel, window: WindowSpec, stop: int, *, coupled: bool, **settings: Any) -> ForecastNetwork:
+    scaling = settings.pop("scaling", "global")
+    config = validate(NetworkConfig, {"model": {"name": "regenn", **settings}, "scaling": {"kind": scaling}})
+    spec = DataSpec(context_length=window.context_length, horizon=window.horizon, num_variates=3)
+    network = build_network(config, spec)
+    fit_network(
+        network,
+        WindowDataset(panel, window, None, stop, aligned=coupled),
+        None,
+        validate(TrainConfig, {"max_epochs": 2, "accelerator": "cpu", "learning_rate": 1e-2}),
+        series=panel.training_series(None, stop),
+        progress=False,
+    )
+    return network
+
+
+# 9: windows
+
+
+def test_9_windows_of_the_example() -> None:
+    """T 120, w 7, h 14, h_v 7: 79 training windows, dev targets 99-105, test targets 106-119."""
+    panel = panel_of(np.arange(120.0).reshape(1, 120, 1), ("a",))
+    spec = WindowSpec(context_length=7, horizon=14)
+    train, test = WindowDataset(panel, spec, None, 99), WindowDataset(panel, spec, 106, 120)
+    assert len(train) == 79
+    assert (int(train.cutoff_index.min()), int(train.cutoff_index.max()) + 13) == (7, 98)
+    assert (len(test), int(test.cutoff_index[0])) == (1, 106)
+    table = pl.DataFrame({"t": np.arange(120), "a": np.arange(120.0)})
+    frame = SeriesFrame.from_wide(table, time="t", freq="1i")
+    visible = Panel.from_frame(
+        frame.until(105).extend(14), grid=frame.grid
+    )  # the last 7 rows of a dev target are blank
+    dev = WindowDataset(visible, spec, 99, 113)
+    assert (len(dev), int(dev.cutoff_index[0])) == (1, 99)
+    batch = dev.__getitems__([0])
+    assert batch.target is not None
+    assert batch.target_mask is not None
+    assert batch.target[0, batch.target_mask[0, :, 0], 0].tolist() == list(range(99, 106))
+
+
+def test_9_too_short_a_panel_says_what_is_needed() -> None:
+    panel = panel_of(np.arange(20.0).reshape(1, 20, 1), ("a",))
+    with pytest.raises(DataError, match="context_length 7 and horizon 14 need 21 rows in a row"):
+        WindowDataset(panel, WindowSpec(context_length=7, horizon=14))
+
+
+# 10, 12: gradients
+
+
+def test_10_the_target_layer_gives_no_gradient_to_the_graph() -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    model, batch = make(spec, shake=0.3, paths="network", network_gate=None, ff_dim=8), batch_of(spec)
+    assert model.source_layer is not None
+    model(batch).raw.square().sum().backward()
+    grad = model.source_layer.W_A.grad
+    assert grad is not None
+    fixed = model.source_layer.evolve(model.graph)[0].detach().clone()
+
+    class Constant(torch.nn.Module):
+        """The same target layer on a graph that nobody can reach."""
+
+        def __init__(self, layer: GraphEvolution) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor, graph: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.layer(x, fixed)  # type: ignore[no-any-return]
+
+    through_data = grad.clone()
+    model.zero_grad()
+    assert model.target_layer is not None
+    model.target_layer = Constant(model.target_layer)  # type: ignore[assignment]
+    model(batch).raw.square().sum().backward()
+    assert model.source_layer.W_A.grad is not None
+    torch.testing.assert_close(model.source_layer.W_A.grad, through_data)
+    assert float(through_data.abs().max()) > 0
+
+
+def test_12_gradients_of_the_layer() -> None:
+    layer = GraphEvolution(3, steps=4, activation="tanh", bias=True).double()
+    names = [name for name, _ in layer.named_parameters()]
+    graph = torch.rand(3, 3, dtype=torch.float64)
+
+    def run(x: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        found = torch.func.functional_call(layer, dict(zip(names, parts, strict=True)), (x, graph))
+        return found[0]  # type: ignore[no-any-return]
+
+    parts = [torch.randn_like(part).requires_grad_() for part in layer.parameters()]
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *parts))
+
+
+# 11: storage
+
+
+def test_11_round_trip_bit_for_bit_and_the_graph_is_not_counted_on_top(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    values = rng.poisson(2.0, size=(3, 60, 3)).astype(float)
+    panel, window = panel_of(values, ("a", "b", "c")), WindowSpec(context_length=6, horizon=4)
+    network = fit(panel, window, 50)
+    artifact = create_artifact(
+        network,
+        config={},
+        schema=panel.schema,
+        grid=panel.grid,
+        series_ids=panel.series_ids,
+        window=window,
+        provenance={},
+    )
+    path = save_artifact(artifact, tmp_path).path
+    assert path is not None
+    loaded = load_artifact(path).network
+    batch = WindowDataset(panel, window, 50, None).__getitems__([0, 1, 2])
+    assert torch.equal(loaded.predict(batch).mean, network.predict(batch).mean)
+    assert torch.equal(loaded.model.graph, network.model.graph)
+    loaded.prepare(panel.training_series(None, 50))
+    assert torch.equal(loaded.model.graph, network.model.graph)
+    expected = count_graph(panel.training_series(None, 50), presence="observed", by_windows=False, sizes=(6, 4))
+    torch.testing.assert_close(network.model.graph, expected.float())
+
+
+# 13: learning
+
+
+def _lagged(rows: int = 260, series: int = 6) -> Array:
+    """Return values in which the second variate is the first one three steps ago, and noise."""
+    rng = np.random.default_rng(5)
+    first = rng.normal(size=(series, rows + 3))
+    second = first[:, :-3] + 0.2 * rng.normal(size=(series, rows))
+    return np.stack([first[:, 3:], second], axis=-1)
+
+
+def test_13_learns_from_another_variate() -> None:
+    panel, window = panel_of(_lagged(), ("a", "b")), WindowSpec(context_length=6, horizon=3)
+    errors = {}
+    for name, settings in {
+        "whole": {},
+        "without graph": {"ablate_gse": True},
+        "without encoder": {"encoder": False},
+        "autoregression": {"paths": "autoregression"},
+    }.items():
+        network = fit(
+            panel,
+            window,
+            200,
+            valid=260,
+            normalisation="none",
+            ar_init="ols",
+            train={"max_epochs": 15, "schedule": "one_cycle", "learning_rate": 1e-2, "patience": None},
+            **({"dropout": 0.0} if name != "autoregression" else {}),
+            **settings,
+        )
+        errors[name] = evaluate_windows(network, WindowDataset(panel, window, 200, 260), 512)["valid_mae"]
+    assert errors["whole"] < 0.85 * errors["autoregression"], errors
+    assert len({round(value, 6) for value in errors.values()}) == 4, "a switch changes nothing"
+
+
+# 14, 15: numbers
+
+
+def test_14_drift_of_seven_days_on_the_panel(shared_data: Path) -> None:
+    """Section 9 of the specification: 559.5 / 2903.1 / 0.0736 over all cells, 848.3 / 54.5 / 775.8 by variate."""
+    table = pl.read_parquet(shared_data / "regenn" / "sars_cov2_188x120.parquet")
+    frame = SeriesFrame.from_long(
+        table, time="date", series_id="country", targets=("confirmed", "deaths", "recovered"), freq="1d"
+    )
+    panel, window = Panel.from_frame(frame), WindowSpec(context_length=8, horizon=14)
+    config = validate(
+        NetworkConfig, {"model": {"name": "regenn", "paths": "autoregression"}, "scaling": {"kind": "none"}}
+    )
+    start = build_network(config, DataSpec(context_length=8, horizon=14, num_variates=3))
+    start.fit_scaler(panel.training_series(None, 106))
+    assert start.solve(panel.training_series(None, 106)) is not None
+    for model in (build_drift(panel), start):  # ReGENN starts there
+        parts = list(forecast_batches(model, WindowDataset(panel, window, 106, 120)))
+        target = np.concatenate([part.target for part in parts if part.target is not None])
+        mean = np.maximum(np.concatenate([part.mean for part in parts]), 0.0)
+        assert target.shape == (188, 14, 3)
+        found = [round(float(value), digits) for value, digits in (
+            (mae(target, mean).value, 1), (rmse(target, mean).value, 1), (msle(target, mean).value, 4))]  # fmt: skip
+        assert found == [559.5, 2903.1, 0.0736]
+        by_variate = mae(target, mean, axis=(0, 1)).value
+        assert [round(float(value), 1) for value in by_variate] == [848.3, 54.5, 775.8]
+
+
+def build_drift(panel: Panel) -> ForecastNetwork:
+    config = validate(NetworkConfig, {"model": {"name": "drift", "steps": 7}, "scaling": {"kind": "none"}})
+    network = build_network(config, DataSpec(context_length=8, horizon=14, num_variates=3))
+    network.fit_scaler(panel.training_series(None, 106))
+    network.solve(panel.training_series(None, 106))
+    return network
+
+
+def test_15_root_mean_squared_error_is_global() -> None:
+    rng = np.random.default_rng(0)
+    target, forecast = np.zeros((10, 3, 2)), rng.normal(size=(10, 3, 2)) * np.linspace(0.1, 5, 10)[:, None, None]
+    sums = ErrorSums(3, 2)
+    batches = [slice(0, 7), slice(7, 10)]
+    for part in batches:
+        sums.add(target[part], forecast[part])
+    whole = math.sqrt((forecast**2).mean())
+    assert math.sqrt(float(sums.mse().value)) == pytest.approx(whole, rel=1e-12)
+    assert float(rmse(target, forecast).value) == pytest.approx(whole, rel=1e-12)
+    of_batches = np.mean([math.sqrt((forecast[part] ** 2).mean()) for part in batches])
+    assert abs(of_batches - whole) > 0.1
+
+
+# 16: precision and compilation
+
+
+def test_16_bf16_keeps_the_cosines_in_single_precision() -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    model = make(spec, shake=0.3, ff_dim=8).float()
+    batch = batch_of(spec)
+    batch = Batch(batch.context.float(), batch.context_mask)
+    exact = model(batch).raw
+    seen: list[torch.dtype] = []
+    assert model.source_layer is not None
+    assert model.target_layer is not None
+    for layer in (model.source_layer, model.target_layer):
+        original = layer.evolve
+
+        def noted(graph: torch.Tensor, original: Any = original) -> Any:
+            found = original(graph)
+            seen.extend(part.dtype for part in found)
+            return found
+
+        layer.evolve = noted  # type: ignore[method-assign]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(batch).raw
+    assert seen == [torch.float32] * 4
+    assert bool(torch.isfinite(rough).all())
+    assert bool((rough.float() - exact).abs().max() < 0.1 * exact.abs().max())
+    assert not torch.equal(rough.float(), exact)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(is deprecated|should not be instantiated):DeprecationWarning")  # torch's own
+def test_16_compiles() -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    model = make(spec, shake=0.3, ff_dim=8).float()
+    batch = batch_of(spec)
+    batch = Batch(batch.context.float(), batch.context_mask)
+    torch.testing.assert_close(torch.compile(model)(batch).raw, model(batch).raw, rtol=1e-4, atol=1e-4)
+
+
+def test_spec_and_config_of_one_variate_go_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    """Section 10, 8: the released network refuses one variate; here it is fitted without the layers, and says so."""
+    spec = replace(DataSpec(context_length=6, horizon=4, num_variates=3), num_variates=1)
+    model = make(spec)
+    assert model.source_layer is None
+    with caplog.at_level("WARNING"):
+        model.prepare(series_of(np.random.default_rng(0).normal(size=(30, 1))))
+    assert "one variate has no graph" in caplog.text
