@@ -1,14 +1,14 @@
 """ReGENN on panels: rolling origins and several seeds beside drift, linear and S4, with and without its graph.
 
 Usage: python benchmarks/regenn_table.py --data FOLDER --out benchmarks/results/regenn_table_HARDWARE_DATE
-    [--sets sars_cov2,beijing_air] [--models regenn,...] [--seeds 5] [--origins 8] [--workers 2] [--minutes 30]
+    [--sets sars_cov2,beijing_air] [--models "drift;regenn"] [--seeds 5] [--origins 8] [--workers 2] [--minutes 30]
     [--work FOLDER]
 
-For every origin the data end there: models are fitted on what came before and graded on what follows. Models with "dev"
-in their name keep the epoch with the least error over the last rows before the origin, which then do not train; the
-others run every epoch on all rows. Every cell of all series counts once, on the scale given in the page. A finished run
-is a file below --work, so the same command goes on where it stopped. Origins are paired: a model is compared with the
-drift by Wilcoxon's signed ranks of the origins' errors, seeds averaged first.
+For every origin the data end there: models are fitted on what came before and graded on what follows. Trained
+models keep the epoch with the least error over the last rows before the origin, which then do not train; those called
+"all rows" train on them too and run every epoch. Every cell of all series counts once, on the scale of the page. A run
+leaves a file below --work, so the same command goes on where it stopped. Origins are paired: a model is compared with
+the drift by Wilcoxon's signed ranks of the origins' errors, seeds averaged first.
 """
 
 from __future__ import annotations
@@ -113,11 +113,12 @@ MODELS = {
     "drift": Entry(text="drift:steps=7"),
     "linear": Entry(text="linear"),
     "linear longer": Entry(text="linear", longer=True),
-    "s4 dev": Entry(text="s4:d_model=32:d_state=32:num_layers=1", training=S4, longer=True, dev=True),
-    "autoregression only": Entry(text="regenn:paths=autoregression", training=TRAINED),
-    "regenn without graph": Entry(text="regenn:ablate_gse=true", training=TRAINED),
-    "regenn": Entry(text="regenn", training=TRAINED),
-    "regenn dev": Entry(text="regenn", training=TRAINED, dev=True),
+    "s4": Entry(text="s4:d_model=32:d_state=32:num_layers=1", training=S4, longer=True, dev=True),
+    "autoregression only": Entry(text="regenn:paths=autoregression", training=TRAINED, dev=True),
+    "regenn without graph": Entry(text="regenn:ablate_gse=true", training=TRAINED, dev=True),
+    "regenn": Entry(text="regenn", training=TRAINED, dev=True),
+    "autoregression only, all rows": Entry(text="regenn:paths=autoregression", training=TRAINED),
+    "regenn, all rows": Entry(text="regenn", training=TRAINED),
 }
 
 
@@ -137,7 +138,9 @@ class Job:
             [vars(MODELS[self.model]), part.options, part.training, part.context, part.horizon], default=str
         )
         key = hashlib.sha256(settings.encode()).hexdigest()[:8]
-        return work / f"{self.data}-{self.origin}-{self.model.replace(' ', '_')}-{self.seed}-{key}.json"
+        return (
+            work / f"{self.data}-{self.origin}-{self.model.replace(' ', '_').replace(',', '')}-{self.seed}-{key}.json"
+        )
 
 
 def model_settings(text: str) -> dict[str, Any]:
@@ -223,7 +226,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
         part = SETS[name]
         stop = Panel.from_frame(part.read(options.data)).span()[1]
         origins = [stop - part.test - part.stride * back for back in range(options.origins)][::-1]
-        for model in options.models.split(","):
+        for model in options.models.split(";"):
             seeds = range(options.seeds if MODELS[model].training else 1)
             jobs += [Job(name, origin, model, seed) for seed in seeds for origin in origins]
     return jobs
@@ -320,7 +323,7 @@ def _pairs(records: list[dict[str, Any]], data: str) -> list[str]:
         ("regenn without graph", "autoregression only"),
         ("regenn", "autoregression only"),
         ("regenn", "linear"),
-        ("regenn", "s4 dev"),
+        ("regenn", "s4"),
     ):
         first, second = (by_origin(records, data, name, "mae") for name in (ours, theirs))
         shared = sorted(set(first) & set(second))
@@ -342,7 +345,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds regenn/ and forecast/")
     parser.add_argument("--out", type=Path, required=True, help="path of the result without ending")
     parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=";".join(MODELS), help="by semicolons")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--origins", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1)
@@ -350,8 +353,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=None, help="begin no fit after this time")
     parser.add_argument("--work", type=Path, default=Path("regenn_table_work"), help="where finished fits are kept")
     options = parser.parse_args()
-    for kind, given, known in (("model", options.models, MODELS), ("panel", options.sets, SETS)):
-        unknown = [name for name in given.split(",") if name not in known]
+    checks: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("model", options.models, ";", MODELS),
+        ("panel", options.sets, ",", SETS),
+    ]
+    for kind, given, separator, known in checks:
+        unknown = [name for name in given.split(separator) if name not in known]
         if unknown:
             raise SystemExit(f"no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
     records = measure(plan(options), options)
@@ -360,7 +367,7 @@ def main() -> None:
         "hardware": f"{os.cpu_count()} {platform.machine()} cores, {options.workers} fits at a time",
         "torch": torch.__version__,
         "revision": collect_provenance(data_fingerprint="", seeds={})["revision"],
-        "models": {name: MODELS[name].text for name in options.models.split(",")},
+        "models": {name: MODELS[name].text for name in options.models.split(";")},
     }
     page = [
         "# ReGENN on panels, rolling origins",

@@ -229,7 +229,7 @@ def observer_chart(observer: pl.DataFrame) -> go.Figure:
     figure = go.Figure(
         go.Bar(
             x=observer["gain"],
-            y=[_short(name) for name in observer["variate"]],
+            y=[short_name(name) for name in observer["variate"]],
             customdata=observer["variate"],
             orientation="h",
             marker_color=FORECAST,
@@ -449,7 +449,7 @@ def coupling_chart(coupling: pl.DataFrame) -> go.Figure:
             go.Heatmap(z=own, text=_numbers(own), colorscale=[[0, OWN], [1, OWN]], showscale=False, **shape),
         ]
     )
-    shown = [_short(name) for name in names]
+    shown = [short_name(name) for name in names]
     longest = max(len(name) for name in shown)
     slanted = longest * len(names) > _CHARACTERS
     cell = 34 if readable else max(16, 440 // len(names))
@@ -462,7 +462,7 @@ def coupling_chart(coupling: pl.DataFrame) -> go.Figure:
     return figure
 
 
-def _short(name: str, most: int = 22) -> str:
+def short_name(name: str, most: int = 22) -> str:
     """Return a name for a tick; what tells names apart is as often at their end as at their beginning."""
     half = most // 2
     return name if len(name) <= most else f"{name[:half]}\u2026{name[1 - half :]}"

@@ -2,7 +2,8 @@
 
 ``config.yaml`` the run's resolved config, ``spec.json`` network config, sizes and window, ``schema.json`` columns, grid
 and series, ``weights.safetensors``, ``calibration.parquet`` (if calibrated), ``metrics.json``, ``explanation.json``,
-``provenance.json``, and ``manifest.json`` (format version, SHA-256 of every file), which is written last.
+``provenance.json``, long tables of the model (``evolution.parquet``, if it has some) and ``manifest.json`` (format
+version, SHA-256 of every file), which is written last.
 """
 
 from __future__ import annotations
@@ -188,6 +189,7 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
         ArtifactError: a value has no plain form.
     """
     network = artifact.network
+    tables = long_tables(artifact)
     files: dict[str, bytes] = {
         "config.yaml": yaml.safe_dump(json.loads(_json(artifact.config)), sort_keys=False, allow_unicode=True).encode(),
         "spec.json": _json(
@@ -206,7 +208,7 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
         ),
         "weights.safetensors": tensor_bytes(_state(network)),
         "metrics.json": _json(artifact.metrics),
-        "explanation.json": _json(artifact.explanation),
+        "explanation.json": _json({name: part for name, part in artifact.explanation.items() if name not in tables}),
         "provenance.json": _json(artifact.provenance),
     }
     path = Path(directory) / artifact.id
@@ -215,6 +217,8 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
             (temporary / name).write_bytes(content)
         if artifact.calibration is not None:
             artifact.calibration.write_parquet(temporary / "calibration.parquet")
+        for name, table in tables.items():
+            table.write_parquet(temporary / f"{name}.parquet")
         listed = {
             item.name: {"sha256": hashlib.sha256(item.read_bytes()).hexdigest(), "bytes": item.stat().st_size}
             for item in sorted(temporary.iterdir())
@@ -222,6 +226,35 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
         manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "id": artifact.id, "files": listed}
         (temporary / MANIFEST).write_bytes(_json(manifest))
     return replace(artifact, path=path)
+
+
+def long_tables(artifact: Artifact) -> dict[str, pl.DataFrame]:
+    """Return the parts of the explanation that are kept as Parquet, with the names of variates and the artifact's id.
+
+    Columns: ``run`` (id of the artifact), then those of the records.
+    """
+    variates = dict(enumerate(artifact.schema.targets))
+    tables = {}
+    for name in artifact.network.model.long_tables:
+        records = artifact.explanation.get(name)
+        if records:
+            table = pl.DataFrame(records, infer_schema_length=None)
+            named = pl.col("row", "column").replace_strict(variates, return_dtype=pl.String)
+            tables[name] = table.with_columns(named).select(pl.lit(artifact.id).alias("run"), pl.all())
+    return tables
+
+
+def _read_tables(contents: Mapping[str, bytes], names: tuple[str, ...], variates: tuple[str, ...]) -> dict[str, Any]:
+    """Return stored long tables as the records they were made from."""
+    numbers = {name: number for number, name in enumerate(variates)}
+    found = {}
+    for name in names:
+        content = contents.get(f"{name}.parquet")
+        if content is not None:
+            table = pl.read_parquet(content).drop("run")
+            named = pl.col("row", "column").replace_strict(numbers, return_dtype=pl.Int64)
+            found[name] = table.with_columns(named).to_dicts()
+    return found
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -297,7 +330,8 @@ def load_artifact(path: Path) -> Artifact:
             calibration=None if calibration is None else pl.read_parquet(calibration),
             metrics=json.loads(contents["metrics.json"]),
             provenance=json.loads(contents["provenance.json"]),
-            explanation=json.loads(contents["explanation.json"]),
+            explanation=json.loads(contents["explanation.json"])
+            | _read_tables(contents, network.model.long_tables, tuple(schema["schema"]["targets"])),
             path=path,
         )
     except (TsforgeError, SafetensorError, pl.exceptions.PolarsError, KeyError, TypeError, ValueError) as error:

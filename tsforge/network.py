@@ -320,6 +320,12 @@ class ForecastNetwork(nn.Module):
         found = self.model.contributions(self._inputs(self.scaler.scale(batch)))
         return None if found is None else found * scale.unsqueeze(-1)
 
+    @torch.no_grad()
+    def attention(self, batch: Batch) -> Tensor | None:
+        """Return the shares [B, V, V'] of variates v' in what the model attends to for v, None if it does not."""
+        self._check_batch(batch)
+        return self.model.attention(self._inputs(self.scaler.scale(batch)))
+
 
 def build_network(config: NetworkConfig, spec: DataSpec, *, seed: int = 0) -> ForecastNetwork:
     """Return a network whose initial weights depend on ``seed`` only; the caller's random state stays as it is."""

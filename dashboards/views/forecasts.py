@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import streamlit as st
 
-from dashboards import charts
+from dashboards import charts, graph_charts
 from dashboards.state import MINUTE, choose, empty, labels, live_forecast, moment, page, series_table, table
 from tsforge.app import catalog, catalog_results
 from tsforge.core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tsforge.app.catalog_live import LiveForecast
 
 LIVE, PUBLISHED = "on demand", "published"
 _SOURCES = {LIVE: "Fitted model, any cutoff", PUBLISHED: "Published by a batch"}
@@ -20,14 +23,18 @@ _FURTHEST = 1440  # steps that the slider reaches back
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shown:
-    """What the page draws: one series and variate of a forecast, its parts, the stored rows, a name for files."""
+class Shown:
+    """What a page draws: one series and variate of a forecast, its parts, the stored rows, a name for files.
+
+    ``live`` is the whole answer of the model, None for a published forecast.
+    """
 
     forecast: pl.DataFrame
     parts: pl.DataFrame | None
     rows: pl.DataFrame
     variate: str
     name: str
+    live: LiveForecast | None = None
 
 
 def show() -> None:
@@ -59,13 +66,23 @@ def _draw(workspace: Workspace) -> None:
         _explanation(catalog.artifact_facts(workspace, st.query_params["artifact"]), shown.variate)
 
 
-def _live(workspace: Workspace, artifacts: list[dict[str, Any]], where: list[Any]) -> _Shown | None:
+def _live(workspace: Workspace, artifacts: list[dict[str, Any]], where: list[Any]) -> Shown | None:
     """Return the forecast of a chosen model from a chosen cutoff, None when the series is too short."""
     names = labels(artifacts, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
     artifact = choose("Model", list(names), "artifact", names=names, where=where[0])
-    facts = catalog.artifact_facts(workspace, artifact)
-    series = choose("Series", facts["series"], "series", where=where[1])
-    variate = choose("Variate", facts["variates"], "variate", where=where[2])
+    return choose_forecast(catalog.artifact_facts(workspace, artifact), where[1:])
+
+
+def choose_forecast(facts: dict[str, Any], where: list[Any]) -> Shown | None:
+    """Return the forecast of a model for a series, variate and cutoff that the user chooses.
+
+    Args:
+        facts: of the model, from ``catalog.artifact_facts``.
+        where: columns for series and variate.
+    """
+    artifact = facts["id"]
+    series = choose("Series", facts["series"], "series", where=where[0])
+    variate = choose("Variate", facts["variates"], "variate", where=where[1])
     rows = series_table(facts["dataset"], series)
     times = _cutoffs(rows, facts, variate)
     if times.is_empty():
@@ -79,12 +96,17 @@ def _live(workspace: Workspace, artifacts: list[dict[str, Any]], where: list[Any
     found = live_forecast(artifact, facts["dataset"], series, cutoff)
     mine = pl.col("variate") == variate
     name = f"{artifact}-{series}-{variate}"
-    return _Shown(
-        forecast=found.table.filter(mine), parts=found.components.filter(mine), rows=rows, variate=variate, name=name
+    return Shown(
+        forecast=found.table.filter(mine),
+        parts=found.components.filter(mine),
+        rows=rows,
+        variate=variate,
+        name=name,
+        live=found,
     )
 
 
-def _published(workspace: Workspace, published: list[dict[str, Any]], where: list[Any]) -> _Shown:
+def _published(workspace: Workspace, published: list[dict[str, Any]], where: list[Any]) -> Shown:
     """Return the chosen published forecast."""
     names = labels(published, lambda item: f"{item['source'].removeprefix('batch ')} ({item['model']})")
     records = {item["id"]: item for item in published}
@@ -95,7 +117,7 @@ def _published(workspace: Workspace, published: list[dict[str, Any]], where: lis
     forecast = found.filter(pl.col("series_id") == series, pl.col("variate") == variate)
     st.caption(f"Published {moment(records[batch]['created'])} UTC; cutoff **{moment(forecast['cutoff'][0])}**.")
     rows = series_table(records[batch]["dataset"], series)
-    return _Shown(forecast=forecast, parts=None, rows=rows, variate=variate, name=f"{batch}-{series}-{variate}")
+    return Shown(forecast=forecast, parts=None, rows=rows, variate=variate, name=f"{batch}-{series}-{variate}")
 
 
 def _cutoffs(rows: pl.DataFrame, facts: dict[str, Any], variate: str) -> pl.Series:
@@ -123,7 +145,7 @@ def _choose_cutoff(times: pl.Series) -> object:
     return cutoff
 
 
-def _fan(shown: _Shown) -> None:
+def _fan(shown: Shown) -> None:
     cutoff, horizon = shown.forecast["cutoff"][0], shown.forecast.height
     values = shown.rows.select("time", pl.col(shown.variate).alias("value"))
     history = values.filter(pl.col("time") <= cutoff).tail(max(3 * horizon, 96))
@@ -151,7 +173,7 @@ def _errors(forecast: pl.DataFrame, actual: pl.DataFrame) -> None:
         st.caption(f"Over the {joined.height} of {forecast.height} steps observed so far.")
 
 
-def _parts(shown: _Shown) -> None:
+def _parts(shown: Shown) -> None:
     if shown.parts is None:
         return
     st.subheader("Parts of this forecast")
@@ -258,6 +280,11 @@ _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather
     "coupling": _coupling,
     "order": _order,
     "observer": _observer,
+    "autoregressive_kernel": _chart(
+        "autoregressive_kernel",
+        "Weights that all variates share: what a row of the context, relative to the last one, adds to each step.",
+        graph_charts.kernel_chart,
+    ),
 }
 
 

@@ -84,6 +84,9 @@ def fill(workspace: Workspace) -> None:
     fit(validate(FitConfig, fit_settings(layers, train=once)), workspace)
     coupled = {"name": "chimera", "d_model": 8, "d_state": 4, "skip": "learned"}  # no closed-form start to fall back to
     fit(validate(FitConfig, fit_settings(coupled, train=once)), workspace)
+    evolving = {"name": "regenn", "ff_dim": 8, "network_gate": 0.5}
+    for seed in range(3):  # as many as the page asks for
+        fit(validate(FitConfig, fit_settings(evolving, train=once | {"seed": seed})), workspace)
     fit(validate(FitConfig, fit_settings({"name": "dlinear"}, train=short)), workspace)
     with suppress(DataError):  # a context longer than the data: a run that failed
         fit(validate(FitConfig, fit_settings({"name": "linear"}, window={"context_length": 5000})), workspace)

@@ -224,3 +224,15 @@ def test_coupling_and_time_scales_of_chimera_are_drawn(
         visitor.shoot(f"forecasts-{tab.replace(' ', '-')}-{colours}")
     visitor.check()
     visitor.page.close()
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_graphs_are_drawn(dashboard: str, browser: Any, colours: str) -> None:
+    visitor = Visitor(browser, colours=colours)
+    visitor.open(f"{dashboard}/graphs")
+    visitor.page.wait_for_function(
+        "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 10", timeout=PATIENCE
+    )
+    visitor.shoot(f"graphs-{colours}")
+    visitor.check()
+    visitor.page.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
-VIEWS = ("overview", "forecasts", "anomalies", "backtests", "dynamics", "data", "runs")
+VIEWS = ("overview", "forecasts", "anomalies", "backtests", "dynamics", "graphs", "data", "runs")
 
 
 def draw(view: str, **query: str) -> Any:
@@ -166,6 +166,48 @@ def explained(home: Path, tmp_path: Path, monkeypatch: Any, change: Any, **train
         default_timeout=240,
     )
     return test.run()
+
+
+def regenn(home: Path) -> str:
+    return next(path.name for path in (home / "artifacts").iterdir() if path.name.startswith("regenn"))
+
+
+def test_graphs_page_shows_both_layers_seeds_and_a_forecast(filled: Path) -> None:
+    page = draw("graphs", layer="target", back="30")
+    assert not page.exception
+    assert not page.error
+    assert "not causes" in page.warning[0].value
+    drawn = [json.loads(chart.proto.spec) for chart in page.get("plotly_chart")]
+    heat = [figure["data"][0] for figure in drawn if figure["data"][0]["type"] == "heatmap"]
+    assert len(heat) == 9  # graph, three comparisons, weights, three of seeds, attention
+    assert any("3 seeds" in note.value for note in page.caption)
+    bars = next(figure for figure in drawn if figure["data"][0]["type"] == "bar")
+    assert [trace["name"] for trace in bars["data"]] == ["x1 (itself)", "x2", "x3", "network, whole"]
+    assert {metric.label for metric in page.metric} == {"Share of the autoregression", "Share of the network"}
+    table = page.dataframe[-1].value
+    assert set(table["layer"]) == {"source", "target"}
+
+
+def test_graphs_page_with_too_few_seeds_says_how_to_get_more(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(filled, home)
+    kept = regenn(home)
+    for path in (home / "artifacts").iterdir():
+        if path.name.startswith("regenn") and path.name != kept:
+            shutil.rmtree(path)
+    monkeypatch.setenv("TSFORGE_HOME", str(home))
+    page = draw("graphs", artifact=kept)
+    assert not page.exception
+    assert any("1 seed(s)" in note.value and "train.seed=1" in note.value for note in page.caption)
+
+
+def test_kernel_of_the_autoregression_is_drawn_on_the_forecast_page(filled: Path) -> None:
+    page = draw("forecasts", artifact=regenn(filled))
+    assert not page.exception
+    assert [tab.label for tab in page.tabs] == ["autoregressive kernel"]
+    assert json.loads(page.get("plotly_chart")[-1].proto.spec)["data"][0]["type"] == "heatmap"
 
 
 def test_variates_kept_apart_are_said_to_be(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:

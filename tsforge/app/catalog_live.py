@@ -21,10 +21,20 @@ from tsforge.forecasting.window_forecasts import as_array, evaluating
 
 @dataclass(frozen=True, kw_only=True)
 class LiveForecast:
-    """A forecast made on demand, and its additive parts (columns ``time, component, variate, value``)."""
+    """A forecast made on demand, its additive parts, and what variates give to each other in it.
+
+    Attributes:
+        table: the forecast.
+        components: ``time, component, variate, value``.
+        contributions: ``time, variate, source, value``: what ``source`` gives to the component ``network`` of
+            ``variate``; empty where the model does not say.
+        attention: ``variate, source, share``; empty where the model does not attend to variates.
+    """
 
     table: pl.DataFrame
     components: pl.DataFrame
+    contributions: pl.DataFrame
+    attention: pl.DataFrame
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,9 +55,7 @@ def live_forecast(workspace: Workspace, artifact: str, series: str, cutoff: Time
     frame = _frame(workspace, model, series)
     forecast = predict(model, frame, cutoff=cutoff)
     table = forecast.table.filter(pl.col("series_id") == series)
-    return LiveForecast(
-        table=table, components=_components(model, frame, series, table), metadata=dict(forecast.metadata)
-    )
+    return LiveForecast(table=table, **_parts(model, frame, series, table), metadata=dict(forecast.metadata))
 
 
 def _frame(workspace: Workspace, model: Artifact, series: str) -> SeriesFrame:
@@ -57,18 +65,45 @@ def _frame(workspace: Workspace, model: Artifact, series: str) -> SeriesFrame:
     return load_dataset(workspace, data, series=wanted, masked=True, extend=model.window.horizon)
 
 
-def _components(model: Artifact, frame: SeriesFrame, series: str, table: pl.DataFrame) -> pl.DataFrame:
+def _parts(model: Artifact, frame: SeriesFrame, series: str, table: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """Return the tables of components, contributions and attention of one series' forecast."""
     panel = artifact_panel(model, match_frame(model, frame))
     windows = last_windows(panel, model.window, table["cutoff"][0], aligned=model.network.capabilities.rows_coupled)
     row = [panel.series_ids[number] for number in windows.series_index].index(series)
     batch = windows.__getitems__(range(len(windows)))
+    names = model.schema.targets
     with evaluating(model.network):
         parts = {name: as_array(part)[row] for name, part in model.network.components(batch).items()}
-    times = table.filter(pl.col("variate") == model.schema.targets[0]).sort("step")["time"]
-    tables = [
-        pl.DataFrame({"time": times, "component": name, "variate": variate, "value": part[:, place]})
+        given, shares = model.network.contributions(batch), model.network.attention(batch)
+    times = table.filter(pl.col("variate") == names[0]).sort("step")["time"]
+    components = [
+        {"time": times, "component": name, "variate": variate, "value": part[:, place]}
         for name, part in parts.items()
-        for place, variate in enumerate(model.schema.targets)
+        for place, variate in enumerate(names)
     ]
-    schema = {"time": times.dtype, "component": pl.String(), "variate": pl.String(), "value": pl.Float64()}
+    contributions = [
+        {"time": times, "variate": variate, "source": source, "value": as_array(given)[row][:, i, j]}
+        for i, variate in enumerate(names)
+        for j, source in enumerate(names)
+        if given is not None
+    ]
+    attention = [
+        {"variate": variate, "source": list(names), "share": as_array(shares)[row][i]}
+        for i, variate in enumerate(names)
+        if shares is not None
+    ]
+    number, text = pl.Float64(), pl.String()
+    return {
+        "components": _joined(components, {"time": times.dtype, "component": text, "variate": text, "value": number}),
+        "contributions": _joined(
+            contributions, {"time": times.dtype, "variate": text, "source": text, "value": number}
+        ),
+        "attention": _joined(attention, {"variate": text, "source": text, "share": number}),
+    }
+
+
+def _joined(parts: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
+    tables = [
+        pl.DataFrame(part).cast({name: kind for name, kind in schema.items() if kind == pl.Float64}) for part in parts
+    ]
     return pl.concat(tables) if tables else pl.DataFrame(schema=schema)

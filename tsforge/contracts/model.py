@@ -75,13 +75,15 @@ class OptimRule:
 class ForecastModel(nn.Module, Generic[C]):
     """Base of every model. Class attributes ``config_class``, ``capabilities``, ``source`` (paper or definition) and
     ``test_configs`` (what the conformance suite instantiates) are set by the subclass; ``config_class`` is a
-    ``ModelConfig`` whose ``name`` equals the module's file name.
+    ``ModelConfig`` whose ``name`` equals the module's file name. ``long_tables`` names lists of ``explain`` that an
+    artifact keeps as Parquet: cells of matrices, whose ``row`` and ``column`` are numbers of variates.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     capabilities: ClassVar[Capabilities] = Capabilities()
     source: ClassVar[str] = ""
     test_configs: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    long_tables: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: C, spec: DataSpec) -> None:
         super().__init__()
@@ -127,6 +129,10 @@ class ForecastModel(nn.Module, Generic[C]):
     def contributions(self, batch: Batch) -> Tensor | None:
         """Return what each variate gives to the component ``network`` of every variate, [B, H, V, V'] in scaled units;
         the last axis, the giver, sums to that component. None where nothing of the kind is defined."""
+        return None
+
+    def attention(self, batch: Batch) -> Tensor | None:
+        """Return [B, V, V']: the share of variate v' in what the model attends to for variate v, or None."""
         return None
 
     def explain(self) -> dict[str, Any]:

@@ -166,6 +166,7 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         {"paths": "autoregression"},
         {"dropout": 0.0, "ablate_gse": True, "encoder": False},
     )
+    long_tables = ("evolution",)
     graph: Tensor
     floor: Tensor
     log_peak: Tensor
@@ -334,8 +335,8 @@ class ReGENN(ForecastModel[ReGENNConfig]):
             parts["network"] = mixed if self.strength is None else self.strength * mixed
         return seen, parts
 
-    def _sequence(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what the target layer mixes [B, H, V], and the graph that the source layer evolved."""
+    def _encoder_input(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return rows [B, V, D], the times of each variate as features, and the graph that the source layer evolved."""
         evolved = None
         if self.source_layer is not None:
             mixed, evolved = self.source_layer(x, self.graph)
@@ -347,6 +348,11 @@ class ReGENN(ForecastModel[ReGENNConfig]):
             rows = rows + self.where_missing(missing)
         if self.project is not None:
             rows = self.project(rows)
+        return rows, evolved
+
+    def _sequence(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what the target layer mixes [B, H, V], and the graph that the source layer evolved."""
+        rows, evolved = self._encoder_input(batch, x)
         if self.encoder is not None:
             rows = self.encoder(rows) if self.config.attend == "variables" else self._across_entities(batch, rows)
         gated = _directions(self.gate(rows)[0], self.spec.horizon)  # [B, V, H]
@@ -410,9 +416,16 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         found = values.unsqueeze(2) * weights * seen.scale.unsqueeze(-1)  # [B, H, V, V']
         return found if self.strength is None else self.strength * found
 
+    def attention(self, batch: Batch) -> Tensor | None:
+        """Return [B, V, V']: the share of variate v' in what the encoder takes in for variate v; None without one."""
+        if self.config.paths == "autoregression" or self.encoder is None or self.config.attend != "variables":
+            return None
+        rows = self._encoder_input(batch, self.normalise(batch).x)[0]
+        return self.encoder.self_attn(rows, rows, rows, need_weights=True)[1]  # type: ignore[no-any-return]
+
     def explain(self) -> dict[str, Any]:
         """Return every cell of the graphs and evolution weights, and the kernel of the autoregression."""
-        return {"evolution": evolution_records(self), "autoregression": kernel_records(self)}
+        return {"evolution": evolution_records(self), "autoregressive_kernel": kernel_records(self)}
 
 
 def _directions(out: Tensor, size: int) -> Tensor:

@@ -232,6 +232,21 @@ def test_contributions_in_data_units_through_the_network() -> None:
     assert plain.contributions(batch) is None
 
 
+def test_attention_is_that_of_the_forecast() -> None:
+    model, batch = make(shake=0.4, ff_dim=8), batch_of()
+    found = model.attention(batch)
+    assert found is not None
+    torch.testing.assert_close(found.sum(-1), torch.ones(len(batch.context), V, dtype=torch.float64))
+    rows = model._encoder_input(batch, model.normalise(batch).x)[0]
+    query, key, _ = (rows @ model.encoder.self_attn.in_proj_weight.T + model.encoder.self_attn.in_proj_bias).chunk(
+        3, -1
+    )
+    expected = torch.softmax(query @ key.mT / L**0.5, dim=-1)
+    torch.testing.assert_close(found, expected)
+    for settings in ({"encoder": False}, {"attend": "entities"}, {"paths": "autoregression"}):
+        assert make(**settings).attention(batch) is None
+
+
 def test_every_matrix_is_told_and_names_its_axes() -> None:
     model = make(shake=0.4, ff_dim=8)
     model.prepare(make_series(SPEC))
@@ -249,13 +264,13 @@ def test_every_matrix_is_told_and_names_its_axes() -> None:
         )
         assert change == pytest.approx(after - before)
         assert cells[layer, "similarity_after", 1, 1] == pytest.approx(1.0)
-    kernel = {(row["lag"], row["step"]): row["weight"] for row in told["autoregression"]}
+    kernel = {(row["lag"], row["step"]): row["weight"] for row in told["autoregressive_kernel"]}
     assert model.ar_weight is not None
     assert kernel[0, 1] == pytest.approx(float(model.ar_weight[-1, 0].detach()))
     assert kernel[L - 1, H] == pytest.approx(float(model.ar_weight[0, -1].detach()))
     wide = make(DataSpec(context_length=L, horizon=H, num_variates=65), ff_dim=8)
     assert wide.explain()["evolution"] == []
-    assert make(paths="network", ablate_gse=True).explain() == {"evolution": [], "autoregression": []}
+    assert make(paths="network", ablate_gse=True).explain() == {"evolution": [], "autoregressive_kernel": []}
 
 
 # settings
