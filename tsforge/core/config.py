@@ -114,6 +114,8 @@ def _explain(item: Any, cls: type[BaseModel], where: str) -> str:
         return f"{dotted}: unknown key{hint}"
     if item["type"] == "missing":
         return f"{dotted}: required, but not given"
+    if item["type"] == "union_tag_not_found":
+        return f"{dotted}: say which one with {dotted}.{item['ctx']['discriminator'].strip(chr(39))}"
     message = str(item["msg"]).removeprefix("Value error, ")
     shown = item.get("input")
     given = f" (given: {shown!r})" if isinstance(shown, str | int | float | bool) else ""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from tsforge.core.config import Config, tunable
+from tsforge.core.errors import ConfigError
 
 
 class TrainConfig(Config):
@@ -18,8 +19,13 @@ class TrainConfig(Config):
     learning_rate: float = tunable(1e-3, low=1e-4, high=1e-2, log=True, gt=0)
     """Peak rate of AdamW."""
     weight_decay: float = tunable(1e-4, low=1e-6, high=1e-1, log=True, ge=0)
-    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    """Course of the learning rate over all planned steps: unchanged, cosine to 0, or up for 30 % and down."""
+    schedule: Literal["constant", "cosine", "one_cycle", "plateau"] = "constant"
+    """Course of the learning rate over all planned steps: unchanged, cosine to 0, up for 30 % and down, or multiplied
+    by ``plateau_factor`` after ``plateau_patience`` epochs without a validation loss 10 % below the best."""
+    plateau_factor: float | None = Field(default=None, gt=0, lt=1)
+    """Default 0.95; only with schedule plateau."""
+    plateau_patience: int | None = Field(default=None, ge=0)
+    """Default 25; only with schedule plateau."""
     patience: int | None = Field(default=5, ge=1)
     """Epochs without a better validation loss before training stops; null trains every epoch."""
     min_delta: float = Field(default=0.0, ge=0)
@@ -39,3 +45,9 @@ class TrainConfig(Config):
     deterministic: bool = False
     """Refuse GPU kernels that sum in varying order (slower); CPU runs repeat exactly either way."""
     seed: int = Field(default=0, ge=0)
+
+    def model_post_init(self, context: object, /) -> None:
+        """Refuse settings of another schedule."""
+        given = [name for name in ("plateau_factor", "plateau_patience") if getattr(self, name) is not None]
+        if given and self.schedule != "plateau":
+            raise ConfigError(f"train.{given[0]} has no effect with schedule '{self.schedule}'")

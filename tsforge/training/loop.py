@@ -94,6 +94,10 @@ def fit_network(
     """
     started = time.perf_counter()
     _check_windows(network, train, valid)
+    if config.schedule == "plateau" and valid is None:
+        raise ConfigError(
+            "train.schedule=plateau follows the validation loss; give a validation span or another schedule"
+        )
     if resume and checkpoint_dir is None:
         raise ConfigError("resume=True needs checkpoint_dir, the folder of the interrupted run")
     network.fit_scaler(series)

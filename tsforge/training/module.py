@@ -17,6 +17,8 @@ from tsforge.data.panel import Panel
 from tsforge.network import ForecastNetwork
 from tsforge.training.config import TrainConfig
 
+_PLATEAU_FACTOR, _PLATEAU_PATIENCE, _PLATEAU_THRESHOLD = 0.95, 25, 0.1  # of ReGENN's released training
+
 
 class Windows(Protocol):
     """What training needs of a window dataset: whole batches gathered from resident tensors."""
@@ -95,6 +97,15 @@ class TrainModule(pl.LightningModule):
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if settings.schedule == "constant":
             return optimizer
+        if settings.schedule == "plateau":
+            falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer,
+                factor=_PLATEAU_FACTOR if settings.plateau_factor is None else settings.plateau_factor,
+                patience=_PLATEAU_PATIENCE if settings.plateau_patience is None else settings.plateau_patience,
+                threshold=_PLATEAU_THRESHOLD,
+                eps=1e-12,
+            )
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "monitor": "valid_loss"}}
         if settings.schedule == "cosine":
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.total_steps)
         else:

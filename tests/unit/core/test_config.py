@@ -169,3 +169,11 @@ def test_a_group_choice_goes_where_the_file_placed_the_group(tree: Path) -> None
         assert compose("job", [override, "fit.part.width=7"], tree)["fit"] == {"part": {"width": 7, "kind": "b"}}
     with pytest.raises(ConfigError, match="did you mean 'large'"):
         compose("job", ["inner=larg"], tree)
+
+
+def test_a_choice_without_its_name_says_which_setting_names_it() -> None:
+    from tsforge.app.fit import FitConfig
+
+    plain = {"data": {"name": "x", "source": {"kind": "embedded"}}, "model": "linear", "likelihood": {"loss": "mae"}}
+    with pytest.raises(ConfigError, match=r"^likelihood: say which one with likelihood\.name$"):
+        validate(FitConfig, plain)

@@ -23,6 +23,7 @@ from torch import nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
 from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.core.config import validate
 from tsforge.core.errors import BackendError, ConfigError, ModelError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
@@ -194,6 +195,17 @@ def test_steps_per_epoch_can_be_limited(parts: Parts) -> None:
         on_epoch=lambda epoch, metrics: seen.append(metrics),
     )
     assert [round(row["windows_per_second"] * row["seconds"]) for row in seen] == [32, 32]
+
+
+def test_a_plateau_lowers_the_rate_once_the_validation_loss_stops_falling(parts: Parts) -> None:
+    settings = {"schedule": "plateau", "plateau_factor": 0.5, "plateau_patience": 1, "max_epochs": 8, "patience": None}
+    config = QUICK.model_copy(update=settings | {"learning_rate": 1e-9})  # it cannot fall
+    rates = [row["learning_rate"] for row in parts.fit(parts.network(), config).history]
+    assert rates == pytest.approx([1e-9, 1e-9, 1e-9, 5e-10, 5e-10, 2.5e-10, 2.5e-10, 1.25e-10], rel=1e-6)
+    with pytest.raises(ConfigError, match="schedule=plateau follows the validation loss"):
+        fit_network(parts.network(), parts.train, None, config, series=parts.series, progress=False)
+    with pytest.raises(ConfigError, match="train.plateau_factor has no effect with schedule 'cosine'"):
+        validate(TrainConfig, {"schedule": "cosine", "plateau_factor": 0.5})
 
 
 # hooks of the model
