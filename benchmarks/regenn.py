@@ -130,8 +130,8 @@ def main() -> None:
         *_measure.heading("ReGENN: training windows a second", about),
         "",
         f"{series} entities x {rows} rows x {VARIATES} variates, context {CONTEXT}, horizon {HORIZON}; medians of "
-        f"{rounds} rounds in turns, ratio with its extremes in a round. Loop: 32 entities and one window a step; trainer: "
-        "everything that `fit_network` does, 1,024 windows a step.",
+        f"{rounds} rounds in turns, ratio with its extremes in a round. Loop: 32 entities and one window a step; "
+        "trainer: everything that `fit_network` does, 1,024 windows a step.",
         "",
         "| settings | loop, windows/s | trainer, windows/s | ratio |",
         "|---|---|---|---|",

@@ -59,7 +59,7 @@ _NETWORK = (  # settings of the network alone
 
 
 class ReGENNConfig(ModelConfig):
-    """Settings of ReGENN; ``configs/model/regenn_faithful.yaml`` sets them to the released behaviour."""
+    """Settings of ReGENN; ``configs/experiment/regenn_faithful.yaml`` sets them to the released behaviour."""
 
     name: Literal["regenn"] = "regenn"
     gate: Literal["lstm", "gru", "rnn"] = tunable("lstm", choices=["lstm", "gru", "rnn"])

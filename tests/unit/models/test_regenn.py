@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from tsforge.app.fit import FitConfig
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
-from tsforge.core.config import compose, validate
+from tsforge.core.config import load, validate
 from tsforge.core.errors import ConfigError, ModelError
+from tsforge.layers.likelihoods import Point
 from tsforge.models._regenn_fit import drift_weights
 from tsforge.models.regenn import ReGENN, ReGENNConfig
 from tsforge.models.registry import MODELS
@@ -328,9 +330,9 @@ def test_attention_to_entities_couples_rows() -> None:
     assert not model.capabilities_of(ReGENNConfig()).rows_coupled
 
 
-def test_the_faithful_preset_is_the_released_behaviour() -> None:
-    config = validate(ReGENNConfig, compose("model/regenn_faithful"))
-    assert config == ReGENNConfig(
+def test_the_faithful_preset_is_the_released_behaviour_without_its_leak() -> None:
+    config = load(FitConfig, "experiment/regenn_faithful")
+    assert config.model == ReGENNConfig(
         ff_dim=2048,
         attend="entities",
         bias=False,
@@ -342,3 +344,7 @@ def test_the_faithful_preset_is_the_released_behaviour() -> None:
         mask_channel=False,
         network_gate=None,
     )
+    assert (config.scaling.kind, config.likelihood) == ("series_max", Point(loss="mae"))
+    train = config.train
+    assert (train.max_epochs, train.patience, train.learning_rate, train.weight_decay) == (2500, 250, 1e-3, 0.0)
+    assert (train.schedule, train.gradient_clip, train.start_margin) == ("plateau", 10.0, 0.0)
