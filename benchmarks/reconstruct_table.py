@@ -104,7 +104,7 @@ def settings(name: str, data: Path, seed: int, epochs: int) -> dict[str, Any]:
     for key in ("path", "test"):
         if key in plain["data"]:
             plain["data"][key] = str(data / plain["data"][key])
-    plain["train"] = {"accelerator": "cpu", "epochs": epochs, **plain.get("train", {})}
+    plain["train"] = {"accelerator": "cpu", "epochs": epochs, "noise": 0.0, **plain.get("train", {})}
     return {**plain, "name": name, "seeds": [seed], "tracking": {"enabled": False}}
 
 

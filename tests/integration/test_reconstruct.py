@@ -227,10 +227,27 @@ def test_seeds_with_a_validation_score_are_ranked_without_the_test_series() -> N
 def test_settings_that_came_later_leave_stored_keys_alone(source: Path) -> None:
     """A default of a later setting is not in the key, another value is."""
     plain = use_case._decisive(config(source))
-    assert not set(use_case._LATER) & set(plain["train"])
+    assert not {"lambda_self", "self_limit", "validate_every"} & set(plain["train"])
+    assert "features" not in plain["model"]
     data = {"path": str(source), "valid": 0.2}
     validated = use_case._decisive(config(source, data=data, train=TRAIN | {"validate_every": 3}))
     assert validated["train"]["validate_every"] == 3
+
+
+def test_the_noise_of_the_windows_is_automatic_said_and_stored(source: Path, workspace_root: Path) -> None:
+    workspace = Workspace.open(workspace_root)
+    result = reconstruct(config(source, seeds=[0]), workspace)
+    noise = json.loads((result.path / "result.json").read_text())["training_noise"]
+    assert noise["automatic"] is True
+    spread = pl.read_parquet(source).head(420).std().row(0, named=True)
+    for name in ("x", "y"):  # 1 % noise is in the data
+        assert noise["measured"][name] == pytest.approx(0.01 / spread[name], rel=0.15)
+        assert noise["added"][name] == pytest.approx((0.05**2 - noise["measured"][name] ** 2) ** 0.5, rel=0.01)
+    assert result.summary()["training_noise"] == max(noise["added"].values())
+    off = reconstruct(config(source, seeds=[0], train=TRAIN | {"noise": 0}), workspace)
+    assert off.path != result.path
+    assert off.summary()["training_noise"] == 0.0
+    assert off.seeds[0]["pe"] != result.seeds[0]["pe"]
 
 
 def test_a_driven_system_is_trained_judged_and_said_to_be_driven(source: Path, workspace_root: Path) -> None:

@@ -9,37 +9,36 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-import torch
 from pydantic import Field
 
-from tsforge import artifact as artifacts
 from tsforge.app.catalog_dynamics import FOLDER, seed_rank
 from tsforge.app.reconstruct_data import Trajectories, read_trajectories
-from tsforge.core.atomic import atomic_directory, atomic_file
-from tsforge.core.config import fingerprint, to_yaml
+from tsforge.app.reconstruct_record import json_text, judge_seed
+from tsforge.core.atomic import atomic_file
+from tsforge.core.config import Config, fingerprint, to_yaml
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
-from tsforge.dynamics.config import OptimConfig, ReconstructionConfig
-from tsforge.dynamics.evaluation import METRICS, Drive, Judgement, evaluate, summarise
-from tsforge.dynamics.module import TRACED, Training, train_seeds
-from tsforge.dynamics.network import Model
-from tsforge.dynamics.validation import FIGURES, Validation, ValidationSeries
+from tsforge.dynamics.config import OptimConfig, PLRNNConfig, ReconstructionConfig
+from tsforge.dynamics.evaluation import METRICS, summarise
+from tsforge.dynamics.module import train_seeds
+from tsforge.dynamics.training_noise import training_noise
+from tsforge.dynamics.validation import ValidationSeries
 from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.runs import Run, Tracker
 
 _LOG = get_logger(__name__)
-_POINTS = 5000  # of a trajectory that is stored to be drawn
-_BINS = 500  # of a spectrum that is stored to be drawn
-_LATER = ("lambda_self", "self_limit", "validate_every")  # settings of train that came after the first results
+_LATER = {  # settings that came after the first results
+    "train": ("lambda_self", "self_limit", "validate_every"),
+    "model": ("features",),
+}
 
 
 class ReconstructConfig(ReconstructionConfig):
@@ -57,7 +56,7 @@ class ReconstructResult:
     """All seeds of a reconstruction.
 
     Attributes:
-        table: long: ``seed, metric, value``.
+        table: long: ``seed, metric, value``; with features ``series`` too.
         seeds: one record a seed: ``METRICS``, ``failed``, ``healthy``, seconds and what went wrong.
         facts: what a person wants to know first, medians and deviations included.
         path: folder with ``result.json``, ``metrics.parquet`` and ``seeds/``.
@@ -91,7 +90,7 @@ def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bo
         BackendError: a GPU, disk or tracking store that is not there.
         KeyboardInterrupt: seeds judged before are kept.
     """
-    data = read_trajectories(config.data)
+    data = read_trajectories(config.data, by_series=config.model.features > 0)
     for note in data.notes:
         _LOG.warning("%s: %s", data.name, note)
     name = config.name or data.name
@@ -101,19 +100,29 @@ def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bo
     missing = [seed for seed in config.seeds if seed not in known]
     tracker = Tracker.open(workspace, config.tracking)
     tags = {"tsforge.reconstruction": name, "tsforge.dataset": data.name}
+    noise = _noise(config, data)
+    if missing:
+        shown = {key: _extent(noise[key].values()) for key in ("measured", "added")}
+        log_event(_LOG, "noise of the windows (train.noise)", automatic=noise["automatic"], **shown)
     with tracker.start(f"reconstruct {name}", config=config, tags=tags) as run:
         rows = sum(len(part) for part in data.train)
         run.log_data(data.name, data.fingerprint, source=config.data.path or "simulated", profile={"rows": rows})
         for first in range(0, len(missing), config.seeds_at_once):
             chunk = missing[first : first + config.seeds_at_once]
-            options: dict[str, Any] = {"progress": progress, "on_trace": partial(_log, run, chunk)}
             training = train_seeds(
-                data.train, config, chunk, inputs=data.train_inputs, valid=_validation_series(data), **options
+                data.train,
+                config,
+                chunk,
+                inputs=data.train_inputs,
+                series=data.train_series,
+                valid=_validation_series(data),
+                progress=progress,
+                on_trace=partial(_log, run, chunk),
             )
             for index, seed in enumerate(chunk):
-                known[seed] = _judge(training, index, seed, data, config, folder)
-            _write(folder, name, known, config, data)
-        result = _write(folder, name, known, config, data)
+                known[seed] = judge_seed(training, index, seed, data, config, folder)
+            _write(folder, name, known, config, data, noise)
+        result = _write(folder, name, known, config, data, noise)
         _log_result(run, result, data)
     return result
 
@@ -122,9 +131,11 @@ def _decisive(config: ReconstructConfig) -> dict[str, Any]:
     """Return the settings that decide a seed's numbers."""
     record = {"seeds", "seeds_at_once", "tracking", "refresh", "name", "data"}
     settings = config.model_dump(mode="json", exclude=record) | {"standardise": config.data.standardise}
-    for name in _LATER:  # seeds stored before these were there keep their key
-        if settings["train"][name] == OptimConfig.model_fields[name].default:
-            del settings["train"][name]
+    parts: dict[str, type[Config]] = {"train": OptimConfig, "model": PLRNNConfig}
+    for part, names in _LATER.items():  # seeds stored before these were there keep their key
+        for name in names:
+            if settings[part][name] == parts[part].model_fields[name].default:
+                del settings[part][name]
     return settings
 
 
@@ -153,155 +164,21 @@ def _log(run: Run, seeds: Sequence[int], epoch: int, row: dict[str, list[float]]
     )
 
 
-def _judge(
-    training: Training, index: int, seed: int, data: Trajectories, config: ReconstructConfig, folder: Path
-) -> dict[str, Any]:
-    """Judge one seed, store its folder and return its record."""
-    model = training.network.group(index)
-    judged = evaluate(model, data.test, config.evaluation, config.dt, drive=_drive(data), valid=data.valid)
-    record: dict[str, Any] = {
-        "seed": seed,
-        **{name: _number(value) for name, value in judged.metrics.items()},
-        "failed": judged.failed,
-        "healthy": judged.findings.get("healthy"),
-        "warnings": judged.findings.get("warnings", []),
-        "lyapunov_spectrum": judged.spectrum.tolist(),
-        "lyapunov_steps": judged.lyapunov_steps,
-        "failed_steps": training.failed_steps[index],
-        "restored": training.restored[index],
-        "max_abs_A": _number(float(model.diagonal().abs().max())),
-        "parameters": sum(value.numel() for value in model.weights().values()),
-        "seconds": training.seconds / len(training.network.seeds),
-        "steps": training.steps,
-        "device": training.device,
-        "findings": _observed(judged.findings, model, data),
-    }
-    if training.validation is not None:
-        record["validation"] = _validation(training.validation, index)
-    with atomic_directory(folder / "seeds" / str(seed), replace=True) as temporary:
-        tensors = artifacts.tensor_bytes(model.weights())
-        (temporary / "weights.safetensors").write_bytes(tensors)
-        _trajectories(judged, data).write_parquet(temporary / "trajectory.parquet")
-        _spectra(judged, data, config.dt).write_parquet(temporary / "spectra.parquet")
-        _trace(training, index).write_parquet(temporary / "trace.parquet")
-        if training.validation is not None:
-            _validations(training.validation, index).write_parquet(temporary / "validation.parquet")
-        (temporary / "result.json").write_text(_json(record), encoding="utf-8")
-    shown = {name: record[name] for name in ("d_stsp", "d_h", "pe", "lambda_1", "captured", "alpha")}
-    log_event(_LOG, f"seed {seed}", **shown, failed=judged.failed or None)
-    for warning in record["warnings"]:
-        _LOG.warning("seed %d: %s", seed, warning)
-    return record
-
-
-def _observed(findings: dict[str, Any], model: Model, data: Trajectories) -> dict[str, Any]:
-    """Return the findings with the points of every cycle as the read-out shows them, in the units of the data."""
-    if "cycles" not in findings:
-        return findings
-    cycles = [
-        {
-            **cycle,
-            "observed": (
-                model.observe(torch.tensor(cycle["points"], dtype=torch.float64)).numpy() * data.scale + data.loc
-            ).tolist(),
-        }
-        for cycle in findings["cycles"]
-    ]
-    return {**findings, "cycles": cycles}
-
-
-def _drive(data: Trajectories) -> Drive | None:
-    if data.test_inputs is None or data.input_mean is None:
-        return None
-    return Drive(inputs=data.test_inputs, mean=data.input_mean)
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Return plain types with None for numbers that JSON has not."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return _finite(value.tolist())
-    if isinstance(value, complex):
-        return [_finite(value.real), _finite(value.imag)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _trajectories(judged: Judgement, data: Trajectories) -> pl.DataFrame:
-    """Return ``kind, step`` and the variates, in the units of the data, of every few steps of both series."""
-    every = max(len(data.test) // (5 * _POINTS), 1)
-    parts = []
-    for kind, series in (("data", data.test), ("free_run", judged.free_run)):
-        rows = series[::every][:_POINTS] * data.scale + data.loc
-        steps = np.arange(len(rows)) * every
-        columns = {"kind": [kind] * len(rows), "step": steps, **dict(zip(data.columns, rows.T, strict=True))}
-        parts.append(pl.DataFrame(columns))
-    return pl.concat(parts)
-
-
-def _spectra(judged: Judgement, data: Trajectories, dt: float) -> pl.DataFrame:
-    """Return ``variate, frequency, data, free_run``: shares of power in equal bins of frequency."""
-    length = len(data.test)
-    frequency = np.fft.rfftfreq(length, dt)
-    bins = np.minimum(np.arange(len(frequency)) * _BINS // len(frequency), _BINS - 1)
-    used = np.unique(bins)
-    centre = np.bincount(bins, weights=frequency)[used] / np.bincount(bins)[used]
-    tables = []
-    for index, name in enumerate(data.columns):
-        columns: dict[str, Any] = {"variate": [name] * len(used), "frequency": centre}
-        for kind, series in (("data", data.test), ("free_run", judged.free_run)):
-            values = np.nan_to_num(series[:, index] - np.nanmean(series[:, index]) if len(series) else series[:, index])
-            power = np.bincount(bins, weights=np.abs(np.fft.rfft(values)) ** 2)[used]
-            total = power.sum()
-            columns[kind] = power / total if total > 0 and math.isfinite(total) else np.full(len(used), np.nan)
-        tables.append(pl.DataFrame(columns))
-    return pl.concat(tables)
-
-
-def _trace(training: Training, index: int) -> pl.DataFrame:
-    """Return ``epoch`` and ``TRACED`` of one seed; null where there is no number."""
-    table = pl.DataFrame(
-        [{"epoch": row["epoch"], **{name: row[name][index] for name in TRACED}} for row in training.trace]
-    )
-    return table.with_columns(pl.col("kappa").fill_nan(None))
-
-
-def _validation(validation: Validation, index: int) -> dict[str, Any]:
-    """Return the epoch that was kept and its ``score``, None where no free run was finite."""
-    return {"epoch": validation.epochs[index], "score": _number(validation.scores[index])}
-
-
-def _validations(validation: Validation, index: int) -> pl.DataFrame:
-    """Return ``epoch`` and ``FIGURES`` of every free run on the validation rows; null where there is no number."""
-    table = pl.DataFrame(
-        [{"epoch": row["epoch"], **{name: row[name][index] for name in FIGURES}} for row in validation.history]
-    )
-    return table.with_columns(pl.col(FIGURES).fill_nan(None))
-
-
 def _validation_series(data: Trajectories) -> ValidationSeries | None:
     return None if data.valid is None else ValidationSeries(data.valid, data.valid_inputs)
 
 
 def _write(
-    folder: Path, name: str, known: dict[int, dict[str, Any]], config: ReconstructConfig, data: Trajectories
+    folder: Path,
+    name: str,
+    known: dict[int, dict[str, Any]],
+    config: ReconstructConfig,
+    data: Trajectories,
+    noise: dict[str, Any],
 ) -> ReconstructResult:
     """Write the tables over all seeds so far; ``result.json`` comes last."""
     seeds = [known[seed] for seed in config.seeds if seed in known]
-    table = pl.DataFrame(
-        [{"seed": row["seed"], "metric": metric, "value": row[metric]} for row in seeds for metric in METRICS],
-        schema={"seed": pl.Int64, "metric": pl.String, "value": pl.Float64},
-    )
+    table = _metrics(seeds, list(data.tests))
     facts: dict[str, Any] = {"name": name, "data": data.name, **summarise(seeds)}
     facts["healthy_share"] = None if data.inputs else sum(bool(row["healthy"]) for row in seeds) / len(seeds)
     facts["test_steps"] = len(data.test)
@@ -309,7 +186,14 @@ def _write(
         facts["valid_steps"] = len(data.valid)
     facts["in_sample"] = config.data.in_sample
     facts["seconds"] = sum(row["seconds"] for row in seeds)
+    facts["training_noise"] = max(noise["added"].values())
     facts["notes"] = list(data.notes)
+    if data.tests:
+        facts["series"] = len(data.tests)
+        facts["notes"].append(
+            f"figures of a seed are medians over {len(data.tests)} series, those of each are in result.json; what is "
+            f"drawn, exponents and fixed points are of '{next(iter(data.tests))}'"
+        )
     facts["path"] = str(folder)
     document = {
         "summary": facts,
@@ -318,16 +202,47 @@ def _write(
         "definition": _definition(config, data),
         "observation": {"kind": config.model.observation, "loc": data.loc.tolist(), "scale": data.scale.tolist()},
         "inputs": _inputs(data),
+        "training_noise": noise,
         "machine": platform.machine(),
         "seeds": seeds,
     }
+    if data.tests:
+        document["series"] = {name: summarise([row["series"][name] for row in seeds]) for name in data.tests}
+        with atomic_file(folder / "features.parquet") as temporary:
+            _features(seeds).write_parquet(temporary)
     with atomic_file(folder / "metrics.parquet") as temporary:
         table.write_parquet(temporary)
     with atomic_file(folder / "config.yaml") as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
     with atomic_file(folder / "result.json") as temporary:
-        temporary.write_text(_json(document), encoding="utf-8")
+        temporary.write_text(json_text(document), encoding="utf-8")
     return ReconstructResult(table=table, seeds=seeds, facts=facts, path=folder)
+
+
+def _metrics(seeds: Sequence[dict[str, Any]], series: Sequence[str]) -> pl.DataFrame:
+    """Return ``seed, metric, value``, with ``series`` between them if there are several."""
+    rows = []
+    for row in seeds:
+        parts = [({"series": name}, row["series"][name]) for name in series] or [({}, row)]
+        rows += [
+            {"seed": row["seed"], **of, "metric": metric, "value": figures[metric]}
+            for of, figures in parts
+            for metric in METRICS
+        ]
+    named = {"series": pl.String} if series else {}
+    return pl.DataFrame(rows, schema={"seed": pl.Int64, **named, "metric": pl.String, "value": pl.Float64})
+
+
+def _features(seeds: Sequence[dict[str, Any]]) -> pl.DataFrame:
+    """Return ``seed, series, feature, value``."""
+    rows = [
+        {"seed": row["seed"], "series": name, "feature": number, "value": value}
+        for row in seeds
+        for name, values in row["features"].items()
+        for number, value in enumerate(values, start=1)
+    ]
+    schema = {"seed": pl.Int64, "series": pl.String, "feature": pl.Int64, "value": pl.Float64}
+    return pl.DataFrame(rows, schema=schema)
 
 
 def _definition(config: ReconstructConfig, data: Trajectories) -> dict[str, Any]:
@@ -344,6 +259,8 @@ def _definition(config: ReconstructConfig, data: Trajectories) -> dict[str, Any]
             "the least of all epochs looked at is kept",
             "findings": "from the validation rows; seeds are ranked by them and the validation score",
         }
+    if data.tests:
+        facts["series"] = "each judged by its own map and test rows; a seed has the medians, and fails with any of them"
     if data.inputs:
         facts |= {
             "free_run": "from the first test sample under the recorded inputs, T states, none dropped",
@@ -353,6 +270,22 @@ def _definition(config: ReconstructConfig, data: Trajectories) -> dict[str, Any]
             "captured": "not examined: runs at held inputs need not end as driven data do",
         }
     return facts
+
+
+def _noise(config: ReconstructConfig, data: Trajectories) -> dict[str, Any]:
+    """Return what windows get of each variate (``added``) and what the rows hold (``measured``, NaN unknown).
+
+    Both are standard deviations in the units of the rows that train.
+    """
+    found = training_noise(data.train, config.train.noise)
+    parts = {name: dict(zip(data.columns, values.tolist(), strict=True)) for name, values in found._asdict().items()}
+    return {"automatic": config.train.noise is None, **parts}
+
+
+def _extent(values: Iterable[float]) -> str:
+    """Return the least and the largest number as text."""
+    known = [value for value in values if math.isfinite(value)]
+    return f"{min(known):.4f} to {max(known):.4f}" if known else "unknown"
 
 
 def _inputs(data: Trajectories) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class Trajectories:
         test_inputs, valid_inputs: (T, K) and (V, K).
         input_mean: (K,) of the training rows, standardised as they are.
         input_loc, input_scale: (K,) what was subtracted and divided by.
+        tests: of data read by series, the series to judge each by (T_j, N), by name; ``test`` is the first.
+        train_series: of data read by series, the name of each training trajectory; None otherwise.
     """
 
     name: str
@@ -56,15 +59,20 @@ class Trajectories:
     input_mean: Array | None = None
     input_loc: Array | None = None
     input_scale: Array | None = None
+    tests: dict[str, Array] = field(default_factory=dict)
+    train_series: tuple[str, ...] | None = None
 
 
-def read_trajectories(config: TrajectoryConfig) -> Trajectories:
+def read_trajectories(config: TrajectoryConfig, *, by_series: bool = False) -> Trajectories:
     """Return the trajectories of a config.
+
+    Args:
+        by_series: keep the names of ``data.series`` and judge each series by rows of its own.
 
     Raises:
         ConfigError: a column that does not exist, another file type.
         DataError: a missing, unreadable or empty file, a column without numbers, values that are not finite, a constant
-            variate or input, an input with missing values, too few rows.
+            variate or input, an input with missing values, too few rows; by series one that is not in both files.
     """
     if config.system is not None:
         return _simulated(config, config.system)
@@ -72,22 +80,90 @@ def read_trajectories(config: TrajectoryConfig) -> Trajectories:
     notes: list[str] = []
     table, stamp = _read(config.path, config.rows, config)
     columns = config.columns or _variates(table, stamp, config)
-    train = _segments(table, stamp, columns, config, config.every, notes)
+    if by_series:
+        _check_names(table, config.path, config)
+    train, names = _segments(table, stamp, columns, config, config.every, notes)
+    tests: dict[str, Array] = {}
     if config.test is not None:
         other, stamp = _read(config.test, config.test_rows, config)
         absent = [name for name in (*columns, *config.inputs) if name not in other.columns]
         if absent:
             raise DataError(f"{config.test} lacks the column(s) {listing(absent)} of {config.path}")
-        test = _longest(_segments(other, stamp, columns, config, config.test_every, notes), config.test, notes)
+        if by_series:
+            _check_names(other, config.test, config)
+        parts, others = _segments(other, stamp, columns, config, config.test_every, notes)
+        if by_series:
+            tests = _same_series(_longest_of_each(parts, others, notes), names, config)
+        else:
+            test = _longest(parts, config.test, notes)
     elif not config.in_sample:
         if config.split is None:
             notes.append(f"judged by the last {1 - config.share:.0%} of the rows; data.split or data.test change that")
-        train, test = _split(train, config, notes)
+        train, parts = _split(train, config)
+        if by_series:
+            tests = _longest_of_each(parts, names, notes)
+        else:
+            test = _longest(parts, config.path, notes)
     train, valid = _hold_back(train, config, notes)
     if config.in_sample:
-        test = _longest(train, config.path, notes)
+        if by_series:
+            tests = _longest_of_each(train, names, notes)
+        else:
+            test = _longest(train, config.path, notes)
         notes.append("in sample: the test series is the training series")
-    return _standardised(Path(config.path).stem, columns, train, test, valid, config, notes)
+    if by_series:
+        test = next(iter(tests.values()))
+    found = _standardised(Path(config.path).stem, columns, train, test, valid, config, notes)
+    return _with_series(found, tests, names) if by_series else found
+
+
+def _check_names(table: pl.DataFrame, file: str, config: TrajectoryConfig) -> None:
+    assert config.series is not None
+    missing = table[config.series].null_count()
+    if missing:
+        raise DataError(f"{file}: {missing} row(s) have no name in '{config.series}'; name their series, or drop them")
+
+
+def _longest_of_each(parts: Sequence[Array], names: Sequence[str], notes: list[str]) -> dict[str, Array]:
+    """Return the longest trajectory of each series."""
+    found: dict[str, Array] = {}
+    for name, part in zip(names, parts, strict=True):
+        if name not in found or len(part) > len(found[name]):
+            found[name] = part
+    if len(found) < len(parts):
+        notes.append("a series in several pieces is judged by the longest")
+    return found
+
+
+def _same_series(tests: dict[str, Array], names: Sequence[str], config: TrajectoryConfig) -> dict[str, Array]:
+    """Return the test series in the order in which the training series come."""
+    known = dict.fromkeys(names)
+    for file, there, wanted in ((config.test, tests, known), (config.path, known, tests)):
+        absent = [name for name in wanted if name not in there]
+        if absent:
+            raise DataError(
+                f"{file} lacks {len(absent)} series of the other file: {listing(absent)}; with model.features each "
+                f"series trains and is judged (data.series={config.series})"
+            )
+    return {name: tests[name] for name in known}
+
+
+def _with_series(found: Trajectories, tests: dict[str, Array], names: Sequence[str]) -> Trajectories:
+    """Return the data with the names of their series and a standardised test series for each."""
+    if len(tests) < 2:
+        raise DataError(
+            f"{found.name} holds one series only ({listing(list(tests))}); model.features tell several apart, so leave "
+            "them out"
+        )
+    digest = hashlib.sha256(found.fingerprint.encode())
+    digest.update("\0".join(names).encode())
+    shown = {}
+    for name, rows in tests.items():
+        values = np.ascontiguousarray((rows - found.loc) / found.scale)
+        _check_test(values, f"the test series of '{name}'")
+        digest.update(values.tobytes())
+        shown[name] = values
+    return replace(found, tests=shown, train_series=tuple(names), fingerprint=digest.hexdigest()[:16])
 
 
 def _simulated(config: TrajectoryConfig, system: SystemConfig) -> Trajectories:
@@ -124,10 +200,7 @@ def _standardised(
     loc, scale = _scales(train, (*columns, *config.inputs), name, standardise=config.standardise)
     shown = tuple((part - loc) / scale for part in train)
     test = (test - loc) / scale
-    if len(test) < _FEWEST:
-        raise DataError(f"the test series has {len(test)} rows; judging needs at least {_FEWEST}")
-    if not np.isfinite(test[0, :count]).all():
-        raise DataError("the first test row has missing values, so a free run has nowhere to start; drop it")
+    _check_test(test[:, :count], "the test series")
     if valid is not None:
         valid = (valid - loc) / scale
         _check_valid(valid[:, :count])
@@ -215,8 +288,11 @@ def _segments(
     config: TrajectoryConfig,
     every: int,
     notes: list[str],
-) -> tuple[Array, ...]:
-    """Return the trajectories of a table (R, N + K), subsampled; a break in the times or a new name ends one."""
+) -> tuple[tuple[Array, ...], tuple[str, ...]]:
+    """Return the trajectories of a table (R, N + K), subsampled, and the name of each ("" without a column of names).
+
+    A break in the times or a new name ends one.
+    """
     every_column = (*columns, *config.inputs)
     values = table.select(pl.col(name).cast(pl.Float64) for name in every_column).to_numpy()
     infinite = int(np.isinf(values).sum())
@@ -241,14 +317,17 @@ def _segments(
             if spacing <= 0:
                 raise DataError(f"the column of times '{stamp}' does not rise; sort the rows, or set data.step")
             breaks[1:] |= np.abs(gaps - spacing) > 0.01 * spacing
-    parts = tuple(np.ascontiguousarray(part[::every]) for part in np.split(values, np.flatnonzero(breaks)) if len(part))
+    cuts = np.flatnonzero(breaks)
+    parts = tuple(np.ascontiguousarray(part[::every]) for part in np.split(values, cuts))
     if len(parts) > 1:
         notes.append(f"{len(parts)} trajectories (a break in the times or a new name ends one)")
     _complete_inputs(np.concatenate(parts)[:, len(columns) :], config)
     missing = int(np.isnan(values[:, : len(columns)]).sum())
     if missing:
         notes.append(f"{missing} missing values: not forced there and not in the loss")
-    return parts
+    if config.series is None:
+        return parts, ("",) * len(parts)
+    return parts, tuple(str(table[config.series][int(first)]) for first in (0, *cuts))
 
 
 def _complete_inputs(values: Array, config: TrajectoryConfig) -> None:
@@ -268,13 +347,12 @@ def _longest(parts: tuple[Array, ...], name: str, notes: list[str]) -> Array:
     return chosen
 
 
-def _split(parts: tuple[Array, ...], config: TrajectoryConfig, notes: list[str]) -> tuple[tuple[Array, ...], Array]:
-    """Return the first share of each trajectory, and the rest of the longest."""
-    assert config.path is not None
+def _split(parts: tuple[Array, ...], config: TrajectoryConfig) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Return the first share of each trajectory, and its rest."""
     cuts = [int(config.share * len(part)) for part in parts]
     train = tuple(part[:cut] for part, cut in zip(parts, cuts, strict=True))
     tests = tuple(part[cut + config.gap :] for part, cut in zip(parts, cuts, strict=True))
-    return train, _longest(tests, config.path, notes)
+    return train, tests
 
 
 def _hold_back(
@@ -289,6 +367,13 @@ def _hold_back(
     valid = whole[cut + config.gap :]
     notes.append(f"the last {len(valid)} of {len(whole)} rows of the longest training trajectory validate")
     return (*parts[:place], whole[:cut], *parts[place + 1 :]), valid
+
+
+def _check_test(values: Array, what: str) -> None:
+    if len(values) < _FEWEST:
+        raise DataError(f"{what} has {len(values)} rows; judging needs at least {_FEWEST}")
+    if not np.isfinite(values[0]).all():
+        raise DataError(f"the first row of {what} has missing values, so a free run has nowhere to start; drop it")
 
 
 def _check_valid(values: Array) -> None:

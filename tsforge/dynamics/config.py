@@ -16,6 +16,7 @@ from tsforge.ops.plrnn import Backend
 
 DEFAULT_SHARE = 0.8
 SELF_LIMIT = 0.95
+FEATURED = ("shallow", "clipped_shallow")  # kinds of map that features of series are for
 
 
 class SystemConfig(Config):
@@ -111,6 +112,9 @@ class PLRNNConfig(Config):
     bases: int | None = Field(None, ge=1)
     rectified: int | None = Field(None, ge=0)
     bounded: bool = False
+    features: int = Field(0, ge=0)
+    """Numbers V of each series (``data.series``) in which all weights of its map are linear, the rest shared; 0: one
+    map for all series. See ``tsforge.layers.plrnn_hierarchical``."""
     observation: ObservationKind = "identity"
     bias: bool = False
 
@@ -127,8 +131,9 @@ class OptimConfig(Config):
     learning_rate_end: float = Field(1e-6, gt=0)
     gradient_clip: float | None = Field(10.0, gt=0)
     """Largest gradient norm of a seed."""
-    noise: float = Field(0.0, ge=0)
-    """Standard deviation of Gaussian noise on a window, in standardised units."""
+    noise: float | None = Field(None, ge=0)
+    """Standard deviation of Gaussian noise on a window, in standardised units; 0 for none. None tops up what the data
+    hold to 0.05 standard deviations of each variate (``training_noise``)."""
     noise_on: Literal["window", "inputs"] = "window"
     """``inputs`` leaves the targets of the loss clean."""
     lambda_lat: float = Field(1e-5, ge=0)
@@ -211,6 +216,29 @@ class ReconstructionConfig(Config):
                 "data.valid (the rows that validate) and train.validate_every (how often) belong together; "
                 "set both or neither"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _features_have_series(self) -> ReconstructionConfig:
+        model, data, train = self.model, self.data, self.train
+        if not model.features:
+            return self
+        if data.series is None:
+            raise ValueError("model.features belong to series: name their column with data.series")
+        if model.kind not in FEATURED:
+            raise ValueError(f"model.features are for model.kind={' or '.join(FEATURED)}, not {model.kind}")
+        others = {
+            "model.bounded": model.bounded,
+            "model.bases": model.bases is not None,
+            "model.rectified": model.rectified is not None,
+            "several widths of model.hidden": isinstance(model.hidden, tuple),
+            "data.inputs": bool(data.inputs),
+            "data.valid": data.valid is not None,
+            "train.lambda_mar": train.lambda_mar > 0,
+        }
+        wrong = [name for name, given in others.items() if given]
+        if wrong:
+            raise ValueError(f"maps with model.features cannot have {', '.join(wrong)}; leave it out, or features")
         return self
 
     @field_validator("seeds")

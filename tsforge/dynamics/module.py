@@ -32,6 +32,7 @@ from tsforge.core.errors import BackendError, ConfigError
 from tsforge.dynamics.config import OptimConfig, ReconstructionConfig
 from tsforge.dynamics.network import Reconstruction
 from tsforge.dynamics.radam import GroupedRAdam
+from tsforge.dynamics.training_noise import training_noise
 from tsforge.dynamics.validation import Validation, ValidationSeries
 from tsforge.dynamics.windows import RandomWindows
 from tsforge.layers.forcing_interval import forcing_interval
@@ -59,6 +60,7 @@ class ReconstructionModule(pl.LightningModule):
         network: Reconstruction,
         train: OptimConfig,
         windows: RandomWindows,
+        noise: Tensor,
         on_trace: OnTrace | None = None,
         validation: Validation | None = None,
     ) -> None:
@@ -67,6 +69,7 @@ class ReconstructionModule(pl.LightningModule):
         self.network = network
         self.settings = train
         self.windows = windows
+        self._noise = noise if bool(noise.any()) else None  # (N,)
         self.on_trace = on_trace
         self.validation = validation
         self.trace: list[dict[str, Any]] = []
@@ -100,12 +103,13 @@ class ReconstructionModule(pl.LightningModule):
         for step in range(1, settings.batches_per_epoch + 1):
             x = self.windows.gather(starts[step - 1])
             targets = x[:, 1:]
-            if settings.noise:
-                x = x + settings.noise * self.windows.noise(x)
+            if self._noise is not None:
+                x = x + self._noise * self.windows.noise(x)
                 if settings.noise_on == "window":
                     targets = x[:, 1:]
             inputs = self.windows.gather_inputs(starts[step - 1])
-            loss = self.network.loss(x, targets, settings, step, complete, inputs)
+            series = self.windows.gather_series(starts[step - 1])
+            loss = self.network.loss(x, targets, settings, step, complete, inputs, series)
             bad += self._optimiser.step(loss, rate)
             total += loss.detach()
             norms += self._optimiser.norm
@@ -180,6 +184,7 @@ def train_seeds(
     seeds: Sequence[int],
     *,
     inputs: Sequence[np.ndarray[Any, np.dtype[np.float64]]] | None = None,
+    series: Sequence[str] | None = None,
     valid: ValidationSeries | None = None,
     progress: bool = False,
     on_trace: OnTrace | None = None,
@@ -188,11 +193,12 @@ def train_seeds(
 
     Args:
         inputs: external inputs (R_i, K) of each trajectory, standardised and complete.
+        series: name of the series that each trajectory is of, with ``model.features`` only.
         valid: what to validate on, as ``train.validate_every`` says; the weights are then the best ones of each seed.
 
     Raises:
         ConfigError: settings that contradict each other or the data.
-        DataError: no trajectory holds a window.
+        DataError: no trajectory holds a window, or none of a series.
         BackendError: the GPU asked for is not there.
         KeyboardInterrupt: Ctrl-C; nothing is returned.
     """
@@ -203,7 +209,9 @@ def train_seeds(
     device = "cuda:0" if on_gpu else "cpu"
     rows = [torch.as_tensor(part, dtype=torch.float32) for part in trajectories]
     driven = None if inputs is None else [torch.as_tensor(part, dtype=torch.float32) for part in inputs]
-    windows = RandomWindows(rows, train.sequence_length, seeds, device, inputs=driven)
+    if (config.model.features > 0) != (series is not None):
+        raise ConfigError("model.features needs the series of each trajectory, and these need it; give both")
+    windows = RandomWindows(rows, train.sequence_length, seeds, device, inputs=driven, series=series)
     tau = None
     if config.forcing.method == "sparse" and config.forcing.tau is None:
         tau = forcing_interval(max(trajectories, key=len))
@@ -218,11 +226,13 @@ def train_seeds(
         data_range=span,
         tau=tau,
         inputs=0 if driven is None else driven[0].shape[1],
+        series=windows.names,
     )
     if (valid is None) != (train.validate_every is None):
         raise ConfigError("train.validate_every needs validation rows (data.valid), and these need it; give both")
     validation = None if valid is None else Validation(valid, config.evaluation.sigma, len(seeds))
-    module = ReconstructionModule(network, train, windows, on_trace, validation)
+    noise = torch.as_tensor(training_noise(trajectories, train.noise).added, dtype=torch.float32, device=device)
+    module = ReconstructionModule(network, train, windows, noise, on_trace, validation)
     started = time.perf_counter()
     with quiet_lightning(), own_random_state(), plain_interrupt():
         warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`")

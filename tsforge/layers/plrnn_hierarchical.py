@@ -9,22 +9,34 @@ Source: Brenner et al. (2024), hierarchical dynamical systems reconstruction, an
 Xavier uniform with gain 0.1 as matrices of V rows, all p_j equal, from U(-1, 1)). Deviation: none known; the full text
 could not be read.
 
-Legend: J series, V numbers of a series, G selected series, N variates, M latent units, H hidden units.
+:class:`HierarchicalMap` is one model, :class:`HierarchicalMaps` several seeds of it side by side, for training.
+
+Legend: J series, V numbers of a series, G selected series (of the maps: seeds), B windows, N variates, M latent units,
+H hidden units.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tsforge.core.errors import ConfigError, ModelError
+from tsforge.layers.plrnn import MapKind, PLRNNMap, ShallowMap
 from tsforge.layers.plrnn_init import uniform
 from tsforge.ops.plrnn import Shallow
 
 _GAIN = 0.1
+_SHARED = ("P_A", "P_W1", "P_W2", "P_h1", "P_h2")
+
+
+def _mixed(p: Tensor, shared: Sequence[Tensor], latent: int, hidden: int) -> Shallow:
+    """Return the maps of vectors p (..., V), linear in the shared tensors (V, .), or (G, V, .) for p (G, ..., V)."""
+    A, W1, W2, h1, h2 = (p @ part for part in shared)
+    ahead = p.shape[:-1]
+    return Shallow(A, W1.reshape(*ahead, latent, hidden), W2.reshape(*ahead, hidden, latent), h1, h2)
 
 
 class HierarchicalMap(nn.Module):
@@ -70,7 +82,7 @@ class HierarchicalMap(nn.Module):
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the tensors P."""
-        yield from (self.P_A, self.P_W1, self.P_W2, self.P_h1, self.P_h2)
+        yield from (getattr(self, name) for name in _SHARED)
 
     def individual_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the vectors and the log-variances, which have a learning rate of their own."""
@@ -83,9 +95,7 @@ class HierarchicalMap(nn.Module):
             ModelError: ``series`` is no list of indices of series.
         """
         p = self._selected(self.vectors, series)
-        W1 = (p @ self.P_W1).reshape(-1, self.latent, self.hidden)
-        W2 = (p @ self.P_W2).reshape(-1, self.hidden, self.latent)
-        return Shallow(p @ self.P_A, W1, W2, p @ self.P_h1, p @ self.P_h2)
+        return _mixed(p, list(self.shared_parameters()), self.latent, self.hidden)
 
     def step(self, z: Tensor, series: Tensor | None = None) -> Tensor:
         """Return F(z), z (G, B, M): row g by the map of series g, summed over the V shared maps; no weights built."""
@@ -135,3 +145,64 @@ class HierarchicalMap(nn.Module):
         if series.ndim != 1 or series.dtype not in (torch.int32, torch.int64):
             raise ModelError(f"series need integer indices of shape (G,), got {series.dtype} {tuple(series.shape)}")
         return values[series]
+
+
+class HierarchicalMaps(PLRNNMap):
+    """Maps of J series for G seeds side by side; a seed starts from the numbers that it gives a ``HierarchicalMap``.
+
+    Args:
+        kind: ``shallow`` or ``clipped_shallow``.
+        series: J.
+        latent, hidden: M and H.
+        features: V.
+        seeds: G of them.
+
+    Attributes:
+        vectors: (G, J, V); the shared tensors are ``P_A`` (G, V, M) and so on.
+
+    Raises:
+        ConfigError: a size is below 1, or a map of another kind.
+    """
+
+    vectors: Tensor
+
+    def __init__(
+        self, kind: MapKind, series: int, latent: int, hidden: int, *, features: int, seeds: Sequence[int]
+    ) -> None:
+        if kind not in ("shallow", "clipped_shallow"):
+            raise ConfigError(f"features of series are for the shallow and the clipped shallow PLRNN, not for '{kind}'")
+        nn.Module.__init__(self)  # A is no parameter here
+        self.kind, self.bounded, self.clipped = kind, False, kind == "clipped_shallow"
+        self.groups, self.latent, self.hidden, self.inputs = len(seeds), latent, hidden, 0
+        self.register_parameter("C", None)
+        first = [HierarchicalMap(series, 1, latent, hidden, features=features, seed=seed) for seed in seeds]
+        for name in (*_SHARED, "vectors"):
+            self.register_parameter(name, nn.Parameter(torch.stack([getattr(one, name).detach() for one in first])))
+
+    @property
+    def A(self) -> Tensor:
+        """The diagonals of all series (G, J M)."""
+        found: Tensor = self._maps(self.vectors).A.flatten(1)
+        return found
+
+    def shallow(self, series: Tensor | None = None) -> Shallow:
+        """Return the maps of windows of the series with indices ``series`` (G, B) as G B groups; None: of all J."""
+        p = self.vectors
+        if series is not None:
+            p = torch.take_along_dim(p, series.unsqueeze(-1), dim=1)
+        return Shallow(*(part.flatten(0, 1) for part in self._maps(p)))
+
+    def penalty(self) -> Tensor:
+        """Return the penalty of a shallow map, mean over the series (G,)."""
+        A, *others = self._maps(self.vectors)
+        parts = [1 - A, *others]
+        return torch.stack([part.square().flatten(2).sum(2) for part in parts]).sum(0).mean(1)
+
+    def alone(self, series: int) -> ShallowMap:
+        """Return the maps of one series as shallow ones that know nothing of the others."""
+        A, W1, W2, h1, h2 = (part[:, 0].detach().clone() for part in self._maps(self.vectors[:, series : series + 1]))
+        return ShallowMap(self.kind, {"A": A, "W1": W1, "W2": W2, "h1": h1, "h2": h2}, bounded=False)
+
+    def _maps(self, p: Tensor) -> Shallow:
+        """Return the maps of vectors p (G, B, V)."""
+        return _mixed(p, [getattr(self, name) for name in _SHARED], self.latent, self.hidden)
