@@ -86,10 +86,11 @@ PRESETS = {
     "chimera alone: seasonal only": Preset(_CHIMERA + ":skip=none:heads=seasonal" + _TRAIN, (96,)),
     "chimera alone: no gate": Preset(_CHIMERA + ":skip=none:gate=false" + _TRAIN, (96,)),
     "chimera alone: not selective": Preset(_CHIMERA + ":skip=none:selective=false" + _TRAIN, (96,)),
-    "plrnn (1 member)": Preset("plrnn:ensemble=1:train.batch_size=32" + _PLRNN, (96,)),
-    "plrnn (4 members)": Preset("plrnn:ensemble=4:train.batch_size=128" + _PLRNN, (96,)),
+    "plrnn (1 member)": Preset("plrnn:skip=none:ensemble=1:train.batch_size=32" + _PLRNN, (96,)),
+    "plrnn (4 members)": Preset("plrnn:skip=none:ensemble=4:train.batch_size=128" + _PLRNN, (96,)),
+    "plrnn (1 member) beside linear": Preset("plrnn:ensemble=1:train.batch_size=32" + _PLRNN, (96,)),
     "plrnn (4 members; free run)": Preset(
-        "plrnn:ensemble=4:objective=horizon:train.batch_size=128" + _PLRNN,
+        "plrnn:skip=none:ensemble=4:objective=horizon:train.batch_size=128" + _PLRNN,
         (96,),
     ),
 }

@@ -12,11 +12,16 @@ not forced and not in the loss, so nothing has to be filled in.
 Members of the ensemble are models side by side in one recurrence. While training, each member takes its own part of a
 batch, so that a step costs as much as that of one member; a forecast is their mean.
 
+Beside a linear map (``skip``) the forecast is y = linear + share (free run - linear), a share from 0 to 1 for each
+variate. The linear map is solved before training, which goes on without it; the share is then the one with the least
+squared error on held-out windows, where the forecast is thus no worse than either part. The state has no linear part.
+
 Deviations. Each window is normalised by its own context, on top of the usual scaling. Objective ``gtf`` forces with the
 data over the horizon too, as in the paper; its loss weighs every step alike, and the trainer clips gradients and uses
 AdamW instead of RAdam. Objective ``horizon`` (warm-up, free run, loss on the free run) is not from the paper. Adaptive
 forcing estimates kappa after a step and at the forced states, which exist for units that are never observed, and uses
-it from the next step on. ``bounded`` maps, the tuned gain, per variate, and the cut of innovations are additions.
+it from the next step on. ``bounded`` maps, the tuned gain, per variate, the cut of innovations and the linear map are
+additions.
 
 Legend: B batch, G members, b rows of a member, L context, H horizon, T steps, N variates, M latent units, K inputs.
 """
@@ -24,6 +29,7 @@ Legend: B batch, G members, b rows of a member, L context, H horizon, T steps, N
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -31,15 +37,16 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig, OptimRule, State
-from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction
+from tsforge.contracts.model import Capabilities, OptimRule, State
+from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction, TrainingSeries
 from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.layers.plrnn import AlmostLinearMap, MapKind, make_map
 from tsforge.layers.plrnn_observation import ObservationKind, make_observation
 from tsforge.layers.teacher_forcing import AlphaSchedule, ForcingConfig
 from tsforge.models._plrnn_gain import choose_gain, thinned
-from tsforge.models._window_statistics import Normalisation, window_statistics
+from tsforge.models._residual import ResidualConfig, ResidualForecaster
+from tsforge.models._ssm_rows import shifted
 from tsforge.models.registry import register
 from tsforge.ops.plrnn import gtf_loop, gtf_sequence
 from tsforge.ops.plrnn_jacobian import kappa
@@ -52,8 +59,8 @@ _ESTIMATE_EVERY = 4  # steps between those that an estimate of kappa looks at
 _MOST_RECTIFIED = 12  # rectified units up to which regions are told apart
 
 
-class PLRNNForecastConfig(ModelConfig):
-    """Settings of the PLRNN forecaster."""
+class PLRNNForecastConfig(ResidualConfig):
+    """Settings of the PLRNN forecaster; ``skip: auto`` is the closed form, none where ``normalisation`` is none."""
 
     name: Literal["plrnn"] = "plrnn"
     kind: MapKind = "clipped_shallow"
@@ -84,8 +91,6 @@ class PLRNNForecastConfig(ModelConfig):
     innovation_clip: float | None = Field(default=None, gt=0.0)
     """Cut innovations at so many deviations of the one-step error when a forecast is made, so that an outlier does not
     enter the state; null cuts nothing."""
-    normalisation: Normalisation = "window"
-    """Mean and deviation of the observed context, its last value, or only the scaling of the training span."""
 
     @field_validator("gain", mode="before")
     @classmethod
@@ -101,6 +106,11 @@ class PLRNNForecastConfig(ModelConfig):
 
     def model_post_init(self, context: object, /) -> None:
         """Refuse settings that contradict each other or have no effect."""
+        super().model_post_init(context)
+        if self.skip == "learned":
+            raise ConfigError("model.skip: the PLRNN is trained without the linear map; use closed_form or none")
+        if self.ridge is not None and not self.mixes:
+            raise ConfigError("model.ridge has no effect with normalisation 'none' unless skip is closed_form")
         if self.context_weight is not None and self.objective != "horizon":
             raise ConfigError("model.context_weight has no effect with objective 'gtf', which weighs all steps alike")
         if self.kind == "deep" and self.forcing.method == "adaptive":
@@ -112,6 +122,11 @@ class PLRNNForecastConfig(ModelConfig):
             raise ConfigError("model.forcing.tau: sparse forcing needs the interval between forced steps")
         if self.observation == "affine" and self.innovation_clip is not None:
             raise ConfigError("model.innovation_clip cuts innovations of variates and needs observation 'identity'")
+
+    @property
+    def mixes(self) -> bool:
+        """True when there is a linear map beside the free run."""
+        return self.skip == "closed_form" or (self.skip == "auto" and self.normalisation != "none")
 
 
 def _lacks_method(value: Any) -> bool:
@@ -126,7 +141,7 @@ class _Forced(NamedTuple):
 
 
 @register("plrnn")
-class PLRNN(ForecastModel[PLRNNForecastConfig]):
+class PLRNN(ResidualForecaster[PLRNNForecastConfig]):
     """A recurrent map that follows the context as a state observer and then runs freely."""
 
     config_class = PLRNNForecastConfig
@@ -145,16 +160,21 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
     )
     test_configs = (
         {"latent": 12, "hidden": 24, "ensemble": 2, "forcing": {"start": 0.3}},
-        {"latent": 12, "hidden": 24, "ensemble": 1, "objective": "horizon", "normalisation": "none"},
+        {"latent": 12, "hidden": 24, "ensemble": 2, "objective": "horizon", "normalisation": "none"}
+        | {"skip": "closed_form"},
         {"kind": "almost_linear", "latent": 12, "rectified": 4, "ensemble": 1, "objective": "horizon"}
         | {"observation": "affine", "gain": 0.5, "normalisation": "none"},
         {"latent": 12, "hidden": 24, "ensemble": 2, "forcing": {"method": "adaptive", "interval": 2}}
         | {"innovation_clip": 3.0, "normalisation": "last"},
-        {"kind": "deep", "latent": 12, "hidden": [24], "ensemble": 1, "objective": "horizon", "gain": "horizon"},
+        {"kind": "deep", "latent": 12, "hidden": [24], "ensemble": 1, "objective": "horizon", "gain": "horizon"}
+        | {"skip": "none"},
     )
+    patch = 1
+    part_name = "free_run"
     gain: Tensor
     innovation: Tensor
     settled: Tensor
+    share: Tensor
     steps: Tensor
 
     def __init__(self, config: PLRNNForecastConfig, spec: DataSpec) -> None:
@@ -184,16 +204,19 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
         self.register_buffer("innovation", torch.full((config.ensemble, spec.num_variates), torch.inf))
         self.register_buffer("settled", torch.tensor(fixed is not None))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.skip = self.make_skip("closed_form" if config.mixes else "none")
+        if self.skip is not None:
+            self.skip.requires_grad_(False)
+        self.register_buffer("share", torch.ones(spec.num_variates))
 
-    @property
-    def recurrent(self) -> bool:
-        """True: a state is all that a forecast needs."""
-        return True
+    @classmethod
+    def capabilities_of(cls, config: PLRNNForecastConfig) -> Capabilities:
+        """Return ``capabilities``, with a linear map also that of solving it."""
+        return replace(cls.capabilities, closed_form=config.mixes)
 
-    @property
-    def normalises(self) -> bool:
-        """True when the model takes statistics of its own from each context."""
-        return self.config.normalisation != "none"
+    def solve(self, data: TrainingSeries) -> None:
+        """Solve the linear map; training starts from the network alone, so there is no start to report."""
+        super().solve(data)
 
     # ---- one pass over a window
 
@@ -223,7 +246,7 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
 
     def _locations(self, batch: Batch) -> Tensor:
         """Return the predictions [B, L - 1 + H, N] of all steps but the first, in scaled units."""
-        loc, scale = window_statistics(batch, self.config.normalisation)
+        loc, scale = self._statistics(batch)
         x = _rows(batch.context, batch.context_mask, loc, scale)
         if self.training and self.config.objective == "gtf" and batch.target is not None:
             mask = torch.ones_like(batch.target, dtype=torch.bool) if batch.target_mask is None else batch.target_mask
@@ -235,9 +258,20 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
             known = x.shape[2] - 1
             forced = self._follow(x, None if pushes is None else pushes[:, :known])
             ahead = self._run_freely(forced.state, steps - known, None if pushes is None else pushes[:, known:])
-            out = self.observation.observe(torch.cat([forced.z, ahead], dim=1)).transpose(1, 2)  # (G, b, T, N)
-        merged = out.flatten(0, 1)[: len(loc)] if self.training else out.mean(0)
-        return merged * scale + loc
+            told = self.observation.observe(torch.cat([forced.z, ahead], dim=1)).transpose(1, 2)  # (G, b, T, N)
+        merged = told.flatten(0, 1)[: len(loc)] if self.training else told.mean(0)
+        found = merged * scale + loc
+        if self.skip is None or self.training:
+            return found
+        return torch.cat([found[:, :known], self._mixed(found[:, known:], batch)], dim=1)
+
+    def _mixed(self, told: Tensor, context: Batch) -> Tensor:
+        """Return forecasts [B, H, N] of linear map and free run from those of the free run, in scaled units."""
+        linear = self._linear(context)
+        if linear is None:
+            return told
+        linear = linear[..., 0]
+        return torch.where(self.share == 0, linear, linear + self.share * (told - linear))
 
     def _members(self, rows: Tensor) -> Tensor:
         """Return rows (G, b, ...) of the members of rows (B, ...): all of them, or while training a part of each.
@@ -293,7 +327,7 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
 
     def _context(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Return observations x (G, b, L, N) of a context, what covariates add to its steps, and its statistics."""
-        loc, scale = window_statistics(batch, self.config.normalisation)
+        loc, scale = self._statistics(batch)
         x = self._members(_rows(batch.context, batch.context_mask, loc, scale))
         return x, self._pushes(batch.known, batch.static, slice(1, self.spec.context_length)), loc, scale
 
@@ -359,10 +393,17 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
 
     @torch.no_grad()
     def settle(self, batches: Iterable[Batch]) -> None:
-        """Choose the gain by held-out windows, and measure the one-step error under it."""
+        """Choose the gain by held-out windows, measure the one-step error under it, and choose the share."""
         windows = thinned(batches)
-        if windows is None or self.spec.context_length < 2:
+        if windows is None:
             return
+        if self.spec.context_length > 1:
+            self._settle_gain(windows)
+        if self.skip is not None:
+            self.share.fill_(1.0)
+            self.share.copy_(self._best_share(windows))
+
+    def _settle_gain(self, windows: Batch) -> None:
         by_variate = self.config.observation == "identity" and self.config.gain == "innovation"
         fixed = self.gain.clone() if isinstance(self.config.gain, float) else None
         self.settled.fill_(True)
@@ -371,6 +412,17 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
         self.gain.copy_(chosen)
         squared, count = self._innovations(windows)
         self.innovation.copy_(torch.where(count > 0, squared / count.clamp(min=1), torch.inf).sqrt())
+
+    def _best_share(self, windows: Batch) -> Tensor:
+        """Return the share (N,) of the free run with the least squared error; 0 where nothing is known."""
+        free, linear = self(windows).raw[..., 0], self._linear(windows)
+        assert linear is not None  # asked for with a linear map only
+        assert windows.target is not None  # settle has windows with targets
+        added, wanted = free - linear[..., 0], windows.target - linear[..., 0]
+        if windows.target_mask is not None:
+            added, wanted = (torch.where(windows.target_mask, part, 0.0) for part in (added, wanted))
+        found = (added * wanted).sum((0, 1)) / added.square().sum((0, 1))
+        return torch.nan_to_num(found, nan=0.0).clamp(0.0, 1.0)
 
     def _errors(self, windows: Batch, gain: Tensor) -> Tensor:
         """Return the mean squared errors (G, N) under a gain, by which it is chosen; 0 where nothing is known."""
@@ -390,7 +442,7 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
         assert windows.target is not None  # settle has windows with targets
         state, length = self.warm_up(windows), self.spec.context_length
         ahead = None if windows.known is None else windows.known[:, length:]
-        told = self._ahead(state, ahead).transpose(1, 2) * state["scale"] + state["loc"]
+        told = self._ahead(state, ahead)
         mask = torch.ones_like(windows.target, dtype=torch.bool) if windows.target_mask is None else windows.target_mask
         return _squares(torch.where(mask, told - windows.target, torch.nan))
 
@@ -398,22 +450,20 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
 
     def initial_state(self, batch_size: int, static: Tensor | None = None) -> State:
         """Return the state before any observation; the first row becomes the first state."""
-        weight, variates = self.map.raw_A, self.spec.num_variates
-        found: State = {
+        weight = self.map.raw_A
+        return {
             "z": weight.new_zeros(batch_size, self.config.ensemble, self.map.latent),
             "begun": torch.zeros(batch_size, dtype=torch.bool, device=weight.device),
-            "loc": weight.new_zeros(batch_size, 1, variates),
-            "scale": weight.new_ones(batch_size, 1, variates),
+            **self._first_memories(batch_size, weight, static),
         }
-        if self.spec.num_static:
-            found["static"] = weight.new_zeros(batch_size, self.spec.num_static) if static is None else static
-        return found
 
     def warm_up(self, batch: Batch) -> State:
         """Return the forced state after a context; the statistics it was normalised with stay."""
         x, pushes, loc, scale = self._context(batch)
         z = self._follow(x, pushes).state.transpose(0, 1)
         found: State = {"z": z, "begun": torch.ones_like(z[:, 0, 0], dtype=torch.bool), "loc": loc, "scale": scale}
+        if self.skip is not None:
+            found |= {"context": batch.context, "context_mask": batch.context_mask}
         if batch.static is not None and self.spec.num_static:
             found["static"] = batch.static
         return found
@@ -428,30 +478,38 @@ class PLRNN(ForecastModel[PLRNNForecastConfig]):
         forced = self._correct(z, x)
         begun = state["begun"].unsqueeze(-1)
         z = torch.where(begun, forced, self.observation.initial(x)).transpose(0, 1)
-        return {**state, "z": z, "begun": torch.ones_like(state["begun"])}
+        after = {**state, "z": z, "begun": torch.ones_like(state["begun"])}
+        if self.skip is not None:
+            after["context"], after["context_mask"] = shifted(state, row)
+        return after
 
     def free_run(self, state: State, known: Tensor | None = None) -> Prediction:
         """Return the forecast [B, H, V, 1] after the last row; the state stays as it is."""
-        told = self._ahead(state, known).mean(0).transpose(0, 1)
-        return Prediction((told * state["scale"] + state["loc"]).unsqueeze(-1))
+        told = self._ahead(state, known).mean(0)
+        if self.skip is not None:
+            told = self._mixed(told, Batch(state["context"], state["context_mask"]))
+        return Prediction(told.unsqueeze(-1))
 
     def _ahead(self, state: State, known: Tensor | None) -> Tensor:
-        """Return what every member forecasts (G, H, B, N) in normalised units."""
+        """Return the free run of every member (G, B, H, N) in scaled units."""
         pushes = self._pushes(known, state.get("static"), slice(0, self.spec.horizon))
         z = state["z"].transpose(0, 1).contiguous()
-        return self.observation.observe(self._run_freely(z, self.spec.horizon, pushes))
+        told = self.observation.observe(self._run_freely(z, self.spec.horizon, pushes)).transpose(1, 2)
+        return told * state["scale"] + state["loc"]
 
     # ---- what it shows
 
     @torch.no_grad()
     def explain(self) -> dict[str, Any]:
-        """Return the gain and the one-step error of each variate, and the strength of the forcing of each member."""
+        """Return gain and one-step error of each variate and what its free run counts beside the linear map, and the
+        strength of the forcing of each member."""
         gain = self._gain().expand(-1, self.spec.num_variates).mean(0)
         error = self.innovation.mean(0)
         return {
             "observer": [
                 {"variate": variate, "gain": float(gain[variate])}
                 | ({"one_step_error": float(error[variate])} if bool(error[variate].isfinite()) else {})
+                | ({} if self.skip is None else {"share": float(self.share[variate])})
                 for variate in range(self.spec.num_variates)
             ],
             "members": [

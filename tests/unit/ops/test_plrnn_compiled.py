@@ -16,8 +16,10 @@ from tsforge.ops import _plrnn_compiled as module
 from tsforge.ops._plrnn_compiled import free_compiled, gtf_compiled, unavailable
 from tsforge.ops.plrnn import Shallow
 
-# groups, batch, steps, latent, hidden: rests of every tile, one number, more blocks than one
+# groups, batch, steps, latent, hidden: rests of every tile, one number, more blocks than one; latent units that fill
+# vectors of float64, or of float32 too, and that do not
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 7, 3, 50), (1, 16, 9, 5, 250), (3, 17, 6, 4, 17), (1, 70, 5, 7, 33), (2, 5, 40, 2, 9)]
+SHAPES += [(2, 1, 9, 16, 21), (1, 3, 6, 13, 40), (1, 9, 5, 31, 35), (2, 13, 4, 33, 17), (1, 29, 4, 64, 70)]
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,26 @@ def test_a_state_that_is_no_number_stays_visible_and_in_its_sample() -> None:
     assert found[0, 0, 2].isnan().all()
     others = [0, 1, 3, 4, 5]
     assert torch.equal(found[:, :, others], clean[:, :, others])
+
+
+def test_infinite_values_make_no_nan_of_lanes_without_a_hidden_unit() -> None:
+    z1, _, alpha, params, _ = draw(1, 1, 1, 1, 17)
+    params, alpha = Shallow(*(part.abs().requires_grad_() for part in params)), torch.zeros_like(alpha)
+    z1 = torch.full_like(z1, torch.inf).requires_grad_()
+    found = gtf_compiled(z1, None, alpha, params, None, False)
+    assert found.item() == torch.inf
+    (debt,) = torch.autograd.grad(found, z1, torch.full_like(found, torch.inf))
+    assert debt.item() == torch.inf
+
+
+@pytest.mark.parametrize("latent", [5, 31])
+def test_a_sample_alone_has_the_bits_that_it_has_in_a_batch(latent: int) -> None:
+    z1, forcing, alpha, params, inputs = draw(1, 21, 6, latent, 35)
+    whole = gtf_compiled(z1, forcing, alpha, params, inputs, True)
+    for row in (0, 7, 20):
+        one = slice(row, row + 1)
+        alone = gtf_compiled(z1[:, one], forcing[:, :, one], alpha[:, :, one], params, inputs[:, :, one], True)
+        assert torch.equal(alone, whole[:, :, one])
 
 
 def test_threads_change_no_bit(two_threads: None) -> None:

@@ -3,8 +3,10 @@
 //     u = W2 z~,  z = A z~ + W1 phi(u) + h1 + input,  phi = relu(u + h2), clipped: relu(u + h2) - relu(u)
 //
 // Lanes are neighbouring hidden units; a job walks a block of samples (rows) of one group through time, so that weights
-// and hidden values stay in a cache. Weights are packed [H / L][M][L], the gradients likewise. Hidden values live for a
-// few steps only: then they join the weight gradients, which reads and writes those once for all rows of these steps.
+// and hidden values stay in a cache. Weights are packed [H / 2L][M][2L], the gradients likewise; the matrix that sums
+// over hidden units is packed a second time as [H][M], latent units in the lanes, if M fills them. Hidden values live
+// for a few steps only: then they join the weight gradients, which reads and writes those once for all rows of these
+// steps. A single sample reads every weight once a step, so that the cache which holds them sets its pace.
 // Results of a sample do not depend on its block; gradients are summed in an order fixed by the sizes.
 #include "lanes.h"
 #include "parallel.h"
@@ -22,28 +24,42 @@ constexpr int TILE = WIDEST_BYTES == 64 ? 4 : 2;  // a tile of TILE x 4 sums and
 
 template <int N> using Int = std::integral_constant<int, N>;
 
-// Calls f(Int<size>, begin) for tiles of [0, count) of nearly equal sizes up to MOST <= 4.
-template <int MOST, class F> INLINE void in_tiles(int64_t count, const F &f) {
+// Calls f(Int<size>, begin) for tiles of [0, count) of nearly equal sizes from LEAST to MOST; LEAST above 1 is for
+// counts above MOST / 2.
+template <int LEAST, int MOST, class F> INLINE void with_size(int64_t size, int64_t begin, const F &f) {
+  if (size == MOST) f(Int<MOST>(), begin);
+  else if constexpr (MOST > LEAST) with_size<LEAST, MOST - 1>(size, begin, f);
+}
+template <int MOST, int LEAST = 1, class F> INLINE void in_tiles(int64_t count, const F &f) {
   const int64_t tiles = (count + MOST - 1) / MOST;
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t begin = count * i / tiles, size = count * (i + 1) / tiles - begin;
-    if (size == 1) f(Int<1>(), begin);
-    if constexpr (MOST >= 2) if (size == 2) f(Int<2>(), begin);
-    if constexpr (MOST >= 4) {
-      if (size == 3) f(Int<3>(), begin);
-      if (size == 4) f(Int<4>(), begin);
-    }
+    const int64_t begin = count * i / tiles;
+    with_size<LEAST, MOST>(count * (i + 1) / tiles - begin, begin, f);
   }
+}
+
+// Calls f(Int<S>, row, Int<P>, pair) for tiles of samples and of pairs of vectors. A vector read serves S samples, a
+// number of a sample 2 P vectors: many samples take long columns of single pairs.
+template <class F> INLINE void in_grid(int64_t rows, int64_t pairs, const F &f) {
+  if (rows <= TILE)
+    in_tiles<2>(pairs, [&](auto P, int64_t pair) {
+      in_tiles<TILE>(rows, [&](auto S, int64_t row) { f(S, row, P, pair); });
+    });
+  else
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      in_tiles<2 * TILE, TILE>(rows, [&](auto S, int64_t row) { f(S, row, Int<1>(), pair); });
 }
 
 int64_t rounded(int64_t count) { return (count + 15) / 16 * 16; }  // 64 bytes and more
 
 struct Sizes {
-  int64_t m, h, vectors, stride, width, rows, blocks, parts, kept, weights, gradients;
+  int64_t m, h, pairs, stride, width, across, rows, blocks, parts, kept, weights, gradients;
   Sizes(const int64_t *plan, int64_t lanes) : m(plan[LATENT]), h(plan[HIDDEN]) {
-    vectors = (h + lanes - 1) / lanes;
-    stride = (m | 1) * lanes;         // odd numbers of lines: columns spread over the sets of a cache
-    width = (vectors | 1) * lanes;
+    pairs = (h + 2 * lanes - 1) / (2 * lanes);
+    stride = (m | 1) * 2 * lanes;  // odd: columns spread over the sets of a cache
+    width = (2 * pairs + 1) * lanes;
+    const int64_t padded = (m + 2 * lanes - 1) / (2 * lanes) * 2 * lanes;
+    across = 4 * m >= 3 * padded ? padded : 0;  // length of a row with latent units in the lanes, where they fill them
     const int64_t half = ((plan[BATCH] + 1) / 2 + 3) / 4 * 4;
     rows = plan[BATCH] <= 4 ? plan[BATCH] : half < MOST_ROWS ? half : MOST_ROWS;
     if (rows < 1) rows = 1;
@@ -51,8 +67,11 @@ struct Sizes {
     parts = blocks < MOST_PARTS ? blocks : MOST_PARTS;
     kept = KEPT_ROWS / rows < plan[STEPS] ? KEPT_ROWS / rows : plan[STEPS];
     if (kept < 1) kept = 1;
-    weights = rounded(2 * vectors * stride + vectors * lanes);
-    gradients = rounded(2 * vectors * stride + vectors * lanes + 2 * m);
+    weights = rounded(2 * (pairs * stride + pairs * lanes) + h * across);
+    gradients = rounded(2 * (pairs * stride + pairs * lanes) + 2 * m);
+  }
+  int64_t place(int64_t hidden, int64_t latent, int64_t lanes) const {  // of a weight
+    return hidden / (2 * lanes) * stride + latent * 2 * lanes + hidden % (2 * lanes);
   }
   int64_t elements() const { return rounded(rows * m); }
   int64_t forward() const { return weights + 8 * elements() + rounded(rows * width); }
@@ -82,12 +101,12 @@ template <class T, int L, int S, int V>
 INLINE void expand(const T *w, int64_t stride, int64_t m, const T *x, Vec<T, L> (&sums)[S][V]) {
   for (int64_t k = 0; k < m; ++k) {
     Vec<T, L> column[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) column[v] = load<T, L>(w + v * stride + k * L);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) column[v] = load<T, L>(w + v / 2 * stride + (2 * k + v % 2) * L);
+#pragma GCC unroll 8
     for (int s = 0; s < S; ++s) {
       const Vec<T, L> value = every<T, L>(x[s * m + k]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sums[s][v] += column[v] * value;
     }
   }
@@ -99,10 +118,10 @@ template <class T, int L> void reduce(const Sizes &z, int64_t rows, const T *w, 
     in_tiles<TILE>(z.m, [&](auto M, int64_t first) {
       constexpr int count = S * M, padded = (count + L - 1) / L * L;
       Vec<T, L> sums[padded] = {};
-      for (int64_t v = 0; v < z.vectors; ++v) {
+      for (int64_t v = 0; v < 2 * z.pairs; ++v) {
         Vec<T, L> weight[M()];
 #pragma GCC unroll 4
-        for (int k = 0; k < M; ++k) weight[k] = load<T, L>(w + v * z.stride + (first + k) * L);
+        for (int k = 0; k < M; ++k) weight[k] = load<T, L>(w + v / 2 * z.stride + (2 * (first + k) + v % 2) * L);
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
           const auto value = load<T, L>(p + (row + s) * z.width + v * L);
@@ -124,29 +143,48 @@ template <class T, int L> void reduce(const Sizes &z, int64_t rows, const T *w, 
   });
 }
 
+// The same with neighbouring latent units in the lanes, w[h][across]: no sums over lanes, weights are read in order.
+template <class T, int L> void reduce_across(const Sizes &z, int64_t rows, const T *w, const T *p, T *y) {
+  in_grid(rows, z.across / (2 * L), [&](auto S, int64_t row, auto P, int64_t pair) {
+    constexpr int V = 2 * P;
+    Vec<T, L> sums[S()][V] = {};
+    for (int64_t j = 0; j < z.h; ++j) {
+      Vec<T, L> weight[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) weight[v] = load<T, L>(w + j * z.across + (2 * pair + v) * L);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) {
+        const Vec<T, L> value = every<T, L>(p[(row + s) * z.width + j]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[s][v] += weight[v] * value;
+      }
+    }
+    for (int s = 0; s < S; ++s)
+      for (int v = 0; v < V; ++v) {
+        const int64_t first = (2 * pair + v) * L, left = z.m - first;
+        if (left > 0) store<T, L>(y + (row + s) * z.m + first, sums[s][v], left < L ? left : L);
+      }
+  });
+}
+
 // c[h][m] += sum over rows of p[row][h] x[row][m]
 template <class T, int L> void outer(const Sizes &z, int64_t rows, const T *p, const T *x, T *c) {
-  in_tiles<4>(z.vectors, [&](auto V, int64_t vector) {
-    in_tiles<TILE>(z.m, [&](auto M, int64_t first) {
-      Vec<T, L> sums[V()][M()] = {};
+  for (int64_t pair = 0; pair < z.pairs; ++pair)
+    in_tiles<2 * TILE>(z.m, [&](auto M, int64_t first) {
+      Vec<T, L> sums[M()][2] = {};
       for (int64_t row = 0; row < rows; ++row) {
-        Vec<T, L> hidden[V()];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) hidden[v] = load<T, L>(p + row * z.width + (vector + v) * L);
-#pragma GCC unroll 4
+        const T *from = p + row * z.width + 2 * pair * L;
+        const Vec<T, L> left = load<T, L>(from), right = load<T, L>(from + L);
+#pragma GCC unroll 8
         for (int k = 0; k < M; ++k) {
           const Vec<T, L> value = every<T, L>(x[row * z.m + first + k]);
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sums[v][k] += hidden[v] * value;
+          sums[k][0] += left * value;
+          sums[k][1] += right * value;
         }
       }
-      for (int v = 0; v < V; ++v)
-        for (int k = 0; k < M; ++k) {
-          T *to = c + (vector + v) * z.stride + (first + k) * L;
-          store<T, L>(to, load<T, L>(to) + sums[v][k]);
-        }
+      T *to = c + pair * z.stride + 2 * first * L;
+      for (int i = 0; i < 2 * M; ++i, to += L) store<T, L>(to, load<T, L>(to) + sums[i / 2][i % 2]);
     });
-  });
 }
 
 template <class T, int L> struct Worker {
@@ -154,10 +192,11 @@ template <class T, int L> struct Worker {
   const int64_t *plan = args.plan;
   const Sizes z{plan, L};
   int64_t group = -1, first = 0, rows = 0, n = 0;  // the block: samples [first, first + rows), n numbers
-  T *w1, *w2, *h2, *free, *blend, *keep, *a, *h1, *state, *y;
+  T *w1, *w2, *h2, *across, *free, *blend, *keep, *a, *h1, *state, *y;
 
   Worker(const Arguments<T> &arguments, T *scratch) : args(arguments) {
-    w1 = scratch, w2 = w1 + z.vectors * z.stride, h2 = w2 + z.vectors * z.stride;
+    w1 = scratch, w2 = w1 + z.pairs * z.stride, h2 = w2 + z.pairs * z.stride;
+    across = h2 + 2 * z.pairs * L;
     T *at = scratch + z.weights;
     for (T **part : {&blend, &keep, &a, &h1, &state, &y}) *part = at, at += z.elements();
     free = at;  // what the pass itself needs
@@ -174,13 +213,21 @@ template <class T, int L> struct Worker {
   void pack(int64_t g) {
     group = g;
     std::memset(w1, 0, z.weights * sizeof(T));
-    for (int64_t k = 0; k < z.m; ++k)
-      for (int64_t j = 0; j < z.h; ++j) {
-        const int64_t to = j / L * z.stride + k * L + j % L;
-        w1[to] = args.w1[(g * z.m + k) * z.h + j];
-        w2[to] = args.w2[(g * z.h + j) * z.m + k];
+    const T *from1 = args.w1 + g * z.m * z.h, *from2 = args.w2 + g * z.h * z.m;
+    const bool back = args.d_z != nullptr;
+    for (int64_t j = 0; j < z.h; ++j) {
+      h2[j] = args.h2[g * z.h + j];
+      for (int64_t k = 0; k < z.m; ++k) {
+        const T one = from1[k * z.h + j], two = from2[j * z.m + k];
+        w1[z.place(j, k, L)] = one;
+        w2[z.place(j, k, L)] = two;
+        if (z.across) across[j * z.across + k] = back ? two : one;
       }
-    for (int64_t j = 0; j < z.h; ++j) h2[j] = args.h2[g * z.h + j];
+    }
+  }
+  void reduced(const T *w, const T *hidden) {  // y from hidden values and W1 on the way forward, W2 on the way back
+    if (z.across) reduce_across<T, L>(z, rows, across, hidden, y);
+    else reduce<T, L>(z, rows, w, hidden, y);
   }
   void read_alpha(int64_t step) {
     const T *from = args.alpha + group * plan[ALPHA_G] + step * plan[ALPHA_T] + first * plan[ALPHA_B];
@@ -201,30 +248,30 @@ template <class T, int L> struct Worker {
     }
   }
   // Lanes beyond the last hidden unit: infinite states would make NaN of their zero weights.
-  INLINE Vec<T, L> valid(Vec<T, L> value, int64_t vector) const {
-    if ((vector + 1) * L <= z.h) return value;
-    for (int64_t i = z.h - vector * L; i < L; ++i) value[i] = T(0);
-    return value;
+  void clear_rest(T *hidden) const {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t j = z.h; j < 2 * z.pairs * L; ++j) hidden[row * z.width + j] = T(0);
   }
 
   template <bool CLIP> void advance(T *hidden) {  // y from state, without inputs
-    in_tiles<4>(z.vectors, [&](auto V, int64_t vector) {
-      in_tiles<TILE>(rows, [&](auto S, int64_t row) {
-        Vec<T, L> sums[S()][V()] = {};
-        expand<T, L, S, V>(w2 + vector * z.stride, z.stride, z.m, state + row * z.m, sums);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          const Vec<T, L> shift = load<T, L>(h2 + (vector + v) * L);
-#pragma GCC unroll 4
-          for (int s = 0; s < S; ++s) {
-            Vec<T, L> phi = relu<T, L>(sums[s][v] + shift);
-            if constexpr (CLIP) phi -= relu<T, L>(sums[s][v]);
-            store<T, L>(hidden + (row + s) * z.width + (vector + v) * L, valid(phi, vector + v));
-          }
+    in_grid(rows, z.pairs, [&](auto S, int64_t row, auto P, int64_t pair) {
+      constexpr int V = 2 * P;
+      const int64_t vector = 2 * pair;
+      Vec<T, L> sums[S()][V] = {};
+      expand<T, L, S, V>(w2 + pair * z.stride, z.stride, z.m, state + row * z.m, sums);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Vec<T, L> shift = load<T, L>(h2 + (vector + v) * L);
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) {
+          Vec<T, L> phi = relu<T, L>(sums[s][v] + shift);
+          if constexpr (CLIP) phi -= relu<T, L>(sums[s][v]);
+          store<T, L>(hidden + (row + s) * z.width + (vector + v) * L, phi);
         }
-      });
+      }
     });
-    reduce<T, L>(z, rows, w1, hidden, y);
+    clear_rest(hidden);
+    reduced(w1, hidden);
     for (int64_t i = 0; i < n; ++i) y[i] += a[i] * state[i] + h1[i];
   }
 
@@ -250,7 +297,7 @@ template <class T, int L> struct Worker {
     const int64_t size = z.elements();
     T *back = free, *sum_a = back + size, *sum_h1 = sum_a + size, *debts = sum_h1 + size;
     T *states = debts + z.kept * size, *phis = states + z.kept * size, *debts2 = phis + rounded(z.kept * z.rows * z.width);
-    T *d_w1 = gradients, *d_w2 = d_w1 + z.vectors * z.stride, *d_h2 = d_w2 + z.vectors * z.stride;
+    T *d_w1 = gradients, *d_w2 = d_w1 + z.pairs * z.stride, *d_h2 = d_w2 + z.pairs * z.stride;
     std::memset(back, 0, 3 * size * sizeof(T));
     int64_t slot = 0;
     for (int64_t k = plan[STEPS] - 1; k >= 0; --k) {
@@ -265,7 +312,7 @@ template <class T, int L> struct Worker {
       for (int64_t i = 0; i < n; ++i) sum_a[i] += debt[i] * from[i], sum_h1[i] += debt[i];
       const int64_t base = slot * rows * z.width;
       retreat<CLIP>(from, debt, phis + base, debts2 + base, d_h2);
-      reduce<T, L>(z, rows, w2, debts2 + base, y);
+      reduced(w2, debts2 + base);
       for (int64_t i = 0; i < n; ++i) back[i] = a[i] * debt[i] + y[i];
       if (++slot == z.kept || k == 0) {
         outer<T, L>(z, slot * rows, phis, debts, d_w1);
@@ -274,43 +321,44 @@ template <class T, int L> struct Worker {
       }
     }
     std::memcpy(args.d_z1 + begin(), back, n * sizeof(T));
-    T *d_a = d_h2 + z.vectors * L, *d_h1 = d_a + z.m;
+    T *d_a = d_h2 + 2 * z.pairs * L, *d_h1 = d_a + z.m;
     for (int64_t i = 0; i < n; ++i) d_a[i % z.m] += sum_a[i], d_h1[i % z.m] += sum_h1[i];
   }
   // phi and the debts before the activation, of one step
   template <bool CLIP> INLINE void retreat(const T *from, const T *debt, T *phis, T *debts2, T *d_h2) {
-    in_tiles<4>(z.vectors, [&](auto V, int64_t vector) {
-      in_tiles<TILE>(rows, [&](auto S, int64_t row) {
-        {
-          Vec<T, L> sums[S()][V()] = {};
-          expand<T, L, S, V>(w2 + vector * z.stride, z.stride, z.m, from + row * z.m, sums);
-          for (int s = 0; s < S; ++s)
-            for (int v = 0; v < V; ++v) store<T, L>(phis + (row + s) * z.width + (vector + v) * L, sums[s][v]);
-        }
-        Vec<T, L> owed[S()][V()] = {};
-        expand<T, L, S, V>(w1 + vector * z.stride, z.stride, z.m, debt + row * z.m, owed);
-        const Vec<T, L> zero{};
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          const Vec<T, L> shift = load<T, L>(h2 + (vector + v) * L);
-          Vec<T, L> sum = load<T, L>(d_h2 + (vector + v) * L);
-#pragma GCC unroll 4
-          for (int s = 0; s < S; ++s) {
-            T *phi_at = phis + (row + s) * z.width + (vector + v) * L;
-            const Vec<T, L> u = load<T, L>(phi_at), shifted = u + shift;
-            Vec<T, L> phi = relu<T, L>(shifted), debt2 = shifted <= zero ? zero : owed[s][v];
-            sum += debt2;
-            if constexpr (CLIP) {
-              phi -= relu<T, L>(u);
-              debt2 -= u <= zero ? zero : owed[s][v];
-            }
-            store<T, L>(phi_at, valid(phi, vector + v));
-            store<T, L>(debts2 + (row + s) * z.width + (vector + v) * L, valid(debt2, vector + v));
+    in_grid(rows, z.pairs, [&](auto S, int64_t row, auto P, int64_t pair) {
+      constexpr int V = 2 * P;
+      const int64_t vector = 2 * pair;
+      {
+        Vec<T, L> sums[S()][V] = {};
+        expand<T, L, S, V>(w2 + pair * z.stride, z.stride, z.m, from + row * z.m, sums);
+        for (int s = 0; s < S; ++s)
+          for (int v = 0; v < V; ++v) store<T, L>(phis + (row + s) * z.width + (vector + v) * L, sums[s][v]);
+      }
+      Vec<T, L> owed[S()][V] = {};
+      expand<T, L, S, V>(w1 + pair * z.stride, z.stride, z.m, debt + row * z.m, owed);
+      const Vec<T, L> zero{};
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Vec<T, L> shift = load<T, L>(h2 + (vector + v) * L);
+        Vec<T, L> sum = load<T, L>(d_h2 + (vector + v) * L);
+#pragma GCC unroll 8
+        for (int s = 0; s < S; ++s) {
+          T *phi_at = phis + (row + s) * z.width + (vector + v) * L;
+          const Vec<T, L> u = load<T, L>(phi_at), shifted = u + shift;
+          Vec<T, L> phi = relu<T, L>(shifted), debt2 = shifted <= zero ? zero : owed[s][v];
+          sum += debt2;
+          if constexpr (CLIP) {
+            phi -= relu<T, L>(u);
+            debt2 -= u <= zero ? zero : owed[s][v];
           }
-          store<T, L>(d_h2 + (vector + v) * L, sum);
+          store<T, L>(phi_at, phi);
+          store<T, L>(debts2 + (row + s) * z.width + (vector + v) * L, debt2);
         }
-      });
+        store<T, L>(d_h2 + (vector + v) * L, sum);
+      }
     });
+    clear_rest(debts2);
   }
 };
 
@@ -348,12 +396,12 @@ template <class T> void run_backward(const Arguments<T> &args) {
     T *total = partial + g * z.parts * z.gradients;
     for (int64_t part = 1; part < z.parts; ++part)
       for (int64_t i = 0; i < z.gradients; ++i) total[i] += total[part * z.gradients + i];
-    const T *d_w1 = total, *d_w2 = d_w1 + z.vectors * z.stride, *d_h2 = d_w2 + z.vectors * z.stride;
-    const T *d_a = d_h2 + z.vectors * L, *d_h1 = d_a + z.m;
+    const T *d_w1 = total, *d_w2 = d_w1 + z.pairs * z.stride, *d_h2 = d_w2 + z.pairs * z.stride;
+    const T *d_a = d_h2 + 2 * z.pairs * L, *d_h1 = d_a + z.m;
     for (int64_t k = 0; k < z.m; ++k) {
       args.d_a[g * z.m + k] = d_a[k], args.d_h1[g * z.m + k] = d_h1[k];
       for (int64_t j = 0; j < z.h; ++j) {
-        const int64_t from = j / L * z.stride + k * L + j % L;
+        const int64_t from = z.place(j, k, L);
         args.d_w1[(g * z.m + k) * z.h + j] = d_w1[from];
         args.d_w2[(g * z.h + j) * z.m + k] = d_w2[from];
       }
