@@ -119,6 +119,8 @@ def test_settings_of_gradient_training_are_searched_only_where_they_act() -> Non
     assert not any(name.startswith("train.") for name in trial_space(job()))
     assert "train.learning_rate" in trial_space(job(config="tune/dlinear"))
     assert "train.batch_size" in trial_space(job("study.space.train.batch_size.choices=[16,32]"))
+    for name in ("s4", "chimera", "regenn", "plrnn"):  # a closed form at most where training begins
+        assert "train.learning_rate" in trial_space(job(f"fit.model={{name:{name}}}")), name
 
 
 def test_values_are_set_in_their_place_and_checked() -> None:

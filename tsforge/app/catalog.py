@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -19,6 +19,9 @@ from tsforge.models.registry import MODELS
 from tsforge.scheduling.ledger import Ledger
 from tsforge.tracking.runs import Tracker
 
+if TYPE_CHECKING:
+    from tsforge.contracts.model import Capabilities
+
 
 def list_models() -> list[dict[str, Any]]:
     """Return every registered model with its paper and what it can take; this imports all of them."""
@@ -31,17 +34,19 @@ def list_models() -> list[dict[str, Any]]:
             {
                 "model": name,
                 "source": model.source,
-                "fit": _fit_kind(closed_form=can.closed_form, trainable=can.trainable),
+                "fit": _fit_kind(can),
                 "covariates": ", ".join(takes) or "none",
             }
         )
     return rows
 
 
-def _fit_kind(*, closed_form: bool, trainable: bool) -> str:
-    if not trainable:
+def _fit_kind(can: Capabilities) -> str:
+    if not can.trainable:
         return "nothing to fit"
-    return "closed form or gradient" if closed_form else "gradient"
+    if can.starts_closed:
+        return "closed-form start, then gradient"
+    return "closed form or gradient" if can.closed_form else "gradient"
 
 
 def list_datasets(workspace: Workspace) -> list[dict[str, Any]]:

@@ -88,7 +88,8 @@ def trial_space(config: TuneJobConfig) -> Space:
         ConfigError: see ``build_space``.
     """
     declared = search_space(config.fit)
-    if MODELS.get(config.fit.model.name).capabilities.closed_form:
+    can = MODELS.get(config.fit.model.name).capabilities_of(config.fit.model)
+    if can.closed_form and not can.starts_closed:
         declared = {
             name: space
             for name, space in declared.items()

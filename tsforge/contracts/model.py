@@ -36,7 +36,8 @@ class Capabilities:
         rows_coupled: rows of a batch influence each other (then aligned windows are fed, and the model must be
             equivariant to permuting rows).
         absolute_time: reads ``Batch.cutoff_index``.
-        closed_form: ``solve`` can finish the fit without gradient steps (for at least one setting).
+        closed_form: ``solve`` can finish the fit without gradient steps (for at least one setting), or start it.
+        starts_closed: what ``solve`` finds is a start at most; gradient steps follow.
         trainable: has parameters that gradient steps improve.
         variate_coupling: a forecast of one variate may depend on the context of another.
         scaling: scalings allowed, the first is the default used for ``scaling.kind: auto``.
@@ -52,6 +53,7 @@ class Capabilities:
     rows_coupled: bool = False
     absolute_time: bool = False
     closed_form: bool = False
+    starts_closed: bool = False
     trainable: bool = True
     variate_coupling: bool = False
     teacher_forced: bool = False

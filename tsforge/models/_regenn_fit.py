@@ -81,10 +81,8 @@ def _rows(model: ReGENN, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     if batch.target is None or batch.target_mask is None:
         raise ModelError("least squares need windows with a target")
     inputs = Batch._make(part.double() if _is_float(part) else part for part in batch)
-    seen = model.normalise(inputs)
-    target = (
-        (batch.target.double() - seen.loc) / seen.scale if model.anchors else model.transform(batch.target.double())
-    )
+    seen, target = model.normalise(inputs), batch.target.double()
+    target = (target - seen.loc) / seen.scale if model.anchors else model.transform(target)
     whole = (batch.target_mask.all(1) & batch.context_mask.any(1)).reshape(-1)  # [B V]
     x, y = (part.transpose(1, 2).flatten(0, 1)[whole] for part in (seen.x, target))
     return x, y, seen.scale.transpose(1, 2).reshape(-1, 1)[whole]

@@ -97,6 +97,7 @@ class SSMForecaster(ResidualForecaster[C]):
         static_covariates=True,
         context_outputs=True,
         closed_form=True,
+        starts_closed=True,
         variate_coupling=True,
         scaling=("global", "series", "none"),
     )

@@ -141,6 +141,7 @@ class Chimera(ResidualForecaster[ChimeraConfig]):
         static_covariates=True,
         context_outputs=True,
         closed_form=True,
+        starts_closed=True,
         variate_coupling=True,
         scaling=("global", "series", "none"),
     )

@@ -212,7 +212,7 @@ class PLRNN(ResidualForecaster[PLRNNForecastConfig]):
     @classmethod
     def capabilities_of(cls, config: PLRNNForecastConfig) -> Capabilities:
         """Return ``capabilities``, with a linear map also that of solving it."""
-        return replace(cls.capabilities, closed_form=config.mixes)
+        return replace(cls.capabilities, closed_form=config.mixes, starts_closed=config.mixes)
 
     def solve(self, data: TrainingSeries) -> None:
         """Solve the linear map; training starts from the network alone, so there is no start to report."""

@@ -148,6 +148,7 @@ class ReGENN(ForecastModel[ReGENNConfig]):
     config_class = ReGENNConfig
     capabilities = Capabilities(
         closed_form=True,
+        starts_closed=True,
         variate_coupling=True,
         probabilistic=False,
         scaling=("global", "series", "series_max", "none"),

@@ -87,6 +87,10 @@ def test_the_network_is_told_what_was_missing() -> None:
     gap.context_mask[0, 2] = False  # filled by the 2 before it: the rows are the same
     assert torch.equal(model.normalise(gap).x, model.normalise(whole).x)
     assert not torch.allclose(model(gap).raw, model(whole).raw)
+    before = model(whole).raw
+    with torch.no_grad():
+        model.where_missing.weight.zero_()
+    torch.testing.assert_close(model(whole).raw, before)  # without gaps there is nothing to tell
     deaf = make(shake=0.4, ff_dim=8, mask_channel=False)
     torch.testing.assert_close(deaf(gap).raw, deaf(whole).raw)
 
