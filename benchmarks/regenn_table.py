@@ -87,7 +87,7 @@ SETS: dict[str, PanelSet] = {
     "beijing_air": PanelSet(
         read=_beijing, context=48, long_context=48, horizon=24, valid=14 * 24, stride=30 * 24, test=14 * 24,
         train=365 * 24, counts=False, scaling="global", options=":ar_init=ols",
-        training={"max_epochs": 6, "batch_size": 512, "max_steps_per_epoch": 60},
+        training={"max_epochs": 5, "batch_size": 512, "max_steps_per_epoch": 40},
     ),
 }  # fmt: skip
 TRAINED = {"learning_rate": 2e-3, "schedule": "cosine", "gradient_clip": 10.0, "patience": None, "start_margin": 0.0}

@@ -85,12 +85,12 @@ def test_stability_by_hand() -> None:
     other = cell | {"row": "b"}
     runs = pl.DataFrame(
         [{"run": str(run), **cell, "value": value} for run, value in enumerate((1.0, 3.0, -1.0))]
-        + [{"run": str(run), **other, "value": 2.0} for run in range(3)]
+        + [{"run": str(run), **other, "value": -2.0} for run in range(3)]
     )
     first, second = catalog_graphs.graph_stability(runs).to_dicts()
     assert (first["mean"], first["sd"], first["seeds"]) == (1.0, 2.0, 3)
     assert first["same_sign"] == pytest.approx(2 / 3)
-    assert (second["mean"], second["sd"], second["same_sign"]) == (2.0, 0.0, 1.0)
+    assert (second["mean"], second["sd"], second["same_sign"]) == (-2.0, 0.0, 1.0)
 
 
 def test_a_live_forecast_says_who_gives_what(made: tuple[Workspace, list[str]]) -> None:

@@ -3,6 +3,12 @@
 Spans in time order: *train* (weights, scaler), *valid* (early stopping, then conformal calibration), *test* (graded,
 never used). A closed-form fit needs no early stopping, so its whole valid span calibrates; otherwise the first half of
 it stops the training and the second half calibrates.
+
+Beside the spans in time, whole series can be held out (``entities``): no weight, scaling statistic, closed form,
+residual spread or calibration rests on them. They are graded in all three spans, and ``entities.watch`` may let their
+loss stop the training. The spans are those of all series; intervals are calibrated on the series of the fit, so their
+coverage for others is measured (``test_unseen_*``, a backtest), not promised. The same division of errors into seen and
+unseen entities in training, validation and test time: Spadon et al. (2022), IEEE TPAMI 44(9):5368-5384.
 """
 
 from __future__ import annotations
@@ -21,12 +27,14 @@ from tsforge.artifact import Artifact, collect_provenance, create_artifact, save
 from tsforge.contracts.model import ModelConfig
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
 from tsforge.core.config import Config, fingerprint
-from tsforge.core.errors import DataError, TsforgeError, listing
+from tsforge.core.errors import ConfigError, DataError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.seeding import derive_seed, seed_everything
 from tsforge.core.workspace import Workspace
 from tsforge.data.config import DataConfig
+from tsforge.data.entities import EntityConfig, choose_held_out
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import Bools
 from tsforge.data.panel import Panel
 from tsforge.data.splits import SplitConfig, Splits, make_splits
 from tsforge.data.windows import WindowDataset, WindowSpec
@@ -34,7 +42,7 @@ from tsforge.forecasting.conformal import DEFAULT_LEVELS, calibrate
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.layers.likelihoods import LikelihoodConfig, Point
-from tsforge.layers.scaling import ScalingConfig
+from tsforge.layers.scaling import SERIES_KINDS, ScalingConfig
 from tsforge.metrics.point import ErrorSums
 from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network, resolve_model_config
@@ -77,6 +85,7 @@ class FitConfig(Config):
     model: SerializeAsAny[ModelConfig]
     window: WindowConfig = WindowConfig()
     split: SplitConfig = SplitConfig()
+    entities: EntityConfig = EntityConfig()
     likelihood: LikelihoodConfig = Point()
     scaling: ScalingConfig = ScalingConfig()
     train: TrainConfig = TrainConfig()
@@ -108,7 +117,8 @@ class FitResult:
     Attributes:
         artifact: saved below ``workspace.artifacts``.
         training: epochs, curves, speed, or the closed-form report.
-        metrics: ``valid_*`` and ``test_*`` errors in data units and standardised units.
+        metrics: ``valid_mse, valid_mae, test_mse, test_mae``; with held-out series also ``train_*`` and, of those,
+            ``*_unseen_mse`` and ``*_unseen_mae`` for each of the three. In standard deviations of the training span.
         run_id: tracking run, None when tracking is off.
         version: registered model version, None when nothing was registered.
     """
@@ -138,37 +148,80 @@ class FitResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Spans:
-    """Windows of each part; ``stop`` and ``calibration`` are the halves of ``valid``. None = no rows, or too few."""
+    """Windows by span. None = no rows, or too few.
+
+    Attributes:
+        graded: by name of the metrics: ``train``, ``valid`` and ``test`` of the series of the fit, ``train_unseen`` ...
+            of those held out.
+        watched: what stops the training; the first half of the valid span, unless ``entities.watch`` says otherwise.
+        calibration: what is left of the valid span for that.
+    """
 
     train: WindowDataset
-    valid: WindowDataset | None
-    stop: WindowDataset | None
+    graded: dict[str, WindowDataset | None]
+    watched: WindowDataset | None
     calibration: WindowDataset | None
-    test: WindowDataset | None
 
 
-def _make_spans(panel: Panel, config: FitConfig, splits: Splits, *, aligned: bool) -> _Spans:
-    spec = config.window_spec
+def _make_spans(panel: Panel, config: FitConfig, splits: Splits, held_out: Bools, *, aligned: bool) -> _Spans:
+    spec, watch = config.window_spec, config.entities.watch
     dense = replace(spec, stride=1)
+    seen, unseen = (~held_out, held_out) if held_out.any() else (None, None)
 
-    def part(span: tuple[int, int], name: str) -> WindowDataset | None:
+    def part(span: tuple[int, int], name: str, only: Bools | None, spec: WindowSpec = dense) -> WindowDataset | None:
         if span[1] <= span[0]:
             return None
         try:
-            return WindowDataset(panel, dense, *span, aligned=aligned)
+            return WindowDataset(panel, spec, *span, aligned=aligned, only=only)
         except DataError as error:
-            raise DataError(f"the {name} span: {error}") from error
+            whose = "" if only is None or only is seen else " of the held-out series"
+            raise DataError(f"the {name} span{whose}: {error}") from error
 
+    def unseen_part(span: tuple[int, int], name: str, spec: WindowSpec = dense) -> WindowDataset | None:
+        try:
+            return part(span, name, unseen, spec)
+        except DataError as error:  # they may begin late or end early; the fit does not rest on them
+            _LOG.warning("not graded: %s", error)
+            return None
+
+    train = WindowDataset(panel, spec, *splits.train, aligned=aligned, only=seen)
+    graded = {"valid": part(splits.valid, "valid", seen), "test": part(splits.test, "test", seen)}
+    if unseen is not None:
+        graded |= {"train": train, "train_unseen": unseen_part(splits.train, "train", spec)}
+        graded |= {f"{name}_unseen": unseen_part(getattr(splits, name), name) for name in ("valid", "test")}
     first, last = splits.valid
     middle = first + (last - first) // 2
     halves = last - first >= 2 * spec.horizon
-    return _Spans(
-        train=WindowDataset(panel, spec, *splits.train, aligned=aligned),
-        valid=part(splits.valid, "valid"),
-        stop=part((first, middle) if halves else splits.valid, "valid"),
-        calibration=part((middle, last), "valid") if halves else None,
-        test=part(splits.test, "test"),
-    )
+    half = (first, middle) if halves else splits.valid
+    if watch in ("seen_train", "unseen_train"):
+        watched = train if watch == "seen_train" else graded["train_unseen"]
+        calibration = graded["valid"]
+    else:
+        watched = part(half, "valid", seen if watch == "seen_valid" else unseen)
+        calibration = part((middle, last), "valid", seen) if halves else None
+    if watched is None and watch != "seen_valid":
+        raise ConfigError(
+            f"entities.watch is '{watch}', but there is no window of that kind; change watch or the split"
+        )
+    return _Spans(train=train, graded=graded, watched=watched, calibration=calibration)
+
+
+def _check_held_out(network: ForecastNetwork, held_out: tuple[str, ...]) -> None:
+    """Refuse what cannot forecast a series that was not there in the fit."""
+    if not held_out:
+        return
+    name, can = network.config.model.name, network.capabilities
+    if can.rows_coupled:
+        raise ConfigError(
+            f"model '{name}' couples the series of a panel: its forecast of one depends on which others are there, so "
+            f"leaving {len(held_out)} out of the fit would be another panel; set entities.held_out=0"
+        )
+    if network.needs_known_series:
+        others = [kind for kind in can.scaling if kind not in SERIES_KINDS]
+        raise ConfigError(
+            f"scaling '{network.scaling}' rests on the training span of each series and knows none of the "
+            f"{len(held_out)} held-out ones; choose scaling.kind={' or '.join(others) or 'of another model'}"
+        )
 
 
 def _usable(frame: SeriesFrame, model: str) -> SeriesFrame:
@@ -204,13 +257,13 @@ def _span_times(panel: Panel, span: list[int]) -> list[str] | None:
 
 
 def _grade(network: ForecastNetwork, spans: _Spans, series: TrainingSeries) -> dict[str, float]:
-    """Return errors on the valid and test windows, in standard deviations of each variate over the training span.
+    """Return errors of every graded part, in standard deviations of each variate over the training span.
 
     The unit is the same for every model, scaling and likelihood, so that fits can be compared and tuned.
     """
     unit = training_unit(series)
     metrics: dict[str, float] = {}
-    for name, windows in (("valid", spans.valid), ("test", spans.test)):
+    for name, windows in spans.graded.items():
         if windows is None:
             continue
         sums = ErrorSums(network.spec.horizon, network.spec.num_variates)
@@ -251,8 +304,10 @@ def fit_frame(
         progress: show a bar.
 
     Raises:
-        DataError: too few rows for one window in a part (the message says how many are needed).
-        ConfigError, ModelError: model and data do not fit each other, or the training failed.
+        DataError: too few rows for one window in a part (the message says how many are needed), or no series to hold
+            out or to fit on.
+        ConfigError, ModelError: model and data do not fit each other, held-out series that the model or its scaling
+            cannot forecast, or the training failed.
     """
     seed = config.train.seed
     seed_everything(seed)
@@ -261,12 +316,15 @@ def fit_frame(
     panel = Panel.from_frame(frame)
     splits = make_splits(panel, config.split)
     network = build_network(config.network, _data_spec(panel, config, splits), seed=derive_seed(seed, "weights"))
-    series = panel.training_series(None, splits.train[1])
-    spans = _make_spans(panel, config, splits, aligned=network.capabilities.rows_coupled)
+    names = choose_held_out(config.entities, panel.series_ids)
+    _check_held_out(network, names)
+    held_out = np.array([name in names for name in panel.series_ids])
+    series = panel.training_series(None, splits.train[1], ~held_out if names else None)
+    spans = _make_spans(panel, config, splits, held_out, aligned=network.capabilities.rows_coupled)
     training = fit_network(
         network,
         spans.train,
-        spans.stop,
+        spans.watched,
         config.train,
         series=series,
         checkpoint_dir=checkpoint_dir,
@@ -274,7 +332,13 @@ def fit_frame(
         on_epoch=on_epoch,
         progress=progress,
     )
-    calibration = spans.valid if training.epochs == 0 else spans.calibration
+    if training.epochs == 0 and config.entities.watch != "seen_valid":
+        _LOG.warning(
+            "entities.watch=%s has no effect: model '%s' took no gradient steps",
+            config.entities.watch,
+            config.model.name,
+        )
+    calibration = spans.graded["valid"] if training.epochs == 0 else spans.calibration
     table = None
     if config.calibration.enabled and calibration is not None:
         table = calibrate(network, calibration, config.calibration.quantile_levels)
@@ -293,6 +357,7 @@ def fit_frame(
             "dataset": config.data.name,
             "spans": {name: _span_times(panel, span) for name, span in splits.to_dict().items()},
             "span_rows": splits.to_dict(),
+            "entities": {"held_out": list(names), "watch": config.entities.watch},
             "training": {
                 "epochs": training.epochs,
                 "best_epoch": training.best_epoch,

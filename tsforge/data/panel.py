@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,8 @@ from tsforge.core.errors import DataError, listing, nearest
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import Bools, Ints, TimeGrid, show_time
 from tsforge.data.schema import SeriesSchema
+
+_BLOCK = 65_536  # rows checked in one go
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -76,12 +79,14 @@ class Panel:
             raise DataError(f"the data has freq '{frame.schema.freq}', the grid '{where.freq}'; resample the data")
         starts = frame.indptr
         offset = where.index_of(frame.table["time"].gather(starts[:-1]))
-        columns = frame.table.select(frame.schema.columns)
-        observed = np.column_stack([column.is_not_null().to_numpy() for column in columns.get_columns()])
-        # a raw 0 would be a value like any other to a covariate without a mask; NaN lets the scaler put its mean there
-        fills = [0.0] * len(frame.schema.targets) + [float("nan")] * (columns.width - len(frame.schema.targets))
-        filled = [column.fill_null(fill) for column, fill in zip(columns.get_columns(), fills, strict=True)]
-        values = np.column_stack([column.to_numpy() for column in filled])
+        columns = frame.table.select(frame.schema.columns).get_columns()
+        values = np.empty((frame.num_rows, len(columns)))
+        observed = np.empty(values.shape, dtype=bool)
+        for place, column in enumerate(columns):  # one at a time: a second copy of everything may not fit
+            # a raw 0 would be a value like any other to a covariate without a mask; NaN lets the scaler put its mean
+            fill = 0.0 if place < len(frame.schema.targets) else float("nan")
+            values[:, place] = column.fill_null(fill).to_numpy()
+            observed[:, place] = column.is_not_null().to_numpy()
         static = None if frame.static is None else frame.static.select(frame.schema.static).to_numpy(writable=True)
         ids = frame.series_ids
         if series_ids is not None and tuple(series_ids) != ids:
@@ -89,16 +94,7 @@ class Panel:
                 (values, observed, starts, offset, static), ids, tuple(series_ids)
             )
             ids = tuple(series_ids)
-        return cls(
-            np.ascontiguousarray(values),
-            np.ascontiguousarray(observed),
-            starts,
-            offset,
-            static,
-            ids,
-            frame.schema,
-            where,
-        )
+        return cls(values, observed, starts, offset, static, ids, frame.schema, where)
 
     @property
     def num_series(self) -> int:
@@ -146,37 +142,49 @@ class Panel:
         result: Ints = self.offset + row - self.indptr[:-1]
         return result
 
-    def rows(self, start: int | None, stop: int | None) -> tuple[Ints, Ints, Ints]:
-        """Return what lies in absolute rows ``[start, stop)``: row numbers [M], indptr and offset of that part."""
+    def rows(self, start: int | None, stop: int | None, only: Bools | None = None) -> tuple[Ints, Ints, Ints]:
+        """Return what lies in absolute rows ``[start, stop)``: row numbers [M], indptr and offset of that part.
+
+        Series that are not among ``only`` [num_series] have no rows there.
+        """
         lengths = self.lengths
         low = np.zeros_like(lengths) if start is None else np.clip(start - self.offset, 0, lengths)
         high = lengths if stop is None else np.clip(stop - self.offset, low, lengths)
-        counts = high - low
+        counts = high - low if only is None else np.where(only, high - low, 0)
         indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        first = np.repeat(self.indptr[:-1] + low - indptr[:-1], counts)
-        return first + np.arange(indptr[-1]), indptr, self.offset + low
+        rows = np.arange(indptr[-1])
+        rows += np.repeat(self.indptr[:-1] + low - indptr[:-1], counts)
+        return rows, indptr, self.offset + low
 
-    def training_series(self, start: int | None, stop: int | None) -> TrainingSeries:
+    def training_series(self, start: int | None, stop: int | None, only: Bools | None = None) -> TrainingSeries:
         """Return absolute rows ``[start, stop)`` (None = open) as float64 tensors in data units.
 
-        Covariates are NaN where not observed. An absent series, or one outside the span, has no rows.
+        Covariates are NaN where not observed. An absent series, one outside the span, or one that is not among
+        ``only`` (bool [num_series]), has no rows; static covariates of the last are NaN.
 
         Raises:
             DataError: no row lies in the span.
         """
-        rows, indptr, offset = self.rows(start, stop)
+        rows, indptr, offset = self.rows(start, stop, only)
         if not len(rows):
             raise DataError(f"no series has rows between absolute rows {start} and {stop}; check the split")
-        values = torch.from_numpy(self.values[rows])
         num_targets, num_past = self.num_targets, len(self.schema.past)
+        edges = (0, num_targets, num_targets + num_past, self.values.shape[1])
+        target, past, known = (
+            torch.from_numpy(np.ascontiguousarray(self.values[rows, a:b])) if b > a else None
+            for a, b in pairwise(edges)
+        )
+        if target is None:  # the schema guarantees a target
+            raise DataError("the panel has no target column")
+        static = self.static if only is None or self.static is None else np.where(only[:, None], self.static, np.nan)
         return TrainingSeries(
-            values=values[:, :num_targets].contiguous(),
-            mask=torch.from_numpy(self.target_observed[rows]),
+            values=target,
+            mask=torch.from_numpy(np.ascontiguousarray(self.observed[rows, :num_targets])),
             indptr=torch.from_numpy(indptr),
             offset=torch.from_numpy(offset),
-            past=values[:, num_targets : num_targets + num_past].contiguous() if self.schema.past else None,
-            known=values[:, num_targets + num_past :].contiguous() if self.schema.known else None,
-            static=None if self.static is None else torch.from_numpy(self.static.copy()),
+            past=past,
+            known=known,
+            static=None if static is None else torch.from_numpy(static.copy()),
         )
 
     def resident(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ResidentTensors:
@@ -188,10 +196,12 @@ class Panel:
         key = (str(torch.device(device)), dtype)
         if key not in self._resident:
             self._check_range(dtype)
-            num_targets, num_past = self.num_targets, len(self.schema.past)
-            values = torch.from_numpy(self.values).to(dtype)
-            parts = torch.split(values, [num_targets, num_past, len(self.schema.known)], dim=1)
-            target, past, known = (part.contiguous().to(device) if part.shape[1] else None for part in parts)
+            sizes = (self.num_targets, len(self.schema.past), len(self.schema.known))
+            parts = torch.split(torch.from_numpy(self.values), list(sizes), dim=1)
+            target, past, known = (
+                part.to(dtype, memory_format=torch.contiguous_format).contiguous().to(device) if part.shape[1] else None
+                for part in parts
+            )
             if target is None:  # the schema guarantees a target
                 raise DataError("the panel has no target column")
             self._resident[key] = ResidentTensors(
@@ -206,11 +216,18 @@ class Panel:
     def _check_range(self, dtype: torch.dtype) -> None:
         """Refuse values that would overflow to infinity, such as a sensor's nonsense value of -1e42."""
         limit = torch.finfo(dtype).max
-        size = np.where(self.observed, np.abs(self.values), 0.0)
-        too_large = size.max(axis=0, initial=0.0) > limit
-        if too_large.any():
+        too_large = np.zeros(self.values.shape[1], dtype=bool)
+        first = None
+        for begin in range(0, self.num_rows, _BLOCK):  # two copies of everything may not fit
+            part = slice(begin, begin + _BLOCK)
+            wrong = (np.abs(self.values[part]) > limit) & self.observed[part]
+            if wrong.any():
+                too_large |= wrong.any(axis=0)
+                row, column = (int(place[0]) for place in np.nonzero(wrong))
+                first = (begin + row, column) if first is None else first
+        if first is not None:
+            row, column = first
             names = [name for name, bad in zip(self.schema.columns, too_large, strict=True) if bad]
-            row, column = (int(part[0]) for part in np.nonzero(size > limit))
             series = int(np.searchsorted(self.indptr, row, side="right")) - 1
             time = self.grid.time_at(int(self.offset[series] + row - self.indptr[series]))
             raise DataError(
@@ -236,7 +253,9 @@ def _reordered(arrays: _Arrays, ids: tuple[str, ...], wanted: tuple[str, ...]) -
     present = source >= 0
     counts = np.where(present, np.diff(indptr)[source], 0)
     new_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    rows = np.repeat(indptr[:-1][source] - new_indptr[:-1], counts) + np.arange(new_indptr[-1])
+    if (np.diff(source[present]) < 0).any():
+        rows = np.repeat(indptr[:-1][source] - new_indptr[:-1], counts) + np.arange(new_indptr[-1])
+        values, observed = values[rows], observed[rows]
     new_offset = np.where(present, offset[source], 0)
     new_static = None if static is None else np.where(present[:, None], static[source], 0.0)
-    return values[rows], observed[rows], new_indptr, new_offset, new_static
+    return values, observed, new_indptr, new_offset, new_static

@@ -1,4 +1,9 @@
-"""Windows of a panel, gathered a whole batch at a time from tensors that stay on the device."""
+"""Windows of a panel, gathered a whole batch at a time from tensors that stay on the device.
+
+A window is a number until it is gathered: its series and cutoff follow from a table with one line a series
+(``window_index``), so memory does not grow with the number of windows. Two things cost 4 bytes an item: the order of
+the epoch at hand when it is shuffled, and a list of the items that ``select`` or ``min_observed`` left.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,15 @@ from tsforge.core.seeding import derive_seed
 from tsforge.data.gather import take_padded, take_slices
 from tsforge.data.grid import Bools, Ints, TimeLike, show_time
 from tsforge.data.panel import Panel
+from tsforge.data.window_index import (
+    BLOCK,
+    Numbers,
+    WindowIndex,
+    WindowLocator,
+    count_windows,
+    keep_observed,
+    smallest_type,
+)
 
 _ROUNDING = 1e-9
 
@@ -76,14 +90,16 @@ class WindowDataset:
             couple rows; series without data there are masked. ``batches`` then counts items, a batch has items x series
             rows.
         pad_context: also give windows with fewer past rows than ``context_length`` (at least one), masked at the front.
+        only: bool [num_series], take the windows of these series as if there were no others; None = all.
         device, dtype: where and how the tensors live.
 
     Attributes:
-        series_index, cutoff_index: int64 [num_windows] of every window, item after item.
+        index: which windows there are.
         rows_per_item: 1, or the number of series when aligned.
 
     Raises:
         DataError: no window fits, or too few values are observed.
+        ConfigError: ``only`` for aligned windows.
     """
 
     def __init__(
@@ -95,100 +111,93 @@ class WindowDataset:
         *,
         aligned: bool = False,
         pad_context: bool = False,
+        only: Bools | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        series, cutoff = _enumerate(panel, spec, (start, stop), 1 if pad_context else spec.context_length)
-        if not len(series):
-            raise _nothing_fits(panel, spec, (start, stop))
-        if aligned:
-            cutoff = np.repeat(np.unique(cutoff), panel.num_series)
-            series = np.tile(np.arange(panel.num_series), len(cutoff) // panel.num_series)
-        rows_per_item = panel.num_series if aligned else 1
+        if aligned and only is not None:
+            raise ConfigError("aligned windows hold every series of the panel; give a panel of the series wanted")
+        need = 1 if pad_context else spec.context_length
+        index = count_windows(panel, spec.horizon, spec.stride, (start, stop), need=need, only=only, aligned=aligned)
+        if not len(index):
+            raise _nothing_fits(panel, spec, (start, stop), only)
         if spec.min_observed > 0:
-            keep = _observed_share(panel, spec, series, cutoff, rows_per_item) >= spec.min_observed - _ROUNDING
-            if not keep.any():
+            kept = keep_observed(panel, index, spec.horizon, spec.min_observed - _ROUNDING)
+            if not len(kept):
                 raise DataError(
-                    f"none of {len(keep)} windows has {spec.min_observed:.0%} of its target cells observed; lower "
+                    f"none of {len(index)} windows has {spec.min_observed:.0%} of its target cells observed; lower "
                     "min_observed or shorten the horizon"
                 )
-            keep = np.repeat(keep, rows_per_item)
-            series, cutoff = series[keep], cutoff[keep]
-        self._set(panel, spec, series, cutoff, rows_per_item=rows_per_item, has_target=True, device=device, dtype=dtype)
+            index = kept
+        self._set(panel, spec, index, has_target=True, device=device, dtype=dtype)
 
     def _set(
         self,
         panel: Panel,
         spec: WindowSpec,
-        series: Ints,
-        cutoff: Ints,
+        index: WindowIndex,
         *,
-        rows_per_item: int,
         has_target: bool,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
         self.panel = panel
         self.spec = spec
-        self.series_index = series
-        self.cutoff_index = cutoff
-        self.rows_per_item = rows_per_item
+        self.index = index
+        self.rows_per_item = panel.num_series if index.aligned else 1
         self.has_target = has_target
         self.device = torch.device(device)
         self.dtype = dtype
-        first, low, high = _context_rows(panel, spec, series, cutoff)
-        end = first + (spec.length if has_target or panel.schema.known else spec.context_length)
-        self._padded: Bools = (first < low) | (end > high)
-        columns = np.stack([first, low, high, series, cutoff])
-        self._index = torch.from_numpy(columns).to(self.device)  # [5, num_windows]
+        self._locator = WindowLocator(index, self.device)
+        self._low, self._high = (
+            torch.from_numpy(part).to(self.device) for part in (panel.indptr[:-1], panel.indptr[1:])
+        )
+        # the row of the panel where a context starts, less the cutoff
+        self._shift = torch.from_numpy(panel.indptr[:-1] - panel.offset - spec.context_length).to(self.device)
+        self._reach = spec.length if has_target or panel.schema.known else spec.context_length
+        self._leaves_series = _leaves_series(panel, index, spec.context_length, self._reach)
         self._rows = panel.resident(self.device, dtype)
 
     @classmethod
-    def _of(cls, panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints, **options: Any) -> WindowDataset:
+    def _of(cls, panel: Panel, spec: WindowSpec, index: WindowIndex, **options: Any) -> WindowDataset:
         windows = object.__new__(cls)
-        windows._set(panel, spec, series, cutoff, **options)
+        windows._set(panel, spec, index, **options)
         return windows
 
     def __len__(self) -> int:
         """Return the number of items (windows, or cutoffs when aligned)."""
-        return len(self.series_index) // self.rows_per_item
+        return len(self.index)
+
+    @property
+    def series_index(self) -> Ints:
+        """int64 [num_windows]: series of every window, item after item; worked out anew each time."""
+        series: Ints = self._locator.locate(np.arange(len(self)))[0].cpu().numpy()
+        return series
+
+    @property
+    def cutoff_index(self) -> Ints:
+        """int64 [num_windows]: absolute row of every window's first forecast step; worked out anew each time."""
+        cutoff: Ints = self._locator.locate(np.arange(len(self)))[1].cpu().numpy()
+        return cutoff
 
     def select(self, items: Sequence[int] | Ints) -> WindowDataset:
         """Return the dataset of some items, in the given order."""
-        windows = self._windows_of(np.asarray(items, dtype=np.int64))
-        return WindowDataset._of(
-            self.panel,
-            self.spec,
-            self.series_index[windows],
-            self.cutoff_index[windows],
-            rows_per_item=self.rows_per_item,
-            has_target=self.has_target,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        return self._with(self.index.select(self._checked(items)), self.device)
 
     def to(self, device: torch.device | str) -> WindowDataset:
         """Return the same windows with their tensors on another device."""
-        if torch.device(device) == self.device:
-            return self
+        return self if torch.device(device) == self.device else self._with(self.index, device)
+
+    def _with(self, index: WindowIndex, device: torch.device | str) -> WindowDataset:
         return WindowDataset._of(
-            self.panel,
-            self.spec,
-            self.series_index,
-            self.cutoff_index,
-            rows_per_item=self.rows_per_item,
-            has_target=self.has_target,
-            device=device,
-            dtype=self.dtype,
+            self.panel, self.spec, index, has_target=self.has_target, device=device, dtype=self.dtype
         )
 
-    def _windows_of(self, items: Ints) -> Ints:
-        if len(items) and (items.min() < 0 or items.max() >= len(self)):
-            raise IndexError(f"items {items.min()} to {items.max()} asked of {len(self)}")
-        if self.rows_per_item == 1:
-            return items
-        windows: Ints = (items[:, None] * self.rows_per_item + np.arange(self.rows_per_item)).reshape(-1)
-        return windows
+    def _checked(self, items: Sequence[int] | Ints) -> Ints:
+        chosen = np.asarray(items, dtype=np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"items {chosen.min()} to {chosen.max()} asked of {len(self)}")
+        return chosen
 
     def __getitems__(self, indices: Sequence[int] | Ints) -> Batch:
         """Return one batch with the windows of some items, gathered in one go.
@@ -196,12 +205,21 @@ class WindowDataset:
         Shapes: see ``contracts.tensors.Batch``; B = items x ``rows_per_item``. Data units; unobserved targets are 0,
         unobserved covariates NaN.
         """
-        windows = self._windows_of(np.asarray(indices, dtype=np.int64))
-        index = self._index.index_select(1, torch.from_numpy(windows).to(self.device))
-        return self._gather(index, padded=bool(self._padded[windows].any()))
+        first, series, cutoff = self._located(self._checked(indices))
+        padded = self._leaves_series and bool(self._is_padded(first, series).any())
+        return self._gather(first, series, cutoff, padded=padded)
 
-    def _gather(self, index: Tensor, *, padded: bool) -> Batch:
-        first, low, high, series, cutoff = index.unbind(0)
+    def _located(self, items: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the panel row where each context starts, series and cutoff of the windows of some items."""
+        series, cutoff = self._locator.locate(items)
+        return cutoff + self._shift.index_select(0, series), series, cutoff
+
+    def _is_padded(self, first: Tensor, series: Tensor) -> Tensor:
+        """Return bool [B]: the window reaches beyond the rows of its series."""
+        return (first < self._low.index_select(0, series)) | (first + self._reach > self._high.index_select(0, series))
+
+    def _gather(self, first: Tensor, series: Tensor, cutoff: Tensor, *, padded: bool) -> Batch:
+        low, high = (part.index_select(0, series) for part in (self._low, self._high)) if padded else (first, first)
         context, horizon = self.spec.context_length, self.spec.horizon
         data = self._rows
 
@@ -227,7 +245,7 @@ class WindowDataset:
 
         Args:
             batch_size: items a batch; the last one may be smaller.
-            shuffle: random order, fixed by ``seed`` (give another seed each epoch).
+            shuffle: random order, fixed by ``seed`` (give another seed each epoch); 4 bytes an item.
             seed: seed of the order.
             drop_last: leave out a smaller last batch.
 
@@ -236,40 +254,38 @@ class WindowDataset:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-        items = np.arange(len(self))
+        order: Numbers | None = None
         if shuffle:
-            items = np.random.default_rng(derive_seed(seed, "windows")).permutation(items)
-        windows = self._windows_of(items)
-        index = self._index.index_select(1, torch.from_numpy(windows).to(self.device)) if shuffle else self._index
-        padded = self._padded[windows]
+            order = np.arange(len(self), dtype=smallest_type(len(self)))
+            np.random.default_rng(derive_seed(seed, "windows")).shuffle(order)
+        total = len(self) // batch_size * batch_size if drop_last else len(self)
+        block = max(BLOCK // (batch_size * self.rows_per_item), 1) * batch_size  # located together: a step costs less
+        for begin in range(0, total, block):
+            end = min(begin + block, total)
+            yield from self._block(np.arange(begin, end) if order is None else order[begin:end], batch_size)
+
+    def _block(self, items: Numbers, batch_size: int) -> Iterator[Batch]:
+        """Yield the batches of some items that were not gathered yet."""
+        first, series, cutoff = self._located(items)
+        padded = self._is_padded(first, series).cpu().numpy() if self._leaves_series else None
         step = batch_size * self.rows_per_item
-        for begin in range(0, len(windows), step):
-            end = begin + step
-            if end > len(windows) and drop_last:
-                return
-            yield self._gather(index[:, begin:end], padded=bool(padded[begin:end].any()))
+        for begin in range(0, len(series), step):
+            part = slice(begin, begin + step)
+            reaches_out = padded is not None and bool(padded[part].any())
+            yield self._gather(first[part], series[part], cutoff[part], padded=reaches_out)
 
     def num_batches(self, batch_size: int, *, drop_last: bool = False) -> int:
         """Return how many batches ``batches`` yields."""
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
 
 
-def _enumerate(panel: Panel, spec: WindowSpec, span: tuple[int | None, int | None], need: int) -> tuple[Ints, Ints]:
-    """Return series and cutoff index of every window with ``need`` past rows and its target inside the span."""
-    start, stop = span
-    present = panel.lengths > 0
-    low = panel.offset + need
-    high = panel.offset + panel.lengths
-    if start is not None:
-        low = np.maximum(low, start)
-    if stop is not None:
-        high = np.minimum(high, stop)
-    anchor = int(low[present].min()) if present.any() else 0
-    low = anchor + -(-(low - anchor) // spec.stride) * spec.stride
-    counts = np.where(present, np.maximum((high - spec.horizon - low) // spec.stride + 1, 0), 0)
-    series = np.repeat(np.arange(panel.num_series), counts)
-    within = np.arange(len(series)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return series, low[series] + within * spec.stride
+def _leaves_series(panel: Panel, index: WindowIndex, before: int, reach: int) -> bool:
+    """Return False when every window surely lies inside the rows of its series."""
+    run, first, last = index.edges()
+    start, stop = panel.offset, panel.offset + panel.lengths
+    if index.aligned:
+        return bool(first.min() - before < start.max() or last.max() - before + reach > stop.min())
+    return bool((first - before < start[run]).any() or (last - before + reach > stop[run]).any())
 
 
 def _context_rows(panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints) -> tuple[Ints, Ints, Ints]:
@@ -278,23 +294,15 @@ def _context_rows(panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints) ->
     return low + cutoff - panel.offset[series] - spec.context_length, low, panel.indptr[series + 1]
 
 
-def _observed_share(panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints, rows_per_item: int) -> Any:
-    """Return the share of observed target cells of each item, by differences of one cumulative sum."""
-    running = np.concatenate([[0], np.cumsum(panel.target_observed.sum(axis=1, dtype=np.int64))])
-    first, low, high = _context_rows(panel, spec, series, cutoff)
-    begin = np.clip(first + spec.context_length, low, high)
-    end = np.clip(first + spec.length, low, high)
-    cells = (running[end] - running[begin]).reshape(-1, rows_per_item).sum(axis=1)
-    return cells / (rows_per_item * spec.horizon * panel.num_targets)
-
-
-def _nothing_fits(panel: Panel, spec: WindowSpec, span: tuple[int | None, int | None]) -> DataError:
-    indptr = panel.rows(*span)[1]
-    place = "" if span == (None, None) else f", of which {int(np.diff(indptr).max(initial=0))} in the span asked for"
+def _nothing_fits(panel: Panel, spec: WindowSpec, span: tuple[int | None, int | None], only: Bools | None) -> DataError:
+    lengths, inside = panel.lengths, np.diff(panel.rows(*span)[1])
+    if only is not None:
+        lengths, inside = lengths[only], inside[only]
+    place = "" if span == (None, None) else f", of which {int(inside.max(initial=0))} in the span asked for"
     return DataError(
         f"no window fits: context_length {spec.context_length} and horizon {spec.horizon} need {spec.length} rows in a "
-        f"row ({spec.horizon} of them in the span), the longest of {panel.num_series} series has "
-        f"{int(panel.lengths.max(initial=0))}{place}; shorten them or bring more data"
+        f"row ({spec.horizon} of them in the span), the longest of {len(lengths)} series has "
+        f"{int(lengths.max(initial=0))}{place}; shorten them or bring more data"
     )
 
 
@@ -326,16 +334,13 @@ def last_windows(
     series, cutoff = _cutoffs(panel, cutoffs, aligned=aligned)
     _check_contexts(panel, spec, series, cutoff, pad_context=pad_context, aligned=aligned)
     _check_known(panel, spec, series, cutoff)
-    return WindowDataset._of(
-        panel,
-        spec,
-        series,
-        cutoff,
-        rows_per_item=panel.num_series if aligned else 1,
-        has_target=False,
-        device=device,
-        dtype=dtype,
-    )
+    if aligned:  # one run of one cutoff
+        index = WindowIndex(cutoff[:1], np.ones(1, dtype=np.int64), 1, panel.num_series, aligned=True)
+    else:
+        first, counts = np.zeros((2, panel.num_series), dtype=np.int64)
+        first[series], counts[series] = cutoff, 1
+        index = WindowIndex(first, np.cumsum(counts), 1, panel.num_series)
+    return WindowDataset._of(panel, spec, index, has_target=False, device=device, dtype=dtype)
 
 
 def _cutoffs(panel: Panel, cutoffs: TimeLike | Mapping[str, TimeLike] | None, *, aligned: bool) -> tuple[Ints, Ints]:

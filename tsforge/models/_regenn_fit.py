@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -78,15 +78,13 @@ def least_squares_weights(model: ReGENN, data: TrainingSeries) -> tuple[Tensor, 
 
 def _rows(model: ReGENN, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs [N, L] and targets [N, H] in the model's own units and what such a unit is worth [N, 1]."""
-    if batch.target is None or batch.target_mask is None:
+    target, target_mask = batch.target, batch.target_mask
+    if target is None or target_mask is None:
         raise ModelError("least squares need windows with a target")
-    inputs = Batch._make(part.double() if _is_float(part) else part for part in batch)
-    seen, target = model.normalise(inputs), batch.target.double()
-    target = (target - seen.loc) / seen.scale if model.anchors else model.transform(target)
-    whole = (batch.target_mask.all(1) & batch.context_mask.any(1)).reshape(-1)  # [B V]
-    x, y = (part.transpose(1, 2).flatten(0, 1)[whole] for part in (seen.x, target))
+    wide = (part.double() if isinstance(part, Tensor) and part.is_floating_point() else part for part in batch)
+    inputs = Batch._make(wide)
+    seen = model.normalise(inputs)
+    own = (target.double() - seen.loc) / seen.scale if model.anchors else model.transform(target.double())
+    whole = (target_mask.all(1) & batch.context_mask.any(1)).reshape(-1)  # [B V]
+    x, y = (part.transpose(1, 2).flatten(0, 1)[whole] for part in (seen.x, own))
     return x, y, seen.scale.transpose(1, 2).reshape(-1, 1)[whole]
-
-
-def _is_float(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.is_floating_point()

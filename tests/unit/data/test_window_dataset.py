@@ -119,6 +119,36 @@ def test_absent_series_have_no_windows() -> None:
     check(panel, spec, windows.__getitems__(range(len(windows))), all_windows(panel, spec, 0, 100, 5))
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_windows_of_some_series_are_those_of_a_panel_without_the_others(stride: int) -> None:
+    panel = make_panel()
+    spec = WindowSpec(context_length=2, horizon=2, stride=stride, min_observed=0.5)
+    only = np.array([False, True, True])  # a, which has the earliest cutoff of all, takes no part
+    windows = WindowDataset(panel, spec, 3, 30, only=only)
+    absent = np.where(only, panel.lengths, 0)
+    rows = np.repeat(only, panel.lengths)
+    alone = Panel(
+        panel.values[rows],
+        panel.observed[rows],
+        np.concatenate([[0], np.cumsum(absent)]),
+        panel.offset,
+        panel.static,
+        panel.series_ids,
+        panel.schema,
+        panel.grid,
+    )
+    other = WindowDataset(alone, spec, 3, 30)
+    assert set(windows.series_index.tolist()) == {1, 2}
+    assert windows.series_index.tolist() == other.series_index.tolist()
+    assert windows.cutoff_index.tolist() == other.cutoff_index.tolist()
+    for ours, theirs in zip(windows.batches(3), other.batches(3), strict=True):
+        assert torch.equal(ours.context, theirs.context)
+    with pytest.raises(ConfigError, match="aligned windows hold every series"):
+        WindowDataset(panel, spec, only=only, aligned=True)
+    with pytest.raises(DataError, match=r"longest of 1 series has 9, of which 1 in the span asked for"):
+        WindowDataset(panel, spec, 11, 30, only=np.array([False, False, True]))
+
+
 def test_aligned_items_hold_every_series_at_one_cutoff() -> None:
     panel = make_panel(series_ids=("c", "x", "a", "b"))
     spec = WindowSpec(context_length=6, horizon=4, stride=2)
