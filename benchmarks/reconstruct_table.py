@@ -190,12 +190,22 @@ def collect(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         places = [place_of(args.work, name, seed, args.epochs) for seed in range(args.seeds)]
-        seeds = [json.loads(place.read_text()) for place in places if place.exists()]
+        seeds = [_without_points(json.loads(place.read_text())) for place in places if place.exists()]
         if seeds:
             about = {"set": name, "note": SETS[name].get("note", ""), "published": PUBLISHED.get(name, "")}
             healthy = sum(bool(seed["healthy"]) for seed in seeds) / len(seeds)
             rows.append({**about, **summarise(seeds), "healthy_share": healthy, "runs": seeds})
     return rows
+
+
+def _without_points(seed: dict[str, Any]) -> dict[str, Any]:
+    """Return the record without the coordinates of its cycles: thousands of numbers that nobody compares."""
+    findings = seed.get("findings") or {}
+    kept = [
+        {key: value for key, value in cycle.items() if key not in ("points", "observed", "multipliers")}
+        for cycle in findings.get("cycles") or []
+    ]
+    return {**seed, "findings": {**findings, "cycles": kept}}
 
 
 def _pair(row: dict[str, Any], name: str) -> str:
