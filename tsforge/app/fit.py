@@ -318,7 +318,7 @@ def fit_frame(
     network = build_network(config.network, _data_spec(panel, config, splits), seed=derive_seed(seed, "weights"))
     names = choose_held_out(config.entities, panel.series_ids)
     _check_held_out(network, names)
-    held_out = np.array([name in names for name in panel.series_ids])
+    held_out = np.isin(panel.series_ids, names)
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
     spans = _make_spans(panel, config, splits, held_out, aligned=network.capabilities.rows_coupled)
     training = fit_network(

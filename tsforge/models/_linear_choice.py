@@ -60,12 +60,14 @@ class Span:
 
     def moments(self, spans: Sequence[tuple[int, int]], variates: slice) -> WindowMoments | None:
         """Return the moments of some stretches of rows, None where none holds a window."""
-        long = [(first, last) for first, last in spans if last - first >= self.layout.span]
-        if not long:
+        long = torch.tensor([(first, last) for first, last in spans if last - first >= self.layout.span])
+        if not len(long):
             return None
-        rows = torch.cat([torch.arange(first, last) for first, last in long])
-        edges = [0, *torch.tensor([last - first for first, last in long]).cumsum(0).tolist()]
-        values, mask = self.values[rows][:, variates], self.mask[rows][:, variates]
+        sizes = long[:, 1] - long[:, 0]
+        ends = sizes.cumsum(0)
+        rows = torch.arange(int(ends[-1])) + (long[:, 1] - ends).repeat_interleave(sizes)
+        edges = [0, *ends.tolist()]
+        values, mask = self.values[:, variates][rows], self.mask[:, variates][rows]
         if not bool(mask.any()):
             return None
         try:
