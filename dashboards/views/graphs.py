@@ -103,8 +103,8 @@ def _stability(workspace: Workspace, artifact: str, layer: str, facts: dict[str,
     if count < _ENOUGH:
         st.caption(
             f"{count} seed(s) of this model are stored; {_ENOUGH} or more tell what is stable. Fit others with the "
-            f"same settings and another `train.seed`, as in `tsforge fit data={facts['dataset']} model={facts['model']} "
-            "train.seed=1`."
+            f"same settings and another `train.seed`, as in `tsforge fit data={facts['dataset']} "
+            f"model={facts['model']} train.seed=1`."
         )
         return
     found = catalog_graphs.graph_stability(runs).filter(layer=layer, matrix=WEIGHTS)

@@ -10,6 +10,7 @@ import polars as pl
 from tsforge.app.ingest import load_dataset
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import validate
+from tsforge.core.errors import DataError
 from tsforge.core.workspace import Workspace
 from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
@@ -55,6 +56,11 @@ def live_forecast(workspace: Workspace, artifact: str, series: str, cutoff: Time
     frame = _frame(workspace, model, series)
     forecast = predict(model, frame, cutoff=cutoff)
     table = forecast.table.filter(pl.col("series_id") == series)
+    if table.is_empty():  # a model that couples series forecasts the others
+        raise DataError(
+            f"series '{series}' has no observed target in the {model.window.context_length} rows up to the cutoff; "
+            "choose another series or cutoff"
+        )
     return LiveForecast(table=table, **_parts(model, frame, series, table), metadata=dict(forecast.metadata))
 
 

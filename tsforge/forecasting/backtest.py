@@ -31,6 +31,7 @@ from tsforge.forecasting.predict import (
     offered_levels,
     padded_panel,
     published_quantiles,
+    published_windows,
 )
 from tsforge.forecasting.report import BacktestReport
 from tsforge.forecasting.window_forecasts import FloatArray, predict_windows
@@ -224,7 +225,8 @@ def forecasts_at(
     Args:
         artifact: the fitted network; windows end at their cutoff, whatever the frame holds after it.
         frame: the data.
-        cutoffs: rows on the frame's grid of the last visible row; series too short there are left out.
+        cutoffs: rows on the frame's grid of the last visible row; series too short there are left out, for a model that
+            couples series those with nothing observed in the context (with a warning).
         steps: at most the trained horizon.
         levels: quantile levels, calibrated if the artifact is.
     """
@@ -250,9 +252,9 @@ def forecasts_at(
     )
     cut = replace(cut, quantiles=published_quantiles(artifact, cut, levels))
     actual = actual_values(panel, found.series_index, found.cutoff_index, steps)
-    present = panel.lengths[found.series_index] > 0
-    table = forecast_table(cut, panel, levels, keep=present)
-    return table.with_columns(pl.Series("actual", actual[present].ravel()).fill_nan(None))
+    keep = published_windows(artifact, panel, found)
+    table = forecast_table(cut, panel, levels, keep=keep)
+    return table.with_columns(pl.Series("actual", actual[keep].ravel()).fill_nan(None))
 
 
 def actual_values(panel: Panel, series: NDArray[np.int64], cutoff: NDArray[np.int64], steps: int) -> FloatArray:

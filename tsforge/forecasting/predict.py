@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tsforge.artifact import Artifact, match_frame
 from tsforge.contracts.tables import Forecast, quantile_column
-from tsforge.core.errors import ConfigError, ModelError
+from tsforge.core.errors import ConfigError, ModelError, listing
 from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid, TimeLike
@@ -48,6 +48,9 @@ def predict(
 ) -> Forecast:
     """Return the forecast of every series of the frame from one cutoff each.
 
+    A model that couples series reads all of them, but a series with no observed target in its context gets no forecast;
+    a warning says how many these are.
+
     Args:
         artifact: the fitted network and what it was fitted on.
         frame: history (and known covariates over the horizon, where the model uses any).
@@ -61,7 +64,8 @@ def predict(
     Raises:
         ArtifactError: the frame's columns, frequency or series do not fit the artifact.
         ConfigError: levels that the artifact does not offer.
-        DataError: too short a history, nothing observed in it, or known covariates missing; series are named.
+        DataError: too short a history, nothing observed in it (for a model that couples series: in that of none), or
+            known covariates missing; series are named.
         ModelError: more steps than trained without ``rollout``, or a model that cannot be rolled.
     """
     frame = match_frame(artifact, frame)
@@ -76,8 +80,7 @@ def predict(
         panel = artifact_panel(artifact, visible.extend(spec.horizon))
     windows = last_windows(panel, spec, cutoff, aligned=coupled)
     forecasts = (_rolled if steps > trained else _direct)(artifact, windows, levels, steps)
-    present = panel.lengths[forecasts.series_index] > 0  # aligned windows also hold series without rows
-    table = forecast_table(forecasts, panel, levels, keep=present)
+    table = forecast_table(forecasts, panel, levels, keep=published_windows(artifact, panel, forecasts))
     metadata = {
         "model": artifact.model_name,
         "artifact_id": artifact.id,
@@ -112,6 +115,33 @@ def padded_panel(artifact: Artifact, frame: SeriesFrame, stop: int) -> Panel:
     last = panel.last_observed()[panel.lengths > 0]
     missing = int((stop - 1 - last).max(initial=0))
     return panel if missing <= 0 else artifact_panel(artifact, frame.extend(missing))
+
+
+def published_windows(artifact: Artifact, panel: Panel, forecasts: WindowForecasts) -> NDArray[np.bool_]:
+    """Return which windows [N] get rows in a table; those of a model that couples series may hold blind ones.
+
+    Aligned windows hold every series, masked where it has no data. A series without rows at all is left out silently,
+    one with nothing observed in its context with a warning: its forecast would rest on the other series alone.
+    """
+    series, cutoff = forecasts.series_index, forecasts.cutoff_index
+    low, high = panel.indptr[series], panel.indptr[series + 1]
+    present: NDArray[np.bool_] = high > low
+    if not artifact.network.capabilities.rows_coupled:
+        return present
+    stop, length = low + cutoff - panel.offset[series], artifact.window.context_length
+    running = np.concatenate([[0], np.cumsum(panel.target_observed.any(axis=1))])
+    seen: NDArray[np.bool_] = running[np.clip(stop, low, high)] > running[np.clip(stop - length, low, high)]
+    blind = present & ~seen
+    if blind.any():
+        _LOG.warning(
+            "no forecast for %d of %d windows (%d series: %s): no observed target in the %d rows up to the cutoff",
+            int(blind.sum()),
+            int(present.sum()),
+            len(np.unique(series[blind])),
+            listing([panel.series_ids[index] for index in np.unique(series[blind])]),
+            length,
+        )
+    return present & seen
 
 
 def network_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:

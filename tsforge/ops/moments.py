@@ -134,14 +134,19 @@ def _side_by_side(weight: Tensor, left: Tensor, right: Tensor, lags: int, step: 
     for start in range(0, count, rows):
         stop = min(start + rows, count)
         blocks = -(-(stop - start) // step)
-        before = weight[start:stop] * left[start:stop]
-        after = right[start : start + blocks * step + lags - 1]
-        before = pad(before, (0, blocks * step - before.numel())).view(blocks, step)
-        yield before, pad(after, (0, blocks * step + lags - 1 - after.numel())).unfold(0, width, step)
+        before = _to_length(weight[start:stop] * left[start:stop], blocks * step)
+        after = _to_length(right[start : start + blocks * step + lags - 1], blocks * step + lags - 1)
+        yield before.view(blocks, step), after.unfold(0, width, step)
+
+
+def _to_length(values: Tensor, length: int) -> Tensor:
+    return values if len(values) == length else pad(values, (0, length - len(values)))
 
 
 def cross_moments(left: Tensor, right: Tensor, starts: WindowStarts, left_width: int, right_width: int) -> Tensor:
     """Return ``C[j, k] = sum_t left[t + j] right[t + k]`` over window starts t, [left_width, right_width] float64.
+
+    All values must be finite, those outside the windows too.
 
     Raises:
         ModelError: a series ends before a window does.
@@ -211,9 +216,10 @@ def channel_moments(channels: Sequence[Channel], runs: Sequence[tuple[int, int]]
             "use shorter windows or more data"
         )
     inside = _count_inside(starts.first, starts.first + starts.rows + span - 1, size) > 0
-    parts = [  # what is not in a window may be anything, NaN included
-        torch.where(inside, channel.values.to(torch.float64), 0.0)[channel.start :] for channel in channels
-    ]
+    parts = [channel.values.to(torch.float64).contiguous() for channel in channels]
+    if not bool(inside.all()):  # what is in no window may be anything, NaN included
+        parts = [torch.where(inside, part, 0.0) for part in parts]
+    parts = [part[channel.start :] for part, channel in zip(parts, channels, strict=True)]
     widths = [channel.width for channel in channels]
 
     def block(i: int, j: int) -> Tensor:
@@ -292,10 +298,12 @@ def pairwise_moments(channels: Sequence[Channel], bounds: Sequence[int], span: i
 
     def block(i: int, j: int) -> Tensor:
         left, right = channels[i], channels[j]
-        a, b = clean[i][left.start :], clean[j][right.start :]
-        products = cross_moments(a, a if i == j else b, starts, left.width, right.width)
-        a, b = counted[i][left.start :], counted[j][right.start :]
-        counts = cross_moments(a, a if i == j else b, starts, left.width, right.width).round()
+        seen_left, seen_right = counted[i][left.start :], counted[j][right.start :]
+        one, other = clean[i][left.start :], clean[j][right.start :]
+        if i == j:
+            seen_right, other = seen_left, one
+        products = cross_moments(one, other, starts, left.width, right.width)
+        counts = cross_moments(seen_left, seen_right, starts, left.width, right.width).round()
         shrink = 1.0 - min(float(counted[i].mean()), float(counted[j].mean()))
         fewest.append(float(counts[counts > 0].min()) if bool((counts > 0).any()) else 0.0)
         return _shrunk_means(products, counts, shrink)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
+from tsforge.artifact import Artifact, collect_provenance, create_artifact
+from tsforge.contracts.tensors import DataSpec
+from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, ConfigError, DataError, ModelError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
-from tsforge.data.windows import WindowDataset
+from tsforge.data.windows import WindowDataset, WindowSpec
+from tsforge.forecasting.backtest import forecasts_at
 from tsforge.forecasting.conformal import calibrate
 from tsforge.forecasting.predict import offered_levels, predict, predict_windows
 from tsforge.forecasting.window_forecasts import error_sums
 from tsforge.metrics.point import mae, mse
+from tsforge.network import NetworkConfig, build_network
+from tsforge.training.config import TrainConfig
+from tsforge.training.loop import fit_network
 
 START = datetime(2024, 1, 1)
 
@@ -239,3 +247,81 @@ def test_forecasts_that_are_not_finite_are_an_error(frame, make_artifact) -> Non
     windows = WindowDataset(Panel.from_frame(frame, grid=artifact.grid), artifact.window, 250, 300)
     with pytest.raises(ModelError, match="not finite"):
         error_sums(artifact.network, windows)
+
+
+# --- a model that couples series; b ends at hour 359, so contexts of 24 hours hold nothing of it from hour 383 on
+
+
+@pytest.fixture(scope="module")
+def coupled(frame: SeriesFrame) -> Artifact:
+    window = WindowSpec(context_length=24, horizon=6)
+    panel = Panel.from_frame(frame.until(hours(249)))
+    settings = {"model": {"name": "regenn", "attend": "entities", "ff_dim": 8}, "likelihood": {"name": "normal"}}
+    spec = DataSpec(context_length=24, horizon=6, num_variates=2, train_length=250)
+    network = build_network(validate(NetworkConfig, settings), spec)
+    fit_network(
+        network,
+        WindowDataset(panel, window, aligned=True),
+        None,
+        TrainConfig(max_epochs=1, max_steps_per_epoch=3, accelerator="cpu"),
+        series=panel.training_series(None, None),
+        progress=False,
+    )
+    return create_artifact(
+        network,
+        config={},
+        schema=frame.schema,
+        grid=panel.grid,
+        series_ids=panel.series_ids,
+        window=window,
+        provenance=collect_provenance(data_fingerprint="", seeds={}),
+    )
+
+
+@pytest.mark.parametrize(("steps", "rollout"), [(6, False), (9, True)])
+def test_a_coupled_series_with_nothing_observed_gets_no_forecast(
+    frame, coupled: Artifact, caplog, monkeypatch: pytest.MonkeyPatch, steps: int, rollout: bool
+) -> None:
+    there: list[list[bool]] = []
+    forward = type(coupled.network.model).forward
+
+    def spy(self: Any, batch: Any) -> Any:
+        there.append(batch.context_mask.any(dim=(1, 2)).tolist())
+        return forward(self, batch)
+
+    monkeypatch.setattr(type(coupled.network.model), "forward", spy)
+    with caplog.at_level("WARNING", logger="tsforge"):
+        table = predict(coupled, frame, horizon=steps, rollout=rollout).table
+    assert there[0] == [True, False, True]  # the model still gets every series
+    assert table["series_id"].unique().sort().to_list() == ["a", "c"]
+    assert table.height == 2 * steps * 2
+    assert [record.getMessage() for record in caplog.records if "no forecast" in record.getMessage()] == [
+        "no forecast for 1 of 3 windows (1 series: b): no observed target in the 24 rows up to the cutoff"
+    ]
+    caplog.clear()
+    without = predict(coupled, frame.select_series(["a", "c"]), horizon=steps, rollout=rollout).table
+    assert without.equals(table)
+    assert not caplog.records  # a series that the frame does not hold is not missed
+
+
+def test_coupled_series_with_something_observed_are_all_forecast(frame, coupled: Artifact, caplog) -> None:
+    with caplog.at_level("WARNING", logger="tsforge"):
+        table = predict(coupled, frame, cutoff=hours(382)).table  # the last row of b is the first of its context
+    assert table["series_id"].unique().sort().to_list() == ["a", "b", "c"]
+    assert not caplog.records
+    with pytest.raises(DataError, match="3 of 3 series have no observed target in the 24 rows"):
+        predict(coupled, frame, cutoff=hours(500))
+
+
+def test_a_backtest_leaves_out_coupled_windows_with_nothing_observed(frame, coupled: Artifact, caplog) -> None:
+    with caplog.at_level("WARNING", logger="tsforge"):
+        table = forecasts_at(coupled, frame, np.array([300, 383, 390]), steps=3, levels=(0.1, 0.9))
+    given = table.group_by("cutoff", maintain_order=True).agg(pl.col("series_id").unique(maintain_order=True))
+    assert given["series_id"].to_list() == [["a", "b", "c"], ["a", "c"], ["a", "c"]]
+    assert "no forecast for 2 of 9 windows (1 series: b)" in caplog.text
+    actual = {name: values_of(frame, name, "z") for name in ("a", "b", "c")}
+    for row in table.filter(variate="z").iter_rows(named=True):
+        assert row["actual"] == actual[row["series_id"]].get(row["time"].replace(tzinfo=None))
+    dead = forecasts_at(coupled, frame, np.array([500]), steps=3, levels=(0.1, 0.9))
+    assert dead.height == 0
+    assert dead.columns == table.columns

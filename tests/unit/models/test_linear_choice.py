@@ -134,6 +134,23 @@ def test_blocks_hold_out_every_target_once_and_train_on_the_rest() -> None:
         assert len(own) >= last - first - reach
 
 
+def test_moments_of_stretches_are_those_of_their_windows() -> None:
+    rng = np.random.default_rng(5)
+    values = torch.from_numpy(rng.normal(size=(120, 3)))
+    layout = LagLayout(4, 2)
+    unused = {"fit": lambda *_: values, "free": lambda moments, _: moments}
+    data = Span(values=values, mask=torch.ones(120, 3).bool(), bounds=[0, 120], layout=layout, missing="auto", **unused)
+    spans = [(0, 17), (17, 22), (30, 30), (41, 47), (47, 120)]  # two hold no window
+    windows = torch.cat(
+        [values[first:last, v].unfold(0, 6, 1) for v in (1, 2) for first, last in spans if last - first >= 6]
+    )
+    found = data.moments(spans, slice(1, 3))
+    assert found is not None
+    assert found.rows == len(windows)
+    torch.testing.assert_close(found.gram, windows.T @ windows, atol=1e-11, rtol=0)
+    assert data.moments(spans[1:3], slice(0, 1)) is None
+
+
 def test_gaps_do_not_stop_the_choice() -> None:
     data = span(walk(600))
     mask = data.mask.clone()
