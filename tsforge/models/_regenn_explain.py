@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tsforge.models.regenn import ReGENN
 
 MOST_VARIATES = 64  # of matrices that are stored
+MOST_WEIGHTS = 20_000  # of a kernel that is stored
 
 
 @torch.no_grad()
@@ -57,8 +58,11 @@ def evolution_records(model: ReGENN) -> list[dict[str, Any]]:
 
 
 def kernel_records(model: ReGENN) -> list[dict[str, Any]]:
-    """Return the weights of the autoregressive path as ``lag`` (0 = last row of the context), ``step``, ``weight``."""
-    if model.ar_weight is None:
+    """Return the weights of the autoregressive path as ``lag`` (0 = last row of the context), ``step``, ``weight``.
+
+    None beyond 20,000 weights, more than anyone looks at; they are in the weights of the artifact.
+    """
+    if model.ar_weight is None or model.ar_weight.numel() > MOST_WEIGHTS:
         return []
     length = model.spec.context_length
     return [

@@ -276,6 +276,8 @@ def test_every_matrix_is_told_and_names_its_axes() -> None:
     assert kernel[L - 1, H] == pytest.approx(float(model.ar_weight[0, -1].detach()))
     wide = make(DataSpec(context_length=L, horizon=H, num_variates=65), ff_dim=8)
     assert wide.explain()["evolution"] == []
+    long = make(DataSpec(context_length=201, horizon=100, num_variates=2), paths="autoregression")
+    assert long.explain()["autoregressive_kernel"] == []
     assert make(paths="network", ablate_gse=True).explain() == {"evolution": [], "autoregressive_kernel": []}
 
 
