@@ -637,7 +637,8 @@ def test_16_bf16_keeps_the_cosines_in_single_precision() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*(is deprecated|should not be instantiated):DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*(is deprecated|should not be instantiated):DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # all of them torch's own, in tracing
 def test_16_compiles() -> None:
     spec = DataSpec(context_length=6, horizon=4, num_variates=3)
     model = make(spec, shake=0.3, ff_dim=8).float()
