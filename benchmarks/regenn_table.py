@@ -32,6 +32,8 @@ import numpy as np
 import polars as pl
 import torch
 
+from tsforge.app.benchmark import parse_entry
+from tsforge.app.fit import training_unit
 from tsforge.artifact import collect_provenance
 from tsforge.contracts.tensors import DataSpec
 from tsforge.core.atomic import atomic_file
@@ -154,13 +156,6 @@ class Job:
         )
 
 
-def model_settings(text: str) -> dict[str, Any]:
-    """Return the plain config of ``name:key=value``."""
-    name, *parts = text.split(":")
-    return {"name": name, **{key: json.loads(v) if v in ("true", "false") or v.isdigit() else v for key, v in
-                             (item.split("=") for item in parts)}}  # fmt: skip
-
-
 def run(job: Job, data: Path, work: Path, threads: int) -> dict[str, Any]:
     """Fit, grade and keep one job."""
     place = job.place(work)
@@ -182,7 +177,8 @@ def run(job: Job, data: Path, work: Path, threads: int) -> dict[str, Any]:
     stop = job.origin + part.horizon // 2 if entry.more_dev else max(job.origin, middle + part.horizon)
     valid = WindowDataset(panel, spec, middle, stop) if entry.dev else None
     series = panel.training_series(first, middle)
-    settings = model_settings(entry.text + (part.options if entry.own else ""))
+    named = parse_entry(entry.text + (part.options if entry.own else ""))
+    settings = {"name": named["name"], **named.get("model", {})}
     network_config = validate(
         NetworkConfig,
         {"model": settings, "likelihood": {"name": "point", "loss": "mae" if entry.own else "mse"}}
@@ -220,8 +216,7 @@ def grade(network: Any, windows: WindowDataset, part: PanelSet, series: Any) -> 
     if part.counts:
         mean = np.maximum(mean, 0.0)
     else:
-        values = np.where(series.mask.numpy(), series.values.numpy(), np.nan)
-        unit = np.nanstd(values, axis=0)
+        unit = training_unit(series)
         target, mean = target / unit, mean / unit
     return {
         "mae": float(mae(target, mean, mask).value),

@@ -84,7 +84,7 @@ def network_chart(weights: pl.DataFrame, *, least: float) -> go.Figure:
     angle = {name: math.pi / 2 - 2 * math.pi * place / len(names) for place, name in enumerate(names)}
     place = {name: (math.cos(found), math.sin(found)) for name, found in angle.items()}
     others = weights.filter(pl.col("row") != pl.col("column")).with_columns(pl.col("value").abs().alias("size"))
-    most = float(others["size"].max() or 0.0)  # type: ignore[arg-type]
+    most = max(others["size"].to_list(), default=0.0)
     figure = go.Figure(
         go.Scatter(
             x=[place[name][0] for name in names],

@@ -438,9 +438,8 @@ def test_9_windows_of_the_example() -> None:
     assert (len(test), int(test.cutoff_index[0])) == (1, 106)
     table = pl.DataFrame({"t": np.arange(120), "a": np.arange(120.0)})
     frame = SeriesFrame.from_wide(table, time="t", freq="1i")
-    visible = Panel.from_frame(
-        frame.until(105).extend(14), grid=frame.grid
-    )  # the last 7 rows of a dev target are blank
+    known = frame.until(105).extend(14)  # the last 7 rows of a dev target are blank
+    visible = Panel.from_frame(known, grid=frame.grid)
     dev = WindowDataset(visible, spec, 99, 113)
     assert (len(dev), int(dev.cutoff_index[0])) == (1, 99)
     batch = dev.__getitems__([0])
@@ -475,12 +474,13 @@ def test_10_the_target_layer_gives_no_gradient_to_the_graph() -> None:
             self.layer = layer
 
         def forward(self, x: torch.Tensor, graph: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.layer(x, fixed)  # type: ignore[no-any-return]
+            mixed, evolved = self.layer(x, fixed)
+            return mixed, evolved
 
     through_data = grad.clone()
     model.zero_grad()
     assert model.target_layer is not None
-    model.target_layer = Constant(model.target_layer)  # type: ignore[assignment]
+    model.add_module("target_layer", Constant(model.target_layer))
     model(batch).raw.square().sum().backward()
     assert model.source_layer.W_A.grad is not None
     torch.testing.assert_close(model.source_layer.W_A.grad, through_data)
@@ -493,8 +493,8 @@ def test_12_gradients_of_the_layer() -> None:
     graph = torch.rand(3, 3, dtype=torch.float64)
 
     def run(x: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-        found = torch.func.functional_call(layer, dict(zip(names, parts, strict=True)), (x, graph))
-        return found[0]  # type: ignore[no-any-return]
+        mixed: torch.Tensor = torch.func.functional_call(layer, dict(zip(names, parts, strict=True)), (x, graph))[0]
+        return mixed
 
     parts = [torch.randn_like(part).requires_grad_() for part in layer.parameters()]
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)

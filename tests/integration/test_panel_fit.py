@@ -331,7 +331,8 @@ def test_entities_are_held_out_by_dotted_keys_and_the_choice_is_stored(workspace
     small = ["window.context_length=12", "window.horizon=4", "train.max_epochs=2", "tracking.enabled=false"]
     asked = ["model=dlinear", "train=fast", "entities.held_out=0.25", "entities.seed=1", "entities.watch=unseen_valid"]
     result: FitResult = fit(load(FitConfig, "fit", [*data, *asked, *small]), workspace)
-    stored = load_artifact(result.artifact.path)  # type: ignore[arg-type]
+    assert result.artifact.path is not None
+    stored = load_artifact(result.artifact.path)
     chosen = stored.provenance["entities"]
     assert chosen["watch"] == "unseen_valid"
     assert len(chosen["held_out"]) == 2

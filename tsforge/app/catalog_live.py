@@ -80,7 +80,8 @@ def _parts(model: Artifact, frame: SeriesFrame, series: str, table: pl.DataFrame
     names = model.schema.targets
     with evaluating(model.network):
         parts = {name: as_array(part)[row] for name, part in model.network.components(batch).items()}
-        given, shares = model.network.contributions(batch), model.network.attention(batch)
+        told = (model.network.contributions(batch), model.network.attention(batch))
+    given, shares = (None if part is None else as_array(part)[row] for part in told)
     times = table.filter(pl.col("variate") == names[0]).sort("step")["time"]
     components = [
         {"time": times, "component": name, "variate": variate, "value": part[:, place]}
@@ -88,13 +89,13 @@ def _parts(model: Artifact, frame: SeriesFrame, series: str, table: pl.DataFrame
         for place, variate in enumerate(names)
     ]
     contributions = [
-        {"time": times, "variate": variate, "source": source, "value": as_array(given)[row][:, i, j]}
+        {"time": times, "variate": variate, "source": source, "value": given[:, i, j]}
         for i, variate in enumerate(names)
         for j, source in enumerate(names)
         if given is not None
     ]
     attention = [
-        {"variate": variate, "source": list(names), "share": as_array(shares)[row][i]}
+        {"variate": variate, "source": list(names), "share": shares[i]}
         for i, variate in enumerate(names)
         if shares is not None
     ]

@@ -422,7 +422,8 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         if self.config.paths == "autoregression" or self.encoder is None or self.config.attend != "variables":
             return None
         rows = self._encoder_input(batch, self.normalise(batch).x)[0]
-        return self.encoder.self_attn(rows, rows, rows, need_weights=True)[1]  # type: ignore[no-any-return]
+        shares: Tensor = self.encoder.self_attn(rows, rows, rows, need_weights=True)[1]
+        return shares
 
     def explain(self) -> dict[str, Any]:
         """Return every cell of the graphs and evolution weights, and the kernel of the autoregression."""
