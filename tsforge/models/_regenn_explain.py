@@ -60,13 +60,15 @@ def evolution_records(model: ReGENN) -> list[dict[str, Any]]:
 def kernel_records(model: ReGENN) -> list[dict[str, Any]]:
     """Return the weights of the autoregressive path as ``lag`` (0 = last row of the context), ``step``, ``weight``.
 
-    None beyond 20,000 weights, more than anyone looks at; they are in the weights of the artifact.
+    The last row is left out of anchored windows: it is 0 there, and its weight has no effect. None beyond 20,000
+    weights, more than anyone looks at; they are in the weights of the artifact.
     """
     if model.ar_weight is None or model.ar_weight.numel() > MOST_WEIGHTS:
         return []
     length = model.spec.context_length
+    used = model.ar_weight[: length - 1] if model.anchors else model.ar_weight
     return [
         {"lag": length - 1 - row, "step": step + 1, "weight": weight}
-        for row, weights in enumerate(model.ar_weight.tolist())
+        for row, weights in enumerate(used.tolist())
         for step, weight in enumerate(weights)
     ]

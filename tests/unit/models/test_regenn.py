@@ -270,10 +270,15 @@ def test_every_matrix_is_told_and_names_its_axes() -> None:
         )
         assert change == pytest.approx(after - before)
         assert cells[layer, "similarity_after", 1, 1] == pytest.approx(1.0)
-    kernel = {(row["lag"], row["step"]): row["weight"] for row in told["autoregressive_kernel"]}
-    assert model.ar_weight is not None
-    assert kernel[0, 1] == pytest.approx(float(model.ar_weight[-1, 0].detach()))
-    assert kernel[L - 1, H] == pytest.approx(float(model.ar_weight[0, -1].detach()))
+    for settings in ({}, {"normalisation": "none"}):
+        plain = make(shake=0.4, paths="autoregression", **settings)
+        kernel = {(row["lag"], row["step"]): row["weight"] for row in plain.explain()["autoregressive_kernel"]}
+        first = 0 if settings else 1  # the last row of an anchored window is 0: no weight of it has an effect
+        assert min(kernel) == (first, 1)
+        assert len(kernel) == (L - first) * H
+        assert plain.ar_weight is not None
+        assert kernel[first, 1] == pytest.approx(float(plain.ar_weight[L - 1 - first, 0].detach()))
+        assert kernel[L - 1, H] == pytest.approx(float(plain.ar_weight[0, -1].detach()))
     wide = make(DataSpec(context_length=L, horizon=H, num_variates=65), ff_dim=8)
     assert wide.explain()["evolution"] == []
     long = make(DataSpec(context_length=201, horizon=100, num_variates=2), paths="autoregression")
