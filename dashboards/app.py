@@ -6,7 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from dashboards.views import anomalies, backtests, data, dynamics, forecasts, graphs, overview, runs
+from dashboards.views import anomalies, backtests, data, dynamics, explanations, forecasts, graphs, overview, runs
 
 PAGES = {
     "": [st.Page(overview.show, title="Overview", icon=":material/dashboard:", url_path="overview", default=True)],
@@ -14,6 +14,7 @@ PAGES = {
         st.Page(forecasts.show, title="Forecasts", icon=":material/show_chart:", url_path="forecasts"),
         st.Page(anomalies.show, title="Anomalies", icon=":material/notification_important:", url_path="anomalies"),
         st.Page(backtests.show, title="Backtests", icon=":material/leaderboard:", url_path="backtests"),
+        st.Page(explanations.show, title="Explanations", icon=":material/help:", url_path="explanations"),
         st.Page(graphs.show, title="Graphs", icon=":material/hub:", url_path="graphs"),
         st.Page(dynamics.show, title="Dynamics", icon=":material/all_inclusive:", url_path="dynamics"),
     ],

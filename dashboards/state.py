@@ -16,6 +16,7 @@ from tsforge.core.workspace import Workspace
 
 if TYPE_CHECKING:
     from tsforge.app.catalog_live import LiveForecast
+    from tsforge.app.explain import Attribution, Importance
 
 MINUTE = "%Y-%m-%d %H:%M"
 
@@ -159,6 +160,59 @@ def _live_forecast(root: str, artifact: str, series: str, cutoff: Any, version: 
     from tsforge.app.catalog_live import live_forecast  # brings torch: no other page waits for it
 
     return live_forecast(Workspace.open(root), artifact, series, cutoff)
+
+
+def live_paths(artifact: str, dataset: str, series: str, cutoff: object, number: int) -> pl.DataFrame:
+    """Return sample paths of ``live_forecast``; cached like it."""
+    home = workspace()
+    return _live_paths(str(home.root), artifact, series, cutoff, number, catalog.dataset_version(home, dataset))
+
+
+@st.cache_data(show_spinner="Drawing futures ...", max_entries=32)
+def _live_paths(root: str, artifact: str, series: str, cutoff: Any, number: int, version: str) -> pl.DataFrame:
+    from tsforge.app.catalog_live import live_paths as draw
+
+    return draw(Workspace.open(root), artifact, series, cutoff, number)
+
+
+def attribution(
+    artifact: str,
+    dataset: str,
+    series: str,
+    variate: str,
+    cutoff: object,
+    steps: tuple[int, ...] | None,
+    method: str,
+    block: int,
+) -> Attribution:
+    """Return the parts of a forecast of a stored artifact; cached per artifact, cutoff and way of dividing."""
+    home = workspace()
+    asked = {
+        "artifact": artifact,
+        "series": series,
+        "variate": variate,
+        "cutoff": cutoff.isoformat() if isinstance(cutoff, datetime) else cutoff,
+        "steps": steps,
+        "attribution": {"method": method, "block": block if method == "occlusion" else 1},
+    }
+    found: Attribution = _explained(str(home.root), asked, catalog.dataset_version(home, dataset))
+    return found
+
+
+def importance(artifact: str, dataset: str) -> Importance:
+    """Return the importance of every input of a stored artifact; cached until the data set changes."""
+    home = workspace()
+    asked = {"artifact": artifact, "what": "importance"}
+    found: Importance = _explained(str(home.root), asked, catalog.dataset_version(home, dataset))
+    return found
+
+
+@st.cache_data(show_spinner="Explaining ...", max_entries=32)
+def _explained(root: str, asked: dict[str, Any], version: str) -> Any:
+    from tsforge.app.explain import ExplainConfig, explain  # brings torch: no other page waits for it
+    from tsforge.core.config import validate
+
+    return explain(validate(ExplainConfig, asked), Workspace.open(root))
 
 
 def detection(record: Mapping[str, Any]) -> catalog_results.StoredDetection:

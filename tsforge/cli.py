@@ -206,6 +206,24 @@ def benchmark(
 
 
 @app.command()
+def explain(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option("--config", help="Name below configs/ or a YAML file.")] = "explain",
+    output: Annotated[Path | None, typer.Option("--output", help="Write the whole table (.parquet or .csv).")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Divide a forecast among its inputs, or measure which inputs a model needs (what=importance)."""
+    job = _config("tsforge.app.explain:ExplainConfig", config, overrides, dry_run)
+    _check_table_name(output)
+    result = _attribute("tsforge.app.explain:explain")(job, _workspace(home))
+    if output is not None:
+        _write_table(result.table, output)
+    _show(result, as_json)
+
+
+@app.command()
 def detect(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option("--config", help="Name below configs/ or a YAML file.")] = "detect",

@@ -265,6 +265,11 @@ class ForecastNetwork(nn.Module):
             "cells": mask.sum(),
         }
 
+    def location(self, batch: Batch) -> Tensor:
+        """Return the mean forecast [B, H, V] in data units, differentiable in every input of the batch."""
+        loc, scale = self.scaler.stats(batch)
+        return self.likelihood.mean(self._run(batch)[1].raw) * scale + loc
+
     @torch.no_grad()
     def predict(self, batch: Batch, quantile_levels: Sequence[float] = ()) -> Predictive:
         """Return mean and quantiles in data units.

@@ -36,6 +36,7 @@ CAUGHT: list[tuple[suite.Check, type[broken.Honest], str]] = [
     (suite.check_hooks, broken.AnnealsWeights, "changes weights"),
     (suite.check_skill, broken.LastValueOnly, "seasonal naive"),
     (suite.check_source, broken.NoPaper, "names no paper"),
+    (suite.check_explained, broken.CutInputs, "contributions miss the forecast"),
 ]
 
 

@@ -30,7 +30,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PAGES = ("Overview", "Forecasts", "Anomalies", "Backtests", "Dynamics", "Data", "Runs")
+PAGES = ("Overview", "Forecasts", "Anomalies", "Backtests", "Explanations", "Dynamics", "Data", "Runs")
 VIEWPORT = {"width": 1400, "height": 1500}
 PATIENCE = 120_000  # milliseconds; a machine under load draws slowly
 # A page opened by its own address first looks for the server below that address, then at the root.

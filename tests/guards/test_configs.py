@@ -17,6 +17,7 @@ CLASSES = {
     "ingest": "tsforge.app.ingest:IngestConfig",
     "fit": "tsforge.app.fit:FitConfig",
     "predict": "tsforge.app.forecast:PredictConfig",
+    "explain": "tsforge.app.explain:ExplainConfig",
     "backtest": "tsforge.app.backtest:BacktestJobConfig",
     "benchmark": "tsforge.app.benchmark:BenchmarkConfig",
     "detect": "tsforge.app.detect:DetectJobConfig",

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from tsforge.contracts.tensors import Batch, DataSpec, Observation
 from tsforge.core.config import compose, to_yaml, validate
 from tsforge.core.errors import ConfigError, TsforgeError
 from tsforge.data.windows import WindowDataset, WindowSpec
+from tsforge.forecasting.attribution_path import Output, path_integral, read_inputs
 from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
 from tsforge.testing.generators import (
@@ -459,6 +461,36 @@ def check_hooks(model_cls: Model, settings: dict[str, Any]) -> None:
     assert bool(torch.isfinite(_raw(model, batch)).all())
 
 
+def check_explained(model_cls: Model, settings: dict[str, Any]) -> None:
+    """18: contributions of the inputs to a forecast add up to its difference from that of the baseline."""
+    spec = declared_spec(capabilities_of(model_cls, settings))
+    network = build_net(model_cls, settings, spec)
+    data = make_series(spec)
+    network.fit_scaler(data)
+    network.prepare(data)
+    network.solve(data)
+    _shake(network.model)
+    batch = series_batch(spec, data)
+    if not network.capabilities.rows_coupled:
+        batch = Batch(**{name: part[:1] for name, part in batch._asdict().items() if part is not None})
+    inputs = read_inputs(network, batch, "mean")
+    output = Output(row=0, steps=np.arange(spec.horizon), variate=1)
+    points, weights = np.polynomial.legendre.leggauss(48)
+    cells = path_integral(network, inputs, output, (points + 1) / 2, weights / 2, chunk=48)
+    with torch.no_grad():
+        ends = [
+            output.of(network, inputs.batch_of(inputs.at(torch.tensor([alpha]))), inputs.rows)[0].double()
+            for alpha in (1.0, 0.0)
+        ]
+    moved = sum(np.abs(part).sum(axis=tuple(range(1, part.ndim))) for part in cells.values())
+    total = sum(part.sum(axis=tuple(range(1, part.ndim))) for part in cells.values())
+    left = np.abs((ends[0] - ends[1]).numpy() - total)
+    allowed = 0.03 * moved + 1e-3 * float(network.scaler.global_scale.mean())
+    assert (left <= allowed).all(), f"contributions miss the forecast by {left.max():.3g}, they move {moved.max():.3g}"
+    for kind, part in cells.items():
+        assert not part[:, ~inputs.seen[kind].numpy()].any(), f"{kind}: a cell that was not observed contributes"
+
+
 def check_skill(model_cls: Model, settings: dict[str, Any]) -> None:
     """16: a trainable model beats the seasonal naive on the generated seasonal set after at most 20 small epochs."""
     if not capabilities_of(model_cls, settings).trainable:
@@ -504,4 +536,5 @@ CHECKS: tuple[Check, ...] = (
     check_hooks,
     check_skill,
     check_source,
+    check_explained,
 )
