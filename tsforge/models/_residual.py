@@ -122,7 +122,8 @@ class ResidualForecaster(ForecastModel[C]):
         """Set the linear map from the training span; a start for training, not the end of it."""
         if self.skip is None:
             return None
-        report = _solve_once(self.skip, data)
+        learned = self.config.skip == "learned"  # starts from weights of its own, by the seed: nothing to share
+        report = self.skip.solve(data) if learned else _solve_once(self.skip, data)
         if report is None:
             return None
         return SolveReport(

@@ -97,3 +97,13 @@ def test_the_memory_is_small(solves: list[Linear]) -> None:
     assert len(solves) == _residual._MOST_SOLVED + 1
     model().solve(series(seed=0))  # the oldest is forgotten
     assert len(solves) == _residual._MOST_SOLVED + 2
+
+
+def test_a_learned_map_keeps_the_weights_of_its_seed(solves: list[Linear]) -> None:
+    first, second = model(skip="learned"), model(1, skip="learned")
+    assert second.skip is not None
+    before = second.skip.weight.detach().clone()
+    for part in (first, second):
+        assert part.solve(series()) is None
+    assert torch.equal(second.skip.weight.detach(), before)
+    assert len(solves) == 2
