@@ -13,7 +13,7 @@ from tsforge.app.ingest import max_age
 from tsforge.core.errors import ArtifactError, listing
 from tsforge.core.workspace import Workspace
 from tsforge.data.calendar import PREFIX
-from tsforge.data.report import data_report
+from tsforge.data.report import data_report, vintage_report
 from tsforge.data.store import SeriesStore
 from tsforge.models.registry import MODELS
 from tsforge.scheduling.ledger import Ledger
@@ -116,6 +116,16 @@ def dataset_report(workspace: Workspace, name: str) -> pl.DataFrame:
         return data_report(store.read(name), max_age=max_age(store.config(name)))
 
 
+def dataset_vintages(workspace: Workspace, name: str) -> pl.DataFrame:
+    """Return how often, how late and with what revisions each column of a data set was published.
+
+    Raises:
+        DataError: the data set is unknown or keeps one value a cell.
+    """
+    with _store(workspace) as store:
+        return vintage_report(store.read_vintages(name))
+
+
 def read_series(workspace: Workspace, name: str, series: str) -> pl.DataFrame:
     """Return the stored rows of one series: ``time`` and one column per variate and covariate."""
     with _store(workspace) as store:
@@ -137,7 +147,7 @@ def _facts(path: Path) -> dict[str, Any] | None:
     """Return what is shown of an artifact without loading its network, None when the folder is incomplete."""
     try:
         parts = {name: json.loads((path / f"{name}.json").read_bytes()) for name in _FACT_FILES}
-        return _shown(path.name, **parts)
+        return _shown(path.name, **parts) | {"paths": (path / "dependence.safetensors").is_file()}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -176,7 +186,8 @@ _FACT_FILES = ("spec", "schema", "metrics", "explanation", "provenance")
 def artifact_facts(workspace: Workspace, artifact: str) -> dict[str, Any]:
     """Return sizes, series, variates, metrics, explanation and provenance of a fitted model.
 
-    ``covariates`` are all it reads by role, ``known`` the known ones that no calendar can supply.
+    ``covariates`` are all it reads by role, ``known`` the known ones that no calendar can supply; ``paths`` says
+    whether it can draw sample paths.
 
     Raises:
         ArtifactError: it is not here.

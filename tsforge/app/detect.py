@@ -42,7 +42,7 @@ class DetectJobConfig(Config):
     start: str | int | None = None
     """First time to score; default the row after the artifact's validation span."""
     stop: str | int | None = None
-    """Last time to score; default the last observed row."""
+    """Last time to score; default the last observed row. Where publications are kept, values are of that moment."""
     detector: DetectConfig = DetectConfig()
     save: bool = True
     """Keep the report below ``reports/detections``."""
@@ -119,8 +119,8 @@ def detect(config: DetectJobConfig, workspace: Workspace) -> Detection:
     dataset = config.dataset or artifact.provenance.get("dataset")
     if not dataset:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
-    seen = load_dataset(workspace, dataset, series=config.series, masked=True)
-    raw = load_dataset(workspace, dataset, series=config.series)
+    seen = load_dataset(workspace, dataset, series=config.series, cutoff=config.stop, masked=True)
+    raw = load_dataset(workspace, dataset, series=config.series, cutoff=config.stop)
     report = detect_frame(artifact, seen, config.detector, start=config.start, stop=config.stop, values=raw)
     created = datetime.now(UTC)
     about = {

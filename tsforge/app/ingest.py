@@ -12,18 +12,21 @@ import polars as pl
 
 from tsforge.app.checks import TIMELESS, CheckConfig, CheckResult, NonEmptyCheck, run_checks
 from tsforge.core.config import Config, validate
-from tsforge.core.errors import BackendError, DataError, listing, nearest
+from tsforge.core.errors import BackendError, ConfigError, DataError, listing, nearest
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
+from tsforge.data.aggregates import with_aggregates
 from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.cleaning import Dataset, read_dataset
 from tsforge.data.config import DataConfig
 from tsforge.data.findings import IngestReport
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
+from tsforge.data.hierarchy import HierarchyConfig, is_aggregate
 from tsforge.data.schema import SeriesSchema
 from tsforge.data.store import SeriesStore
 from tsforge.data.store_records import BatchRecord
+from tsforge.data.vintages import Delays, History, seen_from
 
 _LOG = get_logger(__name__)
 
@@ -103,7 +106,7 @@ def ingest(config: IngestConfig, workspace: Workspace, *, progress: bool = False
         step(f"storing {dataset.report.rows_out} rows of {name}")
         record = store.write(
             name,
-            dataset.frame,
+            dataset.vintages or dataset.frame,
             report=dataset.report,
             config=config.data.model_dump(mode="json"),
             nulls=config.data.nulls,
@@ -196,15 +199,20 @@ def load_dataset(
     series: Sequence[str] | None = None,
     start: TimeLike | None = None,
     end: TimeLike | None = None,
+    cutoff: TimeLike | None = None,
     masked: bool = False,
     extend: int = 0,
 ) -> SeriesFrame:
     """Return stored data with its calendar features, values outside the valid range still visible.
 
+    A cell that was published several times has its last value, a covariate that comes later than the targets is moved
+    down (``publication_delay``).
+
     Args:
         workspace: whose store to read.
         data: name of the dataset, then its stored settings hold; or a config, whose roles, ranges and calendar hold.
         series, start, end: only these series and this span, both ends included.
+        cutoff: last row that may be seen: where publications are kept, every cell as of its moment; has no effect else.
         extend: rows added after the last observed target of each series, with their calendar features: a horizon to
             forecast.
         masked: hide values outside ``valid_range``, as for training (see ``mask_invalid``).
@@ -214,29 +222,83 @@ def load_dataset(
         BackendError: the database did not answer.
     """
     name = data if isinstance(data, str) else data.name
+    if cutoff is not None:
+        history = load_history(workspace, data, series=series, masked=masked, extend=extend)
+        return seen_from(history, cutoff)
     with closing(SeriesStore(workspace.database_url)) as store:
-        frame = store.read(name, series=series, start=start, end=end)
-        stored = store.config(name)
-    if isinstance(data, str):
-        settings: Mapping[str, Any] = stored
-        calendar = validate(CalendarConfig, stored.get("calendar", {}), where=f"dataset {name}.calendar")
-    else:
-        settings, calendar = data.model_dump(mode="json"), data.calendar
-        frame = _with_roles(frame, data)
-    frame = add_calendar(frame.extend(extend) if extend else frame, calendar)
+        settings, calendar = _settings(store, data)
+        structure = _structure(settings)
+        chosen = None if structure is not None else series  # a sum needs all its parts
+        frame = store.read(name, series=chosen, start=None if settings.get(_DELAY) else start, end=end)
+    schema = frame.schema if isinstance(data, str) else _wanted_schema(frame.schema, data)
+    if schema != frame.schema:
+        frame = SeriesFrame(frame.table, schema, frame.static, require_targets=False)
+    frame = frame.extend(extend) if extend else frame
+    frame = Delays.of(settings.get(_DELAY), schema, frame.grid, strict=False).shift(frame)
+    if settings.get(_DELAY) and start is not None:  # cut after the shift, which reads earlier rows
+        frame = frame.between(start)
+    if structure is not None:
+        frame = _with_sums(frame, structure, settings)
+        frame = frame if series is None else frame.select_series(series)
+    frame = add_calendar(frame, calendar)
     return _masked(frame, settings, name) if masked else frame
 
 
-def _with_roles(frame: SeriesFrame, data: DataConfig) -> SeriesFrame:
-    """Return the frame with the roles a config states; without stated targets the stored roles hold."""
+def load_history(
+    workspace: Workspace,
+    data: str | DataConfig,
+    *,
+    series: Sequence[str] | None = None,
+    masked: bool = False,
+    extend: int = 0,
+) -> History:
+    """Return stored data as ``load_dataset`` does; where the store keeps publications, all of them.
+
+    Raises:
+        DataError, BackendError: as ``load_dataset``.
+    """
+    name = data if isinstance(data, str) else data.name
+    with closing(SeriesStore(workspace.database_url)) as store:
+        kept = store.has_vintages(name)
+        if kept:
+            settings, calendar = _settings(store, data)
+            vintages = store.read_vintages(name, series=series)
+    if not kept:
+        return load_dataset(workspace, data, series=series, masked=masked, extend=extend)
+    schema = vintages.schema if isinstance(data, str) else _wanted_schema(vintages.schema, data)
+    delays = Delays.of(settings.get(_DELAY), schema, vintages.grid, strict=False)
+    if schema != vintages.schema or delays != Delays():
+        vintages = vintages.with_roles(schema, delays)
+    if masked:
+        vintages, counts = vintages.mask_outside(_ranges(settings, schema.columns))
+        _note_hidden(counts, name)
+    return vintages.with_calendar(calendar, extend=extend)
+
+
+_DELAY = "publication_delay"
+
+
+def _settings(store: SeriesStore, data: str | DataConfig) -> tuple[Mapping[str, Any], CalendarConfig]:
+    """Return the settings that hold for a dataset, plain types, and its calendar: stored ones for a name."""
+    if not isinstance(data, str):
+        delay = store.config(data.name).get(_DELAY)
+        if data.publication_delay != delay:  # forecasts read the stored one: a fit with another would not fit them
+            raise DataError(
+                f"dataset '{data.name}' was ingested with publication_delay {delay or 'none'}, the config says "
+                f"{data.publication_delay or 'none'}; ingest it again with the one that holds"
+            )
+        return data.model_dump(mode="json"), data.calendar
+    stored = store.config(data)
+    return stored, validate(CalendarConfig, stored.get("calendar", {}), where=f"dataset {data}.calendar")
+
+
+def _wanted_schema(stored: SeriesSchema, data: DataConfig) -> SeriesSchema:
+    """Return the schema with the roles a config states; without stated targets the stored roles hold."""
     if not data.targets:
-        return frame
-    stored = frame.schema
+        return stored
     wanted = SeriesSchema(
         targets=data.targets, past=data.past, known=data.known, static=data.static, freq=data.freq or stored.freq
     )
-    if wanted == stored:
-        return frame
     known = (*stored.columns, *stored.static)
     missing = [name for name in (*wanted.columns, *wanted.static) if name not in known]
     if missing:
@@ -246,7 +308,7 @@ def _with_roles(frame: SeriesFrame, data: DataConfig) -> SeriesFrame:
         )
     if wanted.freq != stored.freq:
         raise DataError(f"dataset '{data.name}' is stored with freq {stored.freq}, the config says {wanted.freq}")
-    return SeriesFrame(frame.table, wanted, frame.static, require_targets=False)
+    return wanted
 
 
 def mask_invalid(frame: SeriesFrame, data: str | DataConfig, workspace: Workspace | None = None) -> SeriesFrame:
@@ -267,18 +329,68 @@ def mask_invalid(frame: SeriesFrame, data: str | DataConfig, workspace: Workspac
 
 
 def _masked(frame: SeriesFrame, settings: Mapping[str, Any], name: str) -> SeriesFrame:
-    ranges = {
-        column: (low, high)
-        for column, (low, high) in dict(settings.get("valid_range", {})).items()
-        if column in frame.schema.columns
-    }
+    ranges = _ranges(settings, frame.schema.columns)
     if not ranges:
         return frame
     masked, counts = frame.mask_outside(ranges)
+    structure = _structure(settings)
+    if structure is not None and structure.over == "series":  # a range of a shop is none of a country
+        sums = pl.col("series_id").is_in([name for name in frame.series_ids if is_aggregate(structure, name)])
+        table = pl.concat([masked.table.filter(~sums), frame.table.filter(sums)])
+        masked = SeriesFrame(table, frame.schema, frame.static, require_targets=False)
+        counts = {column: masked.table[column].null_count() - frame.table[column].null_count() for column in ranges}
+    _note_hidden(counts, name)
+    return masked
+
+
+def _structure(settings: Mapping[str, Any]) -> HierarchyConfig | None:
+    plain = settings.get("hierarchy")
+    return None if plain is None else validate(HierarchyConfig, plain, where="hierarchy")
+
+
+def _with_sums(frame: SeriesFrame, structure: HierarchyConfig, settings: Mapping[str, Any]) -> SeriesFrame:
+    """Return the frame with the sums of its valid values; the values themselves stay, invalid ones too."""
+    ranges = _ranges(settings, frame.schema.columns)
+    if not ranges:
+        return with_aggregates(frame, structure)
+    whole = with_aggregates(_masked(frame, settings, "of the sums"), structure)
+    if structure.over == "variates":
+        made = [name for name in whole.schema.targets if name not in frame.schema.targets]
+        table = frame.table.with_columns(whole.table.select(made).get_columns())
+        return SeriesFrame(table, whole.schema, frame.static, require_targets=False)
+    kept = (
+        set(frame.series_ids)
+        if structure.given != "rebuild"
+        else {name for name in frame.series_ids if not is_aggregate(structure, name)}
+    )
+    own = pl.col("series_id").is_in(list(kept))
+    table = pl.concat([frame.table.filter(own), whole.table.filter(~own)])
+    return SeriesFrame(table, whole.schema, whole.static, require_targets=False)
+
+
+def dataset_hierarchy(workspace: Workspace, name: str) -> HierarchyConfig:
+    """Return the hierarchy of a stored dataset.
+
+    Raises:
+        ConfigError: it was ingested without one.
+        DataError: the dataset is not in the store.
+    """
+    with closing(SeriesStore(workspace.database_url)) as store:
+        structure = _structure(store.config(name))
+    if structure is None:
+        raise ConfigError(f"dataset '{name}' has no hierarchy to reconcile; state data.hierarchy and ingest it again")
+    return structure
+
+
+def _ranges(settings: Mapping[str, Any], columns: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
+    ranges = dict(settings.get("valid_range", {}))
+    return {column: (low, high) for column, (low, high) in ranges.items() if column in columns}
+
+
+def _note_hidden(counts: Mapping[str, int], name: str) -> None:
     hidden = {column: count for column, count in counts.items() if count}
     if hidden:
         log_event(_LOG, "values outside their valid range hidden", dataset=name, **hidden)
-    return masked
 
 
 def max_age(settings: Mapping[str, Any]) -> timedelta | None:

@@ -14,8 +14,10 @@ from tsforge.data.grid import Frequency, parse_freq
 from tsforge.data.io import RawTable, collect, column_types, read_source
 from tsforge.data.layout import long_table, wide_table
 from tsforge.data.numbers import NumberReader
+from tsforge.data.report import vintage_report
 from tsforge.data.synthetic import generate
-from tsforge.data.timestamps import read_times
+from tsforge.data.timestamps import read_published, read_times
+from tsforge.data.vintages import Delays, History, VintageFrame, newest
 
 _MIN_ROWS_FOR_STEP = 5  # fewer rows say little about a frequency
 _ONE_SERIES = "\x00series"  # stands in for the series column where the whole table is one series
@@ -26,14 +28,16 @@ class Dataset:
     """What reading a source gives.
 
     Attributes:
-        frame: the validated series.
+        frame: the validated series, with the last value of every cell.
         report: what was done to the rows.
         labels: known anomalies (``series_id, start, end, kind, variates``) of generated data, else None.
+        vintages: all publications, where the source has publication times.
     """
 
     frame: SeriesFrame
     report: IngestReport
     labels: pl.DataFrame | None = None
+    vintages: VintageFrame | None = None
 
 
 def read_dataset(config: DataConfig) -> Dataset:
@@ -53,16 +57,34 @@ def read_dataset(config: DataConfig) -> Dataset:
     try:
         raw = read_source(config.source)
         report = IngestReport(raw.origin)
-        frame = _clean(raw, config, report)
+        history = _clean(raw, config, report)
+        frame = newest(history)
+        Delays.of(config.publication_delay, frame.schema, frame.grid)  # one that does not fit is refused before storing
     except DataError as error:
         raise DataError(f"dataset '{config.name}': {error}") from error
-    report.rows_out = _filled(frame)
+    report.rows_out = _filled(history)
     _note_constants(frame, report)
-    return Dataset(frame, report)
+    if isinstance(history, SeriesFrame):
+        return Dataset(frame, report)
+    _note_revisions(history, report)
+    return Dataset(frame, report, vintages=history)
 
 
-def _filled(frame: SeriesFrame) -> int:
+def _filled(frame: History) -> int:
     return int(frame.table.select(pl.any_horizontal(pl.col(frame.schema.columns).is_not_null()).sum()).item())
+
+
+def _note_revisions(vintages: VintageFrame, report: IngestReport) -> None:
+    """Say how many publications there are, and how many values were revised by a later one."""
+    facts = vintage_report(vintages)
+    cells = vintages.table.n_unique(["series_id", "time"])
+    report.add("note", f"publications of {cells} rows (series and times)", vintages.num_rows)
+    shown = tuple(
+        f"{row['column']}: {row['revisions']} of {row['values']} cells" for row in facts.to_dicts() if row["revisions"]
+    )
+    report.add(
+        "note", "revisions: values that differ from those published before", int(facts["revisions"].sum()), shown
+    )
 
 
 def _note_constants(frame: SeriesFrame, report: IngestReport) -> None:
@@ -71,11 +93,12 @@ def _note_constants(frame: SeriesFrame, report: IngestReport) -> None:
     report.add("note", "constant targets", len(constant), constant)
 
 
-def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> SeriesFrame:
+def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
     types = column_types(raw)
-    keys = [config.time, *([config.series] if config.series else [])]
-    for setting, name in zip(("time", "series"), keys, strict=False):
-        if name not in types:
+    named = {"time": config.time, "series": config.series, "published": config.published}
+    keys = [name for name in named.values() if name]
+    for setting, name in named.items():
+        if name and name not in types:
             raise DataError(f"no column '{name}'{nearest(name, types)} (it has {listing(types, 20)}); set {setting}")
     columns, optional = _value_columns(list(types), keys, config)
     table = collect(raw, [*keys, *columns]).with_row_index(ROW, offset=1)
@@ -84,18 +107,23 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> SeriesFra
         raise DataError(f"{raw.origin} has columns ({listing(types)}) and no rows")
     table = NumberReader(raw, config, report).read(table, columns, optional)
     roles = _roles(table, columns, config)
+    if config.published is not None and any("published" in names for names in roles.values()):
+        raise DataError("'published' is what publication times are called; rename the value column of that name")
     group = config.series
     if config.layout == "long" and group is None:
         group = _ONE_SERIES
         table = table.with_columns(pl.lit(config.name).alias(group))
     if group is not None:
         table = _with_series_ids(table, group, config, report)
+    if config.published is not None:
+        table = read_published(table, config, report)
     table = read_times(table, group, config, report)
     if not table.height:
         raise DataError(f"no row of {raw.origin} is left after {report.rows_refused} were refused")
     keys = [config.time] if group is None else [group, config.time]
-    _note_order(table, keys, report)
-    table = _without_duplicates(table, keys, config, report)
+    if config.published is None:
+        _note_order(table, keys, report)
+    table = _without_duplicates(table, group, config, report)
     if config.resample is not None:
         table = _resampled(table, keys, columns, config.resample, report)
     return _frame(table.drop(ROW, strict=False), group, roles, config)
@@ -172,25 +200,27 @@ def _note_order(table: pl.DataFrame, keys: list[str], report: IngestReport) -> N
         report.add("sorted", "rows whose time lies before the row above", int(back.sum()), examples)
 
 
-def _without_duplicates(table: pl.DataFrame, keys: list[str], config: DataConfig, report: IngestReport) -> pl.DataFrame:
+def _without_duplicates(
+    table: pl.DataFrame, group: str | None, config: DataConfig, report: IngestReport
+) -> pl.DataFrame:
+    keys = [name for name in (group, config.time, config.published) if name is not None]
     key = pl.struct(keys) if len(keys) > 1 else pl.col(keys[0])
     extra = ~table.select(key.is_first_distinct()).to_series()
     count = int(extra.sum())
     if not count:
         return table
-    *group, time = keys
     values = [name for name in table.columns if name not in (ROW, *keys)]
-    examples = row_examples(table[ROW], table[time], extra)
+    examples = row_examples(table[ROW], table[config.time], extra)
+    what = "the time" if config.published is None else "the time and publication time"
     if config.duplicates == "error":
         same = count - (table.n_unique([*keys, *values]) - table.n_unique(keys))
-        where = (
-            f" in {table.filter(extra)[group[0]].n_unique()} of {table[group[0]].n_unique()} series" if group else ""
-        )
+        where = f" in {table.filter(extra)[group].n_unique()} of {table[group].n_unique()} series" if group else ""
+        revised = ", or name the column of publication times (published) if these are revisions"
         raise DataError(
-            f"{count} of {table.height} rows repeat the time of an earlier row{where} ({listing(examples)}; {same} of "
-            "them with equal values); set duplicates=mean, first or last"
+            f"{count} of {table.height} rows repeat {what} of an earlier row{where} ({listing(examples)}; {same} of "
+            f"them with equal values); set duplicates=mean, first or last{'' if config.published else revised}"
         )
-    report.add("merged", f"rows with a repeated time: {config.duplicates}", count, examples)
+    report.add("merged", f"rows that repeat {what}: {config.duplicates}", count, examples)
     if config.duplicates == "mean":
         return table.group_by(keys, maintain_order=True).agg(pl.col(values).mean(), pl.col(ROW).first())
     return table.unique(keys, keep=config.duplicates, maintain_order=True)
@@ -232,9 +262,7 @@ def _aggregate(name: str, how: str) -> pl.Expr:
     return by_name[how].alias(name)
 
 
-def _frame(
-    table: pl.DataFrame, group: str | None, roles: dict[str, tuple[str, ...]], config: DataConfig
-) -> SeriesFrame:
+def _frame(table: pl.DataFrame, group: str | None, roles: dict[str, tuple[str, ...]], config: DataConfig) -> History:
     freq = config.freq or (config.resample.every if config.resample else None)
     static = None
     if group is None:
@@ -245,12 +273,18 @@ def _frame(
             freq=freq,
             separator=config.separator,
             series_id=config.name,
+            published=config.published,
         )
     else:
-        plain, schema, static = long_table(table, series_id=group, time=config.time, roles=roles, freq=freq)
+        plain, schema, static = long_table(
+            table, series_id=group, time=config.time, roles=roles, freq=freq, published=config.published
+        )
         if freq is None:
-            _check_one_frequency(plain, schema.freq)
-    return SeriesFrame(plain, schema, static, require_targets=config.empty_targets == "error")
+            _check_one_frequency(plain.unique(["series_id", "time"]), schema.freq)
+    require = config.empty_targets == "error"
+    if config.published is None:
+        return SeriesFrame(plain, schema, static, require_targets=require)
+    return VintageFrame(plain, schema, static, require_targets=require)
 
 
 def _check_one_frequency(table: pl.DataFrame, freq: str) -> None:

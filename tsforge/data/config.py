@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError
 from tsforge.core.config import Config
 from tsforge.core.errors import listing
 from tsforge.data.calendar import CalendarConfig
+from tsforge.data.hierarchy import HierarchyConfig
 from tsforge.data.synthetic import SyntheticConfig
 
 Aggregation = Literal["mean", "sum", "min", "max", "first", "last", "median"]
@@ -174,8 +175,19 @@ class DataConfig(Config):
     valid_range: dict[str, tuple[float | None, float | None]] = Field(default_factory=dict)
     """Physical limits per column; values outside stay in the store and are hidden from training."""
     calendar: CalendarConfig = CalendarConfig()
+    hierarchy: HierarchyConfig | None = None
+    """Which series (or targets) are sums of which others. Sums that the source lacks are made when the data is read;
+    ``valid_range`` holds for the bottoms."""
     nulls: Literal["keep", "erase"] = "keep"
     """A null in a later batch: ``keep`` leaves the older value, ``erase`` removes it."""
+    published: str | None = None
+    """Column of publication times. Rows may then repeat a series and time, one row a publication; all are kept."""
+    published_format: str | None = None
+    """As ``time_format``, of the publication times."""
+    publication_delay: str | dict[str, str] | None = None
+    """How long after its time a value is published: one duration for all targets and past covariates, or by column
+    (``{visitors: 2d}``). Of targets: when a forecast can be made; covariates that come later than the targets are moved
+    down by as many rows, in training as in forecasting."""
     max_age: str | None = None
     """Duration after which the newest row counts as stale (data report and checks)."""
 
@@ -202,6 +214,13 @@ class DataConfig(Config):
     def _durations(cls, value: str | None) -> str | None:
         return None if value is None else _checked_duration(value, "1h", signed=True)
 
+    @field_validator("publication_delay")
+    @classmethod
+    def _delays(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        for delay in (value,) if isinstance(value, str) else (value or {}).values():
+            _checked_duration(delay, "2d")
+        return value
+
     @field_validator("valid_range")
     @classmethod
     def _ordered(
@@ -220,14 +239,26 @@ class DataConfig(Config):
             raise ValueError(f"column(s) with more than one role: {listing(repeated)}")
         if self.source.kind == "synthetic":
             self._refuse_without_effect("a synthetic source", "targets", "past", "known", "static", "separator", "freq")
+            self._refuse_without_effect("a synthetic source", "published", "published_format")
             return self
+        if self.hierarchy is not None and self.published is not None:
+            raise ValueError("hierarchy and published exclude each other: sums of publications are not kept")
+        if self.published is None:
+            self._refuse_without_effect("no column of publication times (published)", "published_format")
+        elif self.resample is not None:
+            raise ValueError("resample would mix publications; bring the source onto the grid before, or leave it out")
+        elif self.nulls == "erase":
+            raise ValueError("nulls=erase has no meaning with published: a missing value says nothing about its cell")
         if self.layout == "long":
             self._refuse_without_effect("the long layout", "separator")
         else:
             self._refuse_without_effect("the wide layout", "series", "static")
-        taken = {self.time, *([self.series] if self.series else [])} & set(roles)
+        keys = [name for name in (self.time, self.series, self.published) if name]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"time, series and published must be different columns (given: {listing(keys)})")
+        taken = set(keys) & set(roles)
         if taken:
-            raise ValueError(f"'{listing(taken)}' is the time or series column and cannot have a role")
+            raise ValueError(f"'{listing(taken)}' is the time, series or published column and cannot have a role")
         return self
 
     def _refuse_without_effect(self, where: str, *names: str) -> None:

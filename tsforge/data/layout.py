@@ -37,20 +37,28 @@ def long_table(
     time: str,
     roles: Mapping[str, tuple[str, ...]],
     freq: str | None,
+    published: str | None = None,
 ) -> tuple[pl.DataFrame, SeriesSchema, pl.DataFrame | None]:
     """Return a long table with canonical names, its schema, and the static table if there are static columns.
+
+    A column of publication times comes along as ``published``.
 
     Raises:
         DataError: a column is missing, the frequency cannot be inferred, or a static column varies within a series.
     """
     values = [name for names in roles.values() for name in names]
-    keys = [time] if series_id is None else [series_id, time]
+    keys = [name for name in (series_id, time, published) if name is not None]
     plain = _collect(table, list(dict.fromkeys([*keys, *values])))
     ids = pl.lit("series") if series_id is None else pl.col(series_id)
-    named = plain.select(ids.alias("series_id"), pl.col(time).alias("time"), *(pl.col(name) for name in values))
+    named = plain.select(ids.alias("series_id"), *_clocks(time, published), *(pl.col(name) for name in values))
     groups = None if series_id is None else named["series_id"]
     schema = SeriesSchema(**_plain(roles), freq=_freq(freq, named["time"], groups))
     return named, schema, _constants(named, schema)
+
+
+def _clocks(time: str, published: str | None) -> list[pl.Expr]:
+    """Return the time, and the publication time where there is one, under canonical names."""
+    return [pl.col(time).alias("time"), *([] if published is None else [pl.col(published).alias("published")])]
 
 
 def _plain(roles: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -80,8 +88,11 @@ def wide_table(
     freq: str | None,
     separator: str | None,
     series_id: str,
+    published: str | None = None,
 ) -> tuple[pl.DataFrame, SeriesSchema]:
     """Return a wide table in long form with canonical names, and its schema.
+
+    A column of publication times comes along as ``published``.
 
     Raises:
         DataError: a column is missing, the separator occurs in no column, or the frequency cannot be inferred.
@@ -89,7 +100,7 @@ def wide_table(
     names = table.collect_schema().names()
     if time not in names:
         raise DataError(f"the table lacks column(s) {time}{nearest(time, names)} (it has {listing(names, 20)})")
-    values = [name for name in names if name != time]
+    values = [name for name in names if name not in (time, published)]
     if separator is None:
         owners: dict[str, dict[str, str]] = {series_id: {name: name for name in values}}
     else:
@@ -98,9 +109,11 @@ def wide_table(
     chosen = _roles(roles, variates)
     wanted = {variate for names in chosen.values() for variate in names}
     used = [column for columns in owners.values() for variate, column in columns.items() if variate in wanted]
-    plain = _collect(table, list(dict.fromkeys([time, *used])))
+    clocks = [name for name in (time, published) if name is not None]
+    plain = _collect(table, list(dict.fromkeys([*clocks, *used])))
+    keys = _clocks(time, published)
     parts = [
-        _one_series(plain, time, owner, {variate: columns[variate] for variate in columns if variate in wanted})
+        _one_series(plain, keys, owner, {variate: columns[variate] for variate in columns if variate in wanted})
         for owner, columns in owners.items()
     ]
     long = pl.concat(parts, how="diagonal_relaxed")
@@ -132,11 +145,11 @@ def _roles(roles: Mapping[str, tuple[str, ...] | None], variates: list[str]) -> 
     return {**roles, "targets": rest if targets is None else targets}
 
 
-def _one_series(table: pl.DataFrame, time: str, owner: str, columns: Mapping[str, str]) -> pl.DataFrame:
+def _one_series(table: pl.DataFrame, keys: list[pl.Expr], owner: str, columns: Mapping[str, str]) -> pl.DataFrame:
     """Return one series' rows, without the empty ones before its first and after its last value."""
     part = table.select(
         pl.lit(owner).alias("series_id"),
-        pl.col(time).alias("time"),
+        *keys,
         *(pl.col(column).alias(variate) for variate, column in columns.items()),
     )
     seen = part.filter(pl.any_horizontal(pl.col(list(columns)).is_not_null()))["time"] if columns else pl.Series([])

@@ -16,6 +16,7 @@ from tsforge.core.errors import DataError, listing, nearest
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import Bools, Ints, TimeGrid, show_time
 from tsforge.data.schema import SeriesSchema
+from tsforge.data.versions import PanelVersions
 
 _BLOCK = 65_536  # rows checked in one go
 
@@ -46,6 +47,8 @@ class Panel:
         series_ids: names in the order of ``series_index``.
         schema: roles of the columns.
         grid: where absolute index 0 lies.
+        versions: what windows see of cells that were published late or revised (``vintage_panel``); None = every
+            cell is what it is.
     """
 
     values: Floats
@@ -56,6 +59,7 @@ class Panel:
     series_ids: tuple[str, ...]
     schema: SeriesSchema
     grid: TimeGrid
+    versions: PanelVersions | None = None
     _resident: dict[tuple[str, torch.dtype], ResidentTensors] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

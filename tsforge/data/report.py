@@ -8,6 +8,7 @@ import polars as pl
 
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TIME_DTYPE
+from tsforge.data.vintages import KEYS, VintageFrame
 
 OUTLIER_SIGMAS = 6.0
 _NORMAL_FROM_MEDIAN = 1.4826  # standard deviation of a normal variable over its median absolute deviation
@@ -74,3 +75,43 @@ def _one_column(frame: SeriesFrame, name: str, role: str) -> pl.DataFrame:
         )
         .collect()
     )
+
+
+def vintage_report(vintages: VintageFrame) -> pl.DataFrame:
+    """Return one row per column: how often it was published, how late, how much it was revised.
+
+    Columns: ``column, role``; ``values`` (cells with any value) and ``publications`` of them; ``revised`` (cells whose
+    value changed after its first publication), ``revised_share`` of all, ``revisions`` (publications that changed a
+    value); ``mean_revision`` (mean absolute difference of last and first value, of revised cells); ``mean_delay`` and
+    ``median_delay`` of the first publication after its time (negative = ahead; null with integer time) and
+    ``last_published``.
+    """
+    schema = vintages.schema
+    roles = {name: role for role in ("past", "known") for name in getattr(schema, role)}
+    return pl.concat([_revisions(vintages, name, roles.get(name, "target")) for name in schema.columns])
+
+
+def _revisions(vintages: VintageFrame, name: str, role: str) -> pl.DataFrame:
+    value, delay = pl.col("value"), pl.col("delay")
+    given = vintages.table.lazy().select(*KEYS, pl.col(name).alias("value")).drop_nulls("value")
+    cells = given.group_by("series_id", "time").agg(
+        pl.len().cast(pl.Int64).alias("publications"),
+        (value != value.shift()).sum().cast(pl.Int64).alias("changes"),
+        (value.last() - value.first()).abs().alias("moved"),
+        (pl.col("published").first() - pl.col("time").first()).alias("delay"),
+        pl.col("published").max(),
+    )
+    lateness = pl.lit(None, pl.Duration("us")) if vintages.schema.has_integer_time else None
+    return cells.select(
+        pl.lit(name).alias("column"),
+        pl.lit(role).alias("role"),
+        pl.len().cast(pl.Int64).alias("values"),
+        pl.col("publications").sum(),
+        (pl.col("changes") > 0).sum().cast(pl.Int64).alias("revised"),
+        (pl.col("changes") > 0).mean().alias("revised_share"),
+        pl.col("changes").sum().alias("revisions"),
+        pl.col("moved").filter(pl.col("changes") > 0).mean().alias("mean_revision"),
+        (delay.mean() if lateness is None else lateness).alias("mean_delay"),
+        (delay.median() if lateness is None else lateness).alias("median_delay"),
+        pl.col("published").max().alias("last_published"),
+    ).collect()

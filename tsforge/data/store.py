@@ -36,6 +36,7 @@ from tsforge.data.store_records import (
     write_series,
 )
 from tsforge.data.store_tables import BATCHES, DATASETS, LABELS, SERIES, Definition
+from tsforge.data.vintages import VintageFrame
 
 _IN_LIMIT = 5_000  # more series than this are filtered after reading: databases limit the values of one statement
 
@@ -62,7 +63,7 @@ class SeriesStore:
     def write(
         self,
         name: str,
-        frame: SeriesFrame,
+        frame: SeriesFrame | VintageFrame,
         *,
         report: IngestReport | None = None,
         config: Mapping[str, Any] | None = None,
@@ -73,14 +74,15 @@ class SeriesStore:
 
         Args:
             name: the dataset, made on its first batch.
-            frame: the rows.
+            frame: the rows, or all publications of them.
             report: how they were read.
             config: settings of the dataset as plain types, kept beside it.
             nulls: whether a missing value leaves an older one (``keep``) or removes it (``erase``).
             labels: known anomalies (``series_id, start, end, kind, variates``); they replace those of the same series.
 
         Raises:
-            DataError: frequency or a role contradicts what is stored; recorded as a refused batch.
+            DataError: frequency, a role or the lack of publication times contradicts what is stored; recorded as a
+                refused batch.
             BackendError: the database refused; nothing is changed.
         """
         report = report or IngestReport("frame", frame.num_rows, frame.num_rows)
@@ -135,16 +137,52 @@ class SeriesStore:
     ) -> SeriesFrame:
         """Return the stored rows of a dataset, all of them or some series and a span (both ends included).
 
+        Where publications are stored, a row holds the last value of each cell.
+
         Raises:
             DataError: the dataset or a series is unknown, or no row lies in the span.
             BackendError: the database did not answer.
         """
+        dataset, rows, constants = self._rows(name, series, start, end)
+        if dataset.has_vintages:
+            return VintageFrame(rows, dataset.schema, constants, require_targets=False).latest()
+        return SeriesFrame(rows, dataset.schema, constants, require_targets=False)
+
+    def has_vintages(self, name: str) -> bool:
+        """Return whether a dataset keeps publications.
+
+        Raises:
+            DataError: the dataset is unknown.
+        """
+        with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
+            return definition(connection, name).has_vintages
+
+    def read_vintages(self, name: str, *, series: Sequence[str] | None = None) -> VintageFrame:
+        """Return all publications of a dataset, or those of some series.
+
+        Raises:
+            DataError: the dataset or a series is unknown, or it keeps one value a cell.
+            BackendError: the database did not answer.
+        """
+        dataset, rows, constants = self._rows(name, series, None, None)
+        if not dataset.has_vintages:
+            raise DataError(
+                f"dataset '{name}' keeps one value a cell; ingest it with the column of publication times (published) "
+                "under another name"
+            )
+        return VintageFrame(rows, dataset.schema, constants, require_targets=False)
+
+    def _rows(
+        self, name: str, series: Sequence[str] | None, start: TimeLike | None, end: TimeLike | None
+    ) -> tuple[Definition, pl.DataFrame, pl.DataFrame | None]:
+        """Return what the store knows of a dataset, its rows with their keys, and its static values."""
         with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
             dataset = definition(connection, name)
             constants = statics(connection, dataset, series)
             table = dataset.table()
             integer = dataset.schema.has_integer_time
-            statement = select(table).order_by(table.c.series_id, table.c.time)
+            keys = [column.name for column in table.primary_key.columns]
+            statement = select(table).order_by(*(table.c[key] for key in keys))
             if series is not None and len(series) <= _IN_LIMIT:
                 statement = statement.where(table.c.series_id.in_(list(series)))
             if start is not None:
@@ -152,15 +190,15 @@ class SeriesStore:
             if end is not None:
                 statement = statement.where(table.c.time <= _number(end, integer=integer))
             dtypes: dict[str, pl.DataType] = {column.name: pl.Float64() for column in table.columns}
-            rows = fetch(connection, statement, dtypes | {"series_id": pl.String(), "time": pl.Int64()})
+            clocks = {key: pl.Int64() for key in keys[1:]}
+            rows = fetch(connection, statement, dtypes | {"series_id": pl.String()} | clocks)
         if series is not None and len(series) > _IN_LIMIT:
             rows = rows.filter(pl.col("series_id").is_in(list(series)))
         if not rows.height:
             raise DataError(f"dataset '{name}' has no rows between {start or 'its start'} and {end or 'its end'}")
         if not integer:
-            rows = rows.with_columns(pl.col("time").cast(TIME_DTYPE))
-        rows = rows.rename({column: variate for variate, column in dataset.columns.items()})
-        return SeriesFrame(rows, dataset.schema, constants, require_targets=False)
+            rows = rows.with_columns(pl.col(keys[1:]).cast(TIME_DTYPE))
+        return dataset, rows.rename({column: variate for variate, column in dataset.columns.items()}), constants
 
     def config(self, name: str) -> dict[str, Any]:
         """Return the settings kept with a dataset (plain types, empty if none were given)."""

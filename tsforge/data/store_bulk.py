@@ -44,15 +44,21 @@ def _copy_in(connection: Connection, table: Table, rows: pl.DataFrame) -> None:
             copy.write(buffer.getbuffer())
 
 
-def stage_rows(connection: Connection, columns: Iterable[str], rows: pl.DataFrame) -> Table:
+def stage_rows(connection: Connection, columns: Iterable[str], rows: pl.DataFrame, *, has_vintages: bool) -> Table:
     """Return a temporary table that holds ``rows``; it goes with the transaction or the connection."""
-    stage = observation_table(_STAGE, list(columns), prefixes=("TEMPORARY",))
+    stage = observation_table(_STAGE, list(columns), has_vintages=has_vintages, prefixes=("TEMPORARY",))
     statement = str(CreateTable(stage).compile(dialect=connection.dialect)).strip()
     connection.exec_driver_sql(f"{statement} ON COMMIT DROP" if connection.dialect.name == "postgresql" else statement)
     insert_rows(connection, stage, rows)
     if connection.dialect.name == "postgresql":  # it plans a join without statistics for a handful of rows
         connection.exec_driver_sql(f"ANALYZE {_quoted(connection, stage)}")
     return stage
+
+
+def _split_columns(table: Table) -> tuple[list[str], list[str]]:
+    """Return the names of keys and of values."""
+    keys = [column.name for column in table.primary_key.columns]
+    return keys, [column.name for column in table.columns if column.name not in keys]
 
 
 def _differs(new: ColumnElement[Any], old: ColumnElement[Any], *, erase: bool) -> ColumnElement[bool]:
@@ -63,10 +69,10 @@ def _differs(new: ColumnElement[Any], old: ColumnElement[Any], *, erase: bool) -
 
 def compare(connection: Connection, stage: Table, table: Table, *, erase: bool) -> tuple[int, int]:
     """Return how many staged rows are new to ``table`` and how many would change one of its rows."""
-    names = [column.name for column in stage.columns if column.name not in ("series_id", "time")]
+    keys, names = _split_columns(stage)
     differs = or_(*(_differs(stage.c[name], table.c[name], erase=erase) for name in names))
     absent = table.c.series_id.is_(None)
-    joined = stage.outerjoin(table, and_(stage.c.series_id == table.c.series_id, stage.c.time == table.c.time))
+    joined = stage.outerjoin(table, and_(*(stage.c[key] == table.c[key] for key in keys)))
     new, changed = connection.execute(
         select(
             func.coalesce(func.sum(case((absent, 1), else_=0)), 0),
@@ -78,14 +84,14 @@ def compare(connection: Connection, stage: Table, table: Table, *, erase: bool) 
 
 def upsert(connection: Connection, stage: Table, table: Table, *, erase: bool) -> None:
     """Bring staged rows into ``table``: new ones are added, values replace older ones, the rest is not touched."""
-    names = [column.name for column in stage.columns if column.name not in ("series_id", "time")]
+    keys, names = _split_columns(stage)
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     insert: Any = dialect.insert(table)
     # the WHERE keeps SQLite's parser from reading ON CONFLICT as the ON of a join
     statement = insert.from_select([column.name for column in stage.columns], select(stage).where(true()))
     given = statement.excluded
     statement = statement.on_conflict_do_update(
-        index_elements=["series_id", "time"],
+        index_elements=keys,
         set_={name: given[name] if erase else func.coalesce(given[name], table.c[name]) for name in names},
         where=or_(*(_differs(given[name], table.c[name], erase=erase) for name in names)),
     )

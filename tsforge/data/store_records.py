@@ -13,7 +13,6 @@ import polars as pl
 from sqlalchemy import Connection, delete, func, insert, inspect, select, update
 
 from tsforge.core.errors import BackendError, DataError, listing, nearest
-from tsforge.data.frame import SeriesFrame
 from tsforge.data.sql import safe_url
 from tsforge.data.store_bulk import compare, insert_rows, stage_rows, upsert
 from tsforge.data.store_tables import (
@@ -23,11 +22,14 @@ from tsforge.data.store_tables import (
     INFO,
     LABELS,
     METADATA,
+    PLAIN_FORMAT,
     SERIES,
     Definition,
     merge_schemas,
     place_columns,
+    schema_text,
 )
+from tsforge.data.vintages import History, VintageFrame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def make_tables(connection: Connection) -> None:
     METADATA.create_all(connection)
     found = connection.execute(select(INFO.c.value).where(INFO.c.key == "format")).scalar()
     if found is None:
-        connection.execute(insert(INFO).values(key="format", value=str(FORMAT)))
+        connection.execute(insert(INFO).values(key="format", value=str(PLAIN_FORMAT)))
     elif int(found) > FORMAT:
         raise BackendError(
             f"the store at {safe_url(connection.engine.url)} has format {found}, this tsforge knows up to {FORMAT}; "
@@ -124,18 +126,21 @@ def definition(connection: Connection, name: str) -> Definition:
     raise DataError(f"no dataset '{name}' in the store{nearest(name, names)}{known}")
 
 
-def define(connection: Connection, name: str, frame: SeriesFrame, config: Mapping[str, Any] | None) -> Definition:
+def define(connection: Connection, name: str, frame: History, config: Mapping[str, Any] | None) -> Definition:
     """Return the definition of a dataset that has room for ``frame``, made or widened if need be.
 
     Raises:
-        DataError: frequency or roles contradict what is stored.
+        DataError: frequency or roles contradict what is stored, or only one of both has publication times.
     """
     row = connection.execute(select(DATASETS).where(DATASETS.c.name == name)).one_or_none()
+    has_vintages = isinstance(frame, VintageFrame)
     if row is None:
+        if has_vintages:  # so that a version that knows of no publications writes nothing beside them
+            connection.execute(update(INFO).where(INFO.c.key == "format").values(value=str(FORMAT)))
         connection.execute(
             insert(DATASETS).values(
                 name=name,
-                schema=json.dumps(frame.schema.to_dict()),
+                schema=schema_text(frame.schema, has_vintages=has_vintages),
                 columns=json.dumps(place_columns(frame.schema, {})),
                 config=json.dumps(dict(config or {})),
                 num_rows=0,
@@ -147,25 +152,33 @@ def define(connection: Connection, name: str, frame: SeriesFrame, config: Mappin
         made.table().create(connection)
         return made
     old = Definition.from_row(row)
+    if old.has_vintages != has_vintages:
+        have, come = ("publication times", "come without") if old.has_vintages else ("one value a cell", "have them")
+        raise DataError(
+            f"dataset '{name}' is stored with {have}, the new rows {come} (setting published); keep the setting, or "
+            "ingest under another name"
+        )
     schema = merge_schemas(name, old.schema, frame.schema)
     columns = place_columns(schema, old.columns)
     quote = connection.dialect.identifier_preparer.quote
     kind = "DOUBLE PRECISION"
     for column in list(columns.values())[len(old.columns) :]:
         connection.exec_driver_sql(f"ALTER TABLE {quote(old.table().name)} ADD COLUMN {quote(column)} {kind}")
-    changes: dict[str, Any] = {"schema": json.dumps(schema.to_dict()), "columns": json.dumps(columns)}
+    text = schema_text(schema, has_vintages=has_vintages)
+    changes: dict[str, Any] = {"schema": text, "columns": json.dumps(columns)}
     if config is not None:
         changes["config"] = json.dumps(dict(config))
     connection.execute(update(DATASETS).where(DATASETS.c.id == old.id).values(**changes))
     return definition(connection, name)
 
 
-def write_rows(connection: Connection, dataset: Definition, frame: SeriesFrame, *, erase: bool) -> tuple[int, int, int]:
+def write_rows(connection: Connection, dataset: Definition, frame: History, *, erase: bool) -> tuple[int, int, int]:
     """Bring the rows in and return how many were new, changed and unchanged."""
     variates = list(frame.schema.columns)
     columns = [dataset.columns[name] for name in variates]
+    clocks = ["time", *(["published"] if dataset.has_vintages else [])]
     rows = frame.table.select(
-        "series_id", pl.col("time").cast(pl.Int64), *(pl.col(name).alias(dataset.columns[name]) for name in variates)
+        "series_id", pl.col(clocks).cast(pl.Int64), *(pl.col(name).alias(dataset.columns[name]) for name in variates)
     )
     has_value = pl.any_horizontal(pl.col(columns).is_not_null())
     table = dataset.table()
@@ -177,7 +190,7 @@ def write_rows(connection: Connection, dataset: Definition, frame: SeriesFrame, 
         new, changed, removed = rows.height, 0, 0
     else:
         rows = rows if erase else rows.filter(has_value)
-        stage = stage_rows(connection, columns, rows)
+        stage = stage_rows(connection, columns, rows, has_vintages=dataset.has_vintages)
         new, changed = compare(connection, stage, table, erase=erase)
         if new or changed:
             upsert(connection, stage, table, erase=erase)
@@ -205,7 +218,7 @@ def _note_extent(connection: Connection, dataset: Definition, rows: pl.DataFrame
     )
 
 
-def write_series(connection: Connection, dataset: Definition, frame: SeriesFrame) -> None:
+def write_series(connection: Connection, dataset: Definition, frame: History) -> None:
     """Record the series of a frame with their static values; newer values replace older ones."""
     given: dict[str, dict[str, float]] = {name: {} for name in frame.series_ids}
     if frame.static is not None:

@@ -30,8 +30,11 @@ from sqlalchemy.types import TypeEngine
 from tsforge.core.errors import DataError, listing
 from tsforge.data.schema import SeriesSchema
 
-FORMAT = 1
+FORMAT = 2
+PLAIN_FORMAT = 1  # of a store without publication times: older versions of tsforge go on writing it
 MAX_COLUMNS = 800  # PostgreSQL joins at most 1,664 columns, SQLite nests at most 1,000 comparisons
+
+_VINTAGES = "vintages"  # beside the schema of a dataset whose rows are publications
 
 METADATA = MetaData()
 _ID: TypeEngine[int] = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers only INTEGER keys by itself
@@ -106,6 +109,7 @@ class Definition:
         schema: roles of every column it ever had.
         columns: variate -> column of the observation table.
         config: the settings of the last batch, plain types.
+        has_vintages: whether a row is a publication, with its time, so that a series and time may have several.
         num_rows, first_time, last_time: extent of the stored rows (microseconds since 1970 or integer time).
     """
 
@@ -114,6 +118,7 @@ class Definition:
     schema: SeriesSchema
     columns: Mapping[str, str]
     config: Mapping[str, Any]
+    has_vintages: bool
     num_rows: int
     first_time: int | None
     last_time: int | None
@@ -121,32 +126,43 @@ class Definition:
     @classmethod
     def from_row(cls, row: Row[Any]) -> Definition:
         """Return the definition in a row of ``DATASETS``."""
+        schema = json.loads(row.schema)
+        has_vintages = bool(schema.pop(_VINTAGES, False))
         return cls(
             id=row.id,
             name=row.name,
-            schema=SeriesSchema.from_dict(json.loads(row.schema)),
+            schema=SeriesSchema.from_dict(schema),
             columns=json.loads(row.columns),
             config=json.loads(row.config),
+            has_vintages=has_vintages,
             num_rows=row.num_rows,
             first_time=row.first_time,
             last_time=row.last_time,
         )
 
     def table(self) -> Table:
-        """Return the observation table: ``series_id, time`` and one column a variate."""
+        """Return the observation table: ``series_id, time`` (and ``published``) and one column a variate."""
         name = f"tsf_obs_{self.id}_{_slug(self.name, 30)}"
-        return observation_table(name, list(self.columns.values()))
+        return observation_table(name, list(self.columns.values()), has_vintages=self.has_vintages)
 
 
-def observation_table(name: str, columns: list[str], *, prefixes: tuple[str, ...] = ()) -> Table:
+def schema_text(schema: SeriesSchema, *, has_vintages: bool) -> str:
+    """Return the schema as ``DATASETS`` keeps it."""
+    return json.dumps(schema.to_dict() | ({_VINTAGES: True} if has_vintages else {}))
+
+
+def observation_table(
+    name: str, columns: list[str], *, has_vintages: bool = False, prefixes: tuple[str, ...] = ()
+) -> Table:
     """Return a table of observations; the key is the table itself in SQLite, so a row is stored once."""
+    keys = ["time", *(["published"] if has_vintages else [])]
     return Table(
         name,
         MetaData(),
         Column("series_id", _BYTES, nullable=False),
-        Column("time", BigInteger, nullable=False),
+        *(Column(key, BigInteger, nullable=False) for key in keys),
         *(Column(column, Double) for column in columns),
-        PrimaryKeyConstraint("series_id", "time"),
+        PrimaryKeyConstraint("series_id", *keys),
         prefixes=list(prefixes),
         sqlite_with_rowid=False,
     )

@@ -51,6 +51,37 @@ def read_times(table: pl.DataFrame, group: str | None, config: DataConfig, repor
     return _localise(table.with_columns(parsed.alias(config.time)), group, config, report)
 
 
+def read_published(table: pl.DataFrame, config: DataConfig, report: IngestReport) -> pl.DataFrame:
+    """Return the table with its publication times in UTC (or integer), read like times; to be called before those.
+
+    Raises:
+        DataError: as for ``read_times``; also publication times on another clock than the times, as far as can be seen.
+    """
+    own = {"time": config.published, "time_format": config.published_format, "time_shift": None}
+    as_time = config.model_copy(update=own)
+    time, published = _carries_zone(table[config.time], config), _carries_zone(table[as_time.time], as_time)
+    if published and time is False and "timezone" not in config.model_fields_set:
+        raise DataError(
+            f"publication times in '{as_time.time}' carry an offset, the times in '{config.time}' do not; say on which "
+            "clock those are with timezone (for example UTC)"
+        )
+    if time and published is False:
+        raise DataError(
+            f"publication times in '{as_time.time}' carry no offset, the times in '{config.time}' do; give both with "
+            "an offset, so that nobody has to guess when a value was out"
+        )
+    if published:
+        as_time = as_time.model_copy(update={"timezone": "UTC"})  # their own offset counts
+    return read_times(table, None, as_time, report)
+
+
+def _carries_zone(raw: pl.Series, config: DataConfig) -> bool | None:
+    """Return whether times carry an offset; None for days, integers and what cannot be read."""
+    sample = raw.drop_nulls().head(_SAMPLE)
+    kind = _parse(sample, config.model_copy(update={"timezone": "UTC"})).dtype
+    return kind == TIME_DTYPE if isinstance(kind, pl.Datetime) else None
+
+
 def _parse(raw: pl.Series, config: DataConfig) -> pl.Series:
     """Return Date, naive or UTC datetimes in microseconds, or Int64; null where a value cannot be read."""
     kind = raw.dtype

@@ -157,6 +157,7 @@ class WindowDataset:
         self._reach = spec.length if has_target or panel.schema.known else spec.context_length
         self._leaves_series = _leaves_series(panel, index, spec.context_length, self._reach)
         self._rows = panel.resident(self.device, dtype)
+        self._versions = None if panel.versions is None else panel.versions.to(self.device, dtype)
 
     @classmethod
     def _of(cls, panel: Panel, spec: WindowSpec, index: WindowIndex, **options: Any) -> WindowDataset:
@@ -226,7 +227,7 @@ class WindowDataset:
         def take(rows: Tensor, start: Tensor, length: int, fill: float = 0.0) -> Tensor:
             return take_padded(rows, start, length, low, high, fill) if padded else take_slices(rows, start, length)
 
-        return Batch(
+        batch = Batch(
             context=take(data.target, first, context),
             context_mask=take(data.mask, first, context),
             target=take(data.target, first + context, horizon) if self.has_target else None,
@@ -237,6 +238,10 @@ class WindowDataset:
             series_index=series,
             cutoff_index=cutoff,
         )
+        if self._versions is None:
+            return batch
+        low, high = self._low.index_select(0, series), self._high.index_select(0, series)
+        return self._versions.apply(batch, first, low, high, (context, horizon))
 
     def batches(
         self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False

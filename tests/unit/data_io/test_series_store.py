@@ -308,7 +308,7 @@ def test_a_store_of_a_newer_format_is_left_alone(store: SeriesStore, url: str) -
     with engine.begin() as connection:
         connection.execute(text("UPDATE tsf_info SET value = '99'"))
     engine.dispose()
-    with pytest.raises(BackendError, match="has format 99, this tsforge knows up to 1; update tsforge"):
+    with pytest.raises(BackendError, match="has format 99, this tsforge knows up to 2; update tsforge"):
         store.write("data", frame({"a": [(2.0,)]}))
 
 
