@@ -365,7 +365,7 @@ def test_checklist_13_quantiles_never_cross() -> None:
 
 
 def test_checklist_13_conformal_coverage_with_nine_scores() -> None:
-    from tsforge.forecasting.conformal import conformal_margin
+    from tsforge.forecasting.conformal_scores import conformal_margin
 
     rng = np.random.default_rng(17)
     scores = np.abs(rng.normal(size=(9, 20_000)))

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
-from tsforge.app import published
+from tsforge.app import batch_online, published
 from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, run_checks
-from tsforge.app.ingest import IngestConfig, ingest, load_dataset, mask_invalid
+from tsforge.app.ingest import IngestConfig, ingest, load_history, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config, fingerprint
 from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError
@@ -31,7 +31,11 @@ from tsforge.core.workspace import Workspace
 from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.vintages import Delays, newest, published_by
+from tsforge.forecasting.coherent_predict import predict_coherent
+from tsforge.forecasting.online_conformal import OnlineConfig
 from tsforge.forecasting.predict import predict
+from tsforge.forecasting.reconcile import ReconcileConfig
 from tsforge.scheduling.jobs import BUSY_EXIT_CODE
 from tsforge.scheduling.ledger import Claim, Ledger
 from tsforge.tracking.registry import resolve
@@ -52,6 +56,10 @@ class ForecastStage(Config):
     """Steps; None = as many as the model was trained for."""
     quantile_levels: tuple[float, ...] | None = None
     """Levels; None = all the artifact offers."""
+    reconcile: ReconcileConfig | None = None
+    """Make the forecasts of the data set's hierarchy add up; they then start from one row, the last observed one."""
+    online: OnlineConfig | None = None
+    """Adapt the intervals to how earlier batches of the job fared; ``{}`` takes the defaults."""
 
 
 class DetectStage(Config):
@@ -92,6 +100,12 @@ class BatchConfig(Config):
     forecast: ForecastStage | None = ForecastStage()
     detect: DetectStage | None = DetectStage()
     allow_future_model: bool = False
+
+    @model_validator(mode="after")
+    def _has_sums(self) -> BatchConfig:
+        if self.forecast is not None and self.forecast.reconcile is not None and self.data.hierarchy is None:
+            raise ValueError(f"forecast.reconcile: data set '{self.data.name}' has no hierarchy; state data.hierarchy")
+        return self
 
     @property
     def key(self) -> str:
@@ -140,6 +154,7 @@ class _Work:
     workspace: Workspace
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, pl.DataFrame] = field(default_factory=dict)
 
     @contextmanager
@@ -277,11 +292,17 @@ def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
         checks = _check_data(raw.until(work.as_of), work, facts)
     if config.forecast is not None:
         with work.stage("forecast") as facts:
-            table = predict(
-                artifact, frame, quantile_levels=config.forecast.quantile_levels, horizon=config.forecast.horizon
-            ).table
+            table = _forecast(artifact, frame, work, config.forecast)
             work.tables["forecast"] = table
             facts["rows"] = work.counts["forecasts"] = table.height
+            if config.forecast.online is not None:
+                known = frame.until(work.as_of)
+                made, about = batch_online.adapt(
+                    table, known, config.forecast.online, work.workspace, config.name, work.as_of
+                )
+                work.tables |= made
+                work.facts[batch_online.FACT] = about
+                facts["judged"] = work.counts["judged"] = about["judged"]
     if config.detect is not None:
         with work.stage("detect") as facts:
             _detect(artifact, frame.until(work.as_of), raw.until(work.as_of), work)
@@ -293,8 +314,22 @@ def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
     return BatchResult(status="published", partition=partition, checks=tuple(checks))
 
 
+def _forecast(artifact: Artifact, frame: SeriesFrame, work: _Work, stage: ForecastStage) -> pl.DataFrame:
+    """Return the forecast table; what reconciliation did goes to the manifest."""
+    asked: dict[str, Any] = {"quantile_levels": stage.quantile_levels, "horizon": stage.horizon}
+    structure = work.config.data.hierarchy
+    if stage.reconcile is None or structure is None:
+        return predict(artifact, frame, **asked).table
+    forecast = predict_coherent(artifact, frame, structure, stage.reconcile, **asked)
+    work.facts["reconcile"] = forecast.metadata["reconcile"]
+    return forecast.table
+
+
 def _known_at(work: _Work, facts: dict[str, Any]) -> SeriesFrame:
     """Return what was known at as_of: rows up to it, and later values of known covariates only.
+
+    Where publications are kept, values are those published by as_of; where targets are declared to come late, the rows
+    that were not out yet are hidden.
 
     Values outside their range are not hidden and calendar features not added yet.
     """
@@ -303,10 +338,11 @@ def _known_at(work: _Work, facts: dict[str, Any]) -> SeriesFrame:
         record = ingest(IngestConfig(data=config.data, checks=(), as_of=work.as_of), work.workspace).record
         facts.update(rows_in=record.rows_in, rows_new=record.rows_new, rows_changed=record.rows_changed)
     plain = config.data.model_copy(update={"calendar": CalendarConfig()})  # added once the frame reaches the horizon
-    frame = load_dataset(work.workspace, plain)
-    if frame.schema.has_integer_time:
+    history = load_history(work.workspace, plain)
+    if history.schema.has_integer_time:
         raise DataError(f"data set '{config.data.name}' has integer time; a batch stands at a calendar time")
-    known = frame.until(work.as_of, keep_known=True)
+    delays = Delays.of(config.data.publication_delay, history.schema, history.grid, strict=False)
+    known = newest(published_by(history, work.as_of, delays))
     work.counts["rows_known"] = known.until(work.as_of).num_rows
     facts["rows_known"] = work.counts["rows_known"]
     return known
@@ -378,6 +414,7 @@ def _manifest(work: _Work, artifact: Artifact, frame: SeriesFrame, checks: list[
         "counts": dict(work.counts),
         "checks": [vars(check) for check in checks],
         "seconds": dict(work.seconds),
+        **work.facts,
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,14 +75,14 @@ def read_partition(path: Path) -> Partition | None:
     return Partition(job=manifest["job"], as_of=as_of, path=path, manifest=manifest)
 
 
-def verify_partition(partition: Partition) -> None:
-    """Check every file of a batch against the hash in its manifest.
+def verify_partition(partition: Partition, only: Sequence[str] | None = None) -> None:
+    """Check every file of a batch (or only some) against the hash in its manifest.
 
     Raises:
         ArtifactError: a file was changed.
     """
     for name, facts in partition.manifest["files"].items():
-        if _sha256(partition.path / name) != facts["sha256"]:
+        if (only is None or name in only) and _sha256(partition.path / name) != facts["sha256"]:
             raise ArtifactError(
                 f"{partition.path / name} was changed after it was published; publish it again with --force"
             )
@@ -155,6 +155,20 @@ def latest(workspace: Workspace, job: str) -> Partition | None:
     """Return the newest published batch of a job, or None."""
     names = sorted((workspace.published / job).glob("as_of=*"))
     return read_partition(names[-1]) if names else None
+
+
+def newest_before(workspace: Workspace, job: str, moment: datetime, fact: str) -> Partition | None:
+    """Return the newest batch of a job before ``moment`` whose manifest states ``fact``, or None.
+
+    Raises:
+        ArtifactError: see ``read_partition``.
+    """
+    before = moment.astimezone(UTC).strftime(_FORM)
+    for path in sorted((workspace.published / job).glob("as_of=*"), reverse=True):
+        partition = read_partition(path) if path.name < before else None
+        if partition is not None and fact in partition.manifest:
+            return partition
+    return None
 
 
 def events(workspace: Workspace, job: str, *, until: datetime | None = None) -> pl.DataFrame | None:

@@ -9,10 +9,8 @@ import polars as pl
 import pytest
 
 from tsforge.core.errors import ConfigError, DataError
-from tsforge.forecasting.conformal import (
-    apply_calibration,
-    calibrated_levels,
-    calibration_table,
+from tsforge.forecasting.conformal import apply_calibration, calibrated_levels, calibration_table
+from tsforge.forecasting.conformal_scores import (
     conformal_margin,
     conformal_rank,
     interval_scores,
@@ -191,7 +189,7 @@ def test_uncalibrated_levels_and_foreign_scores_are_refused() -> None:
     table = calibration_table(scores, np.ones(target.shape, dtype=bool), LEVELS, ("a", "b"), "absolute")
     with pytest.raises(ConfigError, match=r"0\.1, 0\.9 are not calibrated; choose among 0\.05, 0\.25"):
         apply_calibration(table, mean, None, (0.1, 0.9), scale, ("a", "b"))
-    with pytest.raises(ConfigError, match="holds 'absolute' scores, this network needs 'cqr'"):
+    with pytest.raises(ConfigError, match="holds 'absolute' scores, which rest on its mean alone"):
         apply_calibration(table, mean, np.zeros((*mean.shape, 5)), LEVELS, scale, ("a", "b"))
 
 

@@ -1,0 +1,220 @@
+"""Coverage of nominal 80 % and 95 % intervals of the closed-form ``linear``, static and online, set by set.
+
+    python benchmarks/coverage.py --out benchmarks/results/coverage_cpu2_2026-11-28
+
+Each set is fitted once on its first 80 % (the last quarter of that calibrates) and forecast from cutoffs over its last
+20 %; online intervals are the same forecasts adapted in time order. Then the same with a drift planted into the second
+half of the test part, in standard deviations of the one-step errors of each variate before it: noise that doubles the
+variance of the errors, a level shift of two errors, and a growth to three errors. The drifted values are in the
+contexts too, as they would be. Figures are means over all series, variates, steps and cutoffs; static and online alike
+leave out the first ``START`` scores of a cell, for which the static interval stands. ``online`` has the rate 0.05,
+``aggregated`` weighs 0.01, 0.02, 0.05 and 0.1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from _measure import arguments, describe, heading, write
+
+from tsforge.artifact import Artifact, create_artifact
+from tsforge.contracts.tensors import DataSpec
+from tsforge.core.config import validate
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.panel import Panel
+from tsforge.data.windows import WindowDataset, WindowSpec
+from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.conformal import Choices, calibrate
+from tsforge.forecasting.online_backtest import online_forecasts
+from tsforge.forecasting.online_conformal import OnlineConfig, OnlineConformal
+from tsforge.network import NetworkConfig, build_network
+
+LEVELS = (0.025, 0.1, 0.5, 0.9, 0.975)
+NOMINAL = ((80, "q0.1", "q0.9"), (95, "q0.025", "q0.975"))
+MOST_CUTOFFS = 200
+START = 20
+VARIATES = 4
+# name: context, horizon
+SETS: dict[str, tuple[int, int]] = {
+    "ETTh1": (336, 24),
+    "ETTh2": (336, 24),
+    "ETTm1": (336, 24),
+    "exchange_rate": (60, 12),
+    "national_illness": (52, 12),
+    "epf_np": (336, 24),
+    "epf_pjm": (336, 24),
+    "epf_de": (336, 24),
+    "nyc_weather": (336, 24),
+    "beijing_air": (168, 24),
+    "bike_sharing": (336, 24),
+    "vic_electricity": (336, 48),
+}
+DRIFTS = ("variance x2", "level shift", "slow growth")
+METHODS = {
+    "online": OnlineConfig(start=START, rates=(0.05,)),
+    "aggregated": OnlineConfig(start=START, rates=(0.01, 0.02, 0.05, 0.1)),
+}
+
+
+def read(name: str, folder: Path, quick: bool) -> SeriesFrame:
+    """Return a set as one series of at most ``VARIATES`` variates, its newest 12,000 rows."""
+    table = pl.read_parquet(folder / f"{name}.parquet")
+    stamp = next(column for column, kind in table.schema.items() if kind.is_temporal())
+    table = table.sort(stamp).unique(stamp, keep="first", maintain_order=True)
+    numeric = [column for column, kind in table.schema.items() if kind.is_numeric()]
+    kept = [name for name in numeric if table[name].n_unique() > 20][-VARIATES:]
+    rows = table.select(pl.col(stamp).cast(pl.Datetime("us")).alias("time"), pl.col(kept).cast(pl.Float64))
+    rows = rows.with_columns(pl.lit(name).alias("series_id")).tail(2000 if quick else 12_000)
+    return SeriesFrame.from_long(rows, time="time", series_id="series_id", targets=kept)
+
+
+def fit(frame: SeriesFrame, spans: tuple[int, int], window: WindowSpec) -> Artifact:
+    """Return ``linear`` fitted on rows before ``spans[0]`` and calibrated on the rows up to ``spans[1]``."""
+    panel = Panel.from_frame(frame)
+    series = panel.training_series(None, spans[0])
+    spec = DataSpec(
+        context_length=window.context_length,
+        horizon=window.horizon,
+        num_variates=panel.num_targets,
+        train_length=spans[0],
+    )
+    network = build_network(validate(NetworkConfig, {"model": {"name": "linear"}}), spec)
+    network.fit_scaler(series)
+    network.solve(series)
+    held_out = WindowDataset(panel, replace(window, min_observed=0.0), *spans)
+    return create_artifact(
+        network,
+        config={},
+        schema=frame.schema,
+        grid=panel.grid,
+        series_ids=panel.series_ids,
+        window=window,
+        provenance={},
+        calibration=calibrate(network, held_out, LEVELS, choices=Choices()),
+    )
+
+
+def planted(frame: SeriesFrame, kind: str, first: int, stop: int, errors: dict[str, float]) -> SeriesFrame:
+    """Return the frame with a drift from row ``first`` on; ``errors``: standard deviation of one-step errors."""
+    rows = frame.num_rows
+    at = np.arange(rows)
+    late = at >= first
+    rng = np.random.default_rng(0)
+    columns = []
+    for name in frame.schema.targets:
+        unit = errors[name]
+        if kind == "variance x2":
+            change = unit * rng.normal(size=rows)
+        elif kind == "level shift":
+            change = np.full(rows, 2.0 * unit)
+        else:
+            change = 3.0 * unit * (at - first) / max(1, stop - first)
+        columns.append((pl.col(name) + pl.Series(np.where(late, change, 0.0))).alias(name))
+    return SeriesFrame(frame.table.with_columns(columns), frame.schema)
+
+
+def coverage(table: pl.DataFrame) -> dict[str, float]:
+    """Return coverage in percent, and median width, by nominal coverage."""
+    known = table.drop_nulls("actual")
+    found = {}
+    for nominal, low, high in NOMINAL:
+        inside = known["actual"].is_between(known[low], known[high])
+        found[f"cover_{nominal}"] = 100.0 * float(inside.mean())  # type: ignore[arg-type]
+        width = known[high] - known[low]
+        found[f"width_{nominal}"] = float(width.median())  # type: ignore[arg-type]
+        found[f"infinite_{nominal}"] = 100.0 * float(width.is_infinite().mean())  # type: ignore[arg-type]
+    return found
+
+
+def measure(name: str, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Return one record for the set as it is and for each drift."""
+    context, horizon = SETS[name]
+    frame = read(name, folder, quick)
+    rows = frame.num_rows
+    window = WindowSpec(context_length=context, horizon=horizon)
+    spans = (int(0.6 * rows), int(0.8 * rows))
+    began = time.perf_counter()
+    artifact = fit(frame, spans, window)
+    stride = max(1, (rows - spans[1] - horizon) // (50 if quick else MOST_CUTOFFS))
+    cutoffs = np.arange(spans[1] - 1, rows - horizon, stride)
+    middle = (spans[1] + rows) // 2
+    plain = forecasts_at(artifact, frame, cutoffs, steps=horizon, levels=LEVELS)
+    first = plain.filter(pl.col("step") == 1, pl.col("time") < frame.grid.time_at(middle)).drop_nulls("actual")
+    spread = first.group_by("variate").agg((pl.col("actual") - pl.col("mean")).std())
+    errors = dict(zip(spread["variate"], spread["actual"], strict=True))
+    records = []
+    for kind in ("none", *DRIFTS):
+        data = frame if kind == "none" else planted(frame, kind, middle, rows, errors)
+        table = plain if kind == "none" else forecasts_at(artifact, data, cutoffs, steps=horizon, levels=LEVELS)
+        warm = data.grid.time_at(int(cutoffs[min(START + horizon // stride + 1, len(cutoffs) - 2)]))
+        judged = pl.col("cutoff") >= (warm if kind == "none" else data.grid.time_at(middle - horizon))
+        if kind != "none":
+            judged &= pl.col("time") >= data.grid.time_at(middle)
+        record: dict[str, Any] = {
+            "set": name,
+            "drift": kind,
+            "variates": len(frame.schema.targets),
+            "cutoffs": len(cutoffs),
+            "stride": stride,
+            "static_all": coverage(table),
+            "static": coverage(table.filter(judged)),
+        }
+        for label, config in METHODS.items():
+            adapted, _ = online_forecasts(table, OnlineConformal(config))
+            record[label] = coverage(adapted.filter(judged))
+        record["seconds"] = round(time.perf_counter() - began, 1)
+        records.append(record)
+        print(name, kind, {key: round(record[key]["cover_80"], 1) for key in ("static", *METHODS)}, flush=True)
+    return records
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return the tables as a page."""
+    lines = heading("Coverage of conformal intervals, static and online", result["about"])
+    lines += ["", *(__doc__ or "").strip().splitlines()[4:], ""]
+    for kind in ("none", *DRIFTS):
+        lines += ["", f"## {'As the data is' if kind == 'none' else 'Planted: ' + kind}", ""]
+        title = ["set", "cutoffs", *(f"static {n} %" for n, _, _ in NOMINAL)]
+        title += [f"{label} {n} %" for label in METHODS for n, _, _ in NOMINAL]
+        title += ["width online/static 80 %", "infinite 95 %"]
+        lines += ["| " + " | ".join(title) + " |", "|---" * len(title) + "|"]
+        rows = [record for record in result["records"] if record["drift"] == kind]
+        for record in rows:
+            cells = [record["set"], str(record["cutoffs"])]
+            for label in ("static", *METHODS):
+                cells += [f"{record[label][f'cover_{n}']:.1f}" for n, _, _ in NOMINAL]
+            cells.append(f"{record['online']['width_80'] / record['static']['width_80']:.2f}")
+            cells.append(f"{record['online']['infinite_95']:.1f}")
+            lines.append("| " + " | ".join(cells) + " |")
+        for label in ("static", *METHODS):
+            off = [[abs(row[label][f"cover_{n}"] - n) for row in rows] for n, _, _ in NOMINAL]
+            text = "; ".join(
+                f"{n} %: median {np.median(found):.2f} points off, within 1 in {sum(x <= 1 for x in found)}, "
+                f"within 2 in {sum(x <= 2 for x in found)} of {len(found)}"
+                for (n, _, _), found in zip(NOMINAL, off, strict=True)
+            )
+            lines += ["", f"{label}: {text}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    given = arguments(__doc__)
+    before = os.getloadavg()[0]
+    folder = Path(os.environ.get("TSFORGE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "forecast"
+    if not folder.is_dir():
+        raise SystemExit("real data sets not found: set TSFORGE_DATA to the folder that holds forecast/")
+    records = [record for name in SETS for record in measure(name, folder, given.quick)]
+    result = {"about": describe(given, before), "records": records}
+    write(given.out, result, page(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
