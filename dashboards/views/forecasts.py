@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import streamlit as st
 
-from dashboards import charts, graph_charts
-from dashboards.state import MINUTE, choose, empty, labels, live_forecast, moment, page, series_table, table
+from dashboards import charts, graph_charts, quality_charts
+from dashboards.state import MINUTE, choose, empty, labels, live_forecast, live_paths, moment, page, series_table, table
 from tsforge.app import catalog, catalog_results
 from tsforge.core.workspace import Workspace
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 LIVE, PUBLISHED = "on demand", "published"
 _SOURCES = {LIVE: "Fitted model, any cutoff", PUBLISHED: "Published by a batch"}
 _FURTHEST = 1440  # steps that the slider reaches back
+_PATHS, _LINES = 1000, 30  # sample paths behind a total, and in the chart
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
     """What a page draws: one series and variate of a forecast, its parts, the stored rows, a name for files.
 
-    ``live`` is the whole answer of the model, None for a published forecast.
+    ``live`` is the whole answer of the model, None for a published forecast; ``paths`` are sample paths, if asked for.
     """
 
     forecast: pl.DataFrame
@@ -35,6 +36,7 @@ class Shown:
     variate: str
     name: str
     live: LiveForecast | None = None
+    paths: pl.DataFrame | None = None
 
 
 def show() -> None:
@@ -70,7 +72,23 @@ def _live(workspace: Workspace, artifacts: list[dict[str, Any]], where: list[Any
     """Return the forecast of a chosen model from a chosen cutoff, None when the series is too short."""
     names = labels(artifacts, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
     artifact = choose("Model", list(names), "artifact", names=names, where=where[0])
-    return choose_forecast(catalog.artifact_facts(workspace, artifact), where[1:])
+    facts = catalog.artifact_facts(workspace, artifact)
+    shown = choose_forecast(facts, where[1:])
+    if shown is None or not facts["paths"] or not _wants_paths():
+        return shown
+    first = shown.forecast.row(0, named=True)
+    paths = live_paths(artifact, facts["dataset"], first["series_id"], first["cutoff"], _PATHS)
+    return replace(shown, paths=paths.filter(pl.col("variate") == shown.variate))
+
+
+def _wants_paths() -> bool:
+    """Return whether whole futures are to be drawn; the choice is kept in the URL."""
+    chosen = st.toggle("Sample paths", value=st.query_params.get("paths") == "1", key="choice-paths")
+    if chosen:
+        st.query_params["paths"] = "1"
+    elif "paths" in st.query_params:
+        del st.query_params["paths"]
+    return chosen
 
 
 def choose_forecast(facts: dict[str, Any], where: list[Any]) -> Shown | None:
@@ -151,10 +169,23 @@ def _fan(shown: Shown) -> None:
     history = values.filter(pl.col("time") <= cutoff).tail(max(3 * horizon, 96))
     ends = shown.forecast["time"].max()
     actual = values.filter(pl.col("time") > cutoff, pl.col("time") <= ends).filter(pl.col("value").is_not_null().any())
-    st.plotly_chart(
-        charts.fan_chart(history, shown.forecast, actual=actual, variate=shown.variate), width="stretch", key="fan"
-    )
+    figure = charts.fan_chart(history, shown.forecast, actual=actual, variate=shown.variate)
+    if shown.paths is not None:
+        quality_charts.add_paths(figure, shown.paths.filter(pl.col("path") < _LINES))
+    st.plotly_chart(figure, width="stretch", key="fan")
+    if shown.paths is not None:
+        _totals(shown.paths, horizon)
     _errors(shown.forecast, actual)
+
+
+def _totals(paths: pl.DataFrame, horizon: int) -> None:
+    """Say what the paths tell about the horizon as a whole."""
+    wholes = paths.group_by("path").agg(pl.col("value").mean().alias("Mean"), pl.col("value").max().alias("Highest"))
+    parts = []
+    for name in ("Mean", "Highest"):
+        low, middle, high = (wholes[name].quantile(level, "linear") or 0.0 for level in (0.05, 0.5, 0.95))
+        parts.append(f"{name} of the {horizon} steps: **{middle:.4g}**, with 90 % between {low:.4g} and {high:.4g}.")
+    st.caption(" ".join([f"{_LINES} of {_PATHS} possible futures, each a whole.", *parts]))
 
 
 def _errors(forecast: pl.DataFrame, actual: pl.DataFrame) -> None:
@@ -265,6 +296,24 @@ def _observer(records: pl.DataFrame, facts: dict[str, Any]) -> None:
     table(named, {name: heading for name, heading in headings.items() if name in named.columns})
 
 
+def _race(records: pl.DataFrame, facts: dict[str, Any]) -> None:
+    st.caption(
+        "What was tried, on how many held-out folds, and what became of it. The error is the mean over stretches of "
+        "held-out time in deviations of each variate, its spread the standard error; errors over one fold and over "
+        "several do not compare. Weights sum to 1."
+    )
+    headings = {
+        "candidate": "candidate",
+        "weight": "weight",
+        "error": "error",
+        "spread": "spread",
+        "folds": "folds",
+        "seconds": "seconds",
+        "why": "outcome",
+    }
+    table(records, headings)
+
+
 _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather look at than read
     "kernels": _chart(
         "kernels",
@@ -280,6 +329,7 @@ _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather
     "coupling": _coupling,
     "order": _order,
     "observer": _observer,
+    "race": _race,
     "autoregressive_kernel": _chart(
         "autoregressive_kernel",
         "Weights that all variates share: what a row of the context, relative to the last one, adds to each step.",

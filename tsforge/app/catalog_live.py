@@ -17,6 +17,7 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
 from tsforge.data.windows import last_windows
 from tsforge.forecasting.predict import artifact_panel, predict
+from tsforge.forecasting.sample_paths import predict_paths
 from tsforge.forecasting.window_forecasts import as_array, evaluating
 
 
@@ -53,7 +54,7 @@ def live_forecast(workspace: Workspace, artifact: str, series: str, cutoff: Time
         DataError: no such series, too short a history, or known covariates missing over the horizon.
     """
     model = load_artifact(workspace.artifacts / artifact)
-    frame = _frame(workspace, model, series)
+    frame = _frame(workspace, model, series, cutoff)
     forecast = predict(model, frame, cutoff=cutoff)
     table = forecast.table.filter(pl.col("series_id") == series)
     if table.is_empty():  # a model that couples series forecasts the others
@@ -64,11 +65,24 @@ def live_forecast(workspace: Workspace, artifact: str, series: str, cutoff: Time
     return LiveForecast(table=table, **_parts(model, frame, series, table), metadata=dict(forecast.metadata))
 
 
-def _frame(workspace: Workspace, model: Artifact, series: str) -> SeriesFrame:
+def live_paths(workspace: Workspace, artifact: str, series: str, cutoff: TimeLike | None, number: int) -> pl.DataFrame:
+    """Return sample paths of what ``live_forecast`` says: ``step, time, variate, path, value``.
+
+    Raises:
+        ArtifactError, DataError: as there.
+        ConfigError: the artifact has no dependence structure.
+    """
+    model = load_artifact(workspace.artifacts / artifact)
+    forecast = predict_paths(model, _frame(workspace, model, series, cutoff), number, cutoff=cutoff)
+    rows = forecast.answer.filter(pl.col("series_id") == series)
+    return rows.select("step", "time", "variate", "path", "value")
+
+
+def _frame(workspace: Workspace, model: Artifact, series: str, cutoff: TimeLike | None) -> SeriesFrame:
     """Return the stored rows in the roles of the fit, a horizon of calendar after them, impossible values hidden."""
     data = validate(DataConfig, model.config["data"], where=f"artifact {model.id}, data")
     wanted = None if model.network.capabilities.rows_coupled else [series]
-    return load_dataset(workspace, data, series=wanted, masked=True, extend=model.window.horizon)
+    return load_dataset(workspace, data, series=wanted, cutoff=cutoff, masked=True, extend=model.window.horizon)
 
 
 def _parts(model: Artifact, frame: SeriesFrame, series: str, table: pl.DataFrame) -> dict[str, pl.DataFrame]:

@@ -12,6 +12,8 @@ import polars as pl
 from tsforge.core.errors import DataError, listing
 
 FORECAST_COLUMNS = ("series_id", "cutoff", "step", "time", "variate", "mean")
+PATH_COLUMNS = ("series_id", "cutoff", "step", "time", "variate", "path", "value")
+AGGREGATE_COLUMNS = ("series_id", "cutoff", "first_time", "last_time", "steps", "variate", "aggregate", "mean")
 SCORE_COLUMNS = ("series_id", "time", "variate", "score", "p_value", "threshold", "alarm")
 EVENT_COLUMNS = (
     "event_id",
@@ -48,6 +50,9 @@ class Forecast:
         table: ``series_id, cutoff`` (time of the last row the model may have seen), ``step`` (1..H), ``time, variate,
             mean`` and one column per quantile level (``q0.05`` ...); one row per combination. Quantiles never cross.
         quantile_levels: ascending levels present in the table.
+        paths: sample paths, if asked for: ``series_id, cutoff, step, time, variate, path, value``.
+        aggregates: of the horizon, if asked for: ``series_id, cutoff, first_time, last_time, steps, variate, aggregate,
+            mean`` and the quantile columns.
         metadata: model name, artifact id and whatever the maker adds.
 
     Raises:
@@ -56,11 +61,24 @@ class Forecast:
 
     table: pl.DataFrame
     quantile_levels: tuple[float, ...] = ()
+    paths: pl.DataFrame | None = None
+    aggregates: pl.DataFrame | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> pl.DataFrame:
+        """The table that was asked for: aggregates of the horizon, else sample paths, else the forecast."""
+        if self.aggregates is not None:
+            return self.aggregates
+        return self.table if self.paths is None else self.paths
 
     def __post_init__(self) -> None:
         names = tuple(quantile_column(level) for level in self.quantile_levels)
         _require(self.table, FORECAST_COLUMNS + names, "a forecast table")
+        if self.paths is not None:
+            _require(self.paths, PATH_COLUMNS, "a table of sample paths")
+        if self.aggregates is not None:
+            _require(self.aggregates, AGGREGATE_COLUMNS + names, "a table of aggregates")
         for low, high in itertools.pairwise(names):
             crossed = int((self.table[low] > self.table[high]).sum())
             if crossed:

@@ -1,4 +1,4 @@
-"""Comparing forecasters over many series: skill against a baseline, mean ranks, paired tests.
+"""Comparing forecasters over many series: skill against a baseline, mean ranks and what tells them apart.
 
 A table of losses has one row a series (or data set, or cutoff) and one column a model; smaller is better.
 """
@@ -6,7 +6,6 @@ A table of losses has one row a series (or data set, or cutoff) and one column a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -15,15 +14,7 @@ from scipy import stats
 
 from tsforge.core.errors import DataError
 from tsforge.metrics.point import FloatArray
-
-
-@dataclass(frozen=True, kw_only=True)
-class Significance:
-    """Outcome of a test: its statistic, two-sided p-value and the number of rows it used; NaN when undecidable."""
-
-    statistic: float
-    p_value: float
-    count: int
+from tsforge.metrics.significance import Significance
 
 
 def skill_score(loss: ArrayLike, baseline: ArrayLike) -> FloatArray:
@@ -70,42 +61,6 @@ def critical_difference(num_models: int, num_rows: int, alpha: float = 0.05) -> 
     return float(q * np.sqrt(num_models * (num_models + 1) / (6.0 * num_rows)))
 
 
-def wilcoxon(first: ArrayLike, second: ArrayLike) -> Significance:
-    """Test whether paired losses differ (Wilcoxon signed ranks, two-sided); NaN when all pairs are equal."""
-    table = _complete(np.column_stack([np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)]))
-    difference = table[:, 0] - table[:, 1]
-    if not (difference != 0).any():
-        return Significance(statistic=np.nan, p_value=np.nan, count=len(difference))
-    outcome = stats.wilcoxon(difference, zero_method="zsplit", method="auto")
-    return Significance(statistic=float(outcome.statistic), p_value=float(outcome.pvalue), count=len(difference))
-
-
-def diebold_mariano(first: ArrayLike, second: ArrayLike, horizon: int = 1) -> Significance:
-    """Test whether two sequences of losses in time order have equal means, allowing for overlapping forecasts.
-
-    Args:
-        horizon: steps ahead; the losses of h-step forecasts are correlated up to lag h - 1.
-
-    Negative statistic: the first is better. NaN when the losses never differ or the variance estimate is not positive.
-
-    Source: Diebold and Mariano (1995), J. Business & Economic Statistics 13:253-263, with the small-sample factor and
-    t distribution of Harvey, Leybourne, Newbold (1997), Int. J. Forecasting 13:281-291, Eq. (9).
-    """
-    table = _complete(np.column_stack([np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)]))
-    difference = table[:, 0] - table[:, 1]
-    number = len(difference)
-    if number <= horizon or number < 2:
-        return Significance(statistic=np.nan, p_value=np.nan, count=number)
-    centred = difference - difference.mean()
-    lags = [float(centred[lag:] @ centred[: number - lag]) / number for lag in range(horizon)]
-    variance = (lags[0] + 2.0 * sum(lags[1:])) / number
-    if variance <= 0.0:
-        return Significance(statistic=np.nan, p_value=np.nan, count=number)
-    correction = (number + 1 - 2 * horizon + horizon * (horizon - 1) / number) / number
-    statistic = float(difference.mean() / np.sqrt(variance) * np.sqrt(correction))
-    return Significance(statistic=statistic, p_value=float(2.0 * stats.t.sf(abs(statistic), number - 1)), count=number)
-
-
 def leaderboard(losses: pl.DataFrame, models: Sequence[str], baseline: str) -> pl.DataFrame:
     """Return one row a model, best mean rank first.
 
@@ -116,7 +71,7 @@ def leaderboard(losses: pl.DataFrame, models: Sequence[str], baseline: str) -> p
 
     Returns:
         ``model, mean_rank, mean_loss, skill`` (of mean losses), ``win_share`` (rows strictly better than the baseline),
-        ``p_value`` (Wilcoxon against the baseline, null for the baseline itself), ``count``.
+        ``count``.
 
     Raises:
         DataError: a model or the baseline is no column.
@@ -138,13 +93,11 @@ def leaderboard(losses: pl.DataFrame, models: Sequence[str], baseline: str) -> p
             "mean_loss": float(means[column]),
             "skill": float(skill_score(means[column], base)),
             "win_share": float((table[:, column] < reference).mean()) if len(table) else np.nan,
-            "p_value": None if name == baseline else wilcoxon(table[:, column], reference).p_value,
             "count": len(table),
         }
         for column, name in enumerate(models)
     ]
-    schema = {"p_value": pl.Float64, "count": pl.Int64}
-    return pl.DataFrame(rows, schema_overrides=schema).sort("mean_rank", "model")
+    return pl.DataFrame(rows, schema_overrides={"count": pl.Int64}).sort("mean_rank", "model")
 
 
 def _complete(losses: ArrayLike) -> FloatArray:
