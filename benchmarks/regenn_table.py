@@ -44,7 +44,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.metrics.point import mae, msle, rmse
-from tsforge.metrics.ranking import wilcoxon
+from tsforge.metrics.significance import wilcoxon
 from tsforge.network import NetworkConfig, build_network
 from tsforge.training.config import TrainConfig
 from tsforge.training.loop import fit_network

@@ -1,11 +1,11 @@
-"""Backtest leaderboard: models against the naive forecasts, overall, by step, by series."""
+"""Backtest leaderboard: models against the naive forecasts, overall, by step, regime and series; what is chance."""
 
 from __future__ import annotations
 
 import polars as pl
 import streamlit as st
 
-from dashboards import charts
+from dashboards import backtest_charts, charts, quality_charts
 from dashboards.state import MINUTE, backtest, choose, empty, labels, page, table
 from tsforge.app import catalog_results
 from tsforge.app.catalog_results import StoredBacktest
@@ -21,10 +21,22 @@ _NAMES = {
     "crps": "CRPS",
 }
 _ERRORS = {"model": "model", "mean_rank": "mean rank", **_NAMES, "wql": "WQL"}
+_TESTS = {
+    "model": "model",
+    "difference": "difference",
+    "dm_statistic": "DM statistic",
+    "dm_p": "p (DM)",
+    "dm_p_holm": "p (DM), Holm",
+    "cutoffs": "cutoffs",
+    "wilcoxon_p": "p (Wilcoxon)",
+    "wilcoxon_p_holm": "p (Wilcoxon), Holm",
+    "units": "units",
+}
 _RANKS = {
     "skill_mae": "MAE skill",
     "win_share": "wins",
-    "p_value": "p-value",
+    "p_dm": "p (DM)",
+    "p_wilcoxon": "p (Wilcoxon)",
     "fit_seconds": "fit s",
     "predict_seconds": "predict s",
 }
@@ -66,10 +78,12 @@ def _draw(workspace: Workspace) -> None:
     table(report.summary, {**_ERRORS, **intervals, **_RANKS}, percentages=shares)
     st.caption(
         f"Skill is 1 - error / error of {report.metadata['reference']}; ranks and wins count series, variates and "
-        "cutoffs; the p-value tests the ranks against the reference."
+        "cutoffs; p-values are against the reference, adjusted for the number of models (Holm)."
     )
-    st.subheader("By series, worst first")
-    _by_series(report, metric)
+    _tests(report)
+    _calibration(report)
+    _by_regime(report, metric)
+    _worst_series(report, metric)
     for note in report.metadata["notes"]:
         st.info(str(note))
     with st.expander("How this was measured"):
@@ -96,11 +110,82 @@ def _verdict(report: StoredBacktest, metric: str) -> None:
         )
 
 
-def _by_series(report: StoredBacktest, metric: str) -> None:
-    """Show one row a series and one column a model, the series on which our model does worst on top."""
-    wide = report.by_series.pivot(on="model", index="series_id", values=metric, maintain_order=True)
-    models = [name for name in report.summary["model"] if name in wide.columns]
-    first = report.metadata["model"] if report.metadata["model"] in models else models[0]
-    ordered = [first, *(name for name in models if name != first)]
-    headings = {"series_id": "series"} | {name: name for name in ordered}
-    table(wide.sort(pl.col(first), descending=True, nulls_last=True), headings)
+def _tests(report: StoredBacktest) -> None:
+    """Show every model against the reference and against the best one."""
+    st.subheader("More than chance?")
+    if report.tests.is_empty():
+        st.info("There is only one model in this backtest, so there is nothing to hold it against.")
+        return
+    facts = report.metadata["comparison"]
+    others = report.tests["against"].unique(maintain_order=True).to_list()
+    kinds = {name: "the reference" if name == report.metadata["reference"] else "the best model" for name in others}
+    for name in others:
+        st.markdown(f"Against {name}, {kinds[name]}")
+        table(report.tests.filter(pl.col("against") == name), _TESTS)
+    st.caption(
+        f"Difference in {facts['loss']}, negative is better. Diebold-Mariano over cutoffs, Wilcoxon over units "
+        f"({facts['unit']}); Holm corrects for the number of models. The best model was chosen by the same data."
+    )
+
+
+def _calibration(report: StoredBacktest) -> None:
+    """Show where observed values fell in the forecast distributions of a model."""
+    st.subheader("Calibration")
+    models = report.pit["model"].unique(maintain_order=True).to_list()
+    if not models:
+        st.info("These forecasts have no quantiles, so there is nothing to calibrate.")
+        return
+    model = choose("Forecasts of", models, "calibrated")
+    st.caption(
+        "How often observed values fell between neighbouring quantiles, against how often they should have (1). "
+        "A hump: intervals too wide; high ends: too narrow; a slope: biased."
+    )
+    figure = quality_charts.pit_chart(report.pit.filter(pl.col("model") == model))
+    st.plotly_chart(figure, width="stretch", key="pit")
+    joint = report.summary.filter(pl.col("model") == model)
+    if "energy" in joint.columns and joint["energy"][0] is not None:
+        gain = 1.0 - joint["energy"][0] / joint["energy_apart"][0]
+        st.caption(
+            f"Energy score of its sample paths {joint['energy'][0]:.4g}, {gain:.1%} better than with independent "
+            f"steps; variogram score {joint['variogram'][0]:.4g} against {joint['variogram_apart'][0]:.4g}."
+        )
+
+
+def _by_regime(report: StoredBacktest, metric: str) -> None:
+    """Show the errors in each regime of the kind chosen."""
+    st.subheader("By regime")
+    kinds = report.regimes["kind"].unique(maintain_order=True).to_list()
+    if not kinds:
+        st.info("This backtest was not broken down by regimes; `backtest.regimes=[volatility,level,hour]` does.")
+        return
+    kind = choose("Regime", kinds, "regime")
+    rows = report.regimes.filter(pl.col("kind") == kind)
+    figure = backtest_charts.regime_chart(rows, metric=metric, name=_metric_name(metric))
+    st.plotly_chart(figure, width="stretch", key="by-regime")
+    wide = rows.pivot(on="model", index="regime", values=metric, maintain_order=True)
+    cells = rows.filter(pl.col("model") == report.metadata["model"]).select("regime", "count")
+    headings = {"regime": kind, "count": "cells"} | {name: name for name in rows["model"].unique(maintain_order=True)}
+    table(cells.join(wide, on="regime", maintain_order="left"), headings, integers=("count",))
+
+
+def _worst_series(report: StoredBacktest, metric: str) -> None:
+    """Show the series by the skill of our model against the reference, the worst on top."""
+    st.subheader("By series, worst first")
+    model, reference = report.metadata["model"], report.metadata["reference"]
+    worst, skill = report.worst[metric], f"skill_{metric}"
+    if model == reference or not worst[skill].count():
+        why = "it is the reference itself" if model == reference else f"{reference} makes no error here"
+        st.info(f"{model} has no skill to order series by: {why}.")
+    else:
+        lost = int((worst[skill] < 0).sum())
+        st.caption(f"{model} is worse than {reference} on {lost} of {worst.height} series.")
+        figure = backtest_charts.skill_chart(worst, skill=skill, reference=reference)
+        st.plotly_chart(figure, width="stretch", key="worst-series")
+    headings = {
+        "series_id": "series",
+        "count": "cells",
+        metric: model,
+        f"reference_{metric}": reference,
+        skill: "skill",
+    }
+    table(worst, headings, integers=("count",), percentages=(skill,))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
-VIEWS = ("overview", "forecasts", "anomalies", "backtests", "dynamics", "graphs", "data", "runs")
+VIEWS = ("overview", "forecasts", "anomalies", "backtests", "dynamics", "explanations", "graphs", "data", "runs")
 
 
 def draw(view: str, **query: str) -> Any:
@@ -290,6 +291,57 @@ def test_backtest_page_says_when_a_model_loses(filled: Path) -> None:
         assert warned == (board["ar_net"][metric] >= naive)
 
 
+def test_backtest_page_shows_tests_regimes_and_the_worst_series_first(filled: Path) -> None:
+    import polars as pl
+
+    from tsforge.forecasting.report import load_report
+
+    report = load_report(next((filled / "reports/backtests").iterdir()))
+    page = draw("backtests", metric="mae")
+    assert not page.exception
+    assert any(text.value == "Against seasonal_naive, the reference" for text in page.markdown)
+    worst = page.dataframe[-1].value
+    expected = report.worst_series()
+    assert worst["series_id"].tolist() == expected["series_id"].to_list()
+    assert worst["skill_mae"].tolist() == pytest.approx(expected["skill_mae"].to_list())
+    bars = json.loads(page.get("plotly_chart")[-1].proto.spec)["data"][0]
+    assert bars["y"] == expected["series_id"].to_list()[::-1], "the first bar is at the bottom"
+    lost = int((expected["skill_mae"] < 0).sum())
+    assert any(f"worse than seasonal_naive on {lost} of {expected.height}" in text.value for text in page.caption)
+    regimes = page.dataframe[-2].value
+    assert regimes["count"].sum() == report.leaderboard["count"][0]
+    own = report.regimes.filter(pl.col("model") == "ar_net", pl.col("kind") == "volatility")
+    assert regimes["ar_net"].tolist() == pytest.approx(own["mae"].to_list())
+
+
+def test_backtest_of_the_reference_alone_has_nothing_to_compare(workspace_root: Path) -> None:
+    """A report without regimes and a model that is the reference: the page says so instead of drawing empty charts."""
+    import polars as pl
+
+    from tsforge.data.frame import SeriesFrame
+    from tsforge.forecasting.backtest import BacktestConfig, backtest
+    from tsforge.forecasting.baselines import fit_baseline
+
+    rows = pl.DataFrame({"time": range(60), "y": [float(row * row % 7) for row in range(60)]})
+    frame = SeriesFrame.from_long(rows, time="time", targets=("y",), freq="1i")
+    report = backtest(
+        lambda seen, cutoff: fit_baseline("last_value", seen, horizon=4, season=1, context_length=4),
+        frame,
+        BacktestConfig(num_cutoffs=3, season_length=1, baselines=(), regimes=()),
+        horizon=4,
+    )
+    assert report.tests.is_empty()
+    assert report.regimes.is_empty()
+    about = {"dataset": "made", "model": "last_value", "created": "2026-01-01T00:00:00+00:00"}
+    replace(report, settings={**report.settings, **about}).save(workspace_root / "reports/backtests/alone")
+    page = draw("backtests")
+    assert not page.exception
+    said = " ".join(text.value for text in page.info)
+    assert "nothing to hold it against" in said
+    assert "not broken down by regimes" in said
+    assert "it is the reference itself" in said
+
+
 def test_run_page_tells_why_a_run_failed(filled: Path) -> None:
     page = draw("runs")
     runs = page.dataframe[0].value
@@ -316,3 +368,24 @@ def test_chosen_option_becomes_part_of_the_address(filled: Path) -> None:
     assert page.query_params["series"] == "series_1"
     page = box(page, "Series").set_value("series_0").run()
     assert page.query_params["series"] == "series_0"
+
+
+def test_explanations_divide_a_forecast_and_measure_inputs(filled: Path) -> None:
+    model = next(path.name for path in (filled / "artifacts").iterdir() if path.name.startswith("ar_net"))
+    page = draw("explanations", artifact=model, step="3")
+    assert not page.exception
+    assert not page.error
+    assert any("so the parts are exact" in caption.value for caption in page.caption)
+    steps = json.loads(page.get("plotly_chart")[0].proto.spec)["data"][0]
+    assert steps["x"][0] == "baseline"
+    assert steps["x"][-1] == "forecast"
+    assert sum(steps["y"][:-1]) == pytest.approx(steps["y"][-1], rel=1e-3)
+    assert "driver" in steps["x"], "the covariate takes part"
+    measured = next(button for button in page.button if button.label == "Measure").click().run()
+    assert not measured.exception
+    assert not measured.error
+    bars = json.loads(measured.get("plotly_chart")[-1].proto.spec)["data"][0]
+    assert set(bars["y"]) >= {"driver"}
+    hidden = box(measured, "Parts by").set_value("occlusion").run()
+    assert not hidden.exception
+    assert any("put at its level" in caption.value for caption in hidden.caption)

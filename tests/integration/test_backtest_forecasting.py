@@ -57,6 +57,8 @@ def fit_any(name: str, seen: list[Any] | None = None, **settings: Any) -> Fit:
             seen.append((cutoff, frame.table["time"].max()))
         panel = Panel.from_frame(frame)
         series = panel.training_series(None, None)
+        if name == "auto":
+            return mixture(frame)
         built = fit_solved_or_none(frame, network)
         if built is not None:
             return built
@@ -85,6 +87,17 @@ def fit_any(name: str, seen: list[Any] | None = None, **settings: Any) -> Fit:
         )
 
     return fit
+
+
+def mixture(frame: SeriesFrame) -> Artifact:
+    """Return the choice among a few quick models; ``tests/integration/test_auto.py`` looks at it more closely."""
+    from tsforge.app.fit import FitConfig, fit_frame
+
+    model = {"name": "auto", "minutes": 0, "folds": 1, "candidates": ["last_value", "ar_net"]}
+    data = {"name": "made", "source": {"kind": "csv", "path": "made.csv"}, "time": "time", "targets": ["y", "z"]}
+    window = {"context_length": WINDOW.context_length, "horizon": WINDOW.horizon}
+    split = {"train": 0.85, "valid": 0.15, "test": 0.0}
+    return fit_frame(frame, validate(FitConfig, {"data": data, "model": model, "window": window, "split": split}))[0]
 
 
 def fit_solved_or_none(frame: SeriesFrame, network: NetworkConfig) -> Artifact | None:

@@ -9,14 +9,14 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from tsforge.app.fit import FitConfig, fit_frame
-from tsforge.app.ingest import load_dataset
+from tsforge.app.ingest import load_history
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
-from tsforge.data.frame import SeriesFrame
 from tsforge.data.splits import SplitConfig
+from tsforge.data.vintages import History
 from tsforge.forecasting.backtest import BacktestConfig, Fit
 from tsforge.forecasting.backtest import backtest as backtest_frame
 from tsforge.forecasting.report import BacktestReport
@@ -63,9 +63,16 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
         DataError: no such data set, or too few rows for the cutoffs.
         ConfigError, ModelError: a model that does not fit the data.
     """
-    frame = load_dataset(workspace, config.data, masked=True)
+    frame = load_history(workspace, config.data, masked=True)
     fits = {name: _fit(config.fit_config(None if name == config.model.name else name)) for name in _names(config)}
-    report = backtest_frame(fits, frame, config.backtest, horizon=config.window.horizon, progress=progress)
+    report = backtest_frame(
+        fits,
+        frame,
+        config.backtest,
+        horizon=config.window.horizon,
+        progress=progress,
+        structure=config.data.hierarchy,
+    )
     created = datetime.now(UTC)
     about = {
         "dataset": config.data.name,
@@ -86,7 +93,7 @@ def _names(config: BacktestJobConfig) -> tuple[str, ...]:
 
 
 def _fit(config: FitConfig) -> Fit:
-    def fit(frame: SeriesFrame, cutoff: Any) -> Artifact:
+    def fit(frame: History, cutoff: Any) -> Artifact:
         return fit_frame(frame, config)[0]
 
     return fit

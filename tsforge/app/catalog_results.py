@@ -15,7 +15,7 @@ from tsforge.app import published
 from tsforge.contracts.tables import JOINT
 from tsforge.core.errors import ArtifactError, BackendError, listing
 from tsforge.core.workspace import Workspace
-from tsforge.forecasting.report import load_report
+from tsforge.forecasting.report import load_report, worst_first
 
 DETECTIONS = "detections"
 BACKTESTS = "backtests"
@@ -37,11 +37,18 @@ class StoredDetection:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBacktest:
-    """Tables of a stored backtest: overall, by step, by series; the metrics that rank models; settings and notes."""
+    """Tables of a stored backtest, the metrics that rank models, settings and notes.
+
+    ``tests``, ``pit`` and ``regimes`` are those of the report; ``worst`` holds, for each ranking metric, the series of
+    the model with their skill against the reference, worst first.
+    """
 
     summary: pl.DataFrame
     by_step: pl.DataFrame
-    by_series: pl.DataFrame
+    tests: pl.DataFrame
+    pit: pl.DataFrame
+    regimes: pl.DataFrame
+    worst: Mapping[str, pl.DataFrame]
     metrics: tuple[str, ...]
     metadata: dict[str, Any]
 
@@ -227,7 +234,13 @@ def load_backtest(workspace: Workspace, name: str) -> StoredBacktest:
     return StoredBacktest(
         summary=report.leaderboard,
         by_step=report.by("step"),
-        by_series=report.by("series"),
+        tests=report.tests,
+        pit=report.pit,
+        regimes=report.regimes,
+        worst={
+            metric: worst_first(report.metrics, report.settings["model"], report.settings["reference"], metric=metric)
+            for metric in metrics
+        },
         metrics=metrics,
         metadata={**report.settings, "notes": list(report.notes)},
     )

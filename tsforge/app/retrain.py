@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from tsforge.app.batch import BatchBusy, data_seen_until, parse_as_of
 from tsforge.app.checks import before
 from tsforge.app.fit import FitConfig, fit
-from tsforge.app.ingest import IngestConfig, ingest, load_dataset
+from tsforge.app.ingest import IngestConfig, ingest, load_history
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config
 from tsforge.core.errors import ArtifactError, ConfigError, DataError, TsforgeError
@@ -26,8 +26,9 @@ from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.splits import SplitConfig
+from tsforge.data.vintages import Delays, History, VintageFrame, newest, published_by, seen_from
 from tsforge.forecasting.predict import predict
-from tsforge.metrics.ranking import diebold_mariano
+from tsforge.metrics.significance import diebold_mariano
 from tsforge.scheduling.ledger import Claim, Ledger
 from tsforge.tracking.registry import promote, resolve
 
@@ -203,8 +204,13 @@ def _claimed(
 def _retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> RetrainResult:
     if config.ingest:
         ingest(IngestConfig(data=config.fit.data), workspace)
-    frame = load_dataset(workspace, config.fit.data, masked=True).until(as_of, keep_known=True)
+    history = load_history(workspace, config.fit.data, masked=True)
     start = before(as_of, config.compare.span)
+    delays = Delays.of(config.fit.data.publication_delay, history.schema, history.grid, strict=False)
+    history = published_by(history, as_of, delays)
+    frame = newest(history)
+    # what was revised during the contest is not for the challenger's training
+    training = history.frozen(start) if isinstance(history, VintageFrame) else None
     champion = _champion(config, workspace)
     if champion is not None:
         match_frame(champion, frame)
@@ -214,13 +220,13 @@ def _retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Re
                 f"champion {champion.id} was fitted on data up to {seen.isoformat()}, into the span of the "
                 f"comparison (from {start.isoformat()}); retrain later, or shorten compare.span"
             )
-    fitted = fit(_before_contest(config.fit, frame, start, as_of), workspace)
+    fitted = fit(_before_contest(config.fit, frame, start, as_of), workspace, history=training)
     facts: dict[str, Any] = {"challenger": fitted.artifact.id, "version": fitted.version}
     if champion is None:
         promoted = config.promote == "auto"
         reason = "there was no champion to beat"
     else:
-        contest = compare(champion, fitted.artifact, frame, start, as_of, config.compare)
+        contest = compare(champion, fitted.artifact, history, start, as_of, config.compare)
         facts |= {"champion": champion.id, **vars(contest)}
         won = contest.is_won(config.compare)
         promoted = won and config.promote == "auto"
@@ -256,13 +262,13 @@ def _champion(config: RetrainConfig, workspace: Workspace) -> Artifact | None:
 
 
 def compare(
-    champion: Artifact, challenger: Artifact, frame: SeriesFrame, start: datetime, stop: datetime, config: CompareConfig
+    champion: Artifact, challenger: Artifact, history: History, start: datetime, stop: datetime, config: CompareConfig
 ) -> Contest:
     """Return how both models fared from the same moments between ``start`` and ``stop``, on the same observed cells.
 
     Args:
         champion, challenger: both fitted on rows before ``start``.
-        frame: data up to ``stop``.
+        history: data up to ``stop``; of all publications each moment sees those it had, the last ones are the truth.
         start, stop: the span of the contest.
         config: number of cutoffs.
 
@@ -270,6 +276,7 @@ def compare(
         DataError: fewer than four moments whose whole forecast lies in the span.
     """
     horizon = min(champion.window.horizon, challenger.window.horizon)
+    frame = newest(history)
     times = frame.between(start, stop).table["time"].unique().sort().to_list()
     usable = times[: len(times) - horizon]
     chosen = sorted({round(place) for place in np.linspace(0, len(usable) - 1, config.cutoffs)}) if usable else []
@@ -284,7 +291,7 @@ def compare(
     ).drop_nulls()
     losses, cells = [], 0
     for place in chosen:
-        table = _errors(champion, challenger, frame, usable[place], horizon).join(
+        table = _errors(champion, challenger, seen_from(history, usable[place]), usable[place], horizon).join(
             truth, on=["series_id", "time", "variate"]
         )
         scale = pl.col("variate").replace_strict(scales, return_dtype=pl.Float64)

@@ -2,6 +2,10 @@
 
 A fit receives the frame cut off at its cutoff, so it cannot see what came later; a window ends at its cutoff. Scaling,
 calibration and the units of scaled metrics belong to the fit, so they are taken anew with every refit.
+
+Of data that was revised or published late (``VintageFrame``) a fit receives the publications up to the moment of its
+cutoff, and every forecast is made from the frame as of the moment of its own cutoff: one frame a cutoff, so that
+nothing that reads a frame can see a later value.
 """
 
 from __future__ import annotations
@@ -9,22 +13,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tsforge.artifact import Artifact, match_frame
 from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
+from tsforge.data.aggregates import frame_hierarchy
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import show_time
+from tsforge.data.hierarchy import Hierarchy, HierarchyConfig
 from tsforge.data.panel import Panel
+from tsforge.data.vintages import History, VintageFrame, known_at, newest
 from tsforge.data.windows import WindowDataset
-from tsforge.forecasting.baselines import BASELINES, fit_baseline, frame_season
+from tsforge.forecasting.baselines import BASELINES, TrainingSpan, fit_baseline, frame_season
+from tsforge.forecasting.coherent import make_coherence, reconciled_name, with_level_errors
+from tsforge.forecasting.comparison import KEYS, compare, window_losses
+from tsforge.forecasting.online_backtest import with_online
+from tsforge.forecasting.online_conformal import OnlineConfig
 from tsforge.forecasting.predict import (
     forecast_table,
     network_levels,
@@ -33,15 +44,21 @@ from tsforge.forecasting.predict import (
     published_quantiles,
     published_windows,
 )
+from tsforge.forecasting.reconcile import ReconcileConfig
+from tsforge.forecasting.regimes import HISTORY, Regime, block_rows, check_regimes, regime_table, window_labels
 from tsforge.forecasting.report import BacktestReport
+from tsforge.forecasting.sample_paths import joint_scores, mean_joint_scores
 from tsforge.forecasting.window_forecasts import FloatArray, predict_windows
+from tsforge.metrics.pit import PIT_SCHEMA, pit_table
 from tsforge.metrics.point import seasonal_scale
 from tsforge.metrics.ranking import leaderboard, skill_score
 from tsforge.metrics.summary import metric_table, score_cells, summarise
 
 _LOG = get_logger(__name__)
 
-Fit = Callable[[SeriesFrame, Any], Artifact]
+Fit = Callable[[Any, Any], Artifact]
+"""From a ``SeriesFrame`` that ends at the cutoff (or a ``VintageFrame`` of what was out by then), and the cutoff."""
+Truth = Literal["latest", "first"]
 
 
 class BacktestConfig(Config):
@@ -61,6 +78,24 @@ class BacktestConfig(Config):
     """Naive forecasts beside the model; ``last_value`` is always among them."""
     quantile_levels: tuple[float, ...] | None = None
     """Default: every level the artifact offers."""
+    regimes: tuple[Regime, ...] = ("volatility",)
+    """Breakdowns of errors: ``volatility, level`` before the cutoff, ``hour, weekday, month`` of the forecast row."""
+    regime_rows: int | None = Field(None, ge=2)
+    """Rows before a cutoff that volatility and level look at; default whole seasons that cover the horizon."""
+    reconcile: ReconcileConfig | None = None
+    """Grade each model a second time with its forecasts made to add up; weights from before the cutoff of the fit."""
+    regime_column: str | None = None
+    """A column of codes; its last value up to the cutoff is one more breakdown."""
+
+    truth: Truth = "latest"
+    """What forecasts are graded against where values were revised: the last publication, or the first."""
+    online: OnlineConfig | None = None
+    """Grade every model a second time with intervals that learn on the way; ``true`` takes the defaults."""
+
+    @field_validator("online", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
     @field_validator("baselines")
     @classmethod
@@ -69,6 +104,19 @@ class BacktestConfig(Config):
         if unknown:
             raise ValueError(f"unknown baseline(s) {listing(unknown)} (known: {listing(BASELINES)})")
         return tuple(dict.fromkeys(("last_value", *names)))
+
+    @field_validator("regimes")
+    @classmethod
+    def _once(cls, names: tuple[Regime, ...]) -> tuple[Regime, ...]:
+        return tuple(dict.fromkeys(names))
+
+    @model_validator(mode="after")
+    def _used(self) -> BacktestConfig:
+        if self.regime_rows is not None and not set(self.regimes) & set(HISTORY):
+            raise ValueError("regime_rows has no effect without the regimes volatility or level")
+        if self.regime_column in self.regimes:
+            raise ValueError(f"regime_column '{self.regime_column}' is also the name of a regime; rename the column")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +127,24 @@ class _Fold:
     cutoffs: NDArray[np.int64]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What grading needs beside the forecasts, all of it from before the cutoffs."""
+
+    scales: pl.DataFrame
+    labels: pl.DataFrame
+    levels: Mapping[str, tuple[float, ...]]
+    folds: pl.DataFrame
+
+
 def backtest(
     fit: Fit | Mapping[str, Fit],
-    frame: SeriesFrame,
+    frame: History,
     config: BacktestConfig | None = None,
     *,
     horizon: int,
     progress: bool = False,
+    structure: HierarchyConfig | None = None,
 ) -> BacktestReport:
     """Return forecasts and grades of one or several models and the naive forecasts from the same cutoffs.
 
@@ -93,45 +152,65 @@ def backtest(
 
     Args:
         fit: from a frame that ends at the cutoff, and that cutoff, to an artifact; or several of them by name.
-        frame: the data, all series at once.
+        frame: the data, all series at once; with all publications, each cutoff sees what was out at its moment.
         config: cutoffs and refits.
         horizon: steps the fits forecast; ``config.horizon`` may grade fewer.
         progress: log a line for each fit.
+        structure: what adds up to what, for ``config.reconcile``.
 
     Raises:
         DataError: too few rows for the cutoffs, or no observed cell to grade.
-        ConfigError: more steps than trained.
+        ConfigError: more steps than trained, or another truth where nothing was revised.
     """
     config = config or BacktestConfig()
+    history, frame = frame, newest(frame)
+    if config.truth != "latest" and not isinstance(history, VintageFrame):
+        raise ConfigError(f"backtest.truth={config.truth} has no effect: the data has one value a cell (see published)")
+    if config.online is not None and isinstance(history, VintageFrame):
+        raise ConfigError("backtest.online learns from one value a cell, and this data has revisions; leave it out")
+    joint = None
+    if config.reconcile is not None:
+        if structure is None:
+            raise ConfigError("backtest.reconcile needs data with a hierarchy; state data.hierarchy")
+        joint = frame_hierarchy(frame, structure), config.reconcile
     fits = dict(fit) if isinstance(fit, Mapping) else {"": fit}
     if not fits:
         raise ConfigError("there is no model to backtest")
     steps = config.horizon or horizon
     folds = _folds(frame, config, steps)
-    season = frame_season(frame.until(frame.grid.time_at(int(folds[0].cutoffs[0]))), config.season_length)
+    season = frame_season(known_at(history, frame.grid.time_at(int(folds[0].cutoffs[0]))), config.season_length)
+    check_regimes(frame, config.regimes, config.regime_column)
     parts: list[pl.DataFrame] = []
     scales: list[pl.DataFrame] = []
+    labels: list[pl.DataFrame] = []
     timings: list[dict[str, Any]] = []
     levels: dict[str, tuple[float, ...]] = {}
     for fold in folds:
-        visible = frame.until(frame.grid.time_at(int(fold.cutoffs[0])))
+        cutoff = frame.grid.time_at(int(fold.cutoffs[0]))
+        visible = known_at(history, cutoff)
+        given = history.until(history.moment(cutoff)) if isinstance(history, VintageFrame) else visible
         scales.append(_scales(visible, season, frame, fold))
+        labels.append(_labels(history, frame, fold, config, (steps, season)))
         done: set[str] = set()
-        for name, make in _makers(fits, visible, frame, config, (steps, season)):
+        for name, make in _makers(fits, (given, visible), frame, config, (steps, season)):
             if name in done:  # an unnamed fit turned out to be this baseline
                 continue
             asked = config.quantile_levels
             if asked is None and name not in fits:  # scores of quantiles compare at equal levels only
                 asked = next((found for found in levels.values() if found), None)
-            table, offered, timing = _run_fold(name, make, frame, fold, (steps, asked))
-            done.add(timing["model"])
-            levels[timing["model"]] = offered
-            parts.append(table)
-            timings.append(timing)
-            if progress:
-                log_event(_LOG, f"fold {fold.number + 1} of {len(folds)}", **timing)
+            rule = joint if name in fits else None
+            for table, offered, timing in _run_fold(name, make, history, fold, (steps, asked, config.truth), rule):
+                done.add(timing["model"])
+                levels[timing["model"]] = offered
+                parts.append(table)
+                timings.append(timing)
+                if progress:
+                    log_event(_LOG, f"fold {fold.number + 1} of {len(folds)}", **timing)
     forecasts = pl.concat(parts, how="diagonal")
-    return _report(forecasts, pl.concat(scales), levels, pl.DataFrame(timings), (config, steps, season))
+    costs = pl.DataFrame(timings, infer_schema_length=None)
+    known = _Known(scales=pl.concat(scales), labels=pl.concat(labels), levels=levels, folds=costs)
+    report = _report(forecasts, known, (config, steps, season))
+    return with_online(report if joint is None else with_level_errors(report, *joint), config.online)
 
 
 def _folds(frame: SeriesFrame, config: BacktestConfig, steps: int) -> list[_Fold]:
@@ -157,23 +236,32 @@ Maker = Callable[[], Artifact]
 
 def _makers(
     fits: Mapping[str, Fit],
-    visible: SeriesFrame,
+    seen: tuple[History, SeriesFrame],
     frame: SeriesFrame,
     config: BacktestConfig,
     sizes: tuple[int, int],
 ) -> list[tuple[str, Maker]]:
     """Return name and fit of every model and baseline for one fold; a single unnamed fit is named by its artifact."""
+    given, visible = seen
     steps, season = sizes
     cutoff = visible.table["time"].max()
 
     def of(fit: Fit) -> Maker:
-        return lambda: fit(visible, cutoff)
+        return lambda: fit(given, cutoff)
+
+    shared: list[TrainingSpan] = []
 
     def naive(name: str) -> Maker:
         complete = len(frame.series_ids) > 1 and visible.series_ids == frame.series_ids
-        return lambda: fit_baseline(
-            name, visible, horizon=steps, season=season, context_length=max(season, 2), per_series=complete
-        )
+
+        def make() -> Artifact:
+            if not shared:
+                shared.append(TrainingSpan(visible.with_covariates()))
+            return fit_baseline(
+                name, shared[0], horizon=steps, season=season, context_length=max(season, 2), per_series=complete
+            )
+
+        return make
 
     return [(name, of(fit)) for name, fit in fits.items()] + [
         (name, naive(name)) for name in config.baselines if name not in fits
@@ -183,33 +271,53 @@ def _makers(
 def _run_fold(
     name: str,
     make: Maker,
-    frame: SeriesFrame,
+    history: History,
     fold: _Fold,
-    wanted: tuple[int, Sequence[float] | None],
-) -> tuple[pl.DataFrame, tuple[float, ...], dict[str, Any]]:
-    """Return the graded forecasts of one model over one fold, the levels in them, and what it cost."""
+    wanted: tuple[int, Sequence[float] | None, Truth],
+    joint: tuple[Hierarchy, ReconcileConfig] | None = None,
+) -> list[tuple[pl.DataFrame, tuple[float, ...], dict[str, Any]]]:
+    """Return the graded forecasts of one model over one fold, the levels in them, and what it cost.
+
+    With ``joint`` the same forecasts follow once more, reconciled, as a model of their own.
+    """
     started = time.perf_counter()
     artifact = make()
     fitted = time.perf_counter()
-    steps, asked = wanted
+    steps, asked, truth = wanted
     if steps > artifact.window.horizon:
         raise ConfigError(
             f"horizon {steps} is beyond the {artifact.window.horizon} steps of artifact {artifact.id}; fit with more"
         )
     offered = offered_levels(artifact)
     levels = offered if asked is None or not offered else tuple(asked)
-    table = forecasts_at(artifact, frame, fold.cutoffs, steps=steps, levels=levels)
+    if isinstance(history, VintageFrame):
+        table = forecasts_of_vintages(artifact, history, fold.cutoffs, steps=steps, levels=levels, truth=truth)
+    else:
+        table = forecasts_at(artifact, history, fold.cutoffs, steps=steps, levels=levels)
     label = name or artifact.model_name
-    timing = {
+    timing: dict[str, Any] = {
         "model": label,
         "fold": fold.number,
-        "cutoff": frame.grid.time_at(int(fold.cutoffs[0])),
+        "cutoff": newest(history).grid.time_at(int(fold.cutoffs[0])),
         "num_cutoffs": len(fold.cutoffs),
         "artifact_id": artifact.id,
         "fit_seconds": fitted - started,
         "predict_seconds": time.perf_counter() - fitted,
+        **joint_scores(artifact, table, levels),
     }
-    return table.select(pl.lit(label).alias("model"), pl.all()), levels, timing
+    results = [(table.select(pl.lit(label).alias("model"), pl.all()), levels, timing)]
+    if joint is not None:
+        started = time.perf_counter()
+        visible = known_at(history, timing["cutoff"])
+        coherence = make_coherence(
+            artifact, visible, joint, (steps, levels), lambda at: forecasts_at(artifact, visible, at, steps=steps)
+        )
+        label = reconciled_name(label, joint[1])
+        both = coherence.apply(table, drop_incomplete=True).select(pl.lit(label).alias("model"), pl.all())
+        spent = {"model": label, "fit_seconds": 0.0, "predict_seconds": time.perf_counter() - started}
+        plain = ("fold", "cutoff", "num_cutoffs", "artifact_id")
+        results.append((both, coherence.levels, {name: timing[name] for name in plain} | spent))
+    return results
 
 
 def forecasts_at(
@@ -250,11 +358,62 @@ def forecasts_at(
         mean=found.mean[:, :steps],
         quantiles=None if found.quantiles is None else found.quantiles[:, :steps],
     )
-    cut = replace(cut, quantiles=published_quantiles(artifact, cut, levels))
+    cut = replace(cut, quantiles=published_quantiles(artifact, cut, levels, panel))
     actual = actual_values(panel, found.series_index, found.cutoff_index, steps)
     keep = published_windows(artifact, panel, found)
     table = forecast_table(cut, panel, levels, keep=keep)
     return table.with_columns(pl.Series("actual", actual[keep].ravel()).fill_nan(None))
+
+
+def forecasts_of_vintages(
+    artifact: Artifact,
+    vintages: VintageFrame,
+    cutoffs: NDArray[np.int64],
+    *,
+    steps: int,
+    levels: Sequence[float] = (),
+    truth: Truth = "latest",
+) -> pl.DataFrame:
+    """Return forecasts as ``forecasts_at`` does, each from what was known at the moment of its cutoff.
+
+    Args:
+        artifact: the fitted network.
+        vintages: all publications.
+        cutoffs: rows on the grid of ``vintages.latest()``.
+        steps, levels: as there.
+        truth: which publication of a target is the actual value.
+    """
+    latest = vintages.latest()
+    right = latest if truth == "latest" else vintages.first()
+    actual = right.table.unpivot(
+        on=right.schema.targets, index=["series_id", "time"], variable_name="variate", value_name="actual"
+    )
+    parts, lacking = [], 0
+    for cutoff in cutoffs:
+        time = latest.grid.time_at(int(cutoff))
+        known = vintages.as_of(vintages.moment(time))
+        here = np.array([known.grid.floor(time)])
+        parts.append(forecasts_at(artifact, known, here, steps=steps, levels=levels).drop("actual"))
+        lacking += _lacking_known(artifact, known, time, steps)
+    if lacking:
+        _LOG.warning(
+            "%d rows ahead of %d cutoffs had no known covariate published yet: the training mean stands in for it",
+            lacking,
+            len(cutoffs),
+        )
+    table = pl.concat(parts)
+    return table.join(actual, on=["series_id", "time", "variate"], how="left", maintain_order="left")
+
+
+def _lacking_known(artifact: Artifact, known: SeriesFrame, cutoff: Any, steps: int) -> int:
+    """Return how many of the rows ahead of a cutoff lack a known covariate that the artifact reads."""
+    names = artifact.schema.known
+    if not names:
+        return 0
+    begun = known.table.filter(pl.col("time") <= cutoff)["series_id"].n_unique()
+    end = known.grid.time_at(known.grid.floor(cutoff) + steps)
+    ahead = known.table.filter((pl.col("time") > cutoff) & (pl.col("time") <= end))
+    return begun * steps - int(ahead.select(pl.all_horizontal(pl.col(names).is_not_null()).sum()).item())
 
 
 def actual_values(panel: Panel, series: NDArray[np.int64], cutoff: NDArray[np.int64], steps: int) -> FloatArray:
@@ -280,6 +439,20 @@ def _scales(visible: SeriesFrame, season: int, frame: SeriesFrame, fold: _Fold) 
     return table.join(times, how="cross")
 
 
+def _labels(
+    history: History, frame: SeriesFrame, fold: _Fold, config: BacktestConfig, sizes: tuple[int, int]
+) -> pl.DataFrame:
+    """Return the regime of every series, variate and cutoff of a fold, each from what is known at its cutoff."""
+    steps, season = sizes
+    rows = config.regime_rows or block_rows(season, steps)
+    parts = []
+    for index in fold.cutoffs:
+        cutoff = frame.grid.time_at(int(index))
+        found = window_labels(known_at(history, cutoff), cutoff, config.regimes, rows=rows, column=config.regime_column)
+        parts.append(found.with_columns(pl.lit(cutoff, dtype=frame.table.schema["time"]).alias("cutoff")))
+    return pl.concat(parts)
+
+
 def _common_windows(forecasts: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     """Return the forecasts of windows that every model has, and a note about the others."""
     windows = forecasts.select("model", "series_id", "cutoff").unique()
@@ -292,64 +465,93 @@ def _common_windows(forecasts: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     return common, [f"{total - shared.height} of {total} windows are not graded: some model had too little history"]
 
 
-def _report(
-    forecasts: pl.DataFrame,
-    scales: pl.DataFrame,
-    levels: Mapping[str, tuple[float, ...]],
-    timings: pl.DataFrame,
-    about: tuple[BacktestConfig, int, int],
-) -> BacktestReport:
+def _report(forecasts: pl.DataFrame, known: _Known, about: tuple[BacktestConfig, int, int]) -> BacktestReport:
     config, steps, season = about
     common, notes = _common_windows(forecasts)
     if not common["actual"].drop_nulls().len():
         raise DataError("no observed cell to grade: the series are too short for the context, or all missing there")
-    models = list(levels)
+    models = list(known.levels)
     reference = "seasonal_naive" if season > 1 and "seasonal_naive" in models else "last_value"
-    metrics, wide, losses = [], [], []
+    scaled = bool(known.scales["scale"].is_not_nan().any())
+    metrics, wide, regimes, pit = [], [], [], []
+    losses: dict[str, pl.DataFrame] = {}
+    absolute: pl.DataFrame | None = None
     for model in models:
-        cells = score_cells(common.filter(model=model), levels[model], scales)
-        metrics.append(metric_table(cells).select(pl.lit(model).alias("model"), pl.all()))
-        wide.append(summarise(cells).select(pl.lit(model).alias("model"), pl.all()))
-        rows = cells.group_by("series_id", "variate", "cutoff").agg(pl.col("absolute").mean().alias(model))
-        losses.append(rows)
-    table = losses[0]
-    for other in losses[1:]:
-        table = table.join(other, on=["series_id", "variate", "cutoff"])
-    board = leaderboard(table, models, reference).select("model", "mean_rank", "win_share", "p_value")
-    summary = pl.concat(wide, how="diagonal").join(board, on="model")
-    costs = timings.group_by("model").agg(pl.col("fit_seconds", "predict_seconds").sum(), pl.len().alias("fits"))
+        cells = score_cells(common.filter(model=model), known.levels[model], known.scales)
+        named = pl.lit(model).alias("model")
+        metrics.append(metric_table(cells).select(named, pl.all()))
+        wide.append(summarise(cells).select(named, pl.all()))
+        if known.levels[model]:
+            pit.append(pit_table(common.filter(model=model), known.levels[model]).select(named, pl.all()))
+        regimes.append(regime_table(cells, known.labels, config.regimes, config.regime_column).select(named, pl.all()))
+        losses[model] = window_losses(cells, scaled=scaled)
+        rows = window_losses(cells, scaled=False).rename({"loss": model})
+        absolute = rows if absolute is None else absolute.join(rows, on=KEYS)
+    if absolute is None:
+        raise ConfigError("there is no model to grade")
+    board = leaderboard(absolute, models, reference).select("model", "mean_rank", "win_share")
+    found = compare(
+        losses,
+        reference,
+        board["model"][0],
+        loss="absolute error in units of MASE" if scaled else "absolute error",
+        overlap=-(-steps // (config.stride or steps)),
+    )
+    p_values = found.tests.filter(against=reference).select("model", p_dm="dm_p_holm", p_wilcoxon="wilcoxon_p_holm")
+    summary = pl.concat(wide, how="diagonal").join(board, on="model").join(p_values, on="model", how="left")
+    costs = known.folds.group_by("model").agg(
+        pl.col("fit_seconds", "predict_seconds").sum(), pl.len().alias("fits"), *mean_joint_scores()
+    )
     summary = _with_skill(summary.join(costs, on="model"), reference).sort("mean_rank", "model")
-    if len({found for found in levels.values() if found}) > 1:
-        notes.append("models offer different quantile levels: their wql and crps do not compare, set quantile_levels")
-    if scales["scale"].is_nan().any():
-        units = scales.select("series_id", "variate", "scale").unique(["series_id", "variate"])
-        flat = int(units["scale"].is_nan().sum())
-        notes.append(f"MASE is undefined for {flat} of {units.height} series-variates (constant or too short to fit)")
     settings = {
         **config.model_dump(mode="json"),
+        "model": models[0],
         "horizon": steps,
         "season_length": season,
+        "regime_rows": config.regime_rows or block_rows(season, steps),
         "reference": reference,
         "cutoffs": [str(item) for item in common["cutoff"].unique().sort().to_list()],
-        "quantile_levels": {model: list(found) for model, found in levels.items()},
+        "quantile_levels": {model: list(offered) for model, offered in known.levels.items()},
+        "comparison": found.facts,
     }
     return BacktestReport(
         forecasts=forecasts,
         metrics=pl.concat(metrics),
         leaderboard=summary,
-        folds=timings,
+        folds=known.folds,
+        tests=found.tests,
+        pit=pl.concat(pit) if pit else pl.DataFrame(schema={"model": pl.String, **PIT_SCHEMA}),
+        regimes=_with_skill(pl.concat(regimes, how="diagonal"), reference, ["kind", "regime"]),
+        regime_labels=known.labels.select("series_id", "variate", "cutoff", "kind", "regime"),
         settings=settings,
-        notes=tuple(notes),
+        notes=(*notes, *_notes(known)),
     )
 
 
-def _with_skill(summary: pl.DataFrame, reference: str) -> pl.DataFrame:
-    """Add ``skill_mae, skill_mse`` and, where there are quantiles, ``skill_crps`` against the reference."""
-    base = summary.filter(model=reference)
+def _notes(known: _Known) -> list[str]:
+    """Return what a reader of the report must know about its numbers."""
+    notes = []
+    if len({found for found in known.levels.values() if found}) > 1:
+        notes.append("models offer different quantile levels: their wql and crps do not compare, set quantile_levels")
+    if known.scales["scale"].is_nan().any():
+        units = known.scales.select("series_id", "variate", "scale").unique(["series_id", "variate"])
+        flat = int(units["scale"].is_nan().sum())
+        notes.append(f"MASE is undefined for {flat} of {units.height} series-variates (constant or too short to fit)")
+        if flat < units.height:
+            notes[-1] += "; the tests leave them out"
+    return notes
+
+
+def _with_skill(summary: pl.DataFrame, reference: str, by: Sequence[str] = ()) -> pl.DataFrame:
+    """Add ``skill_mae, skill_mse`` and, where there are quantiles, ``skill_crps`` against the reference, by group."""
     for name in ("mse", "mae", "crps"):
         if name in summary.columns:
-            ours = summary[name].cast(pl.Float64).fill_null(np.nan).to_numpy()
-            theirs = base[name].cast(pl.Float64).fill_null(np.nan).to_numpy()
-            skill = pl.Series(f"skill_{name}", skill_score(ours, np.broadcast_to(theirs, ours.shape))).fill_nan(None)
-            summary = summary.with_columns(skill)
+            theirs = summary.filter(model=reference).select(*by, pl.col(name).alias("_reference"))
+            both = (
+                summary.join(theirs, on=list(by), how="left", maintain_order="left")
+                if by
+                else (summary.join(theirs, how="cross", maintain_order="left"))
+            )
+            values = (both[column].cast(pl.Float64).fill_null(np.nan).to_numpy() for column in (name, "_reference"))
+            summary = summary.with_columns(pl.Series(f"skill_{name}", skill_score(*values)).fill_nan(None))
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from tsforge.artifact import Artifact, collect_provenance, create_artifact
 from tsforge.contracts.tensors import DataSpec
@@ -12,6 +13,7 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowSpec
 from tsforge.forecasting.seasons import season_length
+from tsforge.layers.scaling import ScalingConfig
 from tsforge.network import ForecastNetwork, NetworkConfig
 
 BASELINES = ("last_value", "seasonal_naive", "drift")
@@ -26,16 +28,34 @@ def frame_season(frame: SeriesFrame, declared: int | None = None) -> int:
     return season_length(frame.schema.freq, values, declared=declared)
 
 
-def fit_solved(frame: SeriesFrame, network: NetworkConfig, window: WindowSpec) -> Artifact:
+class TrainingSpan:
+    """Rows of a frame as fits take them, with what does not depend on the model: several fits of one frame share it."""
+
+    def __init__(self, frame: SeriesFrame) -> None:
+        self.panel = Panel.from_frame(frame)
+        self.series = self.panel.training_series(None, None)
+        self.provenance = collect_provenance(data_fingerprint=frame.fingerprint(), seeds={})
+        self._scalers: dict[ScalingConfig, dict[str, Tensor]] = {}
+
+    def fit_scaler(self, network: ForecastNetwork) -> None:
+        """Give the network its scaling statistics: taken once for each kind of scaling, they are many small sums."""
+        kind = network.config.scaling
+        if kind in self._scalers:
+            network.scaler.load_state_dict(self._scalers[kind])
+        else:
+            network.fit_scaler(self.series)
+            self._scalers[kind] = network.scaler.state_dict()
+
+
+def fit_solved(frame: SeriesFrame | TrainingSpan, network: NetworkConfig, window: WindowSpec) -> Artifact:
     """Return the artifact of a model that is fitted in closed form on every row of the frame, or needs no fit.
 
     Raises:
         ModelError: the model needs gradient training.
         DataError: nothing is observed.
     """
-    panel = Panel.from_frame(frame)
-    series = panel.training_series(None, None)
-    schema = frame.schema
+    span = frame if isinstance(frame, TrainingSpan) else TrainingSpan(frame)
+    panel, series, schema = span.panel, span.series, span.panel.schema
     spec = DataSpec(
         context_length=window.context_length,
         horizon=window.horizon,
@@ -46,7 +66,7 @@ def fit_solved(frame: SeriesFrame, network: NetworkConfig, window: WindowSpec) -
         train_length=panel.span()[1],
     )
     fitted = ForecastNetwork(network, spec)
-    fitted.fit_scaler(series)
+    span.fit_scaler(fitted)
     report = fitted.solve(series)
     if fitted.capabilities.trainable and (report is None or not report.finished):
         raise ModelError(f"model '{network.model.name}' needs gradient training; use the fit use-case")
@@ -57,18 +77,24 @@ def fit_solved(frame: SeriesFrame, network: NetworkConfig, window: WindowSpec) -
         grid=panel.grid,
         series_ids=panel.series_ids,
         window=window,
-        provenance=collect_provenance(data_fingerprint=frame.fingerprint(), seeds={}),
+        provenance=span.provenance,
     )
 
 
 def fit_baseline(
-    name: str, frame: SeriesFrame, *, horizon: int, season: int, context_length: int, per_series: bool = False
+    name: str,
+    frame: SeriesFrame | TrainingSpan,
+    *,
+    horizon: int,
+    season: int,
+    context_length: int,
+    per_series: bool = False,
 ) -> Artifact:
     """Return a naive forecaster with Normal intervals from its own errors over the frame.
 
     Args:
         name: one of ``BASELINES``.
-        frame: everything that may be seen.
+        frame: everything that may be seen; a ``TrainingSpan`` of it without covariates where several are fitted.
         horizon: steps.
         season: steps of a season.
         context_length: rows to look back; at least one season is taken.
@@ -83,4 +109,5 @@ def fit_baseline(
     scaling = "series" if per_series else "global"
     network = {"model": settings, "likelihood": {"name": "normal"}, "scaling": {"kind": scaling}}
     window = WindowSpec(context_length=max(context_length, season, 2), horizon=horizon)
-    return fit_solved(frame.with_covariates(), validate(NetworkConfig, network), window)
+    plain = frame if isinstance(frame, TrainingSpan) else frame.with_covariates()
+    return fit_solved(plain, validate(NetworkConfig, network), window)

@@ -12,10 +12,24 @@ import polars as pl
 
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.errors import BackendError, DataError, listing
+from tsforge.forecasting.report_quality import quality_sections
 from tsforge.metrics.summary import SCOPES
 
-_TABLES = ("forecasts", "metrics", "leaderboard", "folds")
-_SHOWN = ("model", "mean_rank", "mase", "mae", "rmse", "smape", "wql", "crps", "skill_mae", "win_share", "p_value")
+_TABLES = ("forecasts", "metrics", "leaderboard", "folds", "tests", "pit", "regimes", "regime_labels")
+_ERRORS = ("mase", "mae", "rmse", "smape", "wql", "crps")
+_SHOWN = ("model", "mean_rank", *_ERRORS, "skill_mae", "win_share", "p_dm", "p_wilcoxon")
+_PAIRS = (
+    "model",
+    "difference",
+    "dm_statistic",
+    "dm_p",
+    "dm_p_holm",
+    "cutoffs",
+    "wilcoxon_p",
+    "wilcoxon_p_holm",
+    "units",
+)
+_WORST = 10  # series on the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +41,14 @@ class BacktestReport:
         metrics: long: ``model, scope, series_id, variate, step, cutoff, metric, value, count``; dimensions that a scope
             averages over are null.
         leaderboard: one row a model, best mean rank first: overall metrics, ``skill_*`` (1 - ours / reference), ranks
-            and wins over series, variates and cutoffs, ``p_value`` (signed ranks, against the reference), seconds.
-        folds: one row a fit: model, cutoff, artifact id, seconds.
+            and wins over series, variates and cutoffs, ``p_dm`` and ``p_wilcoxon`` (against the reference, adjusted
+            over models), seconds.
+        folds: one row a fit: model, cutoff, artifact id, seconds, ``energy, variogram`` of the joint forecast and, with
+            independent steps, ``*_apart`` (see ``sample_paths.joint_scores``).
+        tests: one row a pair of models, see ``comparison.Comparison``.
+        pit: ``model`` and the columns of ``metrics.pit.pit_table``.
+        regimes: ``model, kind, regime``, the metrics there and ``skill_*`` against the reference there.
+        regime_labels: ``series_id, variate, cutoff, kind, regime`` of the regimes that history decides.
         settings: the config with everything it left open filled in.
         notes: what was left out.
     """
@@ -37,6 +57,10 @@ class BacktestReport:
     metrics: pl.DataFrame
     leaderboard: pl.DataFrame
     folds: pl.DataFrame
+    tests: pl.DataFrame
+    pit: pl.DataFrame
+    regimes: pl.DataFrame
+    regime_labels: pl.DataFrame
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     path: Path | None = None
@@ -51,6 +75,7 @@ class BacktestReport:
             "horizon": self.settings["horizon"],
             "season_length": self.settings["season_length"],
             "reference": self.settings["reference"],
+            "worst_series": self.worst_series(most=3).to_dicts(),
             "notes": list(self.notes),
             "path": None if self.path is None else str(self.path),
         }
@@ -77,8 +102,23 @@ class BacktestReport:
         rows = self.metrics.filter(pl.col("scope") == scope)
         return rows.pivot(on="metric", index=index, values="value", maintain_order=True).sort(index)
 
+    def worst_series(self, model: str | None = None, *, most: int | None = None) -> pl.DataFrame:
+        """Return ``series_id, count, mae, reference_mae, skill_mae``, the series with least skill first.
+
+        Args:
+            model: default the model of the backtest.
+            most: rows; default all. Series whose skill is undefined (the reference makes no error) come last.
+
+        Raises:
+            DataError: no such model.
+        """
+        name = model or self.settings["model"]
+        if name not in self.leaderboard["model"]:
+            raise DataError(f"no model '{name}' in this report; it has {listing(self.leaderboard['model'], 20)}")
+        return worst_first(self.metrics, name, self.settings["reference"], most=most)
+
     def markdown(self) -> str:
-        """Return the report as a page: settings, leaderboard, errors by step and by variate."""
+        """Return the report as a page: settings, leaderboard, tests, errors by step, variate, regime; worst series."""
         settings = self.settings
         cutoffs = settings["cutoffs"]
         lines = [
@@ -89,12 +129,44 @@ class BacktestReport:
             f"1 - error / error of `{settings['reference']}`; ranks are over series, variates and cutoffs.",
             "",
             _markdown_table(self.leaderboard.select(self._columns())),
+            *self._tests_page(),
         ]
+        for title, text, table in quality_sections(self.pit, self.leaderboard):
+            lines += ["", f"## {title}", "", text, "", _markdown_table(table)]
         for scope, column in (("step", "step"), ("variate", "variate")):
             lines += ["", f"## Mean absolute error by {column}", "", _markdown_table(self._pivot(scope, column))]
+        for (kind,), rows in self.regimes.group_by("kind", maintain_order=True):
+            wide = rows.pivot(on="model", index="regime", values="mae", maintain_order=True)
+            cells = rows.filter(model=settings["model"]).select("regime", cells="count")
+            joined = _markdown_table(cells.join(wide, on="regime", maintain_order="left"))
+            lines += ["", f"## Mean absolute error by regime: {kind}", "", joined]
+        worst = self.worst_series(most=_WORST)
+        title = f"## Worst series of {settings['model']}, by skill against {settings['reference']}"
+        if settings["model"] == settings["reference"]:
+            title = f"## Series of {settings['model']}"
+        lines += ["", title, "", _markdown_table(worst)]
         if self.notes:
             lines += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
+
+    def _tests_page(self) -> list[str]:
+        facts = self.settings["comparison"]
+        lines = ["", "## Are the differences more than chance?", ""]
+        lines += [
+            f"Loss: {facts['loss']}. Diebold-Mariano over cutoffs (differences averaged over series, Bartlett kernel); "
+            f"signed ranks over {facts['units']} units ({facts['unit']}). The p-values marked Holm, and those of the "
+            "leaderboard, are adjusted for the number of models. The best model was chosen by the same data."
+        ]
+        ranks = facts["ranks"]
+        if ranks["friedman_p"] is not None:
+            lines += [
+                "",
+                f"Friedman's test that all models rank alike: p = {_cell(ranks['friedman_p'])}; mean ranks differ when "
+                f"they are {_cell(ranks['critical_difference'])} apart (Nemenyi, 5 %).",
+            ]
+        for (other,), rows in self.tests.group_by("against", maintain_order=True):
+            lines += ["", f"### Against {other}", "", _markdown_table(rows.select(_PAIRS))]
+        return lines
 
     def _pivot(self, scope: str, column: str) -> pl.DataFrame:
         rows = self.metrics.filter(pl.col("scope") == scope, pl.col("metric") == "mae")
@@ -109,10 +181,38 @@ class BacktestReport:
         with atomic_directory(directory) as temporary:
             for name in _TABLES:
                 getattr(self, name).write_parquet(temporary / f"{name}.parquet")
-            document = {"settings": dict(self.settings), "notes": list(self.notes), "leaderboard": self.rows()}
+            document = {
+                "settings": dict(self.settings),
+                "notes": list(self.notes),
+                "leaderboard": self.rows(),
+                "tests": self.tests.to_dicts(),
+                "worst_series": self.worst_series(most=_WORST).to_dicts(),
+            }
             (temporary / "report.json").write_text(json.dumps(document, indent=1, default=str))
             (temporary / "report.md").write_text(self.markdown())
         return BacktestReport(**{**_fields(self), "path": Path(directory)})
+
+
+def worst_first(
+    metrics: pl.DataFrame, model: str, reference: str, *, metric: str = "mae", most: int | None = None
+) -> pl.DataFrame:
+    """Return ``series_id, count``, the metric of both models and their skill, the series with least skill first.
+
+    Args:
+        metrics: of a report.
+        model, reference: what is measured, and against what.
+        metric: an error of ``metrics``; names the columns.
+        most: rows; default all. Series whose skill is undefined come last.
+    """
+    rows = metrics.filter(scope="series", metric=metric)
+    ours = rows.filter(model=model).select("series_id", "count", pl.col("value").alias(metric))
+    theirs = rows.filter(model=reference).select("series_id", pl.col("value").alias(f"reference_{metric}"))
+    base = pl.col(f"reference_{metric}")
+    skill = pl.when(base > 0).then(1.0 - pl.col(metric) / base).alias(f"skill_{metric}")
+    table = ours.join(theirs, on="series_id").with_columns(skill)
+    order = [f"skill_{metric}", metric, "series_id"]
+    ordered = table.sort(order, descending=[False, True, False], nulls_last=True)
+    return ordered if most is None else ordered.head(most)
 
 
 def load_report(path: Path) -> BacktestReport:
