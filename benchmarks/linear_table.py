@@ -55,7 +55,8 @@ SETS = ("ETTh1", "ETTh2", "ETTm1", "exchange_rate")
 def faster(path: str, row: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     """Return the faster of a row and a fresh measurement of the same setting."""
     config = {
-        "path": path,
+        "datasets": [path],
+        "baselines": "naive",
         "models": [row["model"]],
         "context_lengths": [row["context_length"]],
         "horizons": [row["horizon"]],
@@ -73,7 +74,8 @@ def measure(folder: Path, sets: list[str], workspace: Workspace, again: float | 
     records = []
     for name in sets:
         config: dict[str, Any] = {
-            "path": str(folder / "forecast" / f"{name}.parquet"),
+            "datasets": [str(folder / "forecast" / f"{name}.parquet")],
+            "baselines": "naive",
             "models": list(MODELS.values()),
             "context_lengths": [336, 720],
             "horizons": list(HORIZONS),
@@ -81,7 +83,7 @@ def measure(folder: Path, sets: list[str], workspace: Workspace, again: float | 
         table = benchmark(validate(BenchmarkConfig, config), workspace, progress=True).table
         for row in table.iter_rows(named=True):
             if again is not None and row["status"] == "ok" and row["fit_seconds"] + row["eval_seconds"] > again:
-                row = faster(config["path"], row, workspace)
+                row = faster(config["datasets"][0], row, workspace)
             title = names.get(row["model"], row["model"])
             length = 0 if title == "last value" else row["context_length"]
             wanted = EXPECTED.get((name, title, length))

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from tsforge.app.benchmark import BenchmarkConfig, benchmark
+from tsforge.app.benchmark_sets import published_results
 from tsforge.artifact import collect_provenance
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import validate
@@ -93,42 +94,20 @@ PRESETS = {
         "plrnn:skip=none:ensemble=4:objective=horizon:train.batch_size=128" + _PLRNN,
         (96,),
     ),
+    **{
+        f"{name}{title}": Preset(f"{name}:dropout=0.2{rest}", (336,))
+        for name in ("gru", "lstm", "slstm", "aaren")
+        for title, rest in (("", _TRAIN), (" alone", ":skip=none" + _LONG))
+    },
+    "aaren alone: sinusoid": Preset("aaren:dropout=0.2:skip=none:position=sinusoid" + _LONG, (336,)),
 }
 GROUPS = {
+    "recurrent": tuple(name for name in PRESETS if name.split()[0] in ("gru", "lstm", "slstm", "aaren")),
     "plrnn": tuple(name for name in PRESETS if name.startswith("plrnn")),
     "ablations": tuple(name for name in PRESETS if name.startswith("chimera alone") and ", longer" not in name),
     "closed": (LINEAR, CHOSEN),
     "longer": tuple(name for name in PRESETS if ", longer" in name),
 }
-# Published MSE at 96, 192, 336, 720 steps, each with its own look-back, for orientation: PatchTST/42 (look-back 336;
-# Nie et al. 2023, ICLR, Table 3) and iTransformer (look-back 96; Liu et al. 2024, ICLR, Table 10), as remembered; the
-# LTSF-Linear file (look-back 336) as listed in its repository, whose loader drops the last incomplete batch.
-PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
-    "ETTh1": {
-        "NLinear (published, L=336)": (0.374, 0.408, 0.429, 0.440),
-        "DLinear (published, L=336)": (0.375, 0.405, 0.439, 0.472),
-        "PatchTST/42 (published, L=336, from memory)": (0.375, 0.414, 0.431, 0.449),
-        "iTransformer (published, L=96, from memory)": (0.386, 0.441, 0.487, 0.503),
-    },
-    "ETTh2": {
-        "NLinear (published, L=336)": (0.277, 0.344, 0.357, 0.394),
-        "DLinear (published, L=336)": (0.289, 0.383, 0.448, 0.605),
-        "PatchTST/42 (published, L=336, from memory)": (0.274, 0.339, 0.331, 0.379),
-        "iTransformer (published, L=96, from memory)": (0.297, 0.380, 0.428, 0.427),
-    },
-    "ETTm1": {
-        "NLinear (published, L=336)": (0.306, 0.349, 0.375, 0.433),
-        "DLinear-I (published, L=336)": (0.286, 0.327, 0.366, 0.427),
-        "PatchTST/42 (published, L=336, from memory)": (0.290, 0.332, 0.366, 0.420),
-        "iTransformer (published, L=96, from memory)": (0.334, 0.377, 0.426, 0.491),
-    },
-    "exchange_rate": {
-        "NLinear (published)": (0.081, 0.157, 0.305, 0.643),
-        "iTransformer (published, L=96, from memory)": (0.086, 0.177, 0.331, 0.847),
-    },
-}
-# Mean of the four horizons, look-back unknown, as a third party lists them (docs/models/chimera.md).
-PUBLISHED_MEAN = {"ETTh1": {"Chimera": 0.405}, "ETTm1": {"Chimera": 0.345}}
 KEPT = (
     "context_length", "horizon", "seed", "mse", "mae", "windows", "fit_seconds", "eval_seconds", "cpu_seconds",
     "parameters", "epochs", "device", "status", "error",
@@ -162,7 +141,8 @@ def run(job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one record a seed, and the naive forecasts' records with those of the linear model."""
     torch.set_num_threads(options.threads)
     config: dict[str, Any] = {
-        "path": str(options.data / "forecast" / f"{job.data.removesuffix('_pm25')}.parquet"),
+        "datasets": [str(options.data / "forecast" / f"{job.data.removesuffix('_pm25')}.parquet")],
+        "baselines": "naive",
         "models": [PRESETS[job.model].entry],
         "context_lengths": [job.length],
         "horizons": [job.horizon],
@@ -252,11 +232,13 @@ def page(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
                 )
         if tuple(horizons) != HORIZONS:
             continue
-        for title, values in PUBLISHED.get(name, {}).items():
-            cells = [f"{value:.3f}" for value in values]
-            lines.append(f"| {title} | | {' | '.join(cells)} | {np.mean(values):.3f} | |")
-        for title, value in PUBLISHED_MEAN.get(name, {}).items():
-            lines.append(f"| {title} (published, look-back unknown) | | | | | | {value:.3f} | |")
+        for row in published_results().of(name):
+            values = row.mse.get(name)
+            if values is not None and row.horizons == HORIZONS:
+                cells = [f"{value:.3f}" for value in values]
+                lines.append(f"| {row.title} | | {' | '.join(cells)} | {np.mean(values):.3f} | |")
+            elif name in row.mean_mse:
+                lines.append(f"| {row.title} | | | | | | {row.mean_mse[name]:.3f} | |")
     failed = [row for row in records if row["status"] != "ok"]
     lines += ["", f"{len(failed)} runs failed." if failed else "No run failed."]
     lines += [f"- {row['data']} {row['model']}: {row['error']}" for row in failed[:10]]
@@ -317,7 +299,7 @@ def main() -> None:
     parser.add_argument(
         "--models",
         default="closed,s4,chimera",
-        help="presets by commas; 'ablations', 'longer', 'plrnn' and 'closed' for several",
+        help="presets by commas; 'ablations', 'longer', 'plrnn', 'recurrent' and 'closed' for several",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calendar", default="", help="features of the time stamp for models with known covariates")

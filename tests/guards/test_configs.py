@@ -26,6 +26,7 @@ CLASSES = {
     "tune": "tsforge.app.tune:TuneJobConfig",
     "retrain": "tsforge.app.retrain:RetrainConfig",
     "schedule": "tsforge.app.schedule:ScheduleConfig",
+    "benchmark/": "tsforge.app.benchmark:BenchmarkConfig",
     "tune/": "tsforge.app.tune:TuneJobConfig",
     "batch/": "tsforge.app.batch:BatchConfig",
     "experiment/": "tsforge.app.fit:FitConfig",
@@ -38,7 +39,7 @@ CLASSES = {
 GROUPS = {"data": "ingest", "model": "fit", "train": "fit"}
 # templates state what a user must fill in
 REQUIRED = {
-    "benchmark": ["path=data.parquet"],
+    "benchmark": ["datasets=[data.parquet]"],
     "reconstruct": ["data.path=data.parquet"],
     "data/csv": ["data.name=x", "data.source.path=x.csv"],
     "data/parquet": ["data.name=x", "data.source.path=x.parquet"],

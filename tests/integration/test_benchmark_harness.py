@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 from tsforge.app import benchmark as module
+from tsforge.app import benchmark_pool
 from tsforge.app.benchmark import BenchmarkConfig, benchmark, code_version, parse_entry
 from tsforge.app.benchmark_data import read_benchmark_data
 from tsforge.core.config import load, validate
@@ -28,8 +29,14 @@ def workspace(workspace_root: Path) -> Workspace:
 
 
 def run(workspace: Workspace, path: Path, **settings: Any) -> module.BenchmarkResult:
-    plain = {"path": str(path), "models": ["linear"], "context_lengths": [24], "horizons": [6], **settings}
-    return benchmark(validate(BenchmarkConfig, plain), workspace)
+    plain = {
+        "datasets": [str(path)],
+        "models": ["linear"],
+        "context_lengths": [24],
+        "horizons": [6],
+        "baselines": "naive",
+    }
+    return benchmark(validate(BenchmarkConfig, plain | settings), workspace)
 
 
 @pytest.fixture
@@ -121,13 +128,13 @@ def test_naive_rows_are_always_there_and_rows_are_ranked(workspace: Workspace, t
 def test_a_second_run_measures_nothing_and_refresh_does(workspace: Workspace, table: Path, monkeypatch) -> None:
     first = run(workspace, table)
     calls: list[str] = []
-    real = module.run_setting
+    real = benchmark_pool.run_setting
 
     def counted(data: Any, setting: Any, **options: Any) -> dict[str, Any]:
         calls.append(setting.label)
         return real(data, setting, **options)
 
-    monkeypatch.setattr(module, "run_setting", counted)
+    monkeypatch.setattr(benchmark_pool, "run_setting", counted)
     second = run(workspace, table)
     assert calls == []
     assert second.summary()["from_cache"] == 3
@@ -151,17 +158,17 @@ def test_changed_source_code_makes_the_cache_stale(workspace: Workspace, table: 
 
 
 def test_an_interrupted_run_keeps_what_it_measured(workspace: Workspace, table: Path, monkeypatch) -> None:
-    real = module.run_setting
+    real = benchmark_pool.run_setting
 
     def interrupted(data: Any, setting: Any, **options: Any) -> dict[str, Any]:
         if setting.label == "linear":
             raise KeyboardInterrupt
         return real(data, setting, **options)
 
-    monkeypatch.setattr(module, "run_setting", interrupted)
+    monkeypatch.setattr(benchmark_pool, "run_setting", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(workspace, table)
-    monkeypatch.setattr(module, "run_setting", real)
+    monkeypatch.setattr(benchmark_pool, "run_setting", real)
     assert run(workspace, table).summary()["from_cache"] == 2
 
 
@@ -283,7 +290,9 @@ def test_model_entries_parse_to_their_groups() -> None:
         "train": {"max_epochs": 2},
         "scaling": {"kind": "window"},
     }
-    config = load(BenchmarkConfig, "benchmark", ["path=x.csv", "models=['linear:ridge=5e4',drift]", "horizons=[1,2]"])
+    config = load(
+        BenchmarkConfig, "benchmark", ["datasets=[x.csv]", "models=['linear:ridge=5e4',drift]", "horizons=[1,2]"]
+    )
     assert [item.title for item in config.models] == ["linear:ridge=5e4", "drift"]
 
 

@@ -1,4 +1,4 @@
-"""Benchmark: models x context lengths x horizons x seeds on one data set, by the rules of the literature.
+"""Benchmark: data sets x models x look-backs x horizons x seeds, by the rules of the literature, beside baselines.
 
 Every setting is a file in a cache, written whole or not at all and keyed by the data, the setting and the source code
 that decides its result: an interrupted run goes on where it stopped, an unchanged one is free.
@@ -9,29 +9,37 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import yaml
-from pydantic import Field, field_validator
 
 import tsforge
-from tsforge.app.benchmark_data import BenchmarkData, read_benchmark_data
-from tsforge.app.benchmark_run import Setting, network_config, run_setting
+from tsforge.app.benchmark_config import BenchmarkConfig, ModelEntry, PeersConfig, parse_entry
+from tsforge.app.benchmark_peers import PeerHost, open_peers
+from tsforge.app.benchmark_plan import HIDDEN, LINEAR_BASELINES, Prepared, check_entries, cost, plan, prepare
+from tsforge.app.benchmark_pool import Job, JobQueue, WorkerPool, attempt
+from tsforge.app.benchmark_progress import Progress, open_progress
+from tsforge.app.benchmark_report import environment, write_report
+from tsforge.app.benchmark_run import FITTERS, Setting
 from tsforge.core.atomic import atomic_directory, atomic_file
-from tsforge.core.config import Config, fingerprint, validate
-from tsforge.core.errors import ConfigError, TsforgeError
-from tsforge.core.logs import get_logger, log_event
+from tsforge.core.config import fingerprint
+from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
-from tsforge.data.calendar import Feature
-from tsforge.data.splits import SplitConfig
 from tsforge.metrics.ranking import skill_score
-from tsforge.training.config import TrainConfig
+
+__all__ = [
+    "BenchmarkConfig",
+    "BenchmarkResult",
+    "ModelEntry",
+    "PeersConfig",
+    "benchmark",
+    "code_version",
+    "parse_entry",
+]
 
 _LOG = get_logger(__name__)
 
@@ -49,10 +57,10 @@ _SOURCES = (  # what decides a number; a change there makes cached settings stal
     "app/benchmark_data.py",
     "app/benchmark_run.py",
 )
-_FAILURES = (TsforgeError, ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _SCALARS = {
     "mse": pl.Float64,
     "mae": pl.Float64,
+    "valid_mse": pl.Float64,
     "windows": pl.Int64,
     "cells": pl.Int64,
     "fit_seconds": pl.Float64,
@@ -63,10 +71,13 @@ _SCALARS = {
     "epochs": pl.Int64,
     "closed_form": pl.Boolean,
     "device": pl.String,
+    "versions": pl.String,
 }
 _SCHEMA: dict[str, Any] = {
     "data": pl.String,
+    "role": pl.String,
     "model": pl.String,
+    "lookback": pl.String,
     "context_length": pl.Int64,
     "horizon": pl.Int64,
     "seed": pl.Int64,
@@ -74,89 +85,10 @@ _SCHEMA: dict[str, Any] = {
     **_SCALARS,
     "mse_by_variate": pl.List(pl.Float64),
     "mse_by_step": pl.List(pl.Float64),
+    "note": pl.String,
     "error": pl.String,
     "cached": pl.Boolean,
 }
-
-
-class ModelEntry(Config):
-    """A model with what differs from its defaults. As text: ``name:key=value:key=value``, keys of the model, or with
-    the prefix ``train.``, ``likelihood.`` or ``scaling.``.
-    """
-
-    name: str
-    label: str = ""
-    """How the table calls it; default the text it was given as."""
-    model: dict[str, Any] = Field(default_factory=dict)
-    train: dict[str, Any] = Field(default_factory=dict)
-    likelihood: dict[str, Any] = Field(default_factory=dict)
-    scaling: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """The label, else the name."""
-        return self.label or self.name
-
-
-class BenchmarkConfig(Config):
-    """What to measure."""
-
-    path: str
-    """A wide Parquet or CSV file: one column of times, one column a variate."""
-    models: tuple[ModelEntry, ...]
-    context_lengths: tuple[int, ...] = Field((336,), min_length=1)
-    horizons: tuple[int, ...] = Field((96,), min_length=1)
-    seeds: int = Field(1, ge=1)
-    """Runs of each setting with seeds 0, 1, ...; a fit without randomness is run once."""
-    time: str | None = None
-    """Time column; default ``ds``, else the first column of dates."""
-    columns: tuple[str, ...] | None = None
-    """Variates; default every numeric column."""
-    calendar: tuple[Feature, ...] = ()
-    """Features of the time stamp that models with known covariates are given; the others do without."""
-    split: SplitConfig | None = None
-    """Default: the literature's (ETT by months, others 7:1:2)."""
-    season_length: int | None = Field(None, ge=1)
-    """Of the seasonal naive row; default from the frequency, else found in the training rows."""
-    train: TrainConfig = TrainConfig()
-    budget_minutes: float | None = Field(None, gt=0)
-    """No setting is begun after this time; those left out are reported as skipped."""
-    refresh: bool = False
-    """Measure again what is cached."""
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _parse_models(cls, values: Any) -> Any:
-        items = [values] if isinstance(values, str | Mapping) else values
-        if not items:
-            raise ConfigError("models: name at least one model; `tsforge models` lists them")
-        return [parse_entry(item) if isinstance(item, str) else item for item in items]
-
-    @field_validator("context_lengths", "horizons")
-    @classmethod
-    def _positive(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        if min(values) < 1:
-            raise ConfigError(f"context_lengths and horizons must be at least 1, given: {list(values)}")
-        return values
-
-
-def parse_entry(text: str) -> dict[str, Any]:
-    """Return the plain form of ``name:key=value:...``.
-
-    Raises:
-        ConfigError: a part without ``=``.
-    """
-    name, *parts = text.split(":")
-    entry: dict[str, Any] = {"name": name.strip(), "label": text.strip()}
-    for part in parts:
-        key, sign, value = part.partition("=")
-        if not sign:
-            raise ConfigError(f"models: '{part}' in '{text}' is no key=value; write for example linear:ridge=5e4")
-        group, dot, rest = key.strip().partition(".")
-        if not dot or group not in ("train", "likelihood", "scaling"):
-            group, rest = "model", key.strip()
-        entry.setdefault(group, {})[rest] = yaml.safe_load(value)
-    return entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +96,11 @@ class BenchmarkResult:
     """Every row measured, failed or left out.
 
     Attributes:
-        table: one row a run: the setting, ``status`` (ok, failed, skipped), errors in standardised units, seconds, MiB,
-            parameters, ``error`` and whether it came from the cache.
-        data: name of the data set.
+        table: one row a run: the setting, ``role`` (baseline, model, peer), ``status`` (ok, failed, skipped), errors in
+            standardised units, seconds, MiB, parameters, ``error`` and whether it came from the cache.
+        data: name of the data set, or of the benchmark where there are several.
         notes: what was assumed about the data.
-        path: folder with ``table.parquet`` and ``summary.json``.
+        path: folder with ``table.parquet``, ``summary.json``, ``report.md`` and ``report.html``.
     """
 
     table: pl.DataFrame
@@ -192,11 +124,16 @@ class BenchmarkResult:
             "from_cache": int(self.table["cached"].sum()),
             "notes": list(self.notes),
             "path": str(self.path),
+            "report": str(self.path / "report.html"),
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one record per model, context length and horizon, seeds averaged, best first within a horizon."""
-        keys = ["horizon", "model", "context_length"]
+        """Return the records without what only the report needs."""
+        return [{key: row[key] for key in row if key not in ("role", "lookback")} for row in self.records()]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per data set, horizon, model and context length, seeds averaged, best first."""
+        keys = ["data", "horizon", "model", "context_length"]
         ok = pl.col("status") == "ok"
         means = [pl.col(name).filter(ok).mean() for name in ("mse", "mae", "fit_seconds", "eval_seconds")]
         grouped = self.table.group_by(keys, maintain_order=True).agg(
@@ -205,16 +142,22 @@ class BenchmarkResult:
             pl.col("peak_memory_mb").filter(ok).max(),
             pl.col("parameters").filter(ok).first(),
             ok.sum().alias("runs"),
+            pl.col("role", "lookback", "note").first(),
             pl.col("status").sort_by(ok).first(),  # a failure in any seed shows
             pl.col("error").drop_nulls().first(),
         )
-        base = grouped.filter(model="last_value").select("horizon", base="mse").unique("horizon")
-        joined = grouped.join(base, on="horizon", how="left", maintain_order="left")
+        base = grouped.filter(model="last_value").select("data", "horizon", base="mse").unique(["data", "horizon"])
+        joined = grouped.join(base, on=["data", "horizon"], how="left", maintain_order="left")
         mse, naive = (joined[name].fill_null(np.nan).to_numpy() for name in ("mse", "base"))
         skill = pl.Series("skill", skill_score(mse, naive)).fill_nan(None)
-        ordered = joined.with_columns(skill).drop("base").sort("horizon", "mse", nulls_last=True, maintain_order=True)
-        columns = [*keys, "mse", "mae", "mse_sd", "skill", "runs", "fit_seconds", "eval_seconds"]
-        return ordered.select(*columns, "peak_memory_mb", "parameters", "status", "error").to_dicts()
+        sets = pl.Enum(self.table["data"].unique(maintain_order=True))
+        ordered = (
+            joined.with_columns(skill, pl.col("data").cast(sets))
+            .sort("data", "horizon", "mse", nulls_last=True, maintain_order=True)
+            .with_columns(pl.col("data").cast(pl.String))
+        )
+        columns = [*keys, "mse", "mae", "mse_sd", "skill", "runs", "fit_seconds", "eval_seconds", "peak_memory_mb"]
+        return ordered.select(*columns, "parameters", "role", "lookback", "note", "status", "error").to_dicts()
 
 
 def benchmark(config: BenchmarkConfig, workspace: Workspace, *, progress: bool = False) -> BenchmarkResult:
@@ -225,138 +168,204 @@ def benchmark(config: BenchmarkConfig, workspace: Workspace, *, progress: bool =
     Args:
         config: what to measure.
         workspace: results and cache live below ``reports/benchmark``.
-        progress: log a line for each setting, and show training progress.
+        progress: show a bar on a terminal, else log a line for each setting.
 
     Raises:
-        ConfigError: an unknown model or setting, found before anything is measured.
-        DataError: the file cannot be used.
-        KeyboardInterrupt: what was measured before is kept.
+        ConfigError: an unknown data set, model or setting, found before anything is measured.
+        DataError: a data set cannot be used.
+        KeyboardInterrupt: what was measured before is kept, no process is left behind.
     """
-    data = read_benchmark_data(
-        config.path,
-        time=config.time,
-        columns=config.columns,
-        split=config.split,
-        season=config.season_length,
-        calendar=config.calendar,
+    check_entries(config.models, config)
+    peers = None
+    if any(entry.is_peer for entry in config.models):
+        peers = open_peers(config.peers, config.threads)
+    prepared = prepare(config, workspace)
+    for item in prepared:
+        for note in item.data.notes:
+            _LOG.warning("%s: %s", item.data.name, note)
+    run = _Run(config, prepared, workspace, peers)
+    with open_progress(run.total, show=progress) as shown:
+        run.measure(shown)
+    notes = [
+        note if len(prepared) == 1 else f"{item.data.name}: {note}" for item in prepared for note in item.data.notes
+    ]
+    if config.seeds > 1 and run.without_chance:
+        notes.append(f"{len(run.without_chance)} settings have no random part: one run stands for all seeds")
+    name = config.name or (prepared[0].data.name if len(prepared) == 1 else f"{len(prepared)}_sets")
+    mark = (
+        prepared[0].data.fingerprint
+        if len(prepared) == 1
+        else fingerprint({"data": [item.data.fingerprint for item in prepared]})
     )
-    for note in data.notes:
-        _LOG.warning("%s: %s", data.name, note)
-    settings = plan(config, data)
-    folder = workspace.reports / "benchmark" / f"{data.name}-{data.fingerprint}"
-    deadline = None if config.budget_minutes is None else time.monotonic() + 60.0 * config.budget_minutes
-    rows: list[dict[str, Any]] = []
-    without_chance: set[str] = set()
-    broken: set[str] = set()  # other seeds of a failed setting would not make its mean comparable
-    for number, setting in enumerate(settings, start=1):
-        family = _family(setting)
-        if family in without_chance or family in broken:
-            continue
-        row = _measure(data, setting, folder / "cache", deadline, refresh=config.refresh, progress=progress)
-        if row.get("closed_form"):
-            without_chance.add(family)
-        if row["status"] == "failed":
-            broken.add(family)
-        rows.append(row)
-        if progress:
-            shown = {
-                key: row.get(key) for key in ("model", "context_length", "horizon", "seed", "status", "mse", "mae")
-            }
-            log_event(_LOG, f"setting {number} of {len(settings)}", **shown)
-    notes = list(data.notes)
-    if config.seeds > 1 and without_chance:
-        notes.append(f"{len(without_chance)} settings have no random part: one run stands for all seeds")
-    result = BenchmarkResult(table=_table(rows), data=data.name, notes=tuple(notes), path=folder / "last")
-    _save(result, config)
+    path = workspace.reports / "benchmark" / f"{name}-{mark}" / "last"
+    result = BenchmarkResult(table=_with_best(run.table()), data=name, notes=tuple(notes), path=path)
+    _save(result, config, prepared)
     return result
-
-
-def plan(config: BenchmarkConfig, data: BenchmarkData) -> list[Setting]:
-    """Return every setting to run, naive forecasts first.
-
-    Raises:
-        ConfigError: an unknown model, or a setting it does not have.
-    """
-    entries = [(entry, length) for length in config.context_lengths for entry in config.models]
-    look_back = max(data.season, min(config.context_lengths))
-    naive = [parse_entry("last_value")]
-    if data.season > 1:
-        naive.append(parse_entry(f"seasonal_naive:season_length={data.season}"))
-    named = {entry.title for entry in config.models}
-    extra = [(validate(ModelEntry, item), look_back) for item in naive if item["label"] not in named]
-    settings = []
-    for horizon in config.horizons:
-        for entry, length in [*extra, *entries]:
-            network = network_config({"name": entry.name, **entry.model}, entry.likelihood, entry.scaling)
-            train = validate(TrainConfig, {**config.train.model_dump(), **entry.train}, where="train")
-            settings += [
-                Setting(
-                    label=entry.title,
-                    network=network,
-                    train=train,
-                    context_length=length,
-                    horizon=horizon,
-                    seed=seed,
-                )
-                for seed in range(config.seeds)
-            ]
-    return settings
 
 
 def code_version(model: str) -> str:
     """Return a hash of the source files that decide the result of a model's settings."""
     root = Path(tsforge.__file__).parent
     files: list[Path] = [*root.glob("models/_*.py"), root / "models" / f"{model}.py"]
+    if model in FITTERS or not files[-1].is_file():  # an entry that may fit any of them
+        files = [path for path in root.rglob("*.py") if path.parent.name != "peers"]
     for name in _SOURCES:
         place = root / name
         files += sorted(place.rglob("*.py")) if place.is_dir() else [place]
     digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file()):
+    for path in sorted({path for path in files if path.is_file()}):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+Mark = tuple[str, str, str, int, int, int]
+
+
+@dataclass(kw_only=True)
+class _Family:
+    """All seeds of a setting: the first is run alone, since it tells whether the others are needed."""
+
+    job: Job
+    more: list[Setting] = field(default_factory=list)
+
+
+class _Run:
+    """One pass over every setting: what is cached, what is waiting, what came out."""
+
+    def __init__(
+        self, config: BenchmarkConfig, prepared: list[Prepared], workspace: Workspace, peers: PeerHost | None
+    ) -> None:
+        self._config, self._peers = config, peers
+        self._root = workspace.reports / "benchmark"
+        self._codes: dict[str, str] = {}
+        self._rows: dict[tuple[str, Mark], dict[str, Any]] = {}
+        self._order: dict[tuple[str, Mark], int] = {}
+        self._families: dict[tuple[str, str], _Family] = {}
+        self.without_chance: set[tuple[str, str]] = set()
+        for item in prepared:
+            for setting in plan(config, item):
+                row = (item.data.fingerprint, _mark(setting))
+                if row in self._order:
+                    continue  # the same entry twice
+                self._order[row] = len(self._order)
+                key = (item.data.fingerprint, _family(setting))
+                family = self._families.get(key)
+                if family is None:
+                    job = Job(data=item.data, setting=setting, cost=cost(setting, item.data))
+                    self._families[key] = _Family(job=job)
+                else:
+                    family.more.append(setting)
+        self.total = len(self._order)
+        minutes = config.budget_minutes
+        self._deadline = None if minutes is None else time.monotonic() + 60.0 * minutes
+
+    def measure(self, progress: Progress) -> None:
+        """Run what is not cached; a full pass over the queue, and the seeds that it turns out to need."""
+        queue = JobQueue()
+        for family in self._families.values():
+            self._admit(family.job, queue, progress)
+        if self._config.workers == 1:
+            while (job := self._next(queue, progress)) is not None:
+                outcome = attempt(job.data, job.setting, self._peers, progress=progress.shows_training)
+                self._finish(job, outcome, queue, progress)
+            return
+        with WorkerPool(self._config.workers, threads=self._config.threads, peers=self._peers) as pool:
+            self._skip_late(queue, progress)
+            for job, outcome in pool.results(queue):
+                self._finish(job, outcome, queue, progress)
+                self._skip_late(queue, progress)
+
+    def table(self) -> pl.DataFrame:
+        """Return every row in the order of the plan."""
+        ordered = sorted(self._rows.items(), key=lambda item: self._order[item[0]])
+        return pl.DataFrame([{name: row.get(name) for name in _SCHEMA} for _, row in ordered], schema=_SCHEMA)
+
+    def _next(self, queue: JobQueue, progress: Progress) -> Job | None:
+        self._skip_late(queue, progress)
+        return queue.pop()
+
+    def _skip_late(self, queue: JobQueue, progress: Progress) -> None:
+        if self._deadline is None or time.monotonic() <= self._deadline:
+            return
+        for job in queue.drain():
+            self._keep(job, {"status": "skipped", "error": "the time budget is spent", "cached": False}, progress)
+
+    def _admit(self, job: Job, queue: JobQueue, progress: Progress) -> None:
+        """Take a setting from the cache, else put it into the queue."""
+        known = None if self._config.refresh else _cached(self._place(job))
+        if known is None:
+            ordered = job if self._config.workers > 1 else Job(data=job.data, setting=job.setting, cost=0.0)
+            queue.push(ordered)
+            return
+        self._keep(job, {**known, "cached": True}, progress)
+        self._follow(job, known, queue, progress)
+
+    def _finish(self, job: Job, outcome: dict[str, Any], queue: JobQueue, progress: Progress) -> None:
+        if outcome["status"] == "ok":
+            outcome |= {"setting": job.setting.plain(), "made": datetime.now(UTC).isoformat()}
+            with atomic_file(self._place(job)) as temporary:
+                temporary.write_text(json.dumps(outcome, indent=1))
+        else:
+            about = (job.data.name, job.setting.label, job.setting.context_length, job.setting.horizon)
+            _LOG.warning("%s %s L=%d h=%d failed: %s", *about, outcome["error"])
+        self._keep(job, {**outcome, "cached": False}, progress)
+        self._follow(job, outcome, queue, progress)
+
+    def _follow(self, job: Job, row: dict[str, Any], queue: JobQueue, progress: Progress) -> None:
+        """Let the other seeds of a first run follow, unless chance plays no part or the setting fails."""
+        key = (job.data.fingerprint, _family(job.setting))
+        waiting = self._families[key].more
+        if row.get("closed_form"):
+            self.without_chance.add(key)
+        if row.get("closed_form") or row["status"] == "failed":  # a mean over fewer seeds would not be comparable
+            progress.drop(len(waiting))
+            waiting.clear()
+            return
+        while waiting:
+            self._admit(Job(data=job.data, setting=waiting.pop(0), cost=job.cost), queue, progress)
+
+    def _keep(self, job: Job, row: dict[str, Any], progress: Progress) -> None:
+        setting = job.setting
+        about = {
+            "data": job.data.name,
+            "role": setting.role,
+            "model": setting.label,
+            "lookback": setting.lookback,
+            "context_length": setting.context_length,
+            "horizon": setting.horizon,
+            "seed": setting.seed,
+        }
+        self._rows[job.data.fingerprint, _mark(setting)] = {**about, **row}
+        progress.advance({**about, **row})
+
+    def _place(self, job: Job) -> Path:
+        setting, data = job.setting, job.data
+        if setting.name not in self._codes:
+            library = setting.name.partition("/")[0]
+            peer = self._peers if setting.kind == "peer" else None
+            self._codes[setting.name] = code_version(setting.name) if peer is None else peer.code(library)
+        plain = setting.plain()
+        key = fingerprint({**plain, "data": data.fingerprint, "season": data.season, "code": self._codes[setting.name]})
+        folder = self._root / f"{data.name}-{data.fingerprint}" / "cache"
+        return folder / f"{setting.name.replace('/', '.')}-{key}.json"
+
+
+def _mark(setting: Setting) -> Mark:
+    """Return what tells one row of a data set from another."""
+    return (
+        setting.role,
+        setting.label,
+        setting.lookback,
+        setting.context_length,
+        setting.horizon,
+        setting.seed,
+    )
+
+
 def _family(setting: Setting) -> str:
     """Return what all seeds of a setting share."""
-    return fingerprint({**setting.plain(), "seed": None, "label": setting.label})
-
-
-def _measure(
-    data: BenchmarkData,
-    setting: Setting,
-    cache: Path,
-    deadline: float | None,
-    *,
-    refresh: bool,
-    progress: bool,
-) -> dict[str, Any]:
-    about = {
-        "data": data.name,
-        "model": setting.label,
-        "context_length": setting.context_length,
-        "horizon": setting.horizon,
-        "seed": setting.seed,
-    }
-    name = setting.network.model.name
-    key = fingerprint({**setting.plain(), "data": data.fingerprint, "code": code_version(name)})
-    place = cache / f"{name}-{key}.json"
-    if not refresh:
-        known = _cached(place)
-        if known is not None:
-            return {**about, **known, "cached": True}
-    if deadline is not None and time.monotonic() > deadline:
-        return {**about, "status": "skipped", "error": "the time budget is spent", "cached": False}
-    try:
-        found = run_setting(data, setting, progress=progress)
-    except _FAILURES as error:
-        reason = str(error) if isinstance(error, TsforgeError) else f"{type(error).__name__}: {error}"
-        _LOG.warning("%s L=%d h=%d failed: %s", setting.label, setting.context_length, setting.horizon, reason)
-        return {**about, "status": "failed", "error": reason, "cached": False}
-    stored = {**found, "status": "ok", "setting": setting.plain(), "made": datetime.now(UTC).isoformat()}
-    with atomic_file(place) as temporary:
-        temporary.write_text(json.dumps(stored, indent=1))
-    return {**about, **stored, "cached": False}
+    return fingerprint({**setting.plain(), "seed": None, "mark": _mark(setting)[:-1]})
 
 
 def _cached(place: Path) -> dict[str, Any] | None:
@@ -371,12 +380,29 @@ def _cached(place: Path) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "mse" in row else None
 
 
-def _table(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    return pl.DataFrame([{name: row.get(name) for name in _SCHEMA} for row in rows], schema=_SCHEMA)
+def _with_best(table: pl.DataFrame) -> pl.DataFrame:
+    """Return the table with each closed-form baseline at the look-back that is best on validation; candidates go."""
+    chosen = []
+    for label in LINEAR_BASELINES:
+        rows = table.filter(role="baseline", model=label, status="ok").drop_nulls("valid_mse")
+        for group in rows.partition_by("data", "horizon", maintain_order=True):
+            lengths = sorted(set(group["context_length"].to_list()))
+            best = group.sort("valid_mse").head(1)
+            note = f"L={best['context_length'][0]} of {', '.join(map(str, lengths))}, chosen on validation"
+            title = pl.lit(f"{label}, best look-back").alias("model")
+            chosen.append(best.with_columns(title, pl.lit(note).alias("note"), pl.lit("best").alias("lookback")))
+    shown = table.filter((pl.col("lookback") != HIDDEN) | (pl.col("status") == "failed"))
+    return pl.concat([shown, *chosen])
 
 
-def _save(result: BenchmarkResult, config: BenchmarkConfig) -> None:
+def _save(result: BenchmarkResult, config: BenchmarkConfig, prepared: list[Prepared]) -> None:
     with atomic_directory(result.path, replace=True) as temporary:
         result.table.write_parquet(temporary / "table.parquet")
-        document = {"config": config.model_dump(mode="json"), **result.summary(), "rows": result.rows()}
+        document = {
+            "config": config.model_dump(mode="json"),
+            **result.summary(),
+            "environment": environment(config),
+            "rows": result.rows(),
+        }
         (temporary / "summary.json").write_text(json.dumps(document, indent=1, default=str))
+        write_report(temporary, result.table, result.records(), prepared, config, result.notes)

@@ -28,7 +28,7 @@ class BenchmarkData:
     """A data set ready to be measured on.
 
     Attributes:
-        name: file name without ending.
+        name: file name without ending, or the name it is known by.
         fingerprint: changes with the values, the columns taken and the split.
         panel: one series, standardised per variate with mean and population standard deviation of the training rows.
         with_calendar: the same with calendar features as known covariates; the panel itself if none were asked for.
@@ -57,6 +57,7 @@ def read_benchmark_data(
     split: SplitConfig | None = None,
     season: int | None = None,
     calendar: tuple[Feature, ...] = (),
+    name: str | None = None,
 ) -> BenchmarkData:
     """Return a wide Parquet or CSV file as a benchmark.
 
@@ -67,6 +68,7 @@ def read_benchmark_data(
         split: default the literature's for this file name (ETT by months, others 7:1:2).
         season: steps of a season; default from the frequency, else from the data.
         calendar: features of the time stamp.
+        name: what the tables call it; default the file name without ending.
 
     Raises:
         DataError: missing, empty or unreadable file, no numeric column, too few rows.
@@ -78,11 +80,74 @@ def read_benchmark_data(
     if time is not None and time not in table.columns:
         raise ConfigError(f"{place} has no column '{time}'; it has {listing(table.columns, 20)}")
     stamp = time or _time_column(table)
+    title = name or place.stem
+    return _prepare(table, stamp, title, columns=columns, split=split, season=season, calendar=calendar)
+
+
+def stored_benchmark_data(
+    frame: SeriesFrame,
+    name: str,
+    *,
+    columns: Sequence[str] | None = None,
+    split: SplitConfig | None = None,
+    season: int | None = None,
+    calendar: tuple[Feature, ...] = (),
+) -> BenchmarkData:
+    """Return stored data as a benchmark: the targets of all series side by side, named ``SERIES.COLUMN``.
+
+    Raises:
+        DataError, ConfigError: as ``read_benchmark_data``.
+    """
+    targets = frame.schema.targets
+    parts = [
+        frame.table.filter(pl.col("series_id") == series).select(
+            "time", *(pl.col(column).alias(f"{series}.{column}") for column in targets)
+        )
+        for series in frame.series_ids
+    ]
+    table = parts[0].rename(dict(zip(parts[0].columns[1:], targets, strict=True))) if len(parts) == 1 else parts[0]
+    for part in parts[1:]:
+        table = table.join(part, on="time", how="full", coalesce=True)
+    table = table.sort("time").with_row_index(_ROW).with_columns(pl.col(_ROW).cast(pl.Int64))
+    return _prepare(table, "time", name, columns=columns, split=split, season=season, calendar=calendar)
+
+
+def drift_steps(data: BenchmarkData, horizon: int, context_length: int) -> int | None:
+    """Return the look-back k for which drift(k) beats the last value on the training rows, None where none does.
+
+    Compared is the squared error of the last step of the horizon, over every start in the training rows: the data are
+    trending where the line helps. No later row is read.
+    """
+    rows = slice(*data.splits.train)
+    values = np.where(data.panel.observed[rows], data.panel.values[rows], np.nan)
+    candidates = sorted({k for k in (7, 14, 28, data.season, 4 * data.season) if 1 < k < context_length})
+    usable = [k for k in candidates if len(values) > k + horizon]
+    if not usable:
+        return None
+    first = max(usable)  # the same starts for every candidate
+    now, ahead = values[first:-horizon], values[first + horizon :]
+    errors: dict[int | None, float] = {None: float(np.nanmean((ahead - now) ** 2))}
+    for k in usable:
+        slope = (now - values[first - k : len(values) - horizon - k]) / k
+        errors[k] = float(np.nanmean((ahead - now - horizon * slope) ** 2))
+    return min(errors, key=lambda k: errors[k])
+
+
+def _prepare(
+    table: pl.DataFrame,
+    stamp: str,
+    name: str,
+    *,
+    columns: Sequence[str] | None,
+    split: SplitConfig | None,
+    season: int | None,
+    calendar: tuple[Feature, ...],
+) -> BenchmarkData:
     table, notes = _numeric(table, stamp, columns)
     frame, more = _regular(table, stamp)
     notes += more
     panel = Panel.from_frame(frame)
-    splits = literature_splits(place.stem, panel.num_rows) if split is None else make_splits(panel, split)
+    splits = literature_splits(name, panel.num_rows) if split is None else make_splits(panel, split)
     panel, more = _with_values(panel, splits, asked=columns is not None)
     notes += more
     panel, loc, scale, more = _standardise(panel, splits)
@@ -91,7 +156,7 @@ def read_benchmark_data(
     rows = slice(*splits.train)
     training = np.where(panel.observed[rows], panel.values[rows], np.nan)
     return BenchmarkData(
-        name=place.stem,
+        name=name,
         fingerprint=_fingerprint(with_calendar, splits),
         panel=panel,
         with_calendar=with_calendar,

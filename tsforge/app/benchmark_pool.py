@@ -1,0 +1,195 @@
+"""Worker processes of a benchmark: a job that kills its process is a failed row, and none outlives the benchmark."""
+
+from __future__ import annotations
+
+import heapq
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from tsforge.app.benchmark_data import BenchmarkData
+from tsforge.app.benchmark_peers import PeerHost
+from tsforge.app.benchmark_run import Setting, run_setting
+from tsforge.core.errors import TsforgeError
+from tsforge.core.signals import termination_as_interrupt
+
+FAILURES = (TsforgeError, ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+_PATIENCE_SECONDS = 3.0
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One setting on one data set; ``cost`` is a rough relative effort."""
+
+    data: BenchmarkData
+    setting: Setting
+    cost: float
+
+
+@dataclass
+class JobQueue:
+    """Jobs not begun, the most expensive first."""
+
+    _heap: list[tuple[float, int, Job]] = field(default_factory=list)
+    _count: int = 0
+
+    def push(self, job: Job) -> None:
+        """Add a job; equal costs keep their order."""
+        heapq.heappush(self._heap, (-job.cost, self._count, job))
+        self._count += 1
+
+    def pop(self) -> Job | None:
+        """Return the most expensive job, None when there is none."""
+        return heapq.heappop(self._heap)[2] if self._heap else None
+
+    def drain(self) -> list[Job]:
+        """Return all jobs and forget them."""
+        jobs = [item[2] for item in sorted(self._heap)]
+        self._heap.clear()
+        return jobs
+
+
+def attempt(data: BenchmarkData, setting: Setting, peers: PeerHost | None, *, progress: bool = False) -> dict[str, Any]:
+    """Return the measurements of a setting, or its status ``failed`` with the reason."""
+    try:
+        return {**run_setting(data, setting, peers=peers, progress=progress), "status": "ok"}
+    except FAILURES as error:
+        reason = str(error) if isinstance(error, TsforgeError) else f"{type(error).__name__}: {error}"
+        return {"status": "failed", "error": reason}
+
+
+class WorkerPool:
+    """Processes that measure settings side by side; leave the ``with`` block and every one of them is gone.
+
+    Ctrl-C reaches the benchmark only: it ends the workers, and each worker ends the peer it waits for.
+    """
+
+    def __init__(self, workers: int, *, threads: int, peers: PeerHost | None) -> None:
+        self._size, self._threads, self._peers = workers, threads, peers
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(_PATIENCE_SECONDS)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+        self._workers.clear()
+
+    def results(self, queue: JobQueue) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Yield every job of the queue with its outcome as it comes; the caller may push more meanwhile."""
+        while True:
+            self._hand_out(queue)
+            busy = [worker for worker in self._workers if worker.job is not None]
+            if not busy:
+                return
+            handles = {item: worker for worker in busy for item in (worker.pipe, worker.process.sentinel)}
+            ready = wait(list(handles))
+            for worker in {id(handles[item]): handles[item] for item in ready}.values():  # type: ignore[index]
+                job, outcome = self._collect(worker)
+                yield job, outcome
+
+    def _hand_out(self, queue: JobQueue) -> None:
+        idle = [worker for worker in self._workers if worker.job is None]
+        while idle or len(self._workers) < self._size:
+            job = queue.pop()
+            if job is None:
+                return
+            worker = idle.pop() if idle else self._start()
+            worker.give(job)
+
+    def _collect(self, worker: _Worker) -> tuple[Job, dict[str, Any]]:
+        """Return what a worker sent; one that died is replaced and its job failed."""
+        job = worker.job
+        if job is None:
+            raise RuntimeError("a worker answered without a job")
+        worker.job = None
+        try:
+            outcome: dict[str, Any] = worker.pipe.recv()
+        except (EOFError, OSError):
+            worker.process.join()
+            code = worker.process.exitcode
+            self._workers.remove(worker)
+            worker.pipe.close()
+            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            outcome = {
+                "status": "failed",
+                "error": f"its process died ({how}); SIGKILL usually means that memory ran out: use fewer workers",
+            }
+        return job, outcome
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(self._threads)))  # read by libraries as they load
+        try:
+            process = self._context.Process(target=_work, args=(theirs, self._threads, self._peers), daemon=False)
+            process.start()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        theirs.close()
+        worker = _Worker(process=process, pipe=ours)
+        self._workers.append(worker)
+        return worker
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection[Any, Any]
+    job: Job | None = None
+    known: set[str] = field(default_factory=set)
+
+    def give(self, job: Job) -> None:
+        """Send a job, and its data where the worker has not seen them; a dead worker is noticed when collected."""
+        self.job = job
+        try:
+            if job.data.fingerprint not in self.known:
+                self.pipe.send(job.data)
+                self.known.add(job.data.fingerprint)
+            self.pipe.send((job.data.fingerprint, job.setting))
+        except OSError:
+            return
+
+
+def _work(pipe: Connection[Any, Any], threads: int, peers: PeerHost | None) -> None:
+    """Measure what arrives until the pipe closes."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's to handle
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    known: dict[str, BenchmarkData] = {}
+    try:
+        with termination_as_interrupt():
+            while True:
+                message = pipe.recv()
+                if isinstance(message, BenchmarkData):
+                    known[message.fingerprint] = message
+                    continue
+                fingerprint, setting = message
+                pipe.send(attempt(known[fingerprint], setting, peers))
+    except (EOFError, KeyboardInterrupt):
+        return
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
