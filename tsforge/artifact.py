@@ -1,9 +1,10 @@
 """A fitted forecaster on disk: one folder, no pickle, every file hashed.
 
-``config.yaml`` the run's resolved config, ``spec.json`` network config, sizes and window, ``schema.json`` columns, grid
-and series, ``weights.safetensors``, ``calibration.parquet`` (if calibrated), ``metrics.json``, ``explanation.json``,
-``provenance.json``, long tables of the model (``evolution.parquet``, if it has some) and ``manifest.json`` (format
-version, SHA-256 of every file), which is written last.
+``config.yaml`` the run's resolved config, ``spec.json`` network config, sizes and window (of an ensemble also those of
+its members), ``schema.json`` columns, grid and series, ``weights.safetensors``, ``calibration.parquet`` (if
+calibrated), ``dependence.safetensors`` (if there is a structure over the horizon, for sample paths), ``metrics.json``,
+``explanation.json``, ``provenance.json``, long tables of the model (``evolution.parquet``, if it has some) and
+``manifest.json`` (format version, SHA-256 of every file), which is written last.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid
 from tsforge.data.schema import SeriesSchema
 from tsforge.data.windows import WindowSpec
+from tsforge.ensemble import EnsembleNetwork
 from tsforge.network import ForecastNetwork, NetworkConfig
 
 FORMAT = "tsforge-artifact"
@@ -62,6 +64,7 @@ class Artifact:
         schema, grid, series_ids: columns, time grid and series of the training data, in the order of the network.
         window: context length, horizon and stride.
         calibration: split-conformal table, None when not calibrated.
+        dependence: named tensors of ``forecasting.dependence``, None when it was not estimated.
         metrics: name -> number, on validation data.
         provenance: versions, git revision, data fingerprint, seeds, time of making.
         explanation: fitted quantities worth showing, from ``ForecastModel.explain``.
@@ -76,6 +79,7 @@ class Artifact:
     series_ids: tuple[str, ...]
     window: WindowSpec
     calibration: pl.DataFrame | None = None
+    dependence: dict[str, torch.Tensor] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     explanation: dict[str, Any] = field(default_factory=dict)
@@ -197,6 +201,7 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
                 "network": network.config.model_dump(mode="json"),
                 "data": asdict(network.spec),
                 "window": asdict(artifact.window),
+                **_members(network),
             }
         ),
         "schema.json": _json(
@@ -211,6 +216,8 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
         "explanation.json": _json({name: part for name, part in artifact.explanation.items() if name not in tables}),
         "provenance.json": _json(artifact.provenance),
     }
+    if artifact.dependence is not None:
+        files["dependence.safetensors"] = tensor_bytes(artifact.dependence)
     path = Path(directory) / artifact.id
     with atomic_directory(path) as temporary:
         for name, content in files.items():
@@ -226,6 +233,14 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
         manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "id": artifact.id, "files": listed}
         (temporary / MANIFEST).write_bytes(_json(manifest))
     return replace(artifact, path=path)
+
+
+def _members(network: ForecastNetwork) -> dict[str, Any]:
+    """Return what an ensemble is made of, nothing of a plain network."""
+    if not isinstance(network, EnsembleNetwork):
+        return {}
+    members = [{"network": one.config.model_dump(mode="json"), "data": asdict(one.spec)} for one in network.members]
+    return {"members": members, "weights": list(network.weights.shape)}
 
 
 def long_tables(artifact: Artifact) -> dict[str, pl.DataFrame]:
@@ -318,7 +333,7 @@ def load_artifact(path: Path) -> Artifact:
     try:
         spec, schema = json.loads(contents["spec.json"]), json.loads(contents["schema.json"])
         network = _rebuild(spec, contents["weights.safetensors"])
-        calibration = contents.get("calibration.parquet")
+        calibration, dependence = contents.get("calibration.parquet"), contents.get("dependence.safetensors")
         return Artifact(
             id=manifest["id"],
             network=network,
@@ -328,6 +343,7 @@ def load_artifact(path: Path) -> Artifact:
             series_ids=tuple(schema["series_ids"]),
             window=WindowSpec(**spec["window"]),
             calibration=None if calibration is None else pl.read_parquet(calibration),
+            dependence=None if dependence is None else load_tensors(dependence),
             metrics=json.loads(contents["metrics.json"]),
             provenance=json.loads(contents["provenance.json"]),
             explanation=json.loads(contents["explanation.json"])
@@ -341,12 +357,21 @@ def load_artifact(path: Path) -> Artifact:
 def _rebuild(spec: Mapping[str, Any], weights: bytes) -> ForecastNetwork:
     """Return the stored network; initial weights drawn on the way do not touch the caller's random state."""
     with torch.random.fork_rng(devices=[]):
-        network = ForecastNetwork(validate(NetworkConfig, spec["network"]), DataSpec(**spec["data"]))
+        network = _network(spec)
+        if "members" in spec:
+            members = [_network(one) for one in spec["members"]]
+            sets, number, *rest = spec["weights"]
+            equal = torch.full((sets, number, *rest), 1.0 / number)  # the stored ones follow
+            network = EnsembleNetwork(network.config, network.spec, members, equal)
     try:
         network.load_state_dict(load_tensors(weights), strict=True)
     except RuntimeError as error:
         raise ArtifactError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
     return network.eval()
+
+
+def _network(spec: Mapping[str, Any]) -> ForecastNetwork:
+    return ForecastNetwork(validate(NetworkConfig, spec["network"]), DataSpec(**spec["data"]))
 
 
 def match_frame(artifact: Artifact, frame: SeriesFrame) -> SeriesFrame:

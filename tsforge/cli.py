@@ -155,10 +155,10 @@ def predict(
     as_json: AsJson = False,
     home: Home = None,
 ) -> None:
-    """Forecast from the end of the stored data (artifact=ID, PATH or NAME@champion)."""
+    """Forecast from the end of the stored data (artifact=ID, PATH or NAME@champion; paths=200 or aggregate=sum)."""
     job = _config("tsforge.app.forecast:PredictConfig", config, overrides, dry_run)
     result = _attribute("tsforge.app.forecast:predict")(job, _workspace(home))
-    _table_out(result.table, output, as_json, dict(result.metadata))
+    _table_out(result.answer, output, as_json, dict(result.metadata))
 
 
 @app.command()
@@ -177,27 +177,34 @@ def backtest(
 @app.command()
 def benchmark(
     overrides: Overrides = None,
-    data: Annotated[Path | None, typer.Option("--data", help="A wide parquet or CSV file.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Wide parquet or CSV files, known sets or stored data, by commas or repeated."),
+    ] = None,
     models: Annotated[str | None, typer.Option("--models", help="Comma-separated model names.")] = None,
     context_length: Annotated[str | None, typer.Option("--context-length", help="One or more, by commas.")] = None,
     horizons: Annotated[str | None, typer.Option("--horizons", help="One or more, by commas.")] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Seeds a setting.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Settings measured at a time.")] = None,
+    peers: Annotated[Path | None, typer.Option("--peers", help="Python of the environment of other libraries.")] = None,
     config: Annotated[str, typer.Option("--config", help="Name below configs/ or a YAML file.")] = "benchmark",
     dry_run: DryRun = False,
     as_json: AsJson = False,
     home: Home = None,
 ) -> None:
-    """Measure models on a data set with the literature's splits, every test window, resumable."""
+    """Measure models on data sets with the literature's splits, every test window, beside baselines, resumable."""
     settings = list(overrides or [])
-    if data is not None:
-        settings.append(f"path='{data}'")
+    if data:
+        names = [name.strip() for given in data for name in given.split(",")]
+        settings.append("datasets=[" + ",".join(f"'{name}'" for name in names) + "]")
     if models is not None:  # quoted, since an entry may hold its own settings (linear:ridge=5e4)
         settings.append("models=[" + ",".join(f"'{entry.strip()}'" for entry in models.split(",")) + "]")
     for key, value in (("context_lengths", context_length), ("horizons", horizons)):
         if value is not None:
             settings.append(f"{key}=[{value}]")
-    if seeds is not None:
-        settings.append(f"seeds={seeds}")
+    settings += [f"{key}={value}" for key, value in (("seeds", seeds), ("workers", workers)) if value is not None]
+    if peers is not None:
+        settings.append(f"peers.python='{peers}'")
     job = _config("tsforge.app.benchmark:BenchmarkConfig", config, settings, dry_run)
     result = _attribute("tsforge.app.benchmark:benchmark")(job, _workspace(home), progress=not as_json)
     _show(result, as_json)
@@ -401,6 +408,15 @@ def data_report(
 ) -> None:
     """Print span, gaps, nulls, constants, outliers and freshness per series and column."""
     rows = _attribute("tsforge.app.catalog:dataset_report")(_workspace(home), name).to_dicts()
+    print_json(rows) if as_json else print_table(rows, title=name)
+
+
+@data_app.command("vintages")
+def data_vintages(
+    name: Annotated[str, typer.Argument(help="Data set in the store.")], as_json: AsJson = False, home: Home = None
+) -> None:
+    """Print how often, how late and with what revisions each column of a data set was published."""
+    rows = _attribute("tsforge.app.catalog:dataset_vintages")(_workspace(home), name).to_dicts()
     print_json(rows) if as_json else print_table(rows, title=name)
 
 

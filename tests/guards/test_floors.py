@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOW = {"core"}
 FLOOR1 = {"core", "contracts", "ops", "metrics"}
 FLOOR3 = FLOOR1 | {"data", "layers", "models"}
-FLOOR4 = FLOOR3 | {"network", "artifact"}
+FLOOR4 = FLOOR3 | {"network", "ensemble", "artifact"}
 BELOW_APP = FLOOR4 | {"training", "forecasting", "anomaly", "dynamics", "tracking", "tuning", "scheduling"}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "layers": {"core", "contracts", "ops"},
     "models": {"core", "contracts", "ops", "layers"},
     "network": FLOOR3,
-    "artifact": FLOOR3 | {"network"},
+    "ensemble": FLOOR3 | {"network"},
+    "artifact": FLOOR3 | {"network", "ensemble"},
     "training": FLOOR4,
     "forecasting": FLOOR4,
     "anomaly": FLOOR4 | {"forecasting"},
@@ -42,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 
 # Library -> rooms that may import it (anywhere, also inside functions).
 TORCH_ROOMS = {"contracts", "ops", "data", "layers", "models", "network", "artifact", "training", "forecasting"}
+TORCH_ROOMS |= {"ensemble"}
 HEAVY: dict[str, set[str]] = {
     "torch": TORCH_ROOMS | {"anomaly", "dynamics", "testing", "app"},
     "lightning": {"training", "dynamics"},

@@ -76,7 +76,9 @@ def explain(config: ExplainConfig, workspace: Workspace) -> Attribution | Import
     if not dataset:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
     wanted = None if config.series is None or artifact.network.capabilities.rows_coupled else [config.series]
-    frame = load_dataset(workspace, dataset, series=wanted, masked=True, extend=artifact.window.horizon)
+    frame = load_dataset(
+        workspace, dataset, series=wanted, masked=True, extend=artifact.window.horizon, cutoff=config.cutoff
+    )
     if config.what == "importance":
         _refuse_unused(config)
         return _importance(artifact, frame, config.importance, dataset)

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, SerializeAsAny, field_validator
 
-from tsforge.app.ingest import load_dataset, mask_invalid
+from tsforge.app.auto import AUTO, RaceData, race
+from tsforge.app.ingest import load_history
 from tsforge.artifact import Artifact, collect_provenance, create_artifact, save_artifact
 from tsforge.contracts.model import ModelConfig
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
@@ -37,13 +39,18 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import Bools
 from tsforge.data.panel import Panel
 from tsforge.data.splits import SplitConfig, Splits, make_splits
+from tsforge.data.vintage_panel import panel_of
+from tsforge.data.vintages import History, newest, seen_from
 from tsforge.data.windows import WindowDataset, WindowSpec
-from tsforge.forecasting.conformal import DEFAULT_LEVELS, calibrate
+from tsforge.forecasting.conformal import DEFAULT_LEVELS, Choices, Method, Pool, calibrate
+from tsforge.forecasting.conformal_buckets import BucketKind
+from tsforge.forecasting.dependence import DependenceKind, estimate_dependence
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.layers.likelihoods import LikelihoodConfig, Point
 from tsforge.layers.scaling import SERIES_KINDS, ScalingConfig
 from tsforge.metrics.point import ErrorSums
+from tsforge.models.auto import AutoConfig
 from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network, resolve_model_config
 from tsforge.tracking.config import TrackingConfig
@@ -76,6 +83,23 @@ class CalibrationConfig(Config):
     enabled: bool = True
     quantile_levels: tuple[float, ...] = DEFAULT_LEVELS
     """Levels of every forecast of the artifact; each low level needs its mirror image."""
+    dependence: DependenceKind = "gaussian"
+    """How errors over a horizon hang together, for sample paths and totals; estimated on the same windows."""
+    method: Method = "auto"
+    """What a margin is added to, and its unit: ``auto`` is ``cqr`` for a distribution and ``absolute`` for points;
+    ``cqr_asymmetric`` gives each side its own margin, ``scaled`` stretches the network's own spread (points: that of
+    the context)."""
+    pool: Pool = "step"
+    """``step``: margins of their own for every step ahead; ``horizon``: one over all steps, where windows are few."""
+    bucket: BucketKind = "none"
+    """A label known at the cutoff that gets margins of its own."""
+    half_life: float | None = Field(None, gt=0)
+    """Rows after which a held-out window counts half; None counts all alike."""
+
+    @property
+    def choices(self) -> Choices:
+        """How scores become margins."""
+        return Choices(method=self.method, pool=self.pool, bucket=self.bucket, half_life=self.half_life)
 
 
 class FitConfig(Config):
@@ -142,8 +166,9 @@ class FitResult:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return no table: the curves are in the tracking store."""
-        return []
+        """Return the leaderboard of ``model=auto``, else no table: the curves are in the tracking store."""
+        records: list[dict[str, Any]] = self.artifact.explanation.get("race", [])
+        return records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +214,9 @@ def _make_spans(panel: Panel, config: FitConfig, splits: Splits, held_out: Bools
     if unseen is not None:
         graded |= {"train": train, "train_unseen": unseen_part(splits.train, "train", spec)}
         graded |= {f"{name}_unseen": unseen_part(getattr(splits, name), name) for name in ("valid", "test")}
-    first, last = splits.valid
-    middle = first + (last - first) // 2
-    halves = last - first >= 2 * spec.horizon
-    half = (first, middle) if halves else splits.valid
+    half = _choosing_span(splits, spec.horizon)
+    middle, last = half[1], splits.valid[1]
+    halves = middle < last
     if watch in ("seen_train", "unseen_train"):
         watched = train if watch == "seen_train" else graded["train_unseen"]
         calibration = graded["valid"]
@@ -204,6 +228,40 @@ def _make_spans(panel: Panel, config: FitConfig, splits: Splits, held_out: Bools
             f"entities.watch is '{watch}', but there is no window of that kind; change watch or the split"
         )
     return _Spans(train=train, graded=graded, watched=watched, calibration=calibration)
+
+
+def _choosing_span(splits: Splits, horizon: int) -> tuple[int, int]:
+    """Return the rows that stop a training: the first half of the valid span, all of it where that is too short."""
+    first, last = splits.valid
+    return (first, first + (last - first) // 2) if last - first >= 2 * horizon else splits.valid
+
+
+def _fitted_rows(config: FitConfig, splits: Splits) -> tuple[int, int]:
+    """Return the rows that weights rest on: the training span; with ``model=auto`` also what chose, if more is left."""
+    chose = _choosing_span(splits, config.window.horizon)
+    whole = isinstance(config.model, AutoConfig) and config.model.refit == "all" and chose[1] < splits.valid[1]
+    return (splits.train[0], chose[1]) if whole else splits.train
+
+
+def _race(
+    panel: Panel, config: FitConfig, splits: Splits, series: TrainingSeries, *, held_out: Bools, progress: bool
+) -> tuple[ForecastNetwork, TrainResult]:
+    """Choose among all models; what calibrates is not looked at."""
+    if config.entities.watch != "seen_valid":
+        raise ConfigError(f"entities.watch={config.entities.watch} has no effect with model=auto; leave it out")
+    select = _choosing_span(splits, config.window.horizon)
+    data = RaceData(
+        final_stop=_fitted_rows(config, splits)[1],
+        panel=panel,
+        train=splits.train,
+        select=select if select[1] - select[0] >= config.window.horizon else None,
+        window=config.window_spec,
+        network=config.network,
+        training=config.train,
+        unit=training_unit(series),
+        only=~held_out if held_out.any() else None,
+    )
+    return race(data, progress=progress)
 
 
 def _check_held_out(network: ForecastNetwork, held_out: tuple[str, ...]) -> None:
@@ -286,7 +344,7 @@ def training_unit(series: TrainingSeries) -> np.ndarray[Any, np.dtype[np.float64
 
 
 def fit_frame(
-    frame: SeriesFrame,
+    history: History,
     config: FitConfig,
     *,
     checkpoint_dir: Path | None = None,
@@ -294,10 +352,12 @@ def fit_frame(
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
     progress: bool = False,
 ) -> tuple[Artifact, TrainResult]:
-    """Fit on ``frame`` and return the unsaved artifact and the training's record; nothing is tracked or stored.
+    """Fit on data and return the unsaved artifact and the training's record; nothing is tracked or stored.
 
     Args:
-        frame: the data, ending where knowledge ends; the parts follow from ``config.split``.
+        history: the data, ending where knowledge ends; the parts follow from ``config.split``. With all publications,
+            each window of training and calibration sees what was out at its moment; closed forms, which see whole
+            spans, and the targets get the last values.
         config: everything that decides the fit.
         checkpoint_dir, resume: where an interrupted training goes on from.
         on_epoch: called after each epoch with its number and metrics.
@@ -311,9 +371,10 @@ def fit_frame(
     """
     seed = config.train.seed
     seed_everything(seed)
+    frame = newest(history)
     if config.covariates == "usable":
         frame = _usable(frame, config.model.name)
-    panel = Panel.from_frame(frame)
+    panel = panel_of(history, frame)
     splits = make_splits(panel, config.split)
     network = build_network(config.network, _data_spec(panel, config, splits), seed=derive_seed(seed, "weights"))
     names = choose_held_out(config.entities, panel.series_ids)
@@ -321,28 +382,39 @@ def fit_frame(
     held_out = np.isin(panel.series_ids, names)
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
     spans = _make_spans(panel, config, splits, held_out, aligned=network.capabilities.rows_coupled)
-    training = fit_network(
-        network,
-        spans.train,
-        spans.watched,
-        config.train,
-        series=series,
-        checkpoint_dir=checkpoint_dir,
-        resume=resume,
-        on_epoch=on_epoch,
-        progress=progress,
-    )
-    if training.epochs == 0 and config.entities.watch != "seen_valid":
+    raced, fitted_rows = config.model.name == AUTO, _fitted_rows(config, splits)
+    if raced:
+        if resume:
+            raise ConfigError("--resume has no effect with model=auto; run it again without")
+        network, training = _race(panel, config, splits, series, held_out=held_out, progress=progress)
+        _check_held_out(network, names)
+        if fitted_rows != splits.train:  # the other rows of the valid span are no longer held out
+            spans = replace(spans, graded={**spans.graded, "valid": spans.calibration})
+    else:
+        training = fit_network(
+            network,
+            spans.train,
+            spans.watched,
+            config.train,
+            series=series,
+            checkpoint_dir=checkpoint_dir,
+            resume=resume,
+            on_epoch=on_epoch,
+            progress=progress,
+        )
+    if training.epochs == 0 and config.entities.watch != "seen_valid" and not raced:
         _LOG.warning(
             "entities.watch=%s has no effect: model '%s' took no gradient steps",
             config.entities.watch,
             config.model.name,
         )
-    calibration = spans.graded["valid"] if training.epochs == 0 else spans.calibration
+    calibration = spans.graded["valid"] if training.epochs == 0 and not raced else spans.calibration
     table = None
     if config.calibration.enabled and calibration is not None:
-        table = calibrate(network, calibration, config.calibration.quantile_levels)
+        table = calibrate(network, calibration, config.calibration.quantile_levels, choices=config.calibration.choices)
     metrics = _grade(network, spans, series)
+    rows = replace(splits, train=fitted_rows, valid=(max(fitted_rows[1], splits.valid[0]), splits.valid[1])).to_dict()
+    device = network.param_offset.device
     artifact = create_artifact(
         network,
         config=config.model_dump(mode="json"),
@@ -355,8 +427,8 @@ def fit_frame(
         provenance={
             **collect_provenance(data_fingerprint=frame.fingerprint(), seeds={"train": seed}),
             "dataset": config.data.name,
-            "spans": {name: _span_times(panel, span) for name, span in splits.to_dict().items()},
-            "span_rows": splits.to_dict(),
+            "spans": {name: _span_times(panel, span) for name, span in rows.items()},
+            "span_rows": rows,
             "entities": {"held_out": list(names), "watch": config.entities.watch},
             "training": {
                 "epochs": training.epochs,
@@ -367,7 +439,23 @@ def fit_frame(
             },
         },
     )
-    return artifact, training
+    return _with_dependence(artifact, calibration, config.calibration, device), training
+
+
+def _with_dependence(
+    artifact: Artifact, windows: WindowDataset | None, config: CalibrationConfig, device: torch.device
+) -> Artifact:
+    """Return the artifact with what the calibration windows say about the errors of a horizon together."""
+    distribution = artifact.calibration is not None or artifact.network.likelihood.has_distribution
+    if windows is None or not distribution or config.dependence == "none":
+        if "dependence" in config.model_fields_set and config.dependence != "none":
+            why = "there is no validation span" if distribution else "the artifact gives points only"
+            _LOG.warning("calibration.dependence=%s has no effect: %s", config.dependence, why)
+        return artifact
+    artifact.network.to(device)
+    found = estimate_dependence(artifact, windows, config.dependence)
+    artifact.network.cpu()
+    return artifact if found is None else replace(artifact, dependence=found.tensors())
 
 
 def fit(
@@ -378,6 +466,7 @@ def fit(
     resume: bool = False,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
     parent: Run | None = None,
+    history: History | None = None,
 ) -> FitResult:
     """Fit on a stored data set, track the run, save the artifact and register it if asked.
 
@@ -388,17 +477,19 @@ def fit(
         resume: go on with the interrupted training of the same config; without one it is a fresh fit.
         on_epoch: called after each epoch, besides tracking.
         parent: the run this fit is a part of.
+        history: the data; default what the store holds.
 
     Raises:
         DataError: the data set is not in the store, or too short.
         ConfigError, ModelError, BackendError: see ``fit_frame`` and the tracker.
     """
-    frame = mask_invalid(load_dataset(workspace, config.data), config.data)
+    if history is None:
+        history = load_history(workspace, config.data, masked=True)
     checkpoint_dir = workspace.checkpoints / fingerprint(config)
     name = f"{config.model.name} on {config.data.name}"
     tags = {"tsforge.model": config.model.name, "tsforge.dataset": config.data.name}
     with Tracker.open(workspace, config.tracking).start(name, config=config, tags=tags, parent=parent) as run:
-        run.log_data(config.data.name, frame.fingerprint(), profile={"rows": frame.num_rows})
+        run.log_data(config.data.name, history.fingerprint(), profile={"rows": history.num_rows})
 
         def after_epoch(epoch: int, metrics: dict[str, float]) -> None:
             run.log_epoch(epoch, metrics)
@@ -406,13 +497,13 @@ def fit(
                 on_epoch(epoch, metrics)
 
         artifact, training = fit_frame(
-            frame, config, checkpoint_dir=checkpoint_dir, resume=resume, on_epoch=after_epoch, progress=progress
+            history, config, checkpoint_dir=checkpoint_dir, resume=resume, on_epoch=after_epoch, progress=progress
         )
         artifact = save_artifact(artifact, workspace.artifacts)
         # names of their own: the curves of the epochs carry the plain ones, in scaled units
         run.log_metrics({f"final_{key}": value for key, value in artifact.metrics.items() if np.isfinite(value)})
         run.log_artifact(artifact)
-        _log_plot(run, artifact, frame)
+        _log_plot(run, artifact, history)
         version = None
         if config.tracking.enabled and config.tracking.register_as is not None:
             version = register(artifact, config.tracking.register_as, config.tracking.alias, workspace, run=run)
@@ -423,13 +514,15 @@ def fit(
     )
 
 
-def _log_plot(run: Run, artifact: Artifact, frame: SeriesFrame) -> None:
+def _log_plot(run: Run, artifact: Artifact, history: History) -> None:
     """Record what the artifact says one horizon before the end of the data, beside what came."""
     if run.id is None:
         return
+    frame = newest(history)
     last = Panel.from_frame(frame).span()[1] - 1
+    cutoff = frame.grid.time_at(last - artifact.window.horizon)
     try:
-        forecast = predict(artifact, frame, cutoff=frame.grid.time_at(last - artifact.window.horizon))
+        forecast = predict(artifact, seen_from(history, cutoff), cutoff=cutoff)
     except TsforgeError as error:  # a series may be too short there; the fit itself is fine
         _LOG.warning("no forecast plot for the run: %s", error)
         return

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tsforge.app.fit import FitConfig, fit_frame
-from tsforge.app.ingest import load_dataset
+from tsforge.app.ingest import load_history
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config, search_space, to_yaml, validate
 from tsforge.core.errors import ModelError
 from tsforge.core.workspace import Workspace
-from tsforge.data.frame import SeriesFrame
+from tsforge.data.vintages import History
 from tsforge.models.registry import MODELS
 from tsforge.tracking.runs import Run, Tracker
 from tsforge.tuning.config import TuneConfig
@@ -53,7 +53,7 @@ def tune(config: TuneJobConfig, workspace: Workspace, *, progress: bool = False)
         BackendError: another process works on the study, or a store does not answer.
         KeyboardInterrupt: finished trials and the best config so far are kept.
     """
-    frame = load_dataset(workspace, config.fit.data, masked=True)
+    frame = load_history(workspace, config.fit.data, masked=True)
     space = trial_space(config)
     current = leaves(config.fit.model_dump(mode="json"))
     storage = workspace.tuning / f"{config.study.name}.db"
@@ -125,7 +125,7 @@ def with_values(fit: FitConfig, values: Mapping[str, Any]) -> FitConfig:
     return validate(FitConfig, plain)
 
 
-def _context(config: TuneJobConfig, space: Space, frame: SeriesFrame) -> dict[str, Any]:
+def _context(config: TuneJobConfig, space: Space, frame: History) -> dict[str, Any]:
     """Return everything that must be equal for two trials to be comparable, by section."""
     plain = leaves(config.fit.model_dump(mode="json", exclude={"tracking", "calibration"}))
     sections: dict[str, Any] = {"data": frame.fingerprint()}
@@ -140,7 +140,7 @@ class _Objective:
     """Fits one configuration and returns its error on the valid span."""
 
     config: TuneJobConfig
-    frame: SeriesFrame
+    frame: History
     tracker: Tracker
     parent: Run
 

@@ -1,8 +1,8 @@
 """Why a forecast is what it is: shares of its inputs, in data units, that add up to it.
 
 A forecast is compared with the one for a *baseline*: every variate stays at its level in the window (its mean, or its
-last value), covariates at their training mean; a hundredth of the moves about these levels is kept, because a model that
-normalises windows knows no unit for a constant one. The difference is divided among the observed cells:
+last value), covariates at their training mean; a hundredth of the moves about these levels is kept, because a model
+that normalises windows knows no unit for a constant one. The difference is divided among the observed cells:
 
 - **exact**: where the slope of the forecast is the same all along the straight path from baseline to observation, the
   product of slope and difference is the contribution. True for linear models, and for a linear map around window

@@ -15,7 +15,7 @@ from tsforge.forecasting.window_forecasts import FloatArray, as_array
 from tsforge.network import ForecastNetwork
 
 KINDS = ("context", "past", "known", "static")
-SHRUNK = 0.01  # share of its moves that a baseline keeps: a model that normalises windows has no unit for a constant one
+SHRUNK = 0.01  # share of its moves that a baseline keeps: a constant window has no unit for a model that normalises
 Baseline = Literal["mean", "last"]
 
 

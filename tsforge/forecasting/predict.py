@@ -17,7 +17,8 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid, TimeLike
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, last_windows
-from tsforge.forecasting.conformal import apply_calibration, calibrated_levels, check_calibration
+from tsforge.forecasting.conformal import apply_calibration, calibrated_levels, check_calibration, needs_quantiles
+from tsforge.forecasting.conformal_buckets import Origins
 from tsforge.forecasting.rollout import check_rollout, roll
 from tsforge.forecasting.window_forecasts import (
     FloatArray,
@@ -68,18 +69,11 @@ def predict(
             known covariates missing; series are named.
         ModelError: more steps than trained without ``rollout``, or a model that cannot be rolled.
     """
-    frame = match_frame(artifact, frame)
     trained = artifact.window.horizon
     steps = _steps(artifact, horizon, rollout)
     levels = offered_levels(artifact) if quantile_levels is None else checked_levels(artifact, quantile_levels)
-    visible = frame if cutoff is None else frame.until(cutoff, keep_known=True)
-    panel = artifact_panel(artifact, visible)
-    spec = replace(artifact.window, horizon=max(steps, trained))
-    coupled = artifact.network.capabilities.rows_coupled
-    if visible.schema.known:
-        panel = artifact_panel(artifact, visible.extend(spec.horizon))
-    windows = last_windows(panel, spec, cutoff, aligned=coupled)
-    forecasts = (_rolled if steps > trained else _direct)(artifact, windows, levels, steps)
+    panel, windows = prediction_windows(artifact, frame, cutoff, max(steps, trained))
+    forecasts = (_rolled if steps > trained else direct_forecasts)(artifact, windows, levels, steps)
     table = forecast_table(forecasts, panel, levels, keep=published_windows(artifact, panel, forecasts))
     metadata = {
         "model": artifact.model_name,
@@ -90,6 +84,27 @@ def predict(
         "rolled_from_step": trained + 1 if steps > trained else None,
     }
     return Forecast(table=table, quantile_levels=levels, metadata=metadata)
+
+
+def prediction_windows(
+    artifact: Artifact, frame: SeriesFrame, cutoff: TimeLike | None, steps: int
+) -> tuple[Panel, WindowDataset]:
+    """Return the rows that may be seen and the last window of every series before the cutoff.
+
+    Args:
+        artifact, frame, cutoff: as in ``predict``.
+        steps: horizon of the windows, at least the trained one.
+
+    Raises:
+        ArtifactError, DataError: as in ``predict``.
+    """
+    frame = match_frame(artifact, frame)
+    visible = frame if cutoff is None else frame.until(cutoff, keep_known=True)
+    panel = artifact_panel(artifact, visible)
+    if visible.schema.known:
+        panel = artifact_panel(artifact, visible.extend(steps))
+    coupled = artifact.network.capabilities.rows_coupled
+    return panel, last_windows(panel, replace(artifact.window, horizon=steps), cutoff, aligned=coupled)
 
 
 def offered_levels(artifact: Artifact) -> tuple[float, ...]:
@@ -145,27 +160,49 @@ def published_windows(artifact: Artifact, panel: Panel, forecasts: WindowForecas
 
 
 def network_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:
-    """Return the levels to ask of the network itself: none of a point network, whose intervals are all calibration."""
+    """Return the levels to ask of the network itself: none where intervals are all calibration, around the mean."""
     if not artifact.network.likelihood.has_distribution:
         return ()
-    return tuple(levels) if artifact.calibration is None else mirrored_levels(levels)
+    if artifact.calibration is None:
+        return tuple(levels)
+    return mirrored_levels(levels) if needs_quantiles(artifact.calibration) else ()
 
 
-def published_quantiles(artifact: Artifact, forecasts: WindowForecasts, levels: Sequence[float]) -> FloatArray | None:
+def published_quantiles(
+    artifact: Artifact, forecasts: WindowForecasts, levels: Sequence[float], panel: Panel | None = None
+) -> FloatArray | None:
     """Return quantiles [N, H, V, Q] at ``levels``, calibrated if the artifact is; None without levels.
 
     Args:
         artifact: its calibration applies.
         forecasts: of the artifact's network, with quantiles at ``network_levels(artifact, levels)``.
         levels: ascending, checked.
+        panel: what the windows were cut from, for a calibration that depends on calendar, series or context.
+
+    Raises:
+        ConfigError: there is such a calibration, and no panel.
     """
     if not levels:
         return None
     if artifact.calibration is None:
         return forecasts.quantiles
     both = mirrored_levels(levels)
+    origins = None
+    if panel is not None:
+        origins = Origins(
+            panel=panel,
+            series_index=forecasts.series_index,
+            cutoff_index=forecasts.cutoff_index,
+            context_length=artifact.window.context_length,
+        )
     calibrated = apply_calibration(
-        artifact.calibration, forecasts.mean, forecasts.quantiles, both, forecasts.scale, artifact.schema.targets
+        artifact.calibration,
+        forecasts.mean,
+        forecasts.quantiles,
+        both,
+        forecasts.scale,
+        artifact.schema.targets,
+        origins=origins,
     )
     chosen = calibrated[..., [both.index(round(level, 9)) for level in levels]]
     infinite = float(np.isinf(chosen).mean())
@@ -237,7 +274,7 @@ def checked_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, 
         return ()
     distribution = artifact.network.likelihood.has_distribution
     if artifact.calibration is not None:
-        check_calibration(artifact.calibration, asked, has_quantiles=distribution)
+        check_calibration(artifact.calibration, asked, has_quantiles=bool(network_levels(artifact, asked)))
     elif not distribution:
         raise ConfigError(
             f"artifact {artifact.id} gives points only: its likelihood is 'point' and it has no calibration; fit with "
@@ -246,14 +283,17 @@ def checked_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, 
     return asked
 
 
-def _direct(artifact: Artifact, windows: WindowDataset, levels: tuple[float, ...], steps: int) -> WindowForecasts:
+def direct_forecasts(
+    artifact: Artifact, windows: WindowDataset, levels: tuple[float, ...], steps: int
+) -> WindowForecasts:
+    """Return the first steps of the trained horizon with published quantiles."""
     found = predict_windows(artifact.network, windows, network_levels(artifact, levels))
     cut = replace(
         found,
         mean=found.mean[:, :steps],
         quantiles=None if found.quantiles is None else found.quantiles[:, :steps],
     )
-    return replace(cut, quantiles=published_quantiles(artifact, cut, levels))
+    return replace(cut, quantiles=published_quantiles(artifact, cut, levels, windows.panel))
 
 
 def _rolled(artifact: Artifact, windows: WindowDataset, levels: tuple[float, ...], steps: int) -> WindowForecasts:
@@ -266,7 +306,7 @@ def _rolled(artifact: Artifact, windows: WindowDataset, levels: tuple[float, ...
             block = forecast_batch(network, batch._replace(known=known), network_levels(artifact, levels))
             mean = as_array(roll(network, batch, steps))
             check_finite(network, mean)
-            quantiles = published_quantiles(artifact, block, levels)
+            quantiles = published_quantiles(artifact, block, levels, windows.panel)
             if quantiles is not None:
                 quantiles = np.pad(quantiles, ((0, 0), (0, steps - trained), (0, 0), (0, 0)), constant_values=np.nan)
             parts.append(replace(block, mean=mean, quantiles=quantiles))

@@ -30,7 +30,7 @@ _SETTINGS, _ERROR, _INTERRUPTED, _ATTEMPT, _RETRY_OF = "settings", "error", "int
 _OWN = frozenset({_ERROR, _INTERRUPTED, _ATTEMPT, _RETRY_OF})
 _MAX_ATTEMPTS = 3
 # What one bad setting can cause; anything else is a fault of the program and ends the study.
-_TRIAL_ERRORS = (TsforgeError, ArithmeticError, RuntimeError, ValueError, MemoryError)
+TRIAL_ERRORS = (TsforgeError, ArithmeticError, RuntimeError, ValueError, MemoryError)
 
 
 class Pruned(Exception):
@@ -278,7 +278,7 @@ class _Session:
                 raise
             trial.set_user_attr(_ERROR, f"{type(error).__name__}: {error}"[:1000])
             self.study.tell(trial, state=self.states.FAIL)
-            if not isinstance(error, _TRIAL_ERRORS):
+            if not isinstance(error, TRIAL_ERRORS):
                 raise
             _logger.warning("trial %d failed: %s", trial.number, error)
         return self._record(self._frozen(trial))

@@ -1,0 +1,177 @@
+"""``model=auto`` against what it chooses from, on the test windows of the benchmark protocol.
+
+Usage: python benchmarks/auto_table.py --data FOLDER --out benchmarks/results/auto_HARDWARE_DATE [--sets ETTh1,...]
+    [--minutes 0] [--seed 0]
+
+Beside the mixture: each of its members alone, fitted as it is inside (on training and validation rows); the candidate
+that the folds alone would have chosen (least mean error over all folds); ``linear`` with its defaults and ``ar_net`` on
+the training rows; seasonal naive. ``best member`` is chosen by the test errors, which nobody could have known. Errors
+are in standard deviations of the training rows, over all test windows. Seconds are wall time of the whole search on a
+machine that also did other things. Writes OUT.json and OUT.md, goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsforge.app.auto import fit_for_benchmark
+from tsforge.app.benchmark_data import BenchmarkData, read_benchmark_data
+from tsforge.app.benchmark_run import rows_before
+from tsforge.artifact import collect_provenance
+from tsforge.contracts.tensors import DataSpec
+from tsforge.core.atomic import atomic_file
+from tsforge.core.config import validate
+from tsforge.data.windows import WindowDataset, WindowSpec
+from tsforge.forecasting.window_forecasts import error_sums
+from tsforge.network import ForecastNetwork, NetworkConfig, build_network
+from tsforge.training.config import TrainConfig
+
+SETS = {  # look-back, horizon
+    "ETTh1": (336, 96),
+    "ETTh2": (336, 96),
+    "exchange_rate": (96, 96),
+    "national_illness": (104, 24),
+    "epf_np": (168, 24),
+    "bike_sharing": (168, 24),
+    "nyc_weather": (168, 24),
+}
+
+
+def graded(network: ForecastNetwork, data: BenchmarkData, horizon: int) -> tuple[float, float]:
+    """Return mse and mae over all test windows."""
+    spec = WindowSpec(context_length=network.spec.context_length, horizon=horizon)
+    sums = error_sums(network, WindowDataset(data.panel, spec, *data.splits.test))
+    return float(sums.mse().value), float(sums.mae().value)
+
+
+def single(data: BenchmarkData, model: dict[str, Any], length: int, horizon: int) -> dict[str, Any]:
+    """Return the errors of one closed form fitted on the training rows."""
+    spec = DataSpec(
+        context_length=length,
+        horizon=horizon,
+        num_variates=data.panel.num_targets,
+        train_length=data.splits.train[1] - data.splits.train[0],
+    )
+    network = build_network(validate(NetworkConfig, {"model": model}), spec)
+    series = data.panel.training_series(*data.splits.train)
+    network.fit_scaler(series)
+    network.solve(series)
+    mse, mae = graded(network.eval(), data, horizon)
+    return {"mse": mse, "mae": mae}
+
+
+def measure(path: Path, length: int, horizon: int, *, minutes: float, seed: int) -> dict[str, Any]:
+    """Return the row of one data set."""
+    data = read_benchmark_data(path)
+    window = WindowSpec(context_length=length, horizon=horizon)
+    started = time.perf_counter()
+    network = fit_for_benchmark(
+        rows_before(data.panel, data.splits.test[0]),
+        data.splits,
+        window,
+        {"minutes": minutes},
+        train=TrainConfig(),
+        seed=seed,
+        progress=True,
+    )
+    seconds = time.perf_counter() - started
+    mse, mae = graded(network, data, horizon)
+    race = network.model.explain()["race"]
+    chosen = [record for record in race if record["weight"]]
+    whole = max(record["folds"] for record in race)
+    members = []
+    for name, member in zip(network.member_names, network.members, strict=True):
+        own = graded(member, data, horizon)
+        members.append({"name": name, "mse": own[0], "mae": own[1]})
+    first = min((record for record in chosen if record["folds"] == whole), key=lambda record: record["error"])
+    row = {
+        "data": data.name,
+        "context_length": length,
+        "horizon": horizon,
+        "minutes": minutes,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "auto": {"mse": mse, "mae": mae},
+        "members": members,
+        "first_on_folds": first["candidate"],
+        "linear": single(data, {"name": "linear"}, length, horizon),
+        "ar_net": single(data, {"name": "ar_net"}, length, horizon),
+        "race": race,
+    }
+    season = data.season
+    if 1 < season <= length:
+        row["seasonal_naive"] = single(data, {"name": "seasonal_naive", "season_length": season}, length, horizon)
+    return row
+
+
+def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """Return the table as Markdown."""
+    lines = [
+        "# model=auto against its own members",
+        "",
+        f"Made by `benchmarks/auto_table.py` on {facts['date']}, {facts['machine']}, torch {facts['torch']}, one "
+        "thread, on a machine that also did other things (seconds are an upper bound).",
+        "mse over all test windows in training deviations; `auto` and its members are fitted on training and "
+        "validation rows, `linear`, `ar_net` (defaults) and seasonal naive on training rows. The best member is chosen "
+        "with hindsight.",
+        "",
+        "| data | L | h | minutes | auto | best member | worst member | members | linear | ar_net | seasonal naive | "
+        "auto / best member | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        errors = [member["mse"] for member in row["members"]]
+        best = min(row["members"], key=lambda member: member["mse"])
+        naive = row.get("seasonal_naive")
+        lines.append(
+            f"| {row['data']} | {row['context_length']} | {row['horizon']} | {row['minutes']:g} | "
+            f"{row['auto']['mse']:.4f} | {best['mse']:.4f} ({best['name']}) | {max(errors):.4f} | {len(errors)} | "
+            f"{row['linear']['mse']:.4f} | {row['ar_net']['mse']:.4f} | "
+            f"{'' if naive is None else format(naive['mse'], '.4f')} | {row['auto']['mse'] / best['mse']:.3f} | "
+            f"{row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is not there yet, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the Parquet files")
+    parser.add_argument("--out", type=Path, required=True, help="path without ending")
+    parser.add_argument("--sets", default=",".join(SETS))
+    parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    place = options.out.with_suffix(".json")
+    rows = json.loads(place.read_text())["rows"] if place.exists() else []
+    for name in options.sets.split(","):
+        key = (name, options.minutes, options.seed)
+        if any((row["data"], row["minutes"], row["seed"]) == key for row in rows):
+            continue
+        length, horizon = SETS[name]
+        row = measure(options.data / f"{name}.parquet", length, horizon, minutes=options.minutes, seed=options.seed)
+        rows.append(row)
+        facts = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.machine()} CPU",
+            "torch": torch.__version__,
+            "provenance": collect_provenance(data_fingerprint="", seeds={"auto": options.seed}),
+        }
+        with atomic_file(place) as temporary:
+            temporary.write_text(json.dumps({**facts, "rows": rows}, indent=1, default=str))
+        with atomic_file(options.out.with_suffix(".md")) as temporary:
+            temporary.write_text(page(rows, facts))
+        print(f"{name}: auto {row['auto']['mse']:.4f} in {row['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
