@@ -12,12 +12,14 @@ import polars as pl
 from tsforge.app.backtest import BacktestJobConfig, backtest
 from tsforge.app.batch import BatchConfig, parse_as_of, run_batch
 from tsforge.app.detect import DetectJobConfig, detect
+from tsforge.app.explain import ExplainConfig, explain
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset
 from tsforge.app.stream import StreamConfig, stream
 from tsforge.core.config import load
 from tsforge.core.errors import ModelError
 from tsforge.core.workspace import Workspace
+from tsforge.forecasting.attribution import Attribution
 
 AS_OF = "2013-12-20T00:00Z"
 
@@ -40,6 +42,8 @@ def run_demo(workspace: Workspace, *, progress: bool = True) -> dict[str, Any]:
         made["ingest"] = [_ingest(name, workspace, say) for name in ("nyc_weather", "synthetic")]
     with _step("Fit AR-Net a day ahead from three days of weather; tracked, calibrated, registered as champion", say):
         made["weather"] = _fit("experiment/demo_weather", workspace, say)
+    with _step("Ask it what its temperature at Newark a day ahead rests on", say):
+        made["explanation"] = _explain(workspace, say)
     with _step("Backtest it beside the naive forecasts, from six cutoffs of the past", say):
         made["backtest"] = _backtest(workspace, say)
     with _step("Watch the sensors with a model that has seen January only", say):
@@ -87,6 +91,18 @@ def _fit(experiment: str, workspace: Workspace, say: Say) -> Mapping[str, Any]:
     error = f"{result.metrics['test_mae']:.3f} standard deviations (mean absolute)"
     facts = {"artifact": result.artifact.id, "error on the test span": error}
     return _facts(say, facts if result.version is None else {**facts, "registered version": result.version})
+
+
+def _explain(workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    asked = ["artifact=weather@champion", "series=EWR", "variate=temp", "steps=[24]"]
+    found = explain(load(ExplainConfig, "explain", asked), workspace)
+    if not isinstance(found, Attribution):
+        raise ModelError("the explanation of a forecast came back without its parts")
+    baseline = found.table.filter(kind="baseline")["contribution"][0]
+    parts = {row["source"]: round(row["contribution"], 2) for row in found.rows()[:4]}
+    forecast = baseline + found.table.filter(pl.col("kind").is_in(["target", "known"]))["contribution"].sum()
+    facts = {"from a flat window": f"{baseline:.1f} F", "moved by": parts, "to": f"{forecast:.1f} F"}
+    return _facts(say, {**facts, "divided": found.metadata["method"]})
 
 
 def _backtest(workspace: Workspace, say: Say) -> Mapping[str, Any]:
