@@ -82,6 +82,7 @@ def fan_chart(
             go.Scatter(
                 x=x + x[::-1],
                 y=table[high].to_list() + table[low].to_list()[::-1],
+                mode="lines",  # few points would be drawn as markers on the edges
                 fill="toself",
                 fillcolor=f"rgba({BAND},{min(shade, 0.45):.2f})",
                 line={"width": 0},

@@ -33,10 +33,10 @@ from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
 from tsforge.data.panel import Panel
-from tsforge.data.windows import WindowDataset, last_windows
+from tsforge.data.windows import WindowDataset
 from tsforge.forecasting.attribution_path import Baseline, Inputs, Output, path_integral, read_inputs
-from tsforge.forecasting.predict import artifact_panel
-from tsforge.forecasting.window_forecasts import FloatArray, as_array, default_batch_size, evaluating
+from tsforge.forecasting.predict import prediction_windows
+from tsforge.forecasting.window_forecasts import FloatArray, as_array, default_batch_size, evaluating, to_device
 from tsforge.network import ForecastNetwork
 
 _LOG = get_logger(__name__)
@@ -216,20 +216,9 @@ def _ask(
     coupled = artifact.network.capabilities.rows_coupled
     if not coupled:
         frame = frame.select_series([wanted])
-    visible = frame if cutoff is None else frame.until(cutoff, keep_known=True)
-    if visible.schema.known:
-        visible = visible.extend(horizon)
-    panel = artifact_panel(artifact, visible)
-    windows = last_windows(panel, artifact.window, cutoff, aligned=coupled)
+    panel, windows = prediction_windows(artifact, frame, cutoff, horizon)
     names = tuple(panel.series_ids[number] for number in windows.series_index)
-    batch = windows.__getitems__(range(len(windows)))
-    batch = batch._replace(
-        **{
-            name: part.to(artifact.network.param_offset.device)
-            for name, part in batch._asdict().items()
-            if part is not None
-        }
-    )
+    batch = to_device(windows.__getitems__(range(len(windows))), artifact.network.param_offset.device)
     row = names.index(wanted)
     if not bool(batch.context_mask[row].any()):
         raise DataError(

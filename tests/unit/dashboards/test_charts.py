@@ -52,6 +52,7 @@ def test_fan_chart_draws_bands_history_forecast_and_truth(forecast: pl.DataFrame
     ]
     assert list(figure.data[3].y) == [1.0, 2.0, 3.0, 4.0]  # in time order
     assert list(figure.data[0].y) == [6.0] * 4 + [0.0] * 4
+    assert {trace.mode for trace in figure.data[:2]} == {"lines"}, "no dots on the edges of a band"
     assert figure.layout.yaxis.title.text == "temp"
     assert figure.layout.shapes[0].x0 == START + timedelta(hours=19)
 
