@@ -2,8 +2,9 @@
 
 The other points of the verification checklist stand beside the code they check, in ``tests/unit/ops`` (``hippo``,
 ``discretise``, ``krylov``, ``dplr``, ``vandermonde``, ``fftconv``), ``tests/unit/layers`` (``ssm``, ``ssm_block``),
-``tests/unit/models/test_ssm_forecaster.py`` and ``tests/unit/training/test_parameter_groups.py``; each test there names
-its point. Thresholds are 1.6 to 7 times what was measured on one CPU thread.
+``tests/unit/models/test_ssm_forecaster.py``, ``test_ssm_inputs.py`` and ``test_ssm_streaming.py`` beside it, and
+``tests/unit/training/test_parameter_groups.py``; each test there names its point. Thresholds are 1.6
+to 7 times what was measured on one CPU thread.
 """
 
 from __future__ import annotations

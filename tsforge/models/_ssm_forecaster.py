@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from tsforge.contracts.model import Capabilities, State
@@ -25,10 +25,10 @@ from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError
 from tsforge.layers.ssm import SSM
 from tsforge.layers.ssm_block import SSMBlock, SSMStack, States, memory_lengths
-from tsforge.models._residual import ResidualConfig, ResidualForecaster
-from tsforge.models._ssm_rows import compact, last_index, shifted, with_elapsed
+from tsforge.models._residual import ResidualConfig
+from tsforge.models._sequence_inputs import SequenceForecaster, check_patches, choose_patch
+from tsforge.models._ssm_rows import compact, last_index, with_elapsed
 
-_PATCHED_FROM = 96  # context length from which patches are the default
 _SHOWN_FEATURES, _SHOWN_LAGS = 6, 256
 
 
@@ -64,12 +64,9 @@ class SSMForecasterConfig(ResidualConfig):
         if self.d_state % 2:
             raise ConfigError(f"model.d_state: {self.d_state} is odd; states come in conjugate pairs")
         patch = self.patch_length
-        if patch is not None and patch < 1:
-            raise ConfigError(f"model.patch_length: {patch} must be at least 1")
+        check_patches(patch, self.patch_stride)
         if patch is not None and patch > 1 and (self.head in ("masked", "rollout") or self.missing == "skip"):
             raise ConfigError("model.patch_length: patches need head direct and missing mask; use patch_length=1")
-        if self.patch_stride is not None and (patch is None or not 1 <= self.patch_stride <= patch):
-            raise ConfigError("model.patch_stride: give it together with patch_length, between 1 and that")
         if self.head == "rollout" and self.skip in ("closed_form", "learned"):
             raise ConfigError("model.skip: a rollout head predicts one step; use skip none")
         super().model_post_init(context)
@@ -87,7 +84,7 @@ class _Rows(NamedTuple):
 C = TypeVar("C", bound=SSMForecasterConfig)
 
 
-class SSMForecaster(ResidualForecaster[C]):
+class SSMForecaster(SequenceForecaster[C]):
     """Base of the state space forecasters; a subclass makes the layers."""
 
     part_name = "state_space"
@@ -105,31 +102,16 @@ class SSMForecaster(ResidualForecaster[C]):
     def __init__(self, config: C, spec: DataSpec) -> None:
         super().__init__(config, spec)
         self.head_kind = self._choose_head()
-        self.patch, self.stride = self._choose_patch()
-        self.rows = spec.num_variates if config.mixing == "independent" else 1
+        can = self.head_kind == "direct" and config.missing == "mask"
+        self.patch, self.stride = choose_patch(config.patch_length, config.patch_stride, spec, overlap=2, may=can)
         self.skips_missing = config.missing == "skip"
-        per_row = spec.num_variates // self.rows
         flags = int(self.head_kind == "masked") + int(self.skips_missing)
-        self.num_inputs = 2 * per_row + spec.num_past + spec.num_known + flags
-        self.embed = nn.Linear(self.patch * self.num_inputs, config.d_model)
-        if self.rows > 1:
-            self.variate = nn.Parameter(torch.randn(self.rows, config.d_model) * 0.02)
-        if spec.num_static:
-            self.static = nn.Linear(spec.num_static, config.d_model, bias=False)
+        self._make_inputs(config.d_model, config.mixing, flags)
         span = self._dt_range()
         layers = [self.make_layer(index, span) for index in range(config.num_layers)]
         self.stack = SSMStack([SSMBlock(layer, dropout=config.dropout) for layer in layers])
-        steps = spec.horizon if self.head_kind == "direct" else 1
-        self.head = nn.Linear(config.d_model, steps * per_row * spec.num_params)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        if self.normalises and spec.num_params > 1:
-            # the spread must know the scale that normalisation removed; the location must not
-            self.spread = nn.Linear(per_row, steps * per_row * (spec.num_params - 1), bias=False)
-            nn.init.zeros_(self.spread.weight)
-        if self.head_kind == "direct" and spec.num_known:
-            self.ahead = nn.Linear(spec.num_known, per_row * spec.num_params, bias=False)
-            nn.init.zeros_(self.ahead.weight)
+        direct = self.head_kind == "direct"
+        self._make_outputs(config.d_model, spec.horizon if direct else 1, ahead=direct)
         self.skip = self.make_skip("none" if self.head_kind == "rollout" else "closed_form")
 
     def make_layer(self, index: int, dt_range: tuple[float, float]) -> SSM:
@@ -144,18 +126,8 @@ class SSMForecaster(ResidualForecaster[C]):
         patched = self.config.patch_length is not None and self.config.patch_length > 1
         return "masked" if self.spec.num_known and not patched else "direct"
 
-    def _choose_patch(self) -> tuple[int, int]:
-        length = self.config.patch_length
-        if length is None:
-            can = self.head_kind == "direct" and self.config.missing == "mask"
-            length = 16 if can and self.spec.context_length >= _PATCHED_FROM else 1
-        if length > self.spec.context_length:
-            raise ConfigError(f"model.patch_length: {length} exceeds context_length {self.spec.context_length}")
-        return length, self.config.patch_stride or max(length // 2, 1)
-
     def _dt_range(self) -> tuple[float, float]:
-        steps = -(-(self.spec.context_length - self.patch) // self.stride) + 1
-        low = min(max(1e-4, 1.0 / (4 * steps)), 0.1)
+        low = min(max(1e-4, 1.0 / (4 * self.num_tokens)), 0.1)
         low = low if self.config.dt_min is None else self.config.dt_min
         return low, min(100.0 * low, 1.0) if self.config.dt_max is None else self.config.dt_max
 
@@ -168,9 +140,7 @@ class SSMForecaster(ResidualForecaster[C]):
 
     def _rows_of(self, batch: Batch, loc: Tensor, scale: Tensor) -> _Rows:
         """Return the context of a batch as rows of inputs."""
-        z = torch.where(batch.context_mask, (batch.context - loc) / scale, 0.0)
-        known = None if batch.known is None else batch.known[:, : z.shape[1]]
-        inputs = self._inputs(z, batch.context_mask, batch.past, known)
+        inputs = self._inputs_of(batch, loc, scale)
         if not self.skips_missing:
             return _Rows(inputs, None, loc, scale)
         seen = self._seen(batch.context_mask)  # [B R, L]
@@ -186,55 +156,14 @@ class SSMForecaster(ResidualForecaster[C]):
 
     def _inputs(self, z: Tensor, mask: Tensor, past: Tensor | None, known: Tensor | None, future: int = 0) -> Tensor:
         """Return [B R, T, I]: values, mask, covariates, flag of the horizon; elapsed time is put in later."""
-        batch, length = z.shape[:2]
-        own = torch.stack([z, mask.to(z.dtype)], dim=-1)  # [B, T, V, 2]
-        parts = [own.transpose(1, 2) if self.rows > 1 else own.flatten(2).unsqueeze(1)]  # [B, R, T, 2 V / R]
         shared = [part for part in (past, known) if part is not None]
         if past is None and self.spec.num_past:
-            shared.insert(0, z.new_zeros(batch, length, self.spec.num_past))
+            shared.insert(0, z.new_zeros(*z.shape[:2], self.spec.num_past))
         if self.head_kind == "masked":
-            shared.append(z.new_full((batch, length, 1), float(future)))
+            shared.append(z.new_full((*z.shape[:2], 1), float(future)))
         if self.skips_missing:
-            shared.append(z.new_zeros(batch, length, 1))
-        parts += [part.unsqueeze(1).expand(-1, self.rows, -1, -1) for part in shared]
-        return torch.cat(parts, dim=-1).flatten(0, 1)
-
-    def _embed(self, inputs: Tensor, static: Tensor | None) -> Tensor:
-        """Return tokens [B R, T', D] of inputs [B R, T, I]."""
-        if self.patch > 1:
-            missing = -(inputs.shape[1] - self.patch) % self.stride
-            padded = pad(inputs, (0, 0, missing, 0))  # patches end at the last step
-            inputs = padded.unfold(1, self.patch, self.stride).flatten(2)
-        tokens: Tensor = self.embed(inputs)
-        offset: Tensor | None = None
-        if self.rows > 1:
-            offset = self.variate.repeat(tokens.shape[0] // self.rows, 1)
-        if static is not None and self.spec.num_static:
-            by_row = self.static(static).repeat_interleave(self.rows, dim=0)
-            offset = by_row if offset is None else offset + by_row
-        return tokens if offset is None else tokens + offset.unsqueeze(1)
-
-    # ---- outputs
-
-    def _read(self, features: Tensor, scale: Tensor, steps: int) -> Tensor:
-        """Return residual parameters [B, T, V, K]: of T = 1 feature [B R, D] with ``steps``, or of [B R, T, D]."""
-        batch = features.shape[0] // self.rows
-        variates, params = self.spec.num_variates, self.spec.num_params
-        steps = steps if features.ndim == 2 else features.shape[1]
-        out = self.head(features).view(batch, self.rows, steps, variates // self.rows, params)
-        if self.normalises and params > 1:
-            added = self.spread(scale[:, 0].log().view(batch, self.rows, -1))  # [B, R, (steps) V / R (K - 1)]
-            added = added.view(batch, self.rows, -1, variates // self.rows, params - 1)
-            out = torch.cat([out[..., :1], out[..., 1:] + added], dim=-1)
-        ordered: Tensor = out.permute(0, 2, 1, 3, 4).reshape(batch, steps, variates, params)
-        return ordered
-
-    def _known_part(self, known: Tensor | None) -> Tensor | float:
-        """Return what known covariates over the horizon [B, H, F] add under a direct head."""
-        if known is None or self.head_kind != "direct" or not self.spec.num_known:
-            return 0.0
-        added = self.ahead(known).view(*known.shape[:2], -1, self.spec.num_params)
-        return added.expand(-1, -1, self.spec.num_variates, -1)  # type: ignore[no-any-return]
+            shared.append(z.new_zeros(*z.shape[:2], 1))
+        return self._joined(z, mask, shared)
 
     # ---- the contract
 
@@ -313,7 +242,7 @@ class SSMForecaster(ResidualForecaster[C]):
         Lags and time-scales are in grid steps; with patches a layer moves ``patch_stride`` of them at once.
         """
         memory, scales, kernels = [], [], []
-        steps = -(-(self.spec.context_length - self.patch) // self.stride) + 1
+        steps = self.num_tokens
         was_training = self.training
         self.eval()
         for index, layer in enumerate(self.stack.layers()):
@@ -354,57 +283,31 @@ class SSMForecaster(ResidualForecaster[C]):
             rest,
         )
 
-    def _pack(self, feature: Tensor, states: States, rest: dict[str, Tensor]) -> State:
-        batch = feature.shape[0] // self.rows
-        layers = {f"layer{index}": part.view(batch, self.rows, *part.shape[1:]) for index, part in enumerate(states)}
-        return {"feature": feature.view(batch, self.rows, -1), **layers, **rest}
-
-    def _unpack(self, state: State) -> tuple[Tensor, States]:
-        layers = [state[f"layer{index}"].flatten(0, 1) for index in range(self.config.num_layers)]
-        return state["feature"].flatten(0, 1), layers
-
     def warm_up(self, batch: Batch) -> State:
         """Return the state after a context; the statistics it was normalised with stay."""
         self._need_recurrent()
         rows = self._rows_of(batch, *self._statistics(batch))
         size = batch.context.shape[0]
-        rest: dict[str, Tensor] = {"loc": rows.loc, "scale": rows.scale}
-        if self.skip is not None:
-            rest |= {"context": batch.context, "context_mask": batch.context_mask}
-        if batch.static is not None and self.spec.num_static:
-            rest["static"] = batch.static
+        rest = self._memories(batch, rows.loc, rows.scale)
         inputs, elapsed = rows.inputs, rows.elapsed
         if self.skips_missing:
             seen = self._seen(batch.context_mask)
-            inputs, elapsed = compact(self._plain_inputs(batch, rows), seen, closes=False)
+            inputs, elapsed = compact(self._inputs_of(batch, rows.loc, rows.scale), seen, closes=False)
             last = last_index(seen)
             rest["pending"] = (seen.shape[1] - 1 - last).to(inputs.dtype).view(size, self.rows)
             rest["seen"] = seen.any(1).view(size, self.rows)
         features, states = self.stack(self._embed(inputs, batch.static), elapsed=elapsed, with_states=True)
         return self._pack(features[:, -1], states, rest)
 
-    def _plain_inputs(self, batch: Batch, rows: _Rows) -> Tensor:
-        z = torch.where(batch.context_mask, (batch.context - rows.loc) / rows.scale, 0.0)
-        known = None if batch.known is None else batch.known[:, : z.shape[1]]
-        return self._inputs(z, batch.context_mask, batch.past, known)
-
     def step(self, state: State, row: Observation) -> State:
         """Return the state after one more row; the work does not depend on how many came before."""
         self._need_recurrent()
         feature, states = self._unpack(state)
-        rest = {name: part for name, part in state.items() if name != "feature" and not name.startswith("layer")}
-        loc, scale = state["loc"], state["scale"]
-        z = torch.where(row.mask, (row.values - loc[:, 0]) / scale[:, 0], 0.0).unsqueeze(1)
-        past = None if row.past is None else row.past.unsqueeze(1)
-        known = None if row.known is None else row.known.unsqueeze(1)
-        inputs = self._inputs(z, row.mask.unsqueeze(1), past, known)
-        static = state.get("static")
-        if self.skip is not None:
-            rest["context"], rest["context_mask"] = shifted(state, row)
+        rest, inputs, static = self._moved(state, row), self._row_inputs(state, row), state.get("static")
         if not self.skips_missing:
             return self._pack(*self._advance(inputs, static, states, None), rest)
         seen = self._seen(row.mask.unsqueeze(1))[:, 0].view(-1, self.rows)
-        gap = state["pending"] + (1.0 if row.elapsed is None else row.elapsed.to(z.dtype).unsqueeze(1))
+        gap = state["pending"] + (1.0 if row.elapsed is None else row.elapsed.to(inputs.dtype).unsqueeze(1))
         took = torch.where(seen, torch.where(state["seen"], gap, 1.0), 0.0)
         elapsed = took.view(-1, 1)
         found, after = self._advance(with_elapsed(inputs, elapsed), static, states, elapsed)
@@ -429,10 +332,7 @@ class SSMForecaster(ResidualForecaster[C]):
             residual = self._roll(feature, states, _Rows(feature, None, loc, scale), known, static)
         else:
             residual = self._read(feature, scale, self.spec.horizon) + self._known_part(known)
-        linear = None
-        if self.skip is not None:
-            linear = self._linear(Batch(state["context"], state["context_mask"]))
-        return Prediction(self._compose(residual, loc, scale, linear))
+        return Prediction(self._compose(residual, loc, scale, self._remembered(state)))
 
     def _caught_up(self, state: State, feature: Tensor, states: States) -> tuple[Tensor, States]:
         """Return feature and states moved to the last row, where that row held no observation."""

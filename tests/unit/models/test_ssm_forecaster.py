@@ -1,115 +1,37 @@
-"""The state space forecasters: inputs, heads, linear part, streaming and what they must not read.
-
-Settings are spelled out, so that nothing here depends on a default.
-"""
+"""The state space forecasters: settings, heads, patches, linear part, explanation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from ssm_cases import (
+    BASE,
+    COVARIATES,
+    HEADS,
+    H,
+    L,
+    Model,
+    ids_of,
+    make,
+    raw,
+    rows_of,
+    shorter,
+    span,
+    spec_of,
+    whole,
+)
 from torch import Tensor
 
-from tsforge.contracts.model import ForecastModel
-from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction, TrainingSeries
+from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, ModelError
-from tsforge.models._ssm_forecaster import SSMForecaster
-from tsforge.models._ssm_rows import compact, last_index, shifted
 from tsforge.models.linear import Linear, LinearConfig
-from tsforge.models.lssl import LSSL, LSSLConfig
-from tsforge.models.s4 import S4, S4Config
+from tsforge.models.lssl import LSSLConfig
+from tsforge.models.s4 import S4Config
 from tsforge.testing.generators import make_batch
 from tsforge.training.module import parameter_groups
-
-Model = SSMForecaster[Any]
-L, H = 24, 5
-BASE: dict[str, Any] = {
-    "d_model": 12,
-    "d_state": 8,
-    "num_layers": 2,
-    "num_channels": 1,
-    "dropout": 0.1,
-    "mixing": "independent",
-    "head": "direct",
-    "normalisation": "none",
-    "patch_length": 1,
-    "skip": "none",
-    "missing": "mask",
-}
-
-
-def spec_of(**sizes: int) -> DataSpec:
-    return DataSpec(**{"context_length": L, "horizon": H, "num_variates": 2, **sizes})
-
-
-COVARIATES = {"num_known": 2, "num_past": 1, "num_static": 2}
-
-
-def make(spec: DataSpec, *, seed: int = 0, shaken: bool = True, name: str = "s4", **settings: Any) -> Model:
-    """Return a model in evaluation mode, by default with noise in the parts that start at zero."""
-    torch.manual_seed(seed)
-    model: Model
-    if name == "lssl":
-        model = LSSL(validate(LSSLConfig, BASE | settings, where="model"), spec)
-    else:
-        model = S4(validate(S4Config, BASE | settings, where="model"), spec)
-    if shaken:
-        with torch.no_grad():
-            for key, part in model.named_parameters():
-                if key.startswith(("head", "ahead", "spread", "skip.spread")):
-                    part.add_(0.3 * torch.randn_like(part))
-    return model.eval()
-
-
-@torch.no_grad()
-def raw(model: ForecastModel[Any], batch: Batch) -> Tensor:
-    return model(batch).raw
-
-
-def span(spec: DataSpec) -> TrainingSeries:
-    """Return a training span of two series without gaps: a season, its drift and noise."""
-    rng = np.random.default_rng(5)
-    rows = 2 * (spec.context_length + spec.horizon) + 100
-    season = np.sin(2 * np.pi * (np.arange(2 * rows)[:, None] / 8 + np.arange(spec.num_variates) / 5))
-    values = torch.from_numpy(
-        season + 0.05 * rng.normal(size=season.shape).cumsum(0) + 0.3 * rng.normal(size=season.shape)
-    )
-    return TrainingSeries(
-        values, torch.ones_like(values, dtype=torch.bool), torch.tensor([0, rows, 2 * rows]), torch.tensor([0, 0])
-    )
-
-
-def whole(spec: DataSpec, *, size: int = 3, seed: int = 0) -> Batch:
-    """Return a batch without gaps."""
-    return make_batch(spec, size=size, seed=seed, gaps=0.0)
-
-
-def rows_of(batch: Batch) -> Iterator[Observation]:
-    for t in range(batch.context.shape[1]):
-        yield Observation(
-            batch.context[:, t],
-            batch.context_mask[:, t],
-            None if batch.past is None else batch.past[:, t],
-            None if batch.known is None else batch.known[:, t],
-        )
-
-
-def ahead_of(batch: Batch) -> Tensor | None:
-    return None if batch.known is None else batch.known[:, batch.context.shape[1] :]
-
-
-@torch.no_grad()
-def streamed(model: Model, batch: Batch, state: dict[str, Tensor] | None = None) -> Prediction:
-    state = model.initial_state(len(batch.context), batch.static) if state is None else state
-    for row in rows_of(batch):
-        state = model.step(state, row)
-    return model.free_run(state, ahead_of(batch))
-
 
 # ---- settings
 
@@ -207,20 +129,6 @@ def test_step_sizes_follow_the_context_or_the_settings() -> None:
 
 # ---- shapes and heads
 
-HEADS = [
-    {"head": "direct"},
-    {"head": "direct", "patch_length": 4, "patch_stride": 2},
-    {"head": "direct", "missing": "skip"},
-    {"head": "masked"},
-    {"head": "masked", "missing": "skip"},
-    {"head": "rollout"},
-    {"head": "rollout", "missing": "skip"},
-]
-
-
-def ids_of(settings: list[dict[str, Any]]) -> list[str]:
-    return ["-".join(str(value) for value in case.values()) for case in settings]
-
 
 @pytest.mark.parametrize("mixing", ["independent", "mixed"])
 @pytest.mark.parametrize("settings", HEADS, ids=ids_of(HEADS))
@@ -240,14 +148,6 @@ def test_the_head_follows_the_known_covariates() -> None:
     assert make(spec_of(), head="auto").head_kind == "direct"
     assert make(spec_of(num_known=1), head="auto").head_kind == "masked"
     assert make(spec_of(num_known=1), head="auto", patch_length=4).head_kind == "direct"
-
-
-def shorter(model: Model, *, settings: dict[str, Any] | None = None, **sizes: int) -> Model:
-    """Return the same weights for other window sizes; only a direct head depends on them."""
-    config = model.config.model_copy(update=settings or {})
-    other = type(model)(config, DataSpec(**{**vars(model.spec), **sizes}))
-    other.load_state_dict(model.state_dict())
-    return other.eval()
 
 
 @pytest.mark.parametrize("normalisation", ["none", "window"])
@@ -304,181 +204,6 @@ def test_the_untrained_stack_adds_nothing() -> None:
             model = make(spec, shaken=False, head=head, normalisation=normalisation)
             loc, _ = model._statistics(batch)
             assert torch.equal(raw(model, batch)[..., 0], loc.expand(-1, H, -1))
-
-
-# ---- normalisation
-
-
-def test_statistics_read_observed_values_only() -> None:
-    spec = spec_of(num_variates=1)
-    values = torch.arange(float(L)).view(1, L, 1).repeat(3, 1, 1)
-    mask = torch.ones(3, L, 1, dtype=torch.bool)
-    mask[1, ::2] = False
-    mask[1, -3:] = False
-    mask[2] = False
-    batch = Batch(torch.where(mask, values, 1e6), mask)
-    seen = values[0, :, 0]
-    some = seen[1 : L - 3 : 2]
-    loc, scale = make(spec, normalisation="window")._statistics(batch)
-    assert loc[:, 0, 0].tolist() == pytest.approx([float(seen.mean()), float(some.mean()), 0.0])
-    expected = [float(seen.std(correction=0)), float(some.std(correction=0)), 1.0]
-    assert scale[:, 0, 0].tolist() == pytest.approx(expected)
-    loc, scale = make(spec, normalisation="last")._statistics(batch)
-    assert loc[:, 0, 0].tolist() == [L - 1.0, float(some[-1]), 0.0]
-    assert scale[:, 0, 0].tolist() == pytest.approx(expected)
-    loc, scale = make(spec, normalisation="none")._statistics(batch)
-    assert not loc.any()
-    assert bool((scale == 1.0).all())
-
-
-def test_a_constant_context_keeps_scale_one() -> None:
-    spec = spec_of(num_variates=1)
-    batch = Batch(torch.full((1, L, 1), 7.0), torch.ones(1, L, 1, dtype=torch.bool))
-    model = make(spec, normalisation="window", shaken=False)
-    assert float(model._statistics(batch)[1]) == 1.0
-    assert raw(model, batch).flatten().tolist() == [7.0] * H
-
-
-@pytest.mark.parametrize("num_params", [1, 3])
-@pytest.mark.parametrize("normalisation", ["window", "last"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"skip": "closed_form", "ridge": 5.0},
-        {"kernel": "lru", "mixing": "mixed"},
-        {"kernel": "s4", "head": "masked"},
-        {"head": "rollout"},
-        {"missing": "skip"},
-        {"name": "lssl", "patch_length": 6, "skip": "learned"},
-    ],
-    ids=lambda case: "-".join(str(value) for value in case.values()),
-)
-def test_checklist_23_forecasts_move_and_stretch_with_the_context(
-    settings: dict[str, Any], normalisation: str, num_params: int
-) -> None:
-    spec = spec_of(num_params=num_params)
-    model = make(spec, normalisation=normalisation, **settings)
-    if settings.get("skip") == "closed_form":
-        model.solve(span(spec))
-    batch = make_batch(spec, size=4, gaps=0.0 if "skip" in settings else 0.2)
-    found = raw(model, batch)[..., 0]
-    for factor, shift in ((3.7, 0.0), (0.2, 5.0), (12.0, -40.0)):
-        moved = batch._replace(context=torch.where(batch.context_mask, factor * batch.context + shift, 0.0))
-        expected = factor * found + shift
-        difference = (raw(model, moved)[..., 0] - expected).abs().max()
-        assert float(difference) < 1e-4 * factor * float(found.abs().max())
-        if num_params > 1 and factor != 1.0:  # the spread is told how large the context was
-            assert float((raw(model, moved)[..., 1:] - raw(model, batch)[..., 1:]).abs().max()) > 1e-3
-
-
-def test_without_normalisation_the_level_matters() -> None:
-    spec = spec_of()
-    model, batch = make(spec, normalisation="none"), whole(spec)
-    moved = raw(model, batch._replace(context=batch.context + 1.0))
-    assert float((moved - raw(model, batch) - 1.0).abs().max()) > 0.1
-
-
-# ---- variates and covariates
-
-
-@pytest.mark.parametrize("normalisation", ["none", "window"])
-@pytest.mark.parametrize("skip", ["none", "learned"])
-@pytest.mark.parametrize("missing", ["mask", "skip"])
-def test_independent_variates_do_not_see_each_other(normalisation: str, skip: str, missing: str) -> None:
-    spec = spec_of(num_variates=3, num_known=1)
-    batch = make_batch(spec, size=4)
-    changed = batch.context.clone()
-    changed[..., 1] += torch.randn(4, L, generator=torch.Generator().manual_seed(9))
-    changed = torch.where(batch.context_mask, changed, 0.0)
-    settings = {"normalisation": normalisation, "skip": skip, "missing": missing}
-    for mixing, others in (("independent", False), ("mixed", True)):
-        model = make(spec, mixing=mixing, **settings)
-        difference = (raw(model, batch._replace(context=changed)) - raw(model, batch)).abs().amax((0, 1, 3))
-        assert float(difference[1]) > 1e-3
-        assert (float(difference[0]) > 1e-6) == others
-        assert (float(difference[2]) > 1e-6) == others
-
-
-def test_independent_variates_share_weights_but_know_who_they_are() -> None:
-    spec = spec_of()
-    model = make(spec)
-    batch = whole(spec)
-    same = batch._replace(context=batch.context[..., :1].expand(-1, -1, 2).contiguous())
-    found = raw(model, same)
-    assert float((found[:, :, 0] - found[:, :, 1]).abs().max()) > 1e-4
-    with torch.no_grad():
-        model.variate.zero_()
-    found = raw(model, same)
-    torch.testing.assert_close(found[:, :, 0], found[:, :, 1])
-    assert not hasattr(make(spec_of(num_variates=1)), "variate")
-    assert not hasattr(make(spec, mixing="mixed"), "variate")
-
-
-@pytest.mark.parametrize("settings", HEADS, ids=ids_of(HEADS))
-def test_leak_the_target_is_never_read(settings: dict[str, Any]) -> None:
-    spec = spec_of(**COVARIATES)
-    model, batch = make(spec, normalisation="window", **settings), make_batch(spec, size=4)
-    found = raw(model, batch._replace(target=None, target_mask=None))
-    for target in (batch.target, torch.full_like(batch.target, torch.nan)):
-        mask = torch.ones_like(batch.target_mask)
-        assert torch.equal(raw(model, batch._replace(target=target, target_mask=mask)), found)
-
-
-@pytest.mark.parametrize("settings", HEADS, ids=ids_of(HEADS))
-def test_leak_unobserved_cells_are_never_read(settings: dict[str, Any]) -> None:
-    spec = spec_of()
-    model, batch = make(spec, normalisation="last", **settings), make_batch(spec, size=4, gaps=0.3)
-    noise = torch.randn(batch.context.shape, generator=torch.Generator().manual_seed(3))
-    poisoned = torch.where(batch.context_mask, batch.context, 100.0 * noise)
-    assert torch.equal(raw(model, batch._replace(context=poisoned)), raw(model, batch))
-
-
-def test_leak_a_masked_head_reads_known_covariates_step_by_step() -> None:
-    """Covariates of step t of the horizon reach the forecasts of t and later, none before."""
-    spec = spec_of(**COVARIATES)
-    model, batch = make(spec, head="masked").double(), make_batch(spec, size=2)
-    batch = Batch(*[part.double() if part is not None and part.is_floating_point() else part for part in batch])
-    known = batch.known.clone().requires_grad_()
-    forecast = model(batch._replace(known=known)).raw
-    for t in range(H):
-        (gradient,) = torch.autograd.grad(forecast[:, t].sum(), known, retain_graph=True)
-        ahead = gradient[:, L:].abs().amax((0, 2))
-        assert float(ahead[t + 1 :].sum()) < 1e-12
-        assert float(ahead[: t + 1].min()) > 1e-6
-        assert float(gradient[:, :L].abs().max()) > 1e-6
-
-
-def test_leak_a_direct_head_reads_the_known_covariates_of_the_step_itself() -> None:
-    spec = spec_of(**COVARIATES)
-    model, batch = make(spec, head="direct"), make_batch(spec, size=2)
-    known = batch.known.clone().requires_grad_()
-    forecast = model(batch._replace(known=known)).raw
-    for t in range(H):
-        (gradient,) = torch.autograd.grad(forecast[:, t].sum(), known, retain_graph=True)
-        ahead = gradient[:, L:].abs().amax((0, 2))
-        assert float(ahead[t]) > 1e-3
-        assert float(ahead.sum() - ahead[t]) == 0.0
-
-
-def test_leak_the_embedding_is_causal() -> None:
-    """The one-step forecasts of a rollout head read nothing at or after their own step."""
-    spec = spec_of(num_variates=1, num_past=1, num_known=1)
-    model, batch = make(spec, head="rollout").double(), whole(spec, size=1)
-    parts = [part.double().requires_grad_() for part in (batch.context, batch.past, batch.known)]
-    found = model(Batch(parts[0], batch.context_mask, past=parts[1], known=parts[2])).context_raw
-    for t in (3, 12, L - 1):
-        for gradient in torch.autograd.grad(found[:, t].sum(), parts, retain_graph=True):
-            assert float(gradient[:, t:].abs().max()) < 1e-12
-            assert float(gradient[:, t - 1].abs().max()) > 1e-6
-
-
-@pytest.mark.parametrize("field", ["past", "known", "static"])
-@pytest.mark.parametrize("settings", HEADS, ids=ids_of(HEADS))
-def test_every_covariate_reaches_the_forecast(settings: dict[str, Any], field: str) -> None:
-    spec = spec_of(**COVARIATES)
-    model, batch = make(spec, **settings), whole(spec)
-    changed = batch._replace(**{field: getattr(batch, field) + 1.0})
-    assert float((raw(model, changed) - raw(model, batch)).abs().max()) > 1e-3
 
 
 # ---- patches
@@ -625,211 +350,6 @@ def test_components_add_up_to_the_forecast() -> None:
             rest = sum(part for name, part in parts.items() if name != "state_space")
             torch.testing.assert_close(rest, alone, atol=1e-5, rtol=1e-5)
     assert make(spec, skip="none").components(batch) == {}
-
-
-# ---- missing rows
-
-
-def test_compact_by_hand() -> None:
-    seen = torch.tensor([[False, True, False, False, True], [True, True, False, True, False], [False] * 5])
-    inputs = torch.arange(1.0, 6.0).view(1, 5, 1).expand(3, -1, 2).contiguous()
-    assert last_index(seen).tolist() == [4, 3, -1]
-    rows, took = compact(inputs, seen)
-    # the second row ends with an empty step that reaches the last grid step, the third is only that
-    assert took.tolist() == [[0.0, 0.0, 1.0, 3.0], [1.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
-    assert rows[..., 0].tolist() == [[0.0, 0.0, 2.0, 5.0], [1.0, 2.0, 4.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
-    assert torch.equal(rows[..., 1], torch.log1p(took))
-    rows, took = compact(inputs, seen, closes=False)
-    assert took.tolist() == [[0.0, 1.0, 3.0], [1.0, 1.0, 2.0], [0.0, 0.0, 0.0]]
-    assert rows[..., 0].tolist() == [[0.0, 2.0, 5.0], [1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]
-
-
-def test_shifted_by_hand() -> None:
-    context = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).unsqueeze(-1).repeat(3, 1, 1)
-    state = {"context": context, "context_mask": torch.ones(3, 4, 1, dtype=torch.bool)}
-    row = Observation(torch.full((3, 1), 9.0), torch.tensor([[True], [True], [False]]))
-    values, mask = shifted(state, row)
-    assert values[..., 0].tolist() == [[2.0, 3.0, 4.0, 9.0], [2.0, 3.0, 4.0, 9.0], [2.0, 3.0, 4.0, 0.0]]
-    assert mask[..., 0].tolist() == [[True] * 4, [True] * 4, [True, True, True, False]]
-    values, mask = shifted(state, row._replace(elapsed=torch.tensor([1, 3, 7])))
-    assert values[..., 0].tolist() == [[2.0, 3.0, 4.0, 9.0], [4.0, 0.0, 0.0, 9.0], [0.0] * 4]
-    assert mask[..., 0].tolist() == [[True] * 4, [True, False, False, True], [False] * 4]
-
-
-@pytest.mark.parametrize("ends", [True, False])
-def test_skipped_rows_by_hand(ends: bool) -> None:
-    """One series: only observed rows enter, each with the logarithm of the time since the one before."""
-    spec = spec_of(num_variates=1)
-    model = make(spec, missing="skip")
-    places = [2, 3, 7, 15, L - 1] if ends else [2, 3, 7, 15, 20]
-    batch = whole(spec, size=1)
-    mask = torch.zeros(1, L, 1, dtype=torch.bool)
-    mask[0, places] = True
-    values = [float(batch.context[0, t, 0]) for t in places]
-    took = [1.0, *(float(b - a) for a, b in pairwise(places))]
-    seen = [1.0] * len(places)
-    if not ends:  # the state still has to reach the last grid step
-        values, took, seen = [*values, 0.0], [*took, float(L - 1 - places[-1])], [*seen, 0.0]
-    elapsed = torch.tensor([took])
-    inputs = torch.stack([torch.tensor([values]), torch.tensor([seen]), torch.log1p(elapsed)], dim=-1)
-    with torch.no_grad():
-        features, _ = model.stack(model.embed(inputs), elapsed=elapsed)
-        expected = model.head(features[:, -1]).view(1, H, 1, 1)
-    found = raw(model, Batch(torch.where(mask, batch.context, 0.0), mask))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_skipped_rows_before_the_first_observation_do_not_matter() -> None:
-    spec = spec_of()
-    model, batch = make(spec, missing="skip", mixing="mixed", head="masked"), whole(spec)
-    mask = batch.context_mask.clone()
-    mask[:, :9] = False
-    late = Batch(torch.where(mask, batch.context, 0.0), mask)
-    brief = Batch(batch.context[:, 9:], batch.context_mask[:, 9:])
-    torch.testing.assert_close(raw(model, late), raw(shorter(model, context_length=L - 9), brief), atol=1e-5, rtol=1e-5)
-
-
-def test_masked_rows_are_steps_and_skipped_rows_are_none() -> None:
-    """The stack of ``skip`` runs over observed rows only, and over the last one."""
-    spec = spec_of(num_variates=1)
-    skipping = make(spec, missing="skip")
-    batch = whole(spec, size=1)
-    few = batch.context_mask.clone()
-    few[:, 3:-1] = False
-    seen: list[tuple[int, ...]] = []
-    handle = skipping.embed.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    raw(skipping, batch)
-    raw(skipping, Batch(torch.where(few, batch.context, 0.0), few))
-    handle.remove()
-    assert [shape[1] for shape in seen] == [L, 4]
-
-
-# ---- streaming
-
-STREAMS: list[dict[str, Any]] = [
-    {"kernel": "s4d", "head": "direct", "skip": "closed_form", "ridge": 10.0},
-    {"kernel": "s4", "head": "masked", "mixing": "mixed", "num_channels": 2},
-    {"kernel": "lru", "head": "rollout"},
-    {"kernel": "s4d", "head": "masked", "missing": "skip", "skip": "learned"},
-    {"kernel": "s4d", "head": "rollout", "missing": "skip", "num_layers": 1},
-    {"name": "lssl", "head": "direct", "mixing": "mixed"},
-    {"name": "lssl", "head": "masked", "shares_a": False, "skip": "learned"},
-]
-
-
-def built_stream(settings: dict[str, Any], spec: DataSpec) -> Model:
-    model = make(spec, **settings)
-    if settings.get("skip") == "closed_form":
-        model.solve(span(spec))
-    return model
-
-
-@pytest.mark.parametrize("settings", STREAMS, ids=ids_of(STREAMS))
-def test_checklist_15_streaming_200_rows_equals_one_forward_pass(settings: dict[str, Any]) -> None:
-    spec = spec_of(context_length=200, **COVARIATES)
-    model = built_stream(settings, spec).double()
-    batch = make_batch(spec, size=2)
-    batch = Batch(*[part.double() if part is not None and part.is_floating_point() else part for part in batch])
-    assert model.recurrent
-    torch.testing.assert_close(streamed(model, batch).raw, raw(model, batch), atol=1e-8, rtol=0)
-
-
-@pytest.mark.parametrize("normalisation", ["none", "window", "last"])
-@pytest.mark.parametrize("settings", STREAMS, ids=ids_of(STREAMS))
-def test_warming_up_and_running_free_equals_forward(settings: dict[str, Any], normalisation: str) -> None:
-    spec = spec_of(**COVARIATES)
-    model = built_stream(settings | {"normalisation": normalisation}, spec)
-    batch = make_batch(spec, size=3, gaps=0.3)
-    state = model.warm_up(batch)
-    kept = {name: part.clone() for name, part in state.items()}
-    found = model.free_run(state, ahead_of(batch)).raw
-    torch.testing.assert_close(found, raw(model, batch), atol=1e-5, rtol=1e-4)
-    assert all(torch.equal(state[name], part) for name, part in kept.items())  # running free changes no state
-
-
-CARRIED = [case for case in STREAMS if "skip" not in case]
-"""Without a linear part, which reads a window of fixed length."""
-
-
-def cut(batch: Batch, rows: slice) -> Batch:
-    """Return some rows of the context; known covariates of the horizon are left out."""
-    parts = {name: getattr(batch, name)[:, rows] for name in ("context", "context_mask", "past")}
-    return batch._replace(known=batch.known[:, : batch.context.shape[1]][:, rows], **parts)
-
-
-@pytest.mark.parametrize("normalisation", ["none", "window", "last"])
-@pytest.mark.parametrize("settings", CARRIED, ids=ids_of(CARRIED))
-@torch.no_grad()
-def test_rows_after_a_warm_up_continue_it(settings: dict[str, Any], normalisation: str) -> None:
-    """A warm-up on 25 rows and steps for 15 equal forward on 40, in the units of the first 25."""
-    spec = spec_of(context_length=40, **COVARIATES)
-    model = make(spec, normalisation=normalisation, **settings)
-    batch = make_batch(spec, size=2, gaps=0.3)
-    early = cut(batch, slice(25))
-    state = shorter(model, context_length=25).warm_up(early)
-    for row in rows_of(cut(batch, slice(25, None))):
-        state = model.step(state, row)
-    found = model.free_run(state, ahead_of(batch)).raw[..., 0]
-    loc, scale = model._statistics(early)
-    own = batch._replace(context=torch.where(batch.context_mask, (batch.context - loc) / scale, 0.0))
-    expected = raw(shorter(model, settings={"normalisation": "none"}), own)[..., 0] * scale + loc
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("settings", STREAMS, ids=ids_of(STREAMS))
-@torch.no_grad()
-def test_rows_without_any_observation(settings: dict[str, Any]) -> None:
-    """One variate or series was never observed: streamed, warmed up or whole, the forecast is the same and finite."""
-    spec = spec_of(**COVARIATES)
-    model, batch = built_stream(settings, spec), make_batch(spec, size=3)
-    mask = batch.context_mask.clone()
-    mask[0], mask[1, :, 0] = False, False
-    batch = batch._replace(context=torch.where(mask, batch.context, 0.0), context_mask=mask)
-    expected = raw(model, batch)
-    assert bool(torch.isfinite(expected).all())
-    torch.testing.assert_close(streamed(model, batch).raw, expected, atol=1e-5, rtol=1e-4)
-    warm = model.free_run(model.warm_up(batch), ahead_of(batch)).raw
-    torch.testing.assert_close(warm, expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("mixing", ["independent", "mixed"])
-@pytest.mark.parametrize("skip", ["none", "learned"])
-@torch.no_grad()
-def test_elapsed_time_equals_unobserved_rows(mixing: str, skip: str) -> None:
-    spec = spec_of()
-    model = make(spec, missing="skip", mixing=mixing, skip=skip)
-    rng = torch.Generator().manual_seed(1)
-    values = torch.randn(2, 60, 2, generator=rng)
-    places = [4, 5, 11, 12, 13, 30, 59]
-    unseen = torch.zeros(2, 2, dtype=torch.bool)
-    partly = torch.tensor([[True, False], [True, True]])
-    every, brief = model.initial_state(2), model.initial_state(2)
-    for t in range(60):
-        seen = (partly if t == 11 else ~unseen) if t in places else unseen
-        every = model.step(every, Observation(values[:, t], seen))
-    previous = -1
-    for t in places:
-        seen = partly if t == 11 else ~unseen
-        elapsed = torch.full((2,), t - previous)
-        brief = model.step(brief, Observation(values[:, t], seen, elapsed=elapsed))
-        previous = t
-    torch.testing.assert_close(model.free_run(brief).raw, model.free_run(every).raw, atol=1e-5, rtol=1e-4)
-    assert every.keys() == brief.keys()
-    for name, part in every.items():
-        torch.testing.assert_close(brief[name], part, atol=1e-5, rtol=1e-4)
-    other = model.step(model.initial_state(2), Observation(values[:, 4], ~unseen))
-    assert not torch.allclose(model.free_run(other).raw, model.free_run(brief).raw, atol=1e-3)
-
-
-@torch.no_grad()
-def test_series_of_a_state_are_independent_of_each_other() -> None:
-    """The first axis of every tensor is the series: a state can be split and stacked."""
-    spec = spec_of(**COVARIATES)
-    model, batch = make(spec, missing="skip", head="masked", skip="learned"), make_batch(spec, size=3)
-    state = model.warm_up(batch)
-    alone = {name: part[1:2] for name, part in state.items()}
-    found = model.free_run(alone, ahead_of(batch)[1:2]).raw
-    torch.testing.assert_close(found, model.free_run(state, ahead_of(batch)).raw[1:2], atol=1e-6, rtol=1e-5)
 
 
 # ---- explanation and errors
