@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import Field
+import polars as pl
+from pydantic import Field, model_validator
 
-from tsforge.app.ingest import load_dataset
+from tsforge.app.ingest import dataset_hierarchy, load_dataset
 from tsforge.artifact import MANIFEST, load_artifact
 from tsforge.contracts.tables import Forecast
 from tsforge.core.config import Config
 from tsforge.core.errors import ArtifactError, ConfigError
 from tsforge.core.workspace import Workspace
+from tsforge.forecasting.coherent_predict import predict_coherent
+from tsforge.forecasting.cold_start import ColdStartConfig, predict_cold
 from tsforge.forecasting.predict import predict as predict_frame
+from tsforge.forecasting.reconcile import ReconcileConfig
+from tsforge.forecasting.sample_paths import Aggregate, predict_paths
 from tsforge.tracking.registry import resolve
 
 LATEST = "latest"
+AGGREGATED_PATHS = 2000
 
 
 class PredictConfig(Config):
@@ -28,39 +35,105 @@ class PredictConfig(Config):
     series: tuple[str, ...] | None = None
     """Only these series; default all."""
     cutoff: str | int | None = None
-    """Last time that may be seen; default the last observed row of each series."""
+    """Last time that may be seen; default the last observed row of each series. Where publications are kept, values are
+    those of that moment."""
     horizon: int | None = Field(None, ge=1)
     """Steps; default the trained horizon."""
     rollout: bool = False
     """Allow more steps than trained, by repeating the forecast on its own means (no quantiles there)."""
     quantile_levels: tuple[float, ...] | None = None
     """Default: every level the artifact offers."""
+    paths: int | None = Field(None, ge=1)
+    """Sample paths a series, jointly drawn over the horizon, instead of the table of quantiles."""
+    aggregate: Aggregate | None = None
+    """Quantiles of the sum, mean, max or min over the horizon instead; from ``paths`` paths, default 2000."""
+    seed: int = Field(0, ge=0)
+    """Of the paths."""
+    cold_start: ColdStartConfig | None = None
+    """Also forecast series that are shorter than the context (``cold_start=pad``), and new ones without a row
+    (``cold_start.like.NEW=OLD``); without it they are errors."""
+    reconcile: ReconcileConfig | None = None
+    """Make the forecasts of the data set's hierarchy add up (``reconcile=mint``); all start from one cutoff, default
+    the last row at which any series is observed."""
+
+    @model_validator(mode="after")
+    def _used(self) -> PredictConfig:
+        drawn = self.paths is not None or self.aggregate is not None
+        if drawn and self.rollout:
+            raise ValueError("rollout=true gives no quantiles beyond the trained horizon, so no paths or aggregates")
+        if self.cold_start is not None and (drawn or self.rollout or self.reconcile is not None):
+            raise ValueError(
+                "cold_start gives a table of the trained horizon: no paths, aggregate, rollout or reconcile"
+            )
+        if self.reconcile is not None and (drawn or self.rollout):
+            raise ValueError("reconcile gives a table of the trained horizon: no paths, no aggregate, no rollout")
+        if self.seed and not drawn:
+            raise ValueError("seed has no effect without paths or aggregate")
+        return self
 
 
 def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
     """Return the forecast of the stored series from the end of the data or from ``config.cutoff``.
 
+    ``Forecast.answer`` is the table asked for: quantiles, sample paths, or aggregates over the horizon.
+
     Raises:
         ArtifactError: no such artifact, or one that does not fit the data.
         DataError: no such data set or series, or too short a history.
-        ConfigError, ModelError: levels or steps the artifact does not offer.
+        ConfigError, ModelError: levels, steps or paths the artifact does not offer.
     """
     artifact = load_artifact(find_artifact(config.artifact, workspace))
     dataset = config.dataset or artifact.provenance.get("dataset")
     if not dataset:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
     steps = max(config.horizon or 0, artifact.window.horizon)
-    frame = load_dataset(workspace, dataset, series=config.series, masked=True, extend=steps)
-    forecast = predict_frame(
-        artifact,
-        frame,
-        quantile_levels=config.quantile_levels,
-        cutoff=config.cutoff,
-        horizon=config.horizon,
-        rollout=config.rollout,
+    chosen = config.series if config.reconcile is None else None
+    frame = load_dataset(workspace, dataset, series=chosen, cutoff=config.cutoff, masked=True, extend=steps)
+    if config.paths is not None or config.aggregate is not None:
+        forecast = predict_paths(
+            artifact,
+            frame,
+            config.paths or AGGREGATED_PATHS,
+            seed=config.seed,
+            aggregate=config.aggregate,
+            quantile_levels=config.quantile_levels,
+            cutoff=config.cutoff,
+            horizon=config.horizon,
+        )
+    elif config.cold_start is not None:
+        forecast = predict_cold(
+            artifact,
+            frame,
+            config.cold_start,
+            quantile_levels=config.quantile_levels,
+            cutoff=config.cutoff,
+            horizon=config.horizon,
+        )
+    elif config.reconcile is not None:
+        forecast = predict_coherent(
+            artifact,
+            frame,
+            dataset_hierarchy(workspace, dataset),
+            config.reconcile,
+            quantile_levels=config.quantile_levels,
+            cutoff=config.cutoff,
+            horizon=config.horizon,
+        )
+        if config.series is not None:
+            frame.select_series(config.series)  # refuses what it does not know
+            forecast = replace(forecast, table=forecast.table.filter(pl.col("series_id").is_in(config.series)))
+    else:
+        forecast = predict_frame(
+            artifact,
+            frame,
+            quantile_levels=config.quantile_levels,
+            cutoff=config.cutoff,
+            horizon=config.horizon,
+            rollout=config.rollout,
+        )
+    return replace(
+        forecast, metadata={**forecast.metadata, "dataset": dataset, "data_fingerprint": frame.fingerprint()}
     )
-    metadata = {**forecast.metadata, "dataset": dataset, "data_fingerprint": frame.fingerprint()}
-    return Forecast(table=forecast.table, quantile_levels=forecast.quantile_levels, metadata=metadata)
 
 
 def find_artifact(reference: str, workspace: Workspace) -> Path:

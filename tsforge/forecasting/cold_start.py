@@ -1,0 +1,296 @@
+"""Cold start: forecasts of series with less history than a context, or none, from a model fitted on others.
+
+*Short* series: the missing front of the context counts as unobserved, as any gap does; the scaler takes what is there.
+*New* series without a row get the forecast of a series that the user names as alike, or the mean over all series.
+
+Intervals are split conformal and belong to the length of the history. Windows of other series after the training span
+have their context hidden but for the last k rows and are forecast like a new series; the half-width is a rank of the
+errors, in units of the scale that the network took from those k rows. For a series without a row every other pair of
+series is tried: how wrong is the forecast of one for the other. Series held out of the fit are used where there are
+any: only to them the model is as much a stranger as to a new series; else those of the fit, which makes the margins a
+little too small. k is rounded down to a power of two: fewer rows, wider intervals. That series are exchangeable is the
+one assumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from tsforge.artifact import Artifact, match_frame
+from tsforge.contracts.tables import Forecast, quantile_column
+from tsforge.core.config import Config
+from tsforge.core.errors import ConfigError, DataError, listing, nearest
+from tsforge.core.logs import get_logger
+from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import TimeLike
+from tsforge.data.windows import WindowDataset, last_windows
+from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.coherent import held_out_cutoffs
+from tsforge.forecasting.conformal_scores import conformal_margin
+from tsforge.forecasting.predict import artifact_panel, forecast_table, offered_levels, padded_panel, predict
+from tsforge.forecasting.window_forecasts import FloatArray, evaluating, forecast_batch, predict_windows, window_batches
+
+_LOG = get_logger(__name__)
+ALL = "*"
+
+
+class ColdStartConfig(Config):
+    """What happens to series that are shorter than the context."""
+
+    short: Literal["refuse", "pad"] = "pad"
+    """``pad`` takes the missing front as unobserved; ``refuse`` names the series."""
+    like: dict[str, str] = Field(default_factory=dict)
+    """New series without a row: id -> the series it is taken to be like, or ``*`` for the mean of all."""
+    windows: int = Field(200, ge=4)
+    """Cutoffs that calibrate the intervals, at most."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"short": value} if isinstance(value, str) else value  # cold_start=pad
+
+    @model_validator(mode="after")
+    def _useful(self) -> ColdStartConfig:
+        if self.short == "refuse" and not self.like:
+            raise ValueError("cold_start with short=refuse and no like has no effect; remove it")
+        return self
+
+
+def predict_cold(
+    artifact: Artifact,
+    frame: SeriesFrame,
+    config: ColdStartConfig,
+    *,
+    quantile_levels: Sequence[float] | None = None,
+    cutoff: TimeLike | None = None,
+    horizon: int | None = None,
+) -> Forecast:
+    """Return the forecast of every series of the frame, short ones too, and of the new ones of ``config.like``.
+
+    Args:
+        artifact: the fitted network.
+        frame: history of all series, and known covariates over the horizon where the model uses any.
+        config: what to do with short and new series.
+        quantile_levels: default those the artifact offers.
+        cutoff: last time that may be seen; default the last observed row of each series.
+        horizon: steps, at most those trained.
+
+    Returns:
+        The table; ``metadata["cold_start"]`` gives the rows of history of every short series, the likeness of every new
+        one, how many windows calibrated the intervals, and whether they were of series held out of the fit.
+
+    Raises:
+        ArtifactError, ConfigError, DataError, ModelError: as for ``predict``; also a model that couples series, a new
+            series that has rows, an unknown one to be like, or too few windows to calibrate.
+    """
+    if artifact.network.capabilities.rows_coupled:
+        raise ConfigError(f"model '{artifact.model_name}' couples the series of a panel: it has no cold start")
+    frame = match_frame(artifact, frame)
+    _check_like(config.like, frame)
+    visible = frame if cutoff is None else frame.until(cutoff, keep_known=True)
+    steps = artifact.window.horizon if horizon is None else horizon
+    levels = tuple(sorted(offered_levels(artifact) if quantile_levels is None else quantile_levels))
+    rows = history_rows(visible, cutoff)
+    short = {name: count for name, count in rows.items() if count < artifact.window.context_length}
+    if config.short == "refuse":
+        short = {}  # predict names them
+    warm = [name for name in visible.series_ids if name not in short]
+    if not warm:
+        raise DataError(f"all {len(short)} series are shorter than the context; there is none to learn intervals from")
+    base = predict(artifact, visible.select_series(warm), quantile_levels=levels, cutoff=cutoff, horizon=horizon)
+    end: Any = visible.last_observed()["time"].max() if cutoff is None else cutoff
+    past, donors, held_out = _donors(artifact, frame.until(end), warm)
+    tables = [base.table]
+    facts: dict[str, Any] = {"held_out_series": held_out, "calibrated_on": len(donors)}
+    if short or config.like:
+        at, in_sample = held_out_cutoffs(artifact, past, artifact.window.horizon, config.windows)
+        facts |= {"windows": len(at), "in_sample": in_sample}
+    for kept in sorted({_rounded(count) for count in short.values()}):
+        names = [name for name, count in short.items() if _rounded(count) == kept]
+        tables.append(_short(artifact, visible.select_series(names), (cutoff, steps, levels), (past, at, kept)))
+    for name, model in sorted(config.like.items()):
+        tables.append(_alike(artifact, base.table, (name, model), levels, (past, at, steps)))
+    facts |= {"history_rows": dict(sorted(short.items())), "like": dict(config.like)}
+    table = pl.concat(tables, how="diagonal").select(base.table.columns)
+    return replace(base, table=table, metadata={**base.metadata, "cold_start": facts})
+
+
+def history_rows(frame: SeriesFrame, cutoff: TimeLike | None = None) -> dict[str, int]:
+    """Return the rows of each series from its first to the cutoff (default its last observed row), both included."""
+    last = frame.last_observed()["time"]
+    end = frame.offset - 1 + np.diff(frame.indptr)
+    seen = np.array(
+        [int(stop) if time is None else frame.grid.floor(time) for time, stop in zip(last, end, strict=True)]
+    )
+    stop = seen if cutoff is None else np.full(len(seen), frame.grid.floor(cutoff))
+    return {name: int(count) for name, count in zip(frame.series_ids, stop + 1 - frame.offset, strict=True)}
+
+
+def _check_like(like: Mapping[str, str], frame: SeriesFrame) -> None:
+    known = set(frame.series_ids)
+    there = [name for name in like if name in known]
+    if there:
+        raise ConfigError(f"cold_start.like: {listing(there)} has rows; leave it out, short histories are padded")
+    for model in like.values():
+        if model != ALL and model not in known:
+            raise DataError(f"cold_start.like: unknown series '{model}'{nearest(model, frame.series_ids)}")
+
+
+def _donors(artifact: Artifact, past: SeriesFrame, warm: Sequence[str]) -> tuple[SeriesFrame, list[str], bool]:
+    """Return the past of the series that calibrate, their names, and whether the fit never saw them."""
+    kept = set((artifact.provenance.get("entities") or {}).get("held_out") or ())
+    strangers = [name for name in warm if name in kept or name not in set(artifact.series_ids)]
+    names = strangers if len(strangers) > 1 else list(warm)
+    return past.select_series(names), names, len(strangers) > 1
+
+
+def _short(
+    artifact: Artifact,
+    frame: SeriesFrame,
+    wanted: tuple[TimeLike | None, int, tuple[float, ...]],
+    known: tuple[SeriesFrame, NDArray[np.int64], int],
+) -> pl.DataFrame:
+    """Return the forecasts of series of about equal history from padded contexts."""
+    cutoff, steps, levels = wanted
+    extended = frame.extend(artifact.window.horizon) if frame.schema.known else frame
+    panel = artifact_panel(artifact, extended)
+    spec = replace(artifact.window, stride=1, min_observed=0.0)
+    found = predict_windows(artifact.network, last_windows(panel, spec, cutoff, pad_context=True), ())
+    cut = replace(found, mean=found.mean[:, :steps])
+    if not levels:
+        return forecast_table(cut, panel, ())
+    past, at, count = known
+    margins = short_margins(artifact, past, at, count, {_coverage(level) for level in levels} - {0.0})
+    quantiles = [
+        cut.mean
+        + (np.sign(level - 0.5) * margins[_coverage(level)][:steps] * cut.scale[:, None] if level != 0.5 else 0.0)
+        for level in levels
+    ]
+    return forecast_table(replace(cut, quantiles=np.stack(quantiles, axis=-1)), panel, levels)
+
+
+def _rounded(count: int) -> int:
+    return 1 << (max(count, 1).bit_length() - 1)
+
+
+def _coverage(level: float) -> float:
+    return round(abs(2.0 * level - 1.0), 9)
+
+
+def short_margins(
+    artifact: Artifact, past: SeriesFrame, at: NDArray[np.int64], count: int, coverages: set[float]
+) -> dict[float, FloatArray]:
+    """Return half-widths [H, V] in units of the window scale for series with ``count`` rows of history.
+
+    Args:
+        artifact: the fitted network.
+        past: series that stand in for new ones, up to the cutoff.
+        at: cutoffs on the frame's grid; a whole horizon is observed after each.
+        count: rows of history, rounded down to a power of two here.
+        coverages: of the central intervals.
+    """
+    kept = _rounded(count)
+    shift = int(artifact.grid.index_of(pl.Series([past.grid.time_at(0)], dtype=past.table["time"].dtype))[0])
+    first = at + 1 + shift
+    spec = replace(artifact.window, stride=1, min_observed=0.0)
+    stop = int(first.max()) + spec.horizon
+    windows = WindowDataset(padded_panel(artifact, past, stop), spec, int(first.min()), stop)
+    chosen = np.flatnonzero(np.isin(windows.cutoff_index, first))
+    errors, masks = [], []
+    with evaluating(artifact.network):
+        for batch in window_batches(artifact.network, windows, indices=chosen):
+            hidden = torch.arange(spec.context_length) < spec.context_length - kept
+            mask = batch.context_mask & ~hidden[None, :, None]
+            past_covariates = batch.past
+            if past_covariates is not None:
+                past_covariates = past_covariates.masked_fill(hidden[None, :, None], float("nan"))
+            known = batch.known
+            if known is not None:  # a padded window lacks them too
+                whole = torch.nn.functional.pad(hidden, (0, known.shape[1] - len(hidden)), value=False)
+                known = known.masked_fill(whole[None, :, None], float("nan"))
+            context = batch.context.masked_fill(hidden[None, :, None], 0.0)
+            blind = batch._replace(context=context, context_mask=mask, past=past_covariates, known=known)
+            found = forecast_batch(artifact.network, blind)
+            if found.target is None or found.mask is None:
+                raise DataError("cold start needs windows with targets to calibrate on")
+            seen = mask.any(dim=1).cpu().numpy()[:, None, :]  # nothing left to go by: no series begins that way
+            errors.append(np.abs(found.target - found.mean) / found.scale[:, None])
+            masks.append(found.mask & seen)
+    scores, observed = np.concatenate(errors), np.concatenate(masks)
+    return {coverage: conformal_margin(scores, observed, coverage)[0] for coverage in coverages}
+
+
+def _alike(
+    artifact: Artifact,
+    base: pl.DataFrame,
+    names: tuple[str, str],
+    levels: tuple[float, ...],
+    known: tuple[SeriesFrame, NDArray[np.int64], int],
+) -> pl.DataFrame:
+    """Return the forecast of a series without a row: that of another one, or the mean over all."""
+    name, model = names
+    past, at, steps = known
+    keys = ["cutoff", "step", "time", "variate"]
+    donors = base if model == ALL else base.filter(series_id=model)
+    if not donors.height:
+        raise DataError(f"cold_start.like: '{model}' is itself too short to be an example; choose another series")
+    if donors["cutoff"].n_unique() > 1:
+        donors = donors.filter(pl.col("cutoff") == pl.col("cutoff").max())
+    table = donors.group_by(keys, maintain_order=True).agg(pl.col("mean").mean())
+    table = table.select(pl.lit(name).alias("series_id"), *keys, "mean")
+    margins = likeness_margins(
+        forecasts_at(artifact, past, at, steps=steps), {_coverage(level) for level in levels} - {0.0}, mean=model == ALL
+    )
+    for level in levels:
+        if level == 0.5:
+            table = table.with_columns(pl.col("mean").alias(quantile_column(level)))
+            continue
+        widths = margins.filter(coverage=_coverage(level)).select("step", "variate", "margin")
+        bound = pl.col("mean") + float(np.sign(level - 0.5)) * pl.col("margin")
+        joined = table.join(widths, on=["step", "variate"], how="left", maintain_order="left")
+        table = joined.with_columns(bound.alias(quantile_column(level))).drop("margin")
+    return table
+
+
+def likeness_margins(held_out: pl.DataFrame, coverages: set[float], *, mean: bool) -> pl.DataFrame:
+    """Return half-widths by step and variate: errors of one series' forecast, or of the others' mean, for another.
+
+    Args:
+        held_out: forecasts with ``actual`` of the series that stand in for new ones.
+        coverages: of the central intervals.
+        mean: take the mean over the other series instead of each of them.
+
+    Returns:
+        ``step, variate, coverage, margin``; infinite where the errors are too few.
+
+    Raises:
+        DataError: fewer than two series.
+    """
+    if held_out["series_id"].n_unique() < 2:
+        raise DataError("cold start without history needs two series that can stand in for each other; there is one")
+    keys = ["cutoff", "step", "variate"]
+    if mean:
+        total, number = pl.col("mean").sum().over(keys), pl.len().over(keys)
+        pairs = held_out.with_columns(other=(total - pl.col("mean")) / (number - 1), number=number).filter(
+            pl.col("number") > 1
+        )
+    else:
+        others = held_out.select(*keys, other="mean", whose="series_id")
+        pairs = held_out.join(others, on=keys).filter(pl.col("series_id") != pl.col("whose"))
+    scored = pairs.drop_nulls("actual").with_columns(error=(pl.col("actual") - pl.col("other")).abs())
+    records = []
+    for (step, variate), part in scored.group_by(["step", "variate"], maintain_order=True):
+        errors = part["error"].to_numpy()[:, None]
+        for coverage in coverages:
+            margin = float(conformal_margin(errors, np.isfinite(errors), coverage)[0][0])
+            records.append({"step": step, "variate": variate, "coverage": coverage, "margin": margin})
+    schema = {"step": pl.Int32, "variate": pl.String, "coverage": pl.Float64, "margin": pl.Float64}
+    return pl.DataFrame(records, schema=schema)
