@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -243,7 +243,8 @@ class _Run:
         self._order: dict[tuple[str, Mark], int] = {}
         self._families: dict[tuple[str, str], _Family] = {}
         self.without_chance: set[tuple[str, str]] = set()
-        for item in prepared:
+        for place, item in enumerate(prepared):
+            turn = 0 if config.budget_minutes is None else place  # whole data sets first: what is begun can be ranked
             for setting in plan(config, item):
                 row = (item.data.fingerprint, _mark(setting))
                 if row in self._order:
@@ -252,7 +253,7 @@ class _Run:
                 key = (item.data.fingerprint, _family(setting))
                 family = self._families.get(key)
                 if family is None:
-                    job = Job(data=item.data, setting=setting, cost=cost(setting, item.data))
+                    job = Job(data=item.data, setting=setting, cost=cost(setting, item.data), turn=turn)
                     self._families[key] = _Family(job=job)
                 else:
                     family.more.append(setting)
@@ -295,7 +296,7 @@ class _Run:
         """Take a setting from the cache, else put it into the queue."""
         known = None if self._config.refresh else _cached(self._place(job))
         if known is None:
-            ordered = job if self._config.workers > 1 else Job(data=job.data, setting=job.setting, cost=0.0)
+            ordered = job if self._config.workers > 1 else replace(job, cost=0.0)
             queue.push(ordered)
             return
         self._keep(job, {**known, "cached": True}, progress)
@@ -323,7 +324,7 @@ class _Run:
             waiting.clear()
             return
         while waiting:
-            self._admit(Job(data=job.data, setting=waiting.pop(0), cost=job.cost), queue, progress)
+            self._admit(replace(job, setting=waiting.pop(0)), queue, progress)
 
     def _keep(self, job: Job, row: dict[str, Any], progress: Progress) -> None:
         setting = job.setting

@@ -68,6 +68,8 @@ class BenchmarkConfig(Config):
     """Default: that of a known set, else 336."""
     horizons: tuple[int, ...] | None = Field(None, min_length=1)
     """Default: those of a known set, else 96."""
+    num_horizons: int | None = Field(None, ge=1)
+    """Of the horizons of each data set only the first so many; 1 = the shortest of a known set."""
     seeds: int = Field(1, ge=1)
     """Runs of each setting with seeds 0, 1, ...; a fit without randomness is run once."""
     baselines: Baselines = "auto"

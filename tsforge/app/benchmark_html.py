@@ -15,6 +15,8 @@ from tsforge.app.benchmark_report import (
     Report,
     Section,
     cell_text,
+    last_text,
+    left_out_text,
     lowest,
     number,
     rank_note,
@@ -95,7 +97,7 @@ def _ranks(report: Report) -> str:
         parts.append(_table(head, [_rank_row(rank) for rank in report.ranks], last_is_text=True))
         parts.append(
             '<p class="soft">MSE / ridge+IN: geometric mean over pairs against ridge+IN at its best look-back; wins: '
-            "pairs below it; p: Wilcoxon over pairs, not corrected for the number of models.</p>"
+            "pairs below it; p: Wilcoxon over pairs against it, adjusted for the number of models (Holm).</p>"
         )
     points = [
         (rank.name, rank.role, rank.seconds, rank.ratio)
@@ -131,11 +133,16 @@ def _rank_row(rank: Rank) -> tuple[str, list[str]]:
 
 def _section(section: Section, report: Report) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in section.facts)
-    head = ("model", "L", *(f"h={h}" for h in section.horizons), "mean MSE", "s (fit)", "")
+    means = ("mean MSE",) if section.with_mean else ()
+    head = ("model", "L", *(f"h={h}" for h in section.horizons), *means, "s (fit)", "")
     best, known = lowest(section), verdicts(report)
-    rows = [_row(line, best, known.get(line.name, "")) for line in section.lines]
-    rows += [_row(line, [np.nan] * len(section.horizons), line.source) for line in section.published]
+    rows = [_row(section, line, best, last_text(line, known)) for line in section.lines]
+    rows += [_row(section, line, [np.nan] * len(section.horizons), line.source) for line in section.published]
     parts = [f'<h2 id="{escape(_anchor(section.name))}">{escape(section.name)}</h2><dl>{facts}</dl>']
+    if section.left_out:
+        parts.append(f"<p>{escape(left_out_text(section))}</p>")
+    if not section.lines:
+        return "".join(parts)
     parts.append(_table(head, rows, last_is_text=True))
     chosen = _chosen(section.lines)
     if len(section.horizons) > 1 and chosen:
@@ -153,14 +160,15 @@ def _chosen(lines: Sequence[Line]) -> list[Line]:
     return [*chosen[: _LINES_SHOWN - len(reference)], *reference]
 
 
-def _row(line: Line, best: Sequence[float], last: str) -> tuple[str, list[str]]:
+def _row(section: Section, line: Line, best: Sequence[float], last: str) -> tuple[str, list[str]]:
     cells = []
     for cell, lowest_here in zip(line.cells, best, strict=True):
         text = escape(cell_text(cell))
         cells.append(f'<span class="best">{text}</span>' if cell is not None and cell[0] == lowest_here else text)
-    tone = "bad" if last == NOT_BETTER else "good" if line.role in ("model", "peer") else ""
+    tone = "bad" if last == NOT_BETTER or line.failed else "good" if line.role in ("model", "peer") else ""
     ending = f'<span class="{tone}">{escape(last)}</span>'
-    return line.role, [escape(line.name), line.look_back, *cells, number(line.mean), number(line.seconds, 1), ending]
+    means = [number(line.mean)] if section.with_mean else []
+    return line.role, [escape(line.name), line.look_back, *cells, *means, number(line.seconds, 1), ending]
 
 
 def _ending(report: Report) -> str:

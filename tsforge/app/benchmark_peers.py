@@ -52,9 +52,12 @@ class PeerHost:
     threads: int
 
     def code(self, library: str) -> str:
-        """Return a hash of what decides a peer's forecasts: the runner, the library and what it computes with."""
+        """Return a hash of what decides a peer's forecasts: the runner, the library and what it computes with.
+
+        The budget is no part of it: it decides whether there is a forecast, and a failure is not cached.
+        """
         parts = {name: self.versions.get(name, "") for name in (library, "torch", "scikit-learn", "numpy")}
-        text = json.dumps({**parts, "budget": self.budget_seconds}, sort_keys=True)
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(RUNNER.read_bytes() + Path(__file__).read_bytes() + text.encode()).hexdigest()[:16]
 
 

@@ -90,7 +90,7 @@ def _prepare(name: str, config: BenchmarkConfig, workspace: Workspace) -> Prepar
             name=name if known else None,
         )
     lengths = config.context_lengths or ((known.context_length,) if known else (_USUAL_LENGTH,))
-    horizons = config.horizons or (known.horizons if known else (_USUAL_HORIZON,))
+    horizons = (config.horizons or (known.horizons if known else (_USUAL_HORIZON,)))[: config.num_horizons]
     rows = data.splits.train[1] - data.splits.train[0]
     wanted = known.look_backs if known else _USUAL_CANDIDATES
     candidates = tuple(length for length in wanted if length + max(horizons) <= rows // 2)

@@ -26,32 +26,33 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One setting on one data set; ``cost`` is a rough relative effort."""
+    """One setting on one data set; ``cost`` is a rough relative effort, a lower ``turn`` goes before any cost."""
 
     data: BenchmarkData
     setting: Setting
     cost: float
+    turn: int = 0
 
 
 @dataclass
 class JobQueue:
-    """Jobs not begun, the most expensive first."""
+    """Jobs not begun: by turn, within a turn the most expensive first."""
 
-    _heap: list[tuple[float, int, Job]] = field(default_factory=list)
+    _heap: list[tuple[int, float, int, Job]] = field(default_factory=list)
     _count: int = 0
 
     def push(self, job: Job) -> None:
         """Add a job; equal costs keep their order."""
-        heapq.heappush(self._heap, (-job.cost, self._count, job))
+        heapq.heappush(self._heap, (job.turn, -job.cost, self._count, job))
         self._count += 1
 
     def pop(self) -> Job | None:
-        """Return the most expensive job, None when there is none."""
-        return heapq.heappop(self._heap)[2] if self._heap else None
+        """Return the job whose turn it is, None when there is none."""
+        return heapq.heappop(self._heap)[3] if self._heap else None
 
     def drain(self) -> list[Job]:
         """Return all jobs and forget them."""
-        jobs = [item[2] for item in sorted(self._heap)]
+        jobs = [item[3] for item in sorted(self._heap)]
         self._heap.clear()
         return jobs
 

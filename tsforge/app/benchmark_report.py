@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from tsforge.app.benchmark_plan import HIDDEN, RIDGE_IN, Prepared
 from tsforge.app.benchmark_sets import published_results
 from tsforge.artifact import collect_provenance
 from tsforge.metrics.ranking import critical_difference, friedman, mean_ranks
-from tsforge.metrics.significance import wilcoxon
+from tsforge.metrics.significance import holm, wilcoxon
 
 BEST = "best"
 NOT_BETTER = "does not beat ridge+IN"
@@ -33,7 +33,7 @@ NOT_BETTER = "does not beat ridge+IN"
 class Line:
     """One line of a data set's table; ``cells`` are (mse, mae, sd of mse) a horizon, None where nothing was measured.
 
-    ``look_back`` and ``source`` are text; published lines hold no seconds.
+    ``look_back`` and ``source`` are text; published lines hold no seconds; ``failed`` says that a cell is empty for it.
     """
 
     name: str
@@ -44,17 +44,24 @@ class Line:
     seconds: float | None
     runs: int
     source: str = ""
+    failed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A data set: facts as (name, text) pairs, horizons, measured and published lines."""
+    """A data set: facts as (name, text) pairs, horizons, measured and published lines, models the budget left out."""
 
     name: str
     facts: tuple[tuple[str, str], ...]
     horizons: tuple[int, ...]
     lines: tuple[Line, ...]
     published: tuple[Line, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def with_mean(self) -> bool:
+        """Whether a mean over horizons says more than the one column."""
+        return len(self.horizons) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,8 @@ class Rank:
         mean_rank: among the models that have every cell, plus this one where it lacks some.
         cells, complete: (data set, horizon) pairs it was measured on, and whether these are all.
         wins: pairs where its MSE is below that of ridge+IN at its best look-back.
-        p_value: of a Wilcoxon test against ridge+IN over the pairs, NaN where undecidable.
+        p_value: of a Wilcoxon test against ridge+IN over the pairs, adjusted for the number of models (Holm), NaN where
+            undecidable.
         ratio: geometric mean of MSE / MSE of ridge+IN.
         seconds: mean seconds of a fit.
         verdict: empty for baselines.
@@ -114,7 +122,7 @@ def environment(config: BenchmarkConfig) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tsforge": version("tsforge"),
-        "revision": collect_provenance(data_fingerprint="", seeds={})["revision"],
+        "revision": collect_provenance(data_fingerprint="", seeds={})["revision"] or "unknown",
         "load average": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
     }
 
@@ -209,6 +217,8 @@ def rank_note(report: Report) -> str:
         f"Mean ranks by MSE over {report.num_cells} pairs of data set and horizon (1 = best, seeds averaged first). "
         "Horizons of one data set are not independent, so the tests below are optimistic.",
     ]
+    if report.skipped:
+        lines.append("Pairs where the time budget left out a model are not ranked.")
     if np.isfinite(report.friedman_p):
         lines.append(f"Friedman test that all rank alike: p = {report.friedman_p:.2g}.")
     if report.difference is not None:
@@ -235,18 +245,21 @@ def markdown(report: Report) -> str:
             )
     for section in report.sections:
         lines += ["", f"## {section.name}", "", *[f"- {name}: {text}" for name, text in section.facts], ""]
-        lines += [f"| model | L | {' | '.join(f'h={h}' for h in section.horizons)} | mean MSE | s (fit) | |"]
-        lines.append("|" + "---|" * (len(section.horizons) + 5))
+        if section.left_out:
+            lines += [left_out_text(section), ""]
+        if not section.lines:
+            continue
+        head = [*(f"h={h}" for h in section.horizons), *(["mean MSE"] if section.with_mean else [])]
+        lines += [f"| model | L | {' | '.join(head)} | s (fit) | |", "|" + "---|" * (len(head) + 4)]
         best = lowest(section)
         for line in section.lines:
             cells = [
                 f"**{cell_text(cell)}**" if cell is not None and cell[0] == best[place] else cell_text(cell)
                 for place, cell in enumerate(line.cells)
             ]
-            lines.append(_markdown_line(line, cells, verdicts(report).get(line.name, "")))
-        lines += [
-            _markdown_line(line, [cell_text(cell) for cell in line.cells], line.source) for line in section.published
-        ]
+            lines.append(_markdown_line(section, line, cells, last_text(line, verdicts(report))))
+        for line in section.published:
+            lines.append(_markdown_line(section, line, [cell_text(cell) for cell in line.cells], line.source))
     lines += ["", "## Failures", ""]
     lines += [f"- {name}: {text}" for name, text in report.failures] or ["No setting failed."]
     if report.skipped:
@@ -262,10 +275,22 @@ def lowest(section: Section) -> list[float]:
     return [min((cell[0] for cell in column if cell is not None), default=np.nan) for column in columns]
 
 
-def _markdown_line(line: Line, cells: Sequence[str], last: str) -> str:
+def last_text(line: Line, known: Mapping[str, str]) -> str:
+    """Return what the last column says of a measured line: the verdict over all pairs, or that it failed here."""
+    return "failed, see below" if line.failed else known.get(line.name, "")
+
+
+def left_out_text(section: Section) -> str:
+    """Return which models the time budget left out."""
+    if not section.lines:
+        return "Nothing was measured here: the time budget was spent."
+    return f"Left out, since the time budget was spent: {', '.join(section.left_out)}."
+
+
+def _markdown_line(section: Section, line: Line, cells: Sequence[str], last: str) -> str:
     name = line.name.replace("|", "\\|")
-    mean, seconds = number(line.mean), number(line.seconds, 1)
-    return f"| {name} | {line.look_back} | {' | '.join(cells)} | {mean} | {seconds} | {last} |"
+    shown = [*cells, *([number(line.mean)] if section.with_mean else [])]
+    return f"| {name} | {line.look_back} | {' | '.join(shown)} | {number(line.seconds, 1)} | {last} |"
 
 
 def _section(item: Prepared, rows: Sequence[Mapping[str, Any]]) -> Section:
@@ -274,7 +299,8 @@ def _section(item: Prepared, rows: Sequence[Mapping[str, Any]]) -> Section:
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in own:
         groups.setdefault((row["model"], row["lookback"]), []).append(row)
-    lines = [_line(group, item.horizons) for group in groups.values()]
+    late = [group for group in groups.values() if {row["status"] for row in group} == {"skipped"}]
+    lines = [_line(group, item.horizons) for group in groups.values() if group not in late]
     ordered = sorted(lines, key=lambda line: (line.mean is None, line.mean or 0.0, line.name))
     spans = " / ".join(f"{stop - start:,}" for start, stop in (data.splits.train, data.splits.valid, data.splits.test))
     facts = [("rows", f"{spans} (training / validation / test)"), ("variates", str(data.panel.num_targets))]
@@ -287,6 +313,7 @@ def _section(item: Prepared, rows: Sequence[Mapping[str, Any]]) -> Section:
         horizons=item.horizons,
         lines=tuple(ordered),
         published=tuple(_published(data.name, item.horizons)),
+        left_out=tuple(sorted(display(group[0]) for group in late)),
     )
 
 
@@ -307,6 +334,7 @@ def _line(rows: Sequence[Mapping[str, Any]], horizons: Sequence[int]) -> Line:
         mean=float(np.mean([cell[0] for cell in cells if cell is not None])) if full else None,
         seconds=float(np.mean(seconds)) if seconds else None,
         runs=max((row["runs"] for row in rows), default=0),
+        failed=any(row["status"] == "failed" for row in rows),
     )
 
 
@@ -342,12 +370,13 @@ def _published(name: str, horizons: Sequence[int]) -> list[Line]:
 
 def _ranking(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Rank], int, float, float | None]:
     """Return ranks best first, the number of pairs, the Friedman p-value and the critical difference."""
-    pairs = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
+    late = {(row["data"], row["horizon"]) for row in rows if row["status"] == "skipped"}
+    pairs = [pair for pair in dict.fromkeys((row["data"], row["horizon"]) for row in rows) if pair not in late]
     roles: dict[str, str] = {}
     losses: dict[str, dict[Any, float]] = {}
     seconds: dict[str, list[float]] = {}
     for row in rows:
-        if row["status"] != "ok" or row["mse"] is None:
+        if row["status"] != "ok" or row["mse"] is None or (row["data"], row["horizon"]) in late:
             continue
         # the naive rows of a data set carry its own season: one name over all data sets
         name = "seasonal_naive" if row["role"] == "baseline" and row["model"].startswith("seasonal") else display(row)
@@ -386,5 +415,7 @@ def _ranking(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Rank], int, float,
         )
     table = np.array([[losses[name][pair] for name in complete] for pair in pairs]).reshape(len(pairs), len(complete))
     difference = critical_difference(len(complete), len(pairs)) if len(complete) > 1 and len(pairs) > 1 else None
+    adjusted = holm([rank.p_value for rank in found])
+    found = [replace(rank, p_value=float(value)) for rank, value in zip(found, adjusted, strict=True)]
     ordered = sorted(found, key=lambda rank: (not rank.complete, rank.mean_rank, rank.name))
     return ordered, len(pairs) if complete else 0, friedman(table).p_value if complete else np.nan, difference
