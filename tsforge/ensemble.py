@@ -98,7 +98,7 @@ class EnsembleNetwork(ForecastNetwork):
     @property
     def members(self) -> tuple[ForecastNetwork, ...]:
         """The networks that are averaged."""
-        held: nn.ModuleList = self.model.get_submodule("members")  # type: ignore[assignment]
+        held = self.model.get_submodule("members").children()
         return tuple(member for member in held if isinstance(member, ForecastNetwork))
 
     @property

@@ -76,9 +76,9 @@ def _forecast(facts: dict[str, Any], shown: Shown) -> None:
     if ordered.height > MOST:
         rest = pl.DataFrame({"label": [OTHERS], "contribution": [float(ordered["contribution"][MOST:].sum())]})
         drawn = pl.concat([drawn, rest])
-    baseline = float(found.table.filter(kind="baseline")["contribution"].mean())  # type: ignore[arg-type]
+    baseline = float(found.table.filter(kind="baseline")["contribution"].to_numpy().mean())
     ahead = shown.forecast if chosen is None else shown.forecast.filter(pl.col("step").is_in(chosen))
-    forecast = float(ahead["mean"].mean())  # type: ignore[arg-type]
+    forecast = float(ahead["mean"].to_numpy().mean())
     st.plotly_chart(
         explanation_charts.waterfall_chart(drawn, baseline=baseline, forecast=forecast, variate=shown.variate),
         width="stretch",

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -84,6 +83,38 @@ def test_repeated_and_backfilled_batches_are_byte_for_byte_those_of_the_nights(s
     assert hashes() == nightly
 
 
+_KILLED = """
+import json, os, signal, sys
+from datetime import datetime
+from tsforge.app import batch_online
+from tsforge.app.batch import BatchConfig, run_batch
+from tsforge.core.config import validate
+from tsforge.core.workspace import Workspace
+
+moment, adapt, rename = sys.argv[3], batch_online.adapt, os.rename
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def adapting(*arguments):
+    if moment == "before adapting":
+        die()
+    found = adapt(*arguments)
+    if moment == "after adapting":
+        die()
+    return found
+
+def renaming(source, target, **options):
+    if moment == "publishing" and "as_of=" in str(target):
+        die()
+    rename(source, target, **options)
+
+batch_online.adapt, os.rename = adapting, renaming
+config = validate(BatchConfig, json.loads(sys.argv[1]))
+run_batch(config, datetime.fromisoformat(sys.argv[2]), Workspace.open(), force=True)
+"""
+
+
 def test_a_killed_batch_loses_and_repeats_nothing(site: Any, tmp_path: Path) -> None:
     for number in range(3):
         run(site, number)
@@ -94,26 +125,17 @@ def test_a_killed_batch_loses_and_repeats_nothing(site: Any, tmp_path: Path) -> 
     first = min(undisturbed)
     (tmp_path / "aside" / first).rename(workspace.published / "daily" / first)
     script = tmp_path / "one.py"
-    script.write_text(
-        "import json, sys\nfrom datetime import datetime\n"
-        "from tsforge.app.batch import BatchConfig, run_batch\nfrom tsforge.core.config import validate\n"
-        "from tsforge.core.workspace import Workspace\n"
-        "config = validate(BatchConfig, json.loads(sys.argv[1]))\nprint('ready', flush=True)\n"
-        "run_batch(config, datetime.fromisoformat(sys.argv[2]), Workspace.open(), force=True)\nprint('done')\n"
-    )
+    script.write_text(_KILLED)
     config = validate(BatchConfig, site.batch(detect=None, forecast=ONLINE)).model_dump_json()
-    for number, delay in ((1, 0.1), (2, 0.4)):
-        command = [sys.executable, str(script), config, (AS_OF + number * STEP).isoformat()]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(delay)
-        child.send_signal(signal.SIGKILL)
-        output, _ = child.communicate(timeout=60)
-        assert "done" not in output, "the kill came too late"
+    for number, moment in ((1, "before adapting"), (1, "after adapting"), (1, "publishing"), (2, "publishing")):
+        command = [sys.executable, str(script), config, (AS_OF + number * STEP).isoformat(), moment]
+        child = subprocess.run(command, env=dict(os.environ), timeout=120, check=False)
+        assert child.returncode == -signal.SIGKILL, f"{moment}: not killed"
         for item in published.partitions(workspace, "daily"):
             published.verify_partition(item)
-        run(site, number)
+        assert len(published.partitions(workspace, "daily")) == number, f"{moment}: a killed batch is published"
+        if moment == "publishing":
+            run(site, number)
     assert hashes() == undisturbed
 
 

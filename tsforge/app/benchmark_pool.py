@@ -98,11 +98,10 @@ class WorkerPool:
             busy = [worker for worker in self._workers if worker.job is not None]
             if not busy:
                 return
-            handles = {item: worker for worker in busy for item in (worker.pipe, worker.process.sentinel)}
-            ready = wait(list(handles))
-            for worker in {id(handles[item]): handles[item] for item in ready}.values():  # type: ignore[index]
-                job, outcome = self._collect(worker)
-                yield job, outcome
+            ready = wait([item for worker in busy for item in (worker.pipe, worker.process.sentinel)])
+            for worker in busy:
+                if worker.pipe in ready or worker.process.sentinel in ready:
+                    yield self._collect(worker)
 
     def _hand_out(self, queue: JobQueue) -> None:
         idle = [worker for worker in self._workers if worker.job is None]

@@ -107,7 +107,9 @@ def pit_table(forecasts: pl.DataFrame, levels: Sequence[float], *, buckets: int 
     quantiles = np.column_stack([forecasts[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for name in names])
     shares = pit_counts(forecasts["actual"].cast(pl.Float64).fill_null(np.nan).to_numpy(), quantiles, tau.tolist())
     bins = [f"bin{k}" for k in range(tau.size + 1)]
-    groups = [part for part in np.array_split(np.arange(1, int(forecasts["step"].max()) + 1), buckets) if part.size]  # type: ignore[arg-type]
+    groups = [
+        part for part in np.array_split(np.arange(1, int(forecasts["step"].to_numpy().max()) + 1), buckets) if part.size
+    ]
     starts = pl.DataFrame(
         [(int(step), int(part[0]), int(part[-1])) for part in groups for step in part],
         schema={"step": forecasts.schema["step"], "first_step": pl.Int32, "last_step": pl.Int32},
