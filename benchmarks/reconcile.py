@@ -123,7 +123,7 @@ def accuracy(name: str, frame: SeriesFrame, structure: HierarchyConfig, quick: b
     test = forecasts_at(artifact, frame, np.arange(valid, stop - HORIZON, HORIZON), steps=HORIZON)
     found = []
     for method in METHODS:
-        config = ReconcileConfig(method=method, intervals="none")  # type: ignore[arg-type]
+        config = validate(ReconcileConfig, {"method": method, "intervals": "none"})
         coherence = Coherence(hierarchy, config, levels=(), visible=visible, held_out=held)
         table = coherence.apply(test)
         for level in hierarchy.level_names:
@@ -154,7 +154,7 @@ def speed(bottoms: int, method: str, rounds: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
 
     def ours() -> None:
-        config = ReconcileConfig(method=method)  # type: ignore[arg-type]
+        config = validate(ReconcileConfig, {"method": method})
         results["ours"] = make_reconciliation(config, hierarchy, errors=errors).apply(base)
 
     def textbook() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -86,3 +88,15 @@ def site(fitted_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("TSFORGE_DATABASE_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return Site(home=tmp_path / "home", source=tmp_path / "plant.parquet", artifact=fitted_site.artifact)
+
+
+@pytest.fixture(scope="session")
+def kill_ingest() -> ModuleType:
+    """The benchmark that kills ingestions; tests do the same with fewer kills."""
+    place = Path(__file__).resolve().parents[2] / "benchmarks" / "kill_ingest.py"
+    spec = importlib.util.spec_from_file_location("kill_ingest", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def kill_ingest() -> ModuleType:
-    """The benchmark of the same name, which does the same with more kills."""
-    spec = importlib.util.spec_from_file_location("kill_ingest", ROOT / "benchmarks" / "kill_ingest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_killed_at_any_moment_on_sqlite(kill_ingest: ModuleType, tmp_path: Path) -> None:

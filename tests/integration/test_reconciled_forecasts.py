@@ -239,7 +239,8 @@ def perturbed(frame: SeriesFrame, after: datetime) -> SeriesFrame:
 
 
 def predicted_from(frame: SeriesFrame, artifact: Any, cutoff: datetime, method: str) -> pl.DataFrame:
-    return predict_coherent(artifact, frame, NESTED, ReconcileConfig(method=method), cutoff=cutoff).table  # type: ignore[arg-type]
+    config = validate(ReconcileConfig, {"method": method})
+    return predict_coherent(artifact, frame, NESTED, config, cutoff=cutoff).table
 
 
 @pytest.mark.parametrize("method", ["mint", "wls_variance"])

@@ -34,7 +34,14 @@ from tsforge.forecasting.dependence import (
 )
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.report import load_report
-from tsforge.forecasting.sample_paths import SCORED_WINDOWS, draw_paths, joint_scores, path_scores, predict_paths
+from tsforge.forecasting.sample_paths import (
+    SCORED_WINDOWS,
+    Aggregate,
+    draw_paths,
+    joint_scores,
+    path_scores,
+    predict_paths,
+)
 
 PHI, STEPS, ROWS = 0.9, 12, 3000
 VALID_STOP = 2100  # rows of the training and the validation span
@@ -138,8 +145,9 @@ def test_intervals_of_totals_cover_and_those_of_independent_steps_do_not(frame: 
 def test_totals_come_from_the_paths(artifact: Artifact, frame: SeriesFrame) -> None:
     paths = predict_paths(artifact, frame, 500, seed=1).paths
     assert paths is not None
-    for name in ("sum", "mean", "max", "min"):
-        forecast = predict_paths(artifact, frame, 500, seed=1, aggregate=name, quantile_levels=(0.1, 0.9))  # type: ignore[arg-type]
+    names: tuple[Aggregate, ...] = ("sum", "mean", "max", "min")
+    for name in names:
+        forecast = predict_paths(artifact, frame, 500, seed=1, aggregate=name, quantile_levels=(0.1, 0.9))
         row = forecast.answer.row(0, named=True)
         values = paths.group_by("path").agg(getattr(pl.col("value"), name)())["value"].to_numpy()
         assert row["mean"] == pytest.approx(values.mean())
