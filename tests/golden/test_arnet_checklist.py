@@ -43,8 +43,8 @@ def series(
 
 def fitted(data: TrainingSeries, lags: int, horizon: int = 1, **settings: Any) -> ARNet:
     """Return a float64 model solved on ``data``."""
-    context = settings.pop("context_length", max(lags, 1))
-    spec = DataSpec(context_length=context, horizon=horizon, num_variates=data.values.shape[1])
+    context, params = settings.pop("context_length", max(lags, 1)), settings.pop("params", 1)
+    spec = DataSpec(context_length=context, horizon=horizon, num_variates=data.values.shape[1], num_params=params)
     model = ARNet(ARNetConfig(lags=lags, **settings), spec).double()
     model.solve(data)
     return model
@@ -253,7 +253,7 @@ def test_checklist_09_direct_equals_separate_regressions() -> None:
 
 def test_checklist_09_recursive_equals_companion_power() -> None:
     values = simulate(TRUTH, 2000, np.random.default_rng(10)) + 5.0
-    model = fitted(series(values), 4, horizon=60)
+    model = fitted(series(values), 4, horizon=60, params=2)
     assert not model.is_direct  # beyond 48 steps the recursive form is the default
     weight, offset = coefficients(model), constant(model)
     state, expected = values[-4:][::-1].copy(), []

@@ -129,7 +129,8 @@ class SolveReport:
     Attributes:
         finished: no gradient training is needed; False means the weights are a warm start.
         method: what was solved, for the log and the artifact (``"ols"``, ``"sparse"`` ...).
-        residual_scale: [H, V] standard deviation of training residuals in scaled units, or None.
+        residual_scale: [H, V] standard deviation of training residuals in scaled units; None where unknown or
+            not needed (point outputs).
         details: numbers worth keeping (condition, non-zeros, iterations).
     """
 

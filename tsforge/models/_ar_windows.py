@@ -63,9 +63,11 @@ def residual_scale(model: ForecastModel[Any], data: TrainingSeries, *, max_windo
     """Return the root mean squared error [H, V] of the model's own forecasts inside the training span.
 
     Cells that were never observed borrow the mean of their variate, else of all; None when there is no window or no
-    observed target at all.
+    observed target at all, and for point outputs, which have no spread to start from it.
     """
     spec = model.spec
+    if spec.num_params == 1:
+        return None
     total = torch.zeros(spec.horizon, spec.num_variates, dtype=torch.float64)
     count = torch.zeros_like(total)
     dtype = next((value.dtype for value in model.parameters()), torch.float64)

@@ -236,7 +236,7 @@ def test_components_sum_to_the_location_for_all_parts(settings: dict[str, Any]) 
 def test_every_solver_forecasts_an_ar_process_near_its_noise(solver: str) -> None:
     rng = np.random.default_rng(4)
     data = training(size=5000, variates=1)._replace(values=torch.from_numpy(simulate(TRUTH, 5000, rng)[:, None]))
-    model, report = solved(data, solver=solver, lags=6, horizon=1)
+    model, report = solved(data, solver=solver, lags=6, horizon=1, params=2)
     assert report.method == solver
     assert report.finished
     assert error(model, windows(model, data, 2000)) == pytest.approx(1.0, abs=0.05)
@@ -361,7 +361,7 @@ def test_a_variate_without_any_observation_forecasts_the_mean(settings: dict[str
     mask = data.mask.clone()
     mask[:, 1] = False
     holed = data._replace(mask=mask, values=torch.where(mask, data.values, 0.0))
-    model, report = solved(holed, **settings)
+    model, report = solved(holed, params=2, **settings)
     assert report.residual_scale is not None
     assert bool(torch.isfinite(report.residual_scale).all())
     batch = windows(model, holed, 5)

@@ -137,7 +137,7 @@ def test_components_add_up_and_extra_outputs_stay_at_the_offset() -> None:
 
 def test_residual_scale_is_close_to_the_training_error() -> None:
     data = training()
-    spec = DataSpec(context_length=L, horizon=H, num_variates=2)
+    spec = DataSpec(context_length=L, horizon=H, num_variates=2, num_params=2)
     model = Linear(LinearConfig(ridge=1.0), spec)
     report = model.solve(data)
     contexts, targets = windows_of(data, L, H)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,7 +92,7 @@ def test_residual_scale_is_the_error_of_every_training_window() -> None:
         indptr=torch.tensor([0, 25, 60]),
         offset=torch.tensor([3, 0]),
     )
-    report = LastValue(LastValueConfig(), SPEC).solve(data)
+    report = LastValue(LastValueConfig(), replace(SPEC, num_params=2)).solve(data)
     errors: list[list[list[float]]] = [[[] for _ in range(2)] for _ in range(7)]
     for first, last in ((0, 25), (25, 60)):
         for origin in range(first + 10, last - 7 + 1):
@@ -109,4 +111,12 @@ def test_residual_scale_is_none_without_a_window() -> None:
     short = TrainingSeries(
         torch.zeros(5, 2), torch.ones(5, 2, dtype=torch.bool), torch.tensor([0, 5]), torch.tensor([0])
     )
-    assert LastValue(LastValueConfig(), SPEC).solve(short).residual_scale is None
+    assert LastValue(LastValueConfig(), replace(SPEC, num_params=2)).solve(short).residual_scale is None
+
+
+def test_point_forecasts_need_no_residual_scale() -> None:
+    data = TrainingSeries(
+        torch.randn(90, 2), torch.ones(90, 2, dtype=torch.bool), torch.tensor([0, 90]), torch.tensor([0])
+    )
+    assert LastValue(LastValueConfig(), SPEC).solve(data).residual_scale is None
+    assert LastValue(LastValueConfig(), replace(SPEC, num_params=2)).solve(data).residual_scale is not None
