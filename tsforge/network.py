@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig, ScalingKind
 from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
-from tsforge.core.config import Config, validate
+from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.layers.likelihoods import Likelihood, LikelihoodConfig, Point, build_likelihood, masked_mean
 from tsforge.layers.scaling import SERIES_KINDS, WINDOW_KINDS, Scaler, ScalingConfig
-from tsforge.models.registry import MODELS
+from tsforge.models.registry import MODELS, resolve_model_config
 
 
 class NetworkConfig(Config):
@@ -30,27 +30,6 @@ class NetworkConfig(Config):
     @classmethod
     def _resolve_model(cls, value: Any) -> Any:
         return resolve_model_config(value)
-
-
-def resolve_model_config(value: Any) -> ModelConfig:
-    """Return the validated config of the model that ``value`` names.
-
-    Args:
-        value: a model's config, its plain values with ``name``, or just the name.
-
-    Raises:
-        ConfigError: no or unknown name, or a mistake in the model's own settings, with its dotted path.
-    """
-    if isinstance(value, str):
-        value = {"name": value}
-    if isinstance(value, ModelConfig):
-        expected = MODELS.get(value.name).config_class
-        if type(value) is expected:
-            return value
-        value = value.model_dump()
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ConfigError("model: needs a 'name'; `tsforge models` lists the models")
-    return validate(MODELS.get(value["name"]).config_class, value, where="model")
 
 
 class Predictive(NamedTuple):
@@ -298,6 +277,16 @@ class ForecastNetwork(nn.Module):
     def log_tail(self, batch: Batch, y: Tensor) -> Tensor:
         """Return log(2 min(F(y), 1 - F(y))) [B, H, V] for ``y`` in data units; it never saturates, unlike ``cdf``."""
         return self.likelihood.log_tail(*self._scaled_at(batch, y))
+
+    @torch.no_grad()
+    def log_density(self, batch: Batch, y: Tensor) -> Tensor:
+        """Return log p(y) [B, H, V] for ``y`` in data units, a density per data unit.
+
+        Raises:
+            ModelError: the likelihood has no density.
+        """
+        _, scale = self.scaler.stats(batch)
+        return self.likelihood.log_density(*self._scaled_at(batch, y)) - scale.log()
 
     def _scaled_at(self, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor]:
         loc, scale = self.scaler.stats(batch)

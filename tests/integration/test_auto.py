@@ -273,7 +273,7 @@ def test_a_failing_candidate_is_reported_and_skipped(frame: SeriesFrame, monkeyp
 def test_bad_settings_are_named(frame: SeriesFrame) -> None:
     with pytest.raises(ConfigError, match="unknown model 'lineal'"):
         fit_frame(frame, config({"candidates": ["lineal"]}))
-    with pytest.raises(ConfigError, match="candidate of itself"):
+    with pytest.raises(ConfigError, match="auto is itself a mixture"):
         fit_frame(frame, config({"candidates": ["auto"]}))
     with pytest.raises(ConfigError, match="resume"):
         fit_frame(frame, config(), resume=True)

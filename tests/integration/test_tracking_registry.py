@@ -32,7 +32,8 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.conformal import calibrate
 from tsforge.forecasting.predict import predict
-from tsforge.network import NetworkConfig, build_network, resolve_model_config
+from tsforge.models.registry import resolve_model_config
+from tsforge.network import NetworkConfig, build_network
 from tsforge.tracking.client import open_client
 from tsforge.tracking.pyfunc import naive_times
 from tsforge.tracking.registry import champion, history, promote, register, registered_models, resolve, versions

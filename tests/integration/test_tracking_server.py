@@ -26,7 +26,8 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowSpec
 from tsforge.forecasting.predict import predict
-from tsforge.network import NetworkConfig, build_network, resolve_model_config
+from tsforge.models.registry import resolve_model_config
+from tsforge.network import NetworkConfig, build_network
 from tsforge.tracking.client import open_client
 from tsforge.tracking.registry import promote, register, resolve
 from tsforge.tracking.runs import Tracker

@@ -27,6 +27,7 @@ from tsforge.training.config import TrainConfig
 from tsforge.training.loop import TrainResult, fit_network
 
 AUTO = "auto"
+_MIXTURES = (AUTO, "committee")
 _KINDS = ("past", "known", "static")
 _FEWEST_STEPS = 20  # gradient steps an epoch may be cut down to; with fewer a candidate is not begun
 _FEWEST_EPOCHS = 3
@@ -180,14 +181,16 @@ def closed_forms(data: RaceData) -> list[Candidate]:
 
 def trained_models(data: RaceData) -> list[Candidate]:
     """Return candidates that need gradient steps: every such model that takes one series at a time, with its defaults,
-    at the longest look-back, then at half of it.
+    at the longest look-back, then at half of it. A committee is another mixture, not a candidate.
     """
     longest = data.window.context_length
     found = []
     for length in dict.fromkeys((longest, max(longest // 2, 1))):
         for name in MODELS.names():
             can = MODELS.get(name).capabilities
-            if name != AUTO and can.trainable and (can.starts_closed or not can.closed_form) and not can.rows_coupled:
+            if name in _MIXTURES or not can.trainable or can.rows_coupled:
+                continue
+            if can.starts_closed or not can.closed_form:
                 candidate = _candidate(data, {"name": name}, length, trained=True)
                 if candidate is not None:
                     found.append(candidate)
@@ -216,8 +219,8 @@ def check_wanted(settings: AutoConfig) -> None:
     """
     for name in settings.candidates or ():
         MODELS.get(name)
-        if name == AUTO:
-            raise ConfigError("model.candidates: auto cannot be a candidate of itself")
+        if name in _MIXTURES:
+            raise ConfigError(f"model.candidates: {name} is itself a mixture; name the models it may be made of")
 
 
 def build(data: RaceData, candidate: Candidate) -> ForecastNetwork:

@@ -51,8 +51,8 @@ from tsforge.layers.likelihoods import LikelihoodConfig, Point
 from tsforge.layers.scaling import SERIES_KINDS, ScalingConfig
 from tsforge.metrics.point import ErrorSums
 from tsforge.models.auto import AutoConfig
-from tsforge.models.registry import MODELS
-from tsforge.network import ForecastNetwork, NetworkConfig, build_network, resolve_model_config
+from tsforge.models.registry import MODELS, resolve_model_config
+from tsforge.network import ForecastNetwork, NetworkConfig, build_network
 from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.figures import forecast_figure
 from tsforge.tracking.registry import register

@@ -13,8 +13,8 @@ from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
 from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
 from tsforge.core.config import Config, search_space, validate
 from tsforge.core.errors import ConfigError, ModelError
-from tsforge.models.registry import MODELS
-from tsforge.network import NetworkConfig, build_network, resolve_model_config
+from tsforge.models.registry import MODELS, resolve_model_config
+from tsforge.network import NetworkConfig, build_network
 
 LIKELIHOODS = ["point", "normal", "student_t", "quantiles"]
 SCALINGS = ["none", "global", "series", "window", "window_mean", "last"]
