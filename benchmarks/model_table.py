@@ -99,6 +99,11 @@ PRESETS = {
         for name in ("gru", "lstm", "slstm", "aaren")
         for title, rest in (("", _TRAIN), (" alone", ":skip=none" + _LONG))
     },
+    "committee of 4 gru alone": Preset(  # batches and steps of a member as those of one model
+        "committee:size=4:member.name=gru:member.dropout=0.2:member.skip=none"
+        + _LONG.replace("batch_size=64", "batch_size=256").replace("epochs=12", "epochs=48").replace("ce=4", "ce=16"),
+        (336,),
+    ),
     "aaren alone: sinusoid": Preset("aaren:dropout=0.2:skip=none:position=sinusoid" + _LONG, (336,)),
 }
 GROUPS = {
