@@ -290,6 +290,12 @@ def test_model_entries_parse_to_their_groups() -> None:
         "train": {"max_epochs": 2},
         "scaling": {"kind": "window"},
     }
+    assert parse_entry("committee:size=2:member.name=gru:member.d_model=8")["model"] == {
+        "size": 2,
+        "member": {"name": "gru", "d_model": 8},
+    }
+    with pytest.raises(ConfigError, match="leads into 'member', which was given as a single value"):
+        parse_entry("committee:member=gru:member.d_model=8")
     config = load(
         BenchmarkConfig, "benchmark", ["datasets=[x.csv]", "models=['linear:ridge=5e4',drift]", "horizons=[1,2]"]
     )

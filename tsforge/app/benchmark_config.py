@@ -126,7 +126,7 @@ class BenchmarkConfig(Config):
 
 
 def parse_entry(text: str) -> dict[str, Any]:
-    """Return the plain form of ``name:key=value:...``.
+    """Return the plain form of ``name:key=value:...``; dots in a key lead into nested settings.
 
     Raises:
         ConfigError: a part without ``=``.
@@ -143,5 +143,13 @@ def parse_entry(text: str) -> dict[str, Any]:
             continue
         if not dot or group not in _GROUPS:
             group, rest = "model", key.strip()
-        entry.setdefault(group, {})[rest] = yaml.safe_load(value)
+        *outer, last = rest.split(".")
+        place = entry.setdefault(group, {})
+        for step in outer:
+            place = place.setdefault(step, {})
+            if not isinstance(place, dict):
+                raise ConfigError(
+                    f"models: '{part}' in '{text}' leads into '{step}', which was given as a single value"
+                )
+        place[last] = yaml.safe_load(value)
     return entry
