@@ -71,6 +71,8 @@ class Preset:
 PRESETS = {
     LINEAR: Preset("linear", (96, 336, 720)),
     CHOSEN: Preset("linear:ridge=null:remove=auto:weights=auto", (96, 336, 720)),
+    "temporal": Preset("temporal", (96, 336, 720)),
+    "temporal, structural": Preset("temporal:weights=structural", (96, 336, 720)),
     "s4": Preset(
         "s4:d_model=32:d_state=32:num_layers=1:dropout=0.2:patch_length=16:patch_stride=8" + _TRAIN,
         (336, 720),
@@ -111,6 +113,7 @@ GROUPS = {
     "plrnn": tuple(name for name in PRESETS if name.startswith("plrnn")),
     "ablations": tuple(name for name in PRESETS if name.startswith("chimera alone") and ", longer" not in name),
     "closed": (LINEAR, CHOSEN),
+    "temporal": ("temporal", "temporal, structural"),
     "longer": tuple(name for name in PRESETS if ", longer" in name),
 }
 KEPT = (

@@ -58,16 +58,19 @@ def _gather(data: TrainingSeries, spec: DataSpec, origin: Tensor, series: np.nda
     )
 
 
-@torch.no_grad()
 def residual_scale(model: ForecastModel[Any], data: TrainingSeries, *, max_windows: int = 2048) -> Tensor | None:
+    """Return ``training_error`` [H, V], None for point outputs, which have no spread to start from it."""
+    return None if model.spec.num_params == 1 else training_error(model, data, max_windows=max_windows)
+
+
+@torch.no_grad()
+def training_error(model: ForecastModel[Any], data: TrainingSeries, *, max_windows: int = 2048) -> Tensor | None:
     """Return the root mean squared error [H, V] of the model's own forecasts inside the training span.
 
     Cells that were never observed borrow the mean of their variate, else of all; None when there is no window or no
-    observed target at all, and for point outputs, which have no spread to start from it.
+    observed target at all.
     """
     spec = model.spec
-    if spec.num_params == 1:
-        return None
     total = torch.zeros(spec.horizon, spec.num_variates, dtype=torch.float64)
     count = torch.zeros_like(total)
     dtype = next((value.dtype for value in model.parameters()), torch.float64)
