@@ -44,13 +44,13 @@ def rows_of(batch: Batch, rows: list[int]) -> Batch:
 
 def test_a_training_step_gives_every_member_the_gradient_of_its_own_windows() -> None:
     model = make(skip="none").train()
-    batch = doubles(make_batch(SPEC, size=8))
+    batch = doubles(make_batch(SPEC, size=10))
     assert batch.target is not None
     (model(batch).raw[..., 0] - batch.target).square().mean().backward()
-    for index, rows in enumerate(([0, 3, 6], [1, 4, 7], [2, 5])):
+    for index, rows in enumerate(([0, 3, 6, 9], [1, 4, 7], [2, 5, 8])):
         alone = make(skip="none").members[index]
         mine = rows_of(batch, rows)
-        ((alone(mine).raw[..., 0] - mine.target).square().mean() * len(rows) / 8).backward()
+        ((alone(mine).raw[..., 0] - mine.target).square().mean() * len(rows) / 10).backward()
         pairs = zip(model.members[index].named_parameters(), alone.parameters(), strict=True)
         for (name, found), expected in pairs:
             assert found.grad is not None, name
@@ -66,6 +66,34 @@ def test_forecasts_are_the_mean_of_members_that_differ() -> None:
     alone = torch.stack([member(batch).raw for member in model.members])
     torch.testing.assert_close(model(batch).raw, alone.mean(0))
     assert float((alone[0] - alone[1]).detach().abs().max()) > 1e-3
+
+
+def test_extra_losses_count_by_the_windows_they_are_of() -> None:
+    sparse = {"name": "ar_net", "solver": "sgd", "lags": 6, "density": 0.5}
+    model = Committee(validate(CommitteeConfig, {"member": sparse, "size": 3}), SPEC).double().train()
+    model.anneal(1.0)
+    batch = doubles(make_batch(SPEC, size=8))
+    with torch.no_grad():
+        for index, member in enumerate(model.members):
+            member.ar.weight.add_(0.1 * (index + 1))
+        found, own = model(batch).aux_losses, [member(batch).aux_losses["sparsity"] for member in model.members]
+        assert found is not None
+        torch.testing.assert_close(found["sparsity"], (3 * own[0] + 3 * own[1] + 2 * own[2]) / 8)
+        model.eval()
+        found = model(batch).aux_losses
+        assert found is not None
+        torch.testing.assert_close(found["sparsity"], (own[0] + own[1] + own[2]) / 3)
+
+
+def test_each_member_carries_a_state_of_its_own() -> None:
+    model = make(skip="none").eval()
+    with torch.no_grad():
+        for part in model.parameters():
+            part.add_(0.1 * torch.randn_like(part))
+        batch = doubles(make_batch(SPEC))._replace(target=None, target_mask=None)
+        state = model.warm_up(batch)
+        assert batch.known is not None
+        torch.testing.assert_close(model.free_run(state, batch.known[:, 24:]).raw, model(batch).raw)
 
 
 def test_a_batch_smaller_than_the_committee_trains_some_members_only() -> None:
