@@ -153,10 +153,11 @@ def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
         validate(TemporalConfig, settings)
 
 
-@pytest.mark.parametrize("widths", [[1, 4], [1, 30]])
-def test_bins_that_do_not_fit_are_refused(widths: list[int]) -> None:
-    with pytest.raises(ModelError, match=f"bins of {widths[1]} steps do not fill a horizon of 6"):
-        make(widths=widths)
+@pytest.mark.parametrize(("context", "width"), [(14, 4), (14, 30), (4, 6)])
+def test_bins_that_do_not_fit_are_refused(context: int, width: int) -> None:
+    spec = DataSpec(context_length=context, horizon=6, num_variates=1)
+    with pytest.raises(ModelError, match=f"bins of {width} steps do not fill a horizon of 6 or exceed the context of"):
+        make(spec, widths=[1, width])
 
 
 def test_composes_from_the_command_line() -> None:
