@@ -1,7 +1,8 @@
-"""Anomaly metrics against numbers of independent implementations on one small example, and of scikit-learn.
+"""Anomaly metrics against numbers of independent implementations on one small example (checklist 1).
 
 Provenance of the numbers: scikit-learn 1.x (AUC), TSB_AD 1.5 (VUS "tsb", PA, composite F1, affiliation), aeon 1.6 and
-dtaianomaly 0.5.1 in compatibility mode (VUS "2022"), dtaianomaly (event-wise with penalty), tadpak 0.3.3 (PA%K).
+dtaianomaly 0.5.1 in compatibility mode (VUS "2022"), dtaianomaly (event-wise with penalty), tadpak 0.3.3
+(PA%K), TSB_AD (range-based).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tsforge.metrics.anomaly import (
     point_adjust,
     point_score,
 )
+from tsforge.metrics.range_based import range_score
 from tsforge.metrics.vus import Variant, vus
 
 N = 40
@@ -47,8 +49,8 @@ def test_volume_under_the_surface(variant: Variant, roc: float, pr: float, thres
 
 def test_best_f1_and_point_adjusted() -> None:
     assert best_f1(LABELS, SCORES).f1 == pytest.approx(0.56, abs=1e-12)
-    assert best_adjusted_f1(LABELS, SCORES) == pytest.approx(1.0, abs=1e-12)
-    assert best_adjusted_f1(LABELS, SCORES, percent=50) == pytest.approx(0.7619047619047619, abs=1e-12)
+    adjusted = best_adjusted_f1(LABELS, SCORES, percents=(0, 50))
+    assert adjusted.f1 == pytest.approx((1.0, 0.7619047619047619), abs=1e-12)
 
 
 def test_grades_of_predictions() -> None:
@@ -59,7 +61,8 @@ def test_grades_of_predictions() -> None:
     events = event_score(LABELS, ALARMS)
     assert (events.precision, events.recall) == pytest.approx((0.4, 1.0), abs=1e-12)
     assert (events.penalised_precision, events.f1) == pytest.approx((0.35, 0.5185185185185185), abs=1e-12)
-    assert events.composite_f1 == pytest.approx(2 / 3, abs=1e-10)
+    assert events.composite_f1 == pytest.approx(2 / 3, abs=1e-12)
+    assert range_score(LABELS, ALARMS, "tsb").f1 == pytest.approx(0.43518518518518523, abs=1e-12)
 
 
 def test_affiliation() -> None:

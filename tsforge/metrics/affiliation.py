@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tsforge.core.errors import DataError
-from tsforge.metrics.anomaly import runs_of
+from tsforge.metrics.anomaly import label_pair, runs_of
 
 Interval = tuple[float, float]
 
@@ -33,11 +33,9 @@ def affiliation(labels: ArrayLike, predictions: ArrayLike) -> Affiliation:
     """Return affiliation precision, recall and F1 of predictions [N] against labels [N].
 
     Raises:
-        DataError: no labelled event (undefined), or different lengths.
+        DataError: no labelled event (undefined), different lengths, or values other than 0 and 1.
     """
-    y, p = np.asarray(labels).astype(bool).ravel(), np.asarray(predictions).astype(bool).ravel()
-    if y.size != p.size:
-        raise DataError(f"{y.size} labels but {p.size} predictions; they must be of the same rows")
+    y, p = label_pair(labels, predictions)
     events, segments = runs_of(y), runs_of(p)
     if not events:
         raise DataError("affiliation is undefined without a labelled event")
@@ -102,21 +100,13 @@ def _recall(parts: list[Interval], event: tuple[int, int], zone: Interval) -> fl
 
 
 def _recall_piece(x: float, y: float, gap: Interval, ends: tuple[bool, bool], zone: Interval) -> float:
-    """Return the integral of 1 - (min(d, m) + d) / |E| over y in [x, y], where d and m are linear up to min(d, m)."""
+    """Return the integral of 1 - (min(d, m) + d) / |E| over y in [x, y], where d, m and min(d, m) are linear.
+
+    They are: inside a gap between predictions d <= m; in one at an end of the zone d = m in the gap's middle, a cut.
+    """
     low, high = gap
-
-    def distance(t: float) -> float:
-        return min(t - low if ends[0] else np.inf, high - t if ends[1] else np.inf)
-
-    def margin(t: float) -> float:
-        return min(t - zone[0], zone[1] - t)
-
-    cuts = [x, y]
-    difference_x, difference_y = distance(x) - margin(x), distance(y) - margin(y)
-    if difference_x * difference_y < 0.0:
-        cuts.insert(1, x + (y - x) * difference_x / (difference_x - difference_y))
-    total = 0.0
-    for a, b in pairwise(cuts):
-        covered = sum(min(distance(t), margin(t)) + distance(t) for t in (a, b)) / 2.0  # linear
-        total += (b - a) * (1.0 - covered / (zone[1] - zone[0]))
-    return total
+    covered = 0.0
+    for t in (x, y):
+        distance = min(t - low if ends[0] else np.inf, high - t if ends[1] else np.inf)
+        covered += (min(distance, t - zone[0], zone[1] - t) + distance) / 2.0
+    return (y - x) * (1.0 - covered / (zone[1] - zone[0]))

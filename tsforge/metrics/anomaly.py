@@ -2,7 +2,8 @@
 
 Every metric says whether it takes ``scores`` (threshold-free) or ``predictions`` (alarms at a threshold chosen
 elsewhere); metrics that look for the best threshold on the labels are called ``best_*``: no result of a detector.
-An event is a maximal run of rows labelled 1. Point adjustment is here for old tables only: a random score wins with it.
+An event is a maximal run of rows labelled 1. A missing score is NaN; every metric of scores refuses it unless told how
+to treat it. Point adjustment is here for old tables only: a random score wins with it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tsforge.core.errors import DataError
+from tsforge.core.errors import ConfigError, DataError
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+Missing = Literal["refuse", "drop", "lowest"]
 
 
 def runs_of(mask: ArrayLike) -> list[tuple[int, int]]:
@@ -27,37 +29,53 @@ def runs_of(mask: ArrayLike) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def labelled_scores(
-    labels: ArrayLike, scores: ArrayLike, *, missing: Literal["refuse", "drop", "lowest"] = "refuse"
-) -> tuple[BoolArray, FloatArray]:
-    """Return labels and scores ready for a metric.
+def scored_rows(
+    labels: ArrayLike, scores: ArrayLike, *, missing: Missing = "refuse"
+) -> tuple[BoolArray, FloatArray, BoolArray]:
+    """Return labels and scores of all rows, and which of them a metric counts.
 
     Args:
         labels: [N] of 0 and 1. scores: [N], larger = stranger.
-        missing: what a missing score (NaN) is: an error, a row left out, or the lowest score of all.
+        missing: what a missing score (NaN) is: an error (``refuse``), a row that is not counted (``drop``), or the
+            lowest score of all (``lowest``). State it, and how many rows it concerns.
+
+    Returns:
+        labels [N], scores [N] (minus infinity where missing), counted [N].
 
     Raises:
-        DataError: different lengths, labels other than 0 and 1, no row of one kind, or missing scores to be refused.
+        DataError: different lengths, labels other than 0 and 1, no counted row of one kind, or missing scores to be
+            refused.
     """
     y, s = _flags(labels, "labels"), np.asarray(scores, dtype=np.float64).ravel()
     if y.size != s.size:
         raise DataError(f"{y.size} labels but {s.size} scores; they must be of the same rows")
+    if missing not in ("refuse", "drop", "lowest"):
+        raise ConfigError(f"missing is {missing!r}; there are 'refuse', 'drop' and 'lowest'")
     absent = np.isnan(s)
     if absent.any():
         if missing == "refuse":
             raise DataError(
                 f"{int(absent.sum())} of {s.size} scores are missing; say missing='drop' or 'lowest' and report it"
             )
-        if missing == "drop":
-            y, s = y[~absent], s[~absent]
-        else:
-            s = np.where(absent, -np.inf, s)
-    if not y.any() or y.all():
-        raise DataError(f"{int(y.sum())} of {y.size} rows are labelled anomalous; a metric needs rows of both kinds")
-    return y, s
+        s = np.where(absent, -np.inf, s)
+    counted = ~absent if missing == "drop" else np.ones(s.size, dtype=bool)
+    if not y[counted].any() or y[counted].all():
+        raise DataError(
+            f"{int(y[counted].sum())} of {int(counted.sum())} rows are labelled anomalous; "
+            "a metric needs rows of both kinds"
+        )
+    return y, s, counted
 
 
-def auc_pr(labels: ArrayLike, scores: ArrayLike, *, missing: Literal["refuse", "drop", "lowest"] = "refuse") -> float:
+def labelled_scores(
+    labels: ArrayLike, scores: ArrayLike, *, missing: Missing = "refuse"
+) -> tuple[BoolArray, FloatArray]:
+    """Return labels and scores of the rows that count, ready for a metric; see ``scored_rows``."""
+    y, s, counted = scored_rows(labels, scores, missing=missing)
+    return y[counted], s[counted]
+
+
+def auc_pr(labels: ArrayLike, scores: ArrayLike, *, missing: Missing = "refuse") -> float:
     """Return average precision ``sum_j (R_j - R_{j-1}) P_j`` over the distinct thresholds (step-wise, ties together).
 
     Threshold-free. The trapezoid under the same points would be optimistic. Chance level: the share of anomalous rows.
@@ -67,7 +85,7 @@ def auc_pr(labels: ArrayLike, scores: ArrayLike, *, missing: Literal["refuse", "
     return float(np.sum(np.diff(hits, prepend=0) / y.sum() * (hits / alarms)))
 
 
-def auc_roc(labels: ArrayLike, scores: ArrayLike, *, missing: Literal["refuse", "drop", "lowest"] = "refuse") -> float:
+def auc_roc(labels: ArrayLike, scores: ArrayLike, *, missing: Missing = "refuse") -> float:
     """Return the probability that an anomalous row scores higher than a normal one, ties counting half.
 
     Threshold-free. Chance level: 0.5.
@@ -87,7 +105,7 @@ class BestF1:
     threshold: float
 
 
-def best_f1(labels: ArrayLike, scores: ArrayLike, *, missing: Literal["refuse", "drop", "lowest"] = "refuse") -> BestF1:
+def best_f1(labels: ArrayLike, scores: ArrayLike, *, missing: Missing = "refuse") -> BestF1:
     """Return the largest point F1 over all thresholds: an oracle, it reads the labels."""
     y, s = labelled_scores(labels, scores, missing=missing)
     hits, alarms = _counts(y, s)
@@ -107,7 +125,7 @@ class PointScore:
 
 def point_score(labels: ArrayLike, predictions: ArrayLike) -> PointScore:
     """Return point-wise precision, recall and F1 of predictions."""
-    y, p = _pair(labels, predictions)
+    y, p = label_pair(labels, predictions)
     hits = int((y & p).sum())
     return PointScore(_share(hits, int(p.sum())), _share(hits, int(y.sum())), _share(2 * hits, int(p.sum() + y.sum())))
 
@@ -141,7 +159,7 @@ def event_score(labels: ArrayLike, predictions: ArrayLike) -> EventScore:
 
     Source: penalty after El Amine Sehili and Zhang (2023) as in ``dtaianomaly``; composite F1 of Garg et al. (2021).
     """
-    y, p = _pair(labels, predictions)
+    y, p = label_pair(labels, predictions)
     events, segments = runs_of(y), runs_of(p)
     found = sum(bool(p[a:b].any()) for a, b in events)
     false = sum(not y[a:b].any() for a, b in segments)
@@ -157,8 +175,8 @@ def event_score(labels: ArrayLike, predictions: ArrayLike) -> EventScore:
         precision=precision,
         recall=recall,
         penalised_precision=penalised,
-        f1=_harmonic(penalised, recall),
-        composite_f1=_harmonic(point_precision, recall),
+        f1=harmonic_mean(penalised, recall),
+        composite_f1=harmonic_mean(point_precision, recall),
     )
 
 
@@ -166,14 +184,62 @@ def detection_delays(labels: ArrayLike, predictions: ArrayLike, *, lead: int = 0
     """Return, for every event, rows from its start to the first alarm inside it; NaN where it was missed.
 
     Args:
-        lead: an alarm up to so many rows before the start counts as delay 0 (an early warning); state it when used.
+        lead: an alarm up to so many rows before the start, but after the event before, counts as delay 0 (an early
+            warning); state it when used.
+
+    Raises:
+        ConfigError: negative lead.
+        DataError: different lengths, or values other than 0 and 1.
     """
-    y, p = _pair(labels, predictions)
-    delays = []
+    if lead < 0:
+        raise ConfigError(f"lead is {lead}; it counts rows before an event and must not be negative")
+    y, p = label_pair(labels, predictions)
+    delays, earlier = [], 0
     for start, stop in runs_of(y):
-        first = np.flatnonzero(p[max(start - lead, 0) : stop])
-        delays.append(max(float(first[0]) - min(lead, start), 0.0) if first.size else np.nan)
+        first = np.flatnonzero(p[max(start - lead, earlier) : stop])
+        delays.append(max(float(first[0]) + max(start - lead, earlier) - start, 0.0) if first.size else np.nan)
+        earlier = stop
     return np.array(delays, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class DelaySummary:
+    """Median rows until the first alarm over the detected events (NaN without any), their share, and the lead used."""
+
+    median: float
+    detected: float
+    lead: int
+
+
+def delay_summary(labels: ArrayLike, predictions: ArrayLike, *, lead: int = 0) -> DelaySummary:
+    """Return how late events were detected and how many; the median alone favours a detector that misses the hard ones.
+
+    Raises:
+        DataError: no labelled event, or see ``detection_delays``.
+    """
+    delays = detection_delays(labels, predictions, lead=lead)
+    if not delays.size:
+        raise DataError("there is no labelled event; a delay is undefined")
+    seen = delays[~np.isnan(delays)]
+    return DelaySummary(float(np.median(seen)) if seen.size else float("nan"), seen.size / delays.size, lead)
+
+
+def false_events_per_day(labels: ArrayLike, predictions: ArrayLike, rows_per_day: float) -> float:
+    """Return predicted segments that touch no event, per day of data.
+
+    Args:
+        rows_per_day: rows of one series in a day.
+
+    Raises:
+        ConfigError: not positive ``rows_per_day``.
+        DataError: no row, different lengths, or values other than 0 and 1.
+    """
+    if not rows_per_day > 0.0:
+        raise ConfigError(f"rows_per_day is {rows_per_day}; it must be positive")
+    y, p = label_pair(labels, predictions)
+    if not y.size:
+        raise DataError("there is no row; a rate per day is undefined")
+    return event_score(y, p).false_segments / y.size * rows_per_day
 
 
 def point_adjust(labels: ArrayLike, predictions: ArrayLike, *, percent: float = 0.0) -> BoolArray:
@@ -183,31 +249,84 @@ def point_adjust(labels: ArrayLike, predictions: ArrayLike, *, percent: float = 
 
     Source: Xu et al. (2018) for 0, Kim et al. (AAAI 2022) for PA%K.
     """
-    y, p = _pair(labels, predictions)
+    y, p = label_pair(labels, predictions)
     out = p.copy()
     for start, stop in runs_of(y):
-        out[start:stop] |= 100.0 * p[start:stop].mean() > percent
+        out[start:stop] |= 100 * int(p[start:stop].sum()) > percent * (stop - start)
     return out
 
 
-def best_adjusted_f1(labels: ArrayLike, scores: ArrayLike, *, percent: float = 0.0) -> float:
-    """Return the largest point-adjusted F1 over all thresholds (alarm if score >= threshold); see ``point_adjust``."""
-    y, s = labelled_scores(labels, scores)
+@dataclass(frozen=True)
+class AdjustedF1:
+    """Point-adjusted F1 of a score, never without that of a random one.
+
+    Attributes:
+        percents: K of PA%K; 0 is plain point adjustment, 100 none.
+        f1: [K] the largest F1 over all thresholds at each. random: [K] the same of a uniform random score.
+        threshold_rule: how thresholds were found: on the labels of the graded rows.
+    """
+
+    percents: tuple[float, ...]
+    f1: tuple[float, ...]
+    random: tuple[float, ...]
+    threshold_rule: str = "best over all thresholds, chosen on the labels"
+
+    def __str__(self) -> str:
+        """Return one line a percentage."""
+        rows = zip(self.percents, self.f1, self.random, strict=True)
+        lines = [f"PA%{k:g}: {f1:.3f} (random score: {chance:.3f})" for k, f1, chance in rows]
+        return "\n".join([*lines, f"threshold: {self.threshold_rule}"])
+
+
+PERCENTS = (0.0, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0)
+
+
+def best_adjusted_f1(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    *,
+    percents: Sequence[float] = PERCENTS,
+    missing: Missing = "refuse",
+    seed: int = 0,
+) -> AdjustedF1:
+    """Return the largest point-adjusted F1 over all thresholds for each percentage, with a random score's beside it.
+
+    For old tables only; see ``point_adjust``. An oracle, it reads the labels.
+
+    Args:
+        seed: of the random score.
+
+    Raises:
+        ConfigError: a percentage outside [0, 100].
+        DataError: see ``labelled_scores``.
+    """
+    wrong = [percent for percent in percents if not 0.0 <= percent <= 100.0]
+    if wrong:
+        raise ConfigError(f"percents {wrong} lie outside [0, 100]")
+    y, s = labelled_scores(labels, scores, missing=missing)
+    random = np.random.default_rng(seed).uniform(size=s.size)
+    found, chance = (_adjusted_f1(y, values, percents) for values in (s, random))
+    return AdjustedF1(tuple(float(percent) for percent in percents), found, chance)
+
+
+def _adjusted_f1(y: BoolArray, s: FloatArray, percents: Sequence[float]) -> tuple[float, ...]:
+    """Return the largest adjusted F1 for each percentage, from the counts of alarmed rows at every distinct score."""
     thresholds = _distinct(s)
-    gained = np.zeros(thresholds.size)
+    gained = np.zeros((len(percents), thresholds.size))
+    limits = np.array(percents, dtype=np.float64)[:, None]
     for start, stop in runs_of(y):
         inside = np.sort(s[start:stop])
         alarmed = inside.size - np.searchsorted(inside, thresholds, side="left")
-        gained += np.where(100.0 * alarmed / inside.size > percent, inside.size, alarmed)
+        gained += np.where(100 * alarmed > limits * inside.size, inside.size, alarmed)
     ordered = np.sort(s[~y])
     false = ordered.size - np.searchsorted(ordered, thresholds, side="left")
-    return float(np.max(2.0 * gained / (gained + false + y.sum())))
+    return tuple(np.max(2.0 * gained / (gained + false + y.sum()), axis=1).tolist())
 
 
 def hit_rate(ranked: Sequence[Sequence[str]], expected: Sequence[Sequence[str]], *, percent: float = 100.0) -> float:
     """Return HitRate@P%: the share of an event's expected variates G among its first ``floor(P |G| / 100)`` ranked.
 
-    Averaged over all events, also undetected ones (give those an empty ranking). Chance level: mean of |G| / V.
+    Averaged over all events, also undetected ones (give those an empty ranking). Chance: ``hit_rate_chance``.
 
     Source: Su et al. (2019), InterFusion's ``cal_IPS``.
     """
@@ -217,9 +336,21 @@ def hit_rate(ranked: Sequence[Sequence[str]], expected: Sequence[Sequence[str]],
     for order, wanted in zip(ranked, expected, strict=True):
         if not wanted:
             raise DataError("an event without expected variates cannot be graded; leave it out")
-        top = set(order[: int(percent / 100.0 * len(set(wanted)))])
+        top = set(order[: int(percent * len(set(wanted)) // 100)])
         shares.append(len(top & set(wanted)) / len(set(wanted)))
     return float(np.mean(shares))
+
+
+def hit_rate_chance(expected: Sequence[Sequence[str]], num_variates: int, *, percent: float = 100.0) -> float:
+    """Return the expected HitRate@P% of variates in random order; at 100 % the mean of |G| / V.
+
+    Raises:
+        DataError: no event, or more expected variates in one than there are.
+    """
+    sizes = [len(set(wanted)) for wanted in expected]
+    if not sizes or max(sizes) > num_variates:
+        raise DataError(f"{len(sizes)} events with up to {max(sizes, default=0)} of {num_variates} variates expected")
+    return float(np.mean([min(percent * size // 100, num_variates) / num_variates for size in sizes]))
 
 
 def _flags(values: ArrayLike, what: str) -> BoolArray:
@@ -229,7 +360,12 @@ def _flags(values: ArrayLike, what: str) -> BoolArray:
     return raw.astype(bool)
 
 
-def _pair(labels: ArrayLike, predictions: ArrayLike) -> tuple[BoolArray, BoolArray]:
+def label_pair(labels: ArrayLike, predictions: ArrayLike) -> tuple[BoolArray, BoolArray]:
+    """Return labels and predictions [N] as flags.
+
+    Raises:
+        DataError: different lengths, or values other than 0 and 1.
+    """
     y, p = _flags(labels, "labels"), _flags(predictions, "predictions")
     if y.size != p.size:
         raise DataError(f"{y.size} labels but {p.size} predictions; they must be of the same rows")
@@ -252,5 +388,6 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
 
 
-def _harmonic(a: float, b: float) -> float:
+def harmonic_mean(a: float, b: float) -> float:
+    """Return the harmonic mean of two shares, 0 if both are."""
     return 0.0 if a == 0.0 and b == 0.0 else 2.0 * a * b / (a + b)
