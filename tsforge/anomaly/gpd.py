@@ -5,12 +5,13 @@ Legend: u threshold, x = s - u excess, gamma shape, sigma scale, N_u number of e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 
 from tsforge.core.errors import DataError
 
@@ -95,25 +96,43 @@ def fit_tail(
             f"a tail model needs {MIN_EXCESSES} scores above the {level:g} quantile, {s.size} calibration scores leave "
             f"{x.size}; calibrate on at least {int(np.ceil((MIN_EXCESSES + 1) / (1 - level)))} rows or lower tail_level"
         )
+    return fit_excesses(x, u=u, num_excesses=int(x.size), num_scores=int(s.size), shape=shape, method=method)
+
+
+def fit_excesses(
+    excesses: FloatArray,
+    *,
+    u: float,
+    num_excesses: int,
+    num_scores: int,
+    shape: Literal["free", "nonnegative"] = "free",
+    method: Literal["likelihood", "moments"] = "likelihood",
+) -> ParetoTail:
+    """Return the tail above ``u`` from its excesses [K], which may be the most recent of ``num_excesses`` only.
+
+    Raises:
+        DataError: the excesses do not differ, or are infinite.
+    """
+    x = excesses
     low = 0.0 if shape == "nonnegative" else -SHAPE_LIMIT
     mean = float(x.mean())
-    spread = float(x.var(ddof=1))
-    if not np.isfinite(mean) or spread <= (1e-12 * mean) ** 2:
+    spread = float((x / mean).var(ddof=1)) if np.isfinite(mean) and mean > 0.0 else 0.0
+    if spread <= 1e-24:
         raise DataError(f"the {x.size} scores above {u:g} do not differ or are infinite; no tail can be fitted")
-    gamma, sigma = _moments(mean, spread, low)
+    gamma, sigma = _moments(spread, low)
     if method == "likelihood":
-        gamma, sigma = _likelihood(x / mean, low, start=(gamma, sigma / mean))
-        sigma *= mean
-    return ParetoTail(u=u, gamma=gamma, sigma=sigma, num_excesses=int(x.size), num_scores=int(s.size))
+        gamma, sigma = _likelihood(x / mean, low, start=(gamma, sigma))
+    return ParetoTail(u=u, gamma=gamma, sigma=sigma * mean, num_excesses=num_excesses, num_scores=num_scores)
 
 
-def _moments(mean: float, variance: float, low: float) -> tuple[float, float]:
-    ratio = mean**2 / variance
+def _moments(variance: float, low: float) -> tuple[float, float]:
+    """Return shape and scale of excesses with mean 1."""
+    ratio = 1.0 / variance
     gamma = 0.5 * (1.0 - ratio)
     if low <= gamma <= SHAPE_LIMIT:
-        return gamma, 0.5 * mean * (ratio + 1.0)
+        return gamma, 0.5 * (ratio + 1.0)
     gamma = float(np.clip(gamma, low, SHAPE_LIMIT))
-    return gamma, mean * (1.0 - gamma)  # the mean of a generalised Pareto variable is sigma / (1 - gamma)
+    return gamma, 1.0 - gamma  # the mean of a generalised Pareto variable is sigma / (1 - gamma)
 
 
 def _negative_log_likelihood(x: FloatArray, gamma: float, sigma: float) -> float:
@@ -132,7 +151,8 @@ def _likelihood(x: FloatArray, low: float, start: tuple[float, float]) -> tuple[
     """Return the bounded maximum-likelihood shape and scale of excesses with mean 1.
 
     For a fixed ratio theta = gamma / sigma the best shape is mean(log(1 + theta x)), so one number is searched for. It
-    grows with theta, so bounds on the shape are bounds on theta; on a bound, sigma is fitted alone.
+    grows with theta, so bounds on the shape are bounds on theta; on a bound, sigma is fitted alone. At a shape of 0 the
+    mean is the best scale.
     """
     edge = -1.0 / float(x.max())
 
@@ -155,22 +175,25 @@ def _likelihood(x: FloatArray, low: float, start: tuple[float, float]) -> tuple[
     theta = float(minimize_scalar(profile, bounds=bracket, method="bounded", options={"xatol": 1e-10}).x)
     if abs(theta) >= _NEAR_ZERO:
         candidates.append((shape_at(theta), shape_at(theta) / theta))
-    candidates += [(gamma, _best_scale(x, gamma)) for gamma in {low, 0.0, SHAPE_LIMIT}]
+    candidates.append((0.0, 1.0))
+    if best == 0 and low < 0.0:
+        candidates.append((low, _best_scale(x, low)))
+    if best == grid.size - 1:
+        candidates.append((SHAPE_LIMIT, _best_scale(x, SHAPE_LIMIT)))
     return min(candidates, key=lambda pair: _negative_log_likelihood(x, *pair))
 
 
-def _solve_shape(shape_at: Any, target: float, left: float, right: float) -> float:
+def _solve_shape(shape_at: Callable[[float], float], target: float, left: float, right: float) -> float:
     """Return theta in [left, right] with the wanted shape; the nearer end when it is not reached."""
-    for _ in range(80):
-        middle = 0.5 * (left + right)
-        left, right = (middle, right) if shape_at(middle) < target else (left, middle)
-    return 0.5 * (left + right)
+    if shape_at(left) >= target:
+        return left
+    if shape_at(right) <= target:
+        return right
+    return float(brentq(lambda theta: shape_at(theta) - target, left, right, xtol=1e-14, rtol=1e-14))
 
 
 def _best_scale(x: FloatArray, gamma: float) -> float:
-    """Return the maximum-likelihood scale at a fixed shape."""
-    if gamma == 0.0:
-        return float(x.mean())
+    """Return the maximum-likelihood scale at a fixed shape other than 0."""
     smallest = -gamma * float(x.max()) * (1.0 + 1e-9) if gamma < 0.0 else 1e-6
     found = minimize_scalar(
         lambda sigma: _negative_log_likelihood(x, gamma, sigma),

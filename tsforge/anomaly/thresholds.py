@@ -2,95 +2,61 @@
 
 Every rule offers ``fit(calibration)``, ``step(score)``, ``run(scores)`` and a JSON-ready ``state()``; a missing score
 (NaN) never alarms and never enters a rule's memory. "Contamination" (flag the top x % of the scored span) is not here
-on purpose: it always alarms.
+on purpose: it always alarms. Here are fixed levels and plain quantiles, and the two functions that know every rule;
+``extreme_rules``, ``adaptive_rules`` and ``fdr_rule`` hold the others.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from tsforge.anomaly.config import BudgetRule, FixedRule, QuantileRule, RollingQuantileRule
+from tsforge.anomaly.adaptive_rules import Adaptive, EwNormalised
+from tsforge.anomaly.config import (
+    AdaptiveRule,
+    BudgetRule,
+    CalibrationConfig,
+    DspotRule,
+    EwNormalisedRule,
+    FdrRule,
+    FixedRule,
+    PotRule,
+    QuantileRule,
+    RollingQuantileRule,
+    RuleConfig,
+    SpotRule,
+)
+from tsforge.anomaly.extreme_rules import Dspot, Pot, Spot
+from tsforge.anomaly.fdr_rule import FalseDiscoveryRate
 from tsforge.anomaly.rolling import RollingLargest
+from tsforge.anomaly.rule_base import (
+    Decision,
+    Decisions,
+    ThresholdRule,
+    calibration_sample,
+    constant_decisions,
+    low_alpha,
+    not_fitted,
+    upper_rank,
+)
 from tsforge.core.errors import ConfigError, DataError
 
-FloatArray = NDArray[np.float64]
-LONGEST_ALPHA = 0.5  # an event's low level is never below the median score
+__all__ = [
+    "Decision",
+    "Decisions",
+    "Fixed",
+    "Quantile",
+    "RollingQuantile",
+    "ThresholdRule",
+    "budget_alpha",
+    "build_rule",
+    "default_window",
+    "restore_rule",
+]
 MIN_WINDOW = 5_000
-
-
-class Decision(NamedTuple):
-    """One row judged: alarm if ``score > threshold``; an open event stays open while ``score > low``."""
-
-    alarm: bool
-    threshold: float
-    low: float
-
-
-class Decisions(NamedTuple):
-    """Many rows judged; all arrays [N]."""
-
-    alarm: NDArray[np.bool_]
-    threshold: FloatArray
-    low: FloatArray
-
-
-def upper_rank(alpha: float, size: int) -> int:
-    """Return k such that the k-th largest of ``size`` scores is the ``ceil((1 - alpha)(size + 1))``-th smallest.
-
-    Where that rank lies beyond the sample (alpha < 1 / (size + 1)) the largest score is taken: k = 1.
-    """
-    return max(1, min(size, math.floor(alpha * (size + 1) + 1e-9)))
-
-
-class ThresholdRule(ABC):
-    """A causal rule with serialisable state."""
-
-    kind: str
-    learns = False
-    """Whether judged scores change later judgements."""
-
-    @abstractmethod
-    def fit(self, calibration: ArrayLike) -> Self:
-        """Start from calibration scores in time order (NaN is left out); returns the rule itself."""
-
-    @abstractmethod
-    def step(self, score: float) -> Decision:
-        """Judge one score, then learn from it where the rule learns."""
-
-    def run(self, scores: ArrayLike) -> Decisions:
-        """Judge scores in time order: the same as repeated ``step``."""
-        s = np.asarray(scores, dtype=np.float64).ravel()
-        alarm, threshold, low = np.zeros(s.size, dtype=bool), np.empty(s.size), np.empty(s.size)
-        step = self.step
-        for i, score in enumerate(s.tolist()):
-            alarm[i], threshold[i], low[i] = step(score)
-        return Decisions(alarm, threshold, low)
-
-    @property
-    @abstractmethod
-    def alpha(self) -> float | None:
-        """Return the nominal share of alarms on normal rows, None where none is promised."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Return the rule and its settings in one canonical string, part of event ids."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Return settings and memory as plain JSON types; ``restore_rule`` reads them back."""
-
-
-def _sample(calibration: ArrayLike, kind: str) -> FloatArray:
-    s = np.asarray(calibration, dtype=np.float64).ravel()
-    s = s[~np.isnan(s)]
-    if not s.size:
-        raise DataError(f"rule {kind} needs calibration scores and got none that is a number")
-    return s
 
 
 class Fixed(ThresholdRule):
@@ -111,7 +77,7 @@ class Fixed(ThresholdRule):
 
     def run(self, scores: ArrayLike) -> Decisions:
         """Judge scores in time order."""
-        return _constant(scores, self.value, self.value)
+        return constant_decisions(scores, self.value, self.value)
 
     @property
     def alpha(self) -> float | None:
@@ -126,6 +92,11 @@ class Fixed(ThresholdRule):
         """Return the level."""
         return {"kind": self.kind, "value": self.value}
 
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> Self:
+        """Return the rule whose ``state()`` this is."""
+        return cls(state["value"])
+
 
 class Quantile(ThresholdRule):
     """The calibration score that a share alpha exceeded; static."""
@@ -138,9 +109,9 @@ class Quantile(ThresholdRule):
 
     def fit(self, calibration: ArrayLike) -> Self:
         """Set both levels from the calibration scores."""
-        ordered = np.sort(_sample(calibration, self.kind))
+        ordered = np.sort(calibration_sample(calibration, self.kind))
         self.threshold = float(ordered[-upper_rank(self._alpha, ordered.size)])
-        self.low = float(ordered[-upper_rank(_low_alpha(self._alpha, self.low_factor), ordered.size)])
+        self.low = float(ordered[-upper_rank(low_alpha(self._alpha, self.low_factor), ordered.size)])
         return self
 
     def step(self, score: float) -> Decision:
@@ -149,7 +120,7 @@ class Quantile(ThresholdRule):
 
     def run(self, scores: ArrayLike) -> Decisions:
         """Judge scores in time order."""
-        return _constant(scores, self.threshold, self.low)
+        return constant_decisions(scores, self.threshold, self.low)
 
     @property
     def alpha(self) -> float | None:
@@ -170,40 +141,56 @@ class Quantile(ThresholdRule):
             "low": self.low,
         }
 
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> Self:
+        """Return the rule whose ``state()`` this is."""
+        rule = cls(state["alpha"], low_factor=state["low_factor"])
+        rule.threshold, rule.low = float(state["threshold"]), float(state["low"])
+        return rule
+
 
 class RollingQuantile(ThresholdRule):
-    """The same level over the last ``window`` scores, flagged ones included.
+    """The same level over the last ``window`` scores, flagged ones included unless ``exclude_flagged`` says otherwise.
 
     Every score is judged against the window before it. Calibration scores are the start of the window, which then grows
     to its full length. Leaving flagged rows out sounds prudent and is fatal after a level shift: everything is flagged,
-    nothing is learnt, alarms never end.
+    nothing is learnt, alarms never end. Hence at most ``exclude_flagged`` flagged rows in a row stay outside the
+    window; those after them enter it, until a row that is not flagged.
     """
 
     kind = "rolling_quantile"
     learns = True
 
-    def __init__(self, alpha: float, window: int, *, low_factor: float = 5.0) -> None:
+    def __init__(self, alpha: float, window: int, *, low_factor: float = 5.0, exclude_flagged: int = 0) -> None:
         self._alpha, self.window, self.low_factor = float(alpha), int(window), float(low_factor)
+        self.exclude_flagged = int(exclude_flagged)
         self._memory = RollingLargest(self.window)
+        self._excluded = 0  # flagged rows left out in a row
 
     def fit(self, calibration: ArrayLike) -> Self:
         """Start the window with the calibration scores, the most recent ones if there are too many."""
-        self._memory = RollingLargest(self.window, _sample(calibration, self.kind))
+        self._memory = RollingLargest(self.window, calibration_sample(calibration, self.kind))
+        self._excluded = 0
         return self
 
     def step(self, score: float) -> Decision:
         """Judge one score against the window before it, then take it into the window."""
         memory = self._memory
         if not memory.size:
-            raise DataError("rule rolling_quantile was not fitted; call fit(calibration) before step or run")
+            raise not_fitted(self.kind)
         threshold, low = self._levels()
-        if score == score:  # a missing score is NaN, the only value that differs from itself
+        alarm = score > threshold
+        if alarm and self._excluded < self.exclude_flagged:
+            self._excluded += 1
+        elif score == score:  # a missing score is NaN, the only value that differs from itself
             memory.push(score)
-        return Decision(score > threshold, threshold, low)
+            if not alarm:
+                self._excluded = 0
+        return Decision(alarm, threshold, low)
 
     def run(self, scores: ArrayLike) -> Decisions:
         """Judge scores in time order: the same as repeated ``step``, faster."""
-        if not self._memory.size:
+        if self.exclude_flagged or not self._memory.size:
             return super().run(scores)
         s = np.asarray(scores, dtype=np.float64).ravel()
         seen = ~np.isnan(s)
@@ -216,7 +203,7 @@ class RollingQuantile(ThresholdRule):
             return Decisions(s > threshold, threshold, np.append(low, last_low)[before])
 
     def _ranks(self, size: int) -> tuple[int, int]:
-        return upper_rank(self._alpha, size), upper_rank(_low_alpha(self._alpha, self.low_factor), size)
+        return upper_rank(self._alpha, size), upper_rank(low_alpha(self._alpha, self.low_factor), size)
 
     def _levels(self) -> tuple[float, float]:
         small, large = self._ranks(self._memory.size)
@@ -230,8 +217,9 @@ class RollingQuantile(ThresholdRule):
         return self._alpha
 
     def describe(self) -> str:
-        """Return ``rolling_quantile(alpha=..., window=...)``."""
-        return f"rolling_quantile(alpha={self._alpha:.6g},window={self.window})"
+        """Return ``rolling_quantile(alpha=..., window=...)``, with the exclusions where there may be any."""
+        excluded = f",exclude_flagged={self.exclude_flagged}" if self.exclude_flagged else ""
+        return f"rolling_quantile(alpha={self._alpha:.6g},window={self.window}{excluded})"
 
     def state(self) -> dict[str, Any]:
         """Return settings and the window, oldest score first."""
@@ -240,18 +228,29 @@ class RollingQuantile(ThresholdRule):
             "alpha": self._alpha,
             "window": self.window,
             "low_factor": self.low_factor,
+            "exclude_flagged": self.exclude_flagged,
+            "excluded": self._excluded,
             "scores": self._memory.values().tolist(),
         }
 
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> Self:
+        """Return the rule whose ``state()`` this is."""
+        rule = cls(
+            state["alpha"],
+            state["window"],
+            low_factor=state["low_factor"],
+            exclude_flagged=state["exclude_flagged"],
+        )
+        rule._memory = RollingLargest(rule.window, state["scores"])
+        rule._excluded = state["excluded"]
+        return rule
 
-def _low_alpha(alpha: float, factor: float) -> float:
-    return min(max(alpha, LONGEST_ALPHA), alpha * factor)
 
-
-def _constant(scores: ArrayLike, threshold: float, low: float) -> Decisions:
-    s = np.asarray(scores, dtype=np.float64).ravel()
-    with np.errstate(invalid="ignore"):
-        return Decisions(s > threshold, np.full(s.size, threshold), np.full(s.size, low))
+RULES: dict[str, type[ThresholdRule]] = {
+    rule.kind: rule
+    for rule in (Fixed, Quantile, RollingQuantile, Pot, Spot, Dspot, Adaptive, EwNormalised, FalseDiscoveryRate)
+}
 
 
 def restore_rule(state: dict[str, Any]) -> ThresholdRule:
@@ -262,15 +261,8 @@ def restore_rule(state: dict[str, Any]) -> ThresholdRule:
     """
     try:
         kind = state["kind"]
-        if kind == Fixed.kind:
-            return Fixed(state["value"])
-        if kind == Quantile.kind:
-            static = Quantile(state["alpha"], low_factor=state["low_factor"])
-            static.threshold, static.low = float(state["threshold"]), float(state["low"])
-            return static
-        if kind == RollingQuantile.kind:
-            rolling = RollingQuantile(state["alpha"], state["window"], low_factor=state["low_factor"])
-            return rolling.fit(state["scores"]) if state["scores"] else rolling
+        if kind in RULES:
+            return RULES[kind].restore(state)
     except KeyError as error:
         raise DataError(f"the stored state of a threshold rule lacks {error}; fit the rule again") from error
     raise DataError(f"the stored state names the unknown rule {kind!r}; fit the rule again")
@@ -302,12 +294,13 @@ def budget_alpha(config: BudgetRule, points_per_day: float | None, num_series: i
 
 
 def build_rule(
-    config: BudgetRule | RollingQuantileRule | QuantileRule | FixedRule,
+    config: RuleConfig,
     *,
     low_factor: float = 5.0,
     points_per_day: float | None = None,
     season_length: int | None = None,
     num_series: int = 1,
+    calibration: CalibrationConfig | None = None,
 ) -> ThresholdRule:
     """Return the rule a config asks for, not yet fitted.
 
@@ -315,11 +308,55 @@ def build_rule(
         low_factor: the low level is the quantile of ``low_factor * alpha``.
         points_per_day: rows a day of the grid. season_length: rows of the longest season.
         num_series: how many series share a total budget.
+        calibration: how rules that judge p-values make them.
     """
-    if isinstance(config, FixedRule):
-        return Fixed(config.value)
-    if isinstance(config, QuantileRule):
-        return Quantile(config.alpha, low_factor=low_factor)
-    alpha = budget_alpha(config, points_per_day, num_series) if isinstance(config, BudgetRule) else config.alpha
-    window = config.window or default_window(alpha, season_length)
-    return RollingQuantile(alpha, window, low_factor=low_factor)
+    match config:
+        case FixedRule():
+            return Fixed(config.value)
+        case QuantileRule():
+            return Quantile(config.alpha, low_factor=low_factor)
+        case PotRule():
+            return Pot(config.risk, level=config.level, shape=config.tail_shape, low_factor=low_factor)
+        case DspotRule() | SpotRule():
+            return _spot(config, low_factor)
+        case EwNormalisedRule():
+            return EwNormalised(config.alpha, config.half_life, low_factor=low_factor)
+        case FdrRule():
+            return FalseDiscoveryRate(config, calibration or CalibrationConfig(), low_factor=low_factor)
+        case AdaptiveRule():
+            window = config.window or default_window(config.alpha, season_length)
+            return Adaptive(config.alpha, config.gain, window, low_factor=low_factor)
+        case BudgetRule() | RollingQuantileRule():
+            return _rolling(config, low_factor, points_per_day, season_length, num_series)
+
+
+def _spot(config: SpotRule | DspotRule, low_factor: float) -> Spot:
+    settings: dict[str, Any] = {
+        "level": config.level,
+        "shape": config.tail_shape,
+        "exclude_flagged": config.exclude_flagged,
+        "max_excesses": config.max_excesses,
+        "low_factor": low_factor,
+    }
+    return (
+        Dspot(config.risk, config.depth, **settings) if isinstance(config, DspotRule) else Spot(config.risk, **settings)
+    )
+
+
+def _rolling(
+    config: BudgetRule | RollingQuantileRule,
+    low_factor: float,
+    points_per_day: float | None,
+    season_length: int | None,
+    num_series: int,
+) -> RollingQuantile:
+    if isinstance(config, BudgetRule):
+        alpha, exclude_flagged = budget_alpha(config, points_per_day, num_series), 0
+    else:
+        alpha, exclude_flagged = config.alpha, config.exclude_flagged
+    return RollingQuantile(
+        alpha,
+        config.window or default_window(alpha, season_length),
+        low_factor=low_factor,
+        exclude_flagged=exclude_flagged,
+    )

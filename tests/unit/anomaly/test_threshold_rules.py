@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tsforge.anomaly.config import BudgetRule, DetectConfig, FixedRule, QuantileRule, RollingQuantileRule
+from tsforge.anomaly.rule_base import upper_rank
 from tsforge.anomaly.thresholds import (
     Fixed,
     Quantile,
@@ -18,7 +19,6 @@ from tsforge.anomaly.thresholds import (
     build_rule,
     default_window,
     restore_rule,
-    upper_rank,
 )
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError
@@ -105,16 +105,60 @@ def test_a_level_shift_is_learnt_within_one_window_while_leaving_flagged_rows_ou
     alpha, window = 0.01, 1_000
     calibration = generator.standard_normal(window)
     shifted = generator.standard_normal(6_000) + 6.0
-    rate = RollingQuantile(alpha, window).fit(calibration).run(shifted).alarm[window:].mean()
-    assert rate < 3 * alpha
-    kept = list(calibration)  # the prudent-looking variant, kept here as the reason for the default
-    alarms = 0
-    for score in shifted[:3_000]:
-        is_alarm = score > np.sort(kept[-window:])[-upper_rank(alpha, window)]
-        alarms += is_alarm
-        if not is_alarm:
-            kept.append(score)
-    assert alarms / 3_000 > 0.9
+
+    def rate(excluded: int) -> float:
+        """Checklist 6."""
+        rule = RollingQuantile(alpha, window, exclude_flagged=excluded).fit(calibration)
+        return float(rule.run(shifted).alarm[window:].mean())
+
+    assert rate(0) < 3 * alpha
+    assert rate(10**9) > 0.9  # the prudent-looking variant, the reason for the default
+    assert 3 * alpha < rate(5) < 0.8  # a cap helps, but little
+
+
+def test_only_so_many_alarms_in_a_row_stay_outside_the_window() -> None:
+    generator = np.random.default_rng(3)
+    calibration, scores = generator.standard_normal(80), generator.standard_normal(500)
+    scores[::7] += 4.0
+    scores[100:130] += 9.0
+    scores[110:113] = np.nan
+    found = RollingQuantile(0.05, 100, exclude_flagged=4).fit(calibration).run(scores)
+    seen, excluded = list(calibration), 0
+    for i, score in enumerate(scores.tolist()):
+        level = naive_level(np.array(seen[-100:]), 0.05)
+        assert found.threshold[i] == level
+        assert found.alarm[i] == (score > level)
+        if score > level and excluded < 4:
+            excluded += 1
+        elif not np.isnan(score):
+            seen.append(score)
+            excluded = excluded if score > level else 0
+    assert 40 < found.alarm.sum() < 120
+
+
+def test_a_state_stored_in_a_run_of_alarms_knows_how_many_were_left_out() -> None:
+    """Checklist 7, at every cut of a run that is longer than the cap."""
+    generator = np.random.default_rng(4)
+    calibration, scores = generator.standard_normal(80), generator.standard_normal(40)
+    scores[10:25] += 9.0
+    whole = RollingQuantile(0.05, 100, exclude_flagged=6).fit(calibration).run(scores)
+    left_out = set()
+    for cut in range(8, 27):
+        rule = RollingQuantile(0.05, 100, exclude_flagged=6).fit(calibration)
+        rule.run(scores[:cut])
+        left_out.add(rule.state()["excluded"])
+        again = restore_rule(json.loads(json.dumps(rule.state())))
+        np.testing.assert_array_equal(again.run(scores[cut:]).threshold, whole.threshold[cut:])
+    assert left_out == set(range(7))
+
+
+def test_fitting_again_forgets_what_was_judged() -> None:
+    generator = np.random.default_rng(5)
+    calibration, scores = generator.standard_normal(80), generator.standard_normal(30) + 9.0
+    for rule in (RollingQuantile(0.05, 100, exclude_flagged=40), RollingQuantile(0.05, 100), Quantile(0.05)):
+        fresh = rule.fit(calibration).state()
+        rule.run(scores)
+        assert rule.fit(calibration).state() == fresh
 
 
 def test_missing_scores_neither_alarm_nor_enter_the_memory() -> None:
@@ -167,6 +211,8 @@ def test_rules_are_built_from_config() -> None:
     assert build_rule(RollingQuantileRule(alpha=0.05, window=300)).describe().endswith("window=300)")
     assert build_rule(QuantileRule(alpha=0.05)).alpha == 0.05
     assert build_rule(FixedRule(value=3.0)).alpha is None
+    capped = build_rule(RollingQuantileRule(alpha=0.05, window=300, exclude_flagged=7))
+    assert capped.describe() == "rolling_quantile(alpha=0.05,window=300,exclude_flagged=7)"
 
 
 def test_a_rule_without_a_kind_is_a_budget_and_mistakes_are_named() -> None:
