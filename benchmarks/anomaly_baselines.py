@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from tsforge.anomaly.baselines import BASELINES, build_baseline
-from tsforge.anomaly.scorers import smooth
+from tsforge.anomaly.smoothing import Exponential
 from tsforge.anomaly.thresholds import Quantile, RollingQuantile, ThresholdRule
 from tsforge.metrics.anomaly import auc_pr, best_f1, runs_of
 from tsforge.metrics.vus import vus
@@ -50,7 +50,7 @@ def score_table(folder: Path, *, with_vus: bool) -> pl.DataFrame:
             scores = build_baseline(name).fit(train[: int(FIT_SHARE * len(train))]).score(test)
             variants = {name: scores}
             if name.startswith("var1"):
-                variants[f"{name}, smoothed"] = smooth(scores, SMOOTHING)
+                variants[f"{name}, smoothed"] = Exponential(SMOOTHING).run(scores)
             for label, values in variants.items():
                 row = [auc_pr(labels, values), best_f1(labels, values).f1]
                 if with_vus:

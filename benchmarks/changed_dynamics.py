@@ -25,7 +25,7 @@ import torch
 from tsforge.anomaly.baselines import build_baseline
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
-from tsforge.anomaly.scorers import smooth
+from tsforge.anomaly.smoothing import Exponential
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.artifact import Artifact
 from tsforge.contracts.tables import JOINT
@@ -108,10 +108,12 @@ def baseline_scores(values: np.ndarray) -> dict[str, np.ndarray]:
     found = {}
     for name in BASELINES:
         scorer = build_baseline(name).fit(values[:TRAIN])
-        found[name] = smooth(scorer.score(values), SMOOTHING)[TRAIN + SCALE :]
+        found[name] = Exponential(SMOOTHING).run(scorer.score(values))[TRAIN + SCALE :]
     stacked = np.concatenate([values[DELAYS - 1 - k : len(values) - k] for k in range(DELAYS)], axis=1)
     scorer = build_baseline("pca_residual").fit(stacked[: TRAIN - DELAYS + 1])
-    found[f"pca_residual of {DELAYS} rows"] = smooth(scorer.score(stacked), SMOOTHING)[TRAIN + SCALE - DELAYS + 1 :]
+    found[f"pca_residual of {DELAYS} rows"] = Exponential(SMOOTHING).run(scorer.score(stacked))[
+        TRAIN + SCALE - DELAYS + 1 :
+    ]
     return found
 
 

@@ -193,6 +193,14 @@ class EnsembleNetwork(ForecastNetwork):
         tail: Tensor = torch.special.log_ndtr(-self._normal_score(batch, y).abs()) + _LOG2
         return tail
 
+    def log_density(self, batch: Batch, y: Tensor) -> Tensor:
+        """Refuse: quantiles are averaged, which leaves no density.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError("an ensemble averages quantiles and has no density; use tail scores")
+
     @torch.no_grad()
     def components(self, batch: Batch) -> dict[str, Tensor]:
         """Return what each member adds to the mean forecast, [B, H, V] in data units; the parts sum to it."""

@@ -14,16 +14,14 @@ from tsforge.core.errors import DataError
 FloatArray = NDArray[np.float64]
 
 
-def conformal_p_values(
-    calibration: ArrayLike, scores: ArrayLike, *, generator: np.random.Generator | None = None
-) -> FloatArray:
+def conformal_p_values(calibration: ArrayLike, scores: ArrayLike, *, tie_break: ArrayLike | None = None) -> FloatArray:
     """Return ``p = (1 + #{c_i >= s}) / (n + 1)`` of every score; NaN stays NaN.
 
     Args:
         calibration: scores of normal rows; NaN is left out.
         scores: scores to judge.
-        generator: breaks ties at random, which makes p exactly uniform for exchangeable scores; without it ties count
-            against the alarm.
+        tie_break: independent uniform numbers, one a score, that place it among the calibration scores equal to it;
+            p is then exactly uniform for exchangeable scores. Without it ties count against the alarm.
 
     Raises:
         DataError: no calibration score at all.
@@ -32,14 +30,33 @@ def conformal_p_values(
     sample = np.sort(sample[~np.isnan(sample)])
     if not sample.size:
         raise DataError("no calibration score is a number; p-values need scores of normal rows")
+    return _ranked(sample, scores, tie_break)
+
+
+def _ranked(sample: FloatArray, scores: ArrayLike, tie_break: ArrayLike | None = None) -> FloatArray:
+    """Return ``conformal_p_values`` for a sample that is sorted and complete."""
     s = np.asarray(scores, dtype=np.float64)
     at_least = sample.size - np.searchsorted(sample, s, side="left")
-    if generator is None:
+    if tie_break is None:
         p = (1.0 + at_least) / (sample.size + 1.0)
     else:
         above = sample.size - np.searchsorted(sample, s, side="right")
-        p = (above + generator.uniform(size=s.shape) * (1.0 + at_least - above)) / (sample.size + 1.0)
+        p = (above + np.asarray(tie_break, dtype=np.float64) * (1.0 + at_least - above)) / (sample.size + 1.0)
     return np.where(np.isnan(s), np.nan, p)
+
+
+def row_uniforms(seed: int, rows: ArrayLike) -> FloatArray:
+    """Return a uniform number in (0, 1) for each row number; it depends on the seed and that row alone.
+
+    So a tie falls the same way in a batch run, on a stream and after a restart. Source: the finaliser of SplitMix64
+    (Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators).
+    """
+    x = np.asarray(rows, dtype=np.int64).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        x = (x + np.uint64(seed % 2**32) * np.uint64(2**32) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
 
 
 def effective_size(scores: ArrayLike) -> float:
@@ -80,17 +97,31 @@ class Calibration:
     Attributes:
         sample: sorted calibration scores. tail: tail model above its ``u``, None = conformal everywhere.
         effective: independent rows behind the sample. note: why there is no tail model, else empty.
+        seed: of random ties, None = ties count against the alarm.
     """
 
     sample: FloatArray
     tail: ParetoTail | None
     effective: float
     note: str = ""
+    seed: int | None = None
 
-    def p_values(self, scores: ArrayLike) -> FloatArray:
-        """Return the p-value of every score: conformal up to ``tail.u``, by the tail model above; NaN stays NaN."""
+    def p_values(self, scores: ArrayLike, rows: ArrayLike | None = None) -> FloatArray:
+        """Return the p-value of every score: conformal up to ``tail.u``, by the tail model above; NaN stays NaN.
+
+        Args:
+            scores: [N]. rows: [N] their absolute grid rows, needed where ties are broken at random.
+
+        Raises:
+            DataError: random ties without row numbers.
+        """
         s = np.asarray(scores, dtype=np.float64)
-        p = conformal_p_values(self.sample, s)
+        if self.seed is None:
+            p = _ranked(self.sample, s)
+        elif rows is None:
+            raise DataError("calibration.ties=random: p-values need the row numbers of their scores")
+        else:
+            p = _ranked(self.sample, s, row_uniforms(self.seed, rows))
         if self.tail is None:
             return p
         return np.where(s > self.tail.u, self.tail.survival(s), p)
@@ -112,12 +143,14 @@ def fit_calibration(
     method: Literal["auto", "conformal", "gpd"] = "auto",
     level: float = 0.98,
     shape: Literal["free", "nonnegative"] = "nonnegative",
+    seed: int | None = None,
 ) -> Calibration:
     """Return a calibration from scores of normal rows in time order (NaN is left out).
 
     Args:
         method: ``auto`` uses the tail model where it can be fitted, else conformal with a note; ``gpd`` refuses.
         level, shape: of the tail model, see ``fit_tail``.
+        seed: break ties at random by row; None counts them against the alarm.
 
     Raises:
         DataError: no score, or ``gpd`` with fewer than 50 excesses.
@@ -134,4 +167,4 @@ def fit_calibration(
             if method == "gpd":
                 raise
             note = f"p-values are conformal: {error}"
-    return Calibration(sample=np.sort(recent), tail=tail, effective=effective_size(s), note=note)
+    return Calibration(sample=np.sort(recent), tail=tail, effective=effective_size(s), note=note, seed=seed)

@@ -2,26 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from tsforge.anomaly.incidents import check_grouping
 from tsforge.core.config import Config
 
 JointName = Literal["mahalanobis", "mean_abs", "max_abs", "top_k", "fisher"]
 HorizonReduction = Literal["first", "last", "median", "max"]
-WINDOW_KINDS = ("spectrum", "states", "regions")
+ScoreKind = Literal[
+    "normalised", "tail", "interval", "nll", "growth", "spectrum", "states", "regions", "reconstruction", "latent"
+]
+FORECAST_KINDS = ("normalised", "tail", "interval", "nll", "growth")
+ANSWERS = {
+    "growth": "free run further off than its dynamics explain",
+    "spectrum": "changed dynamics",
+    "states": "changed dynamics",
+    "regions": "changed dynamics",
+    "reconstruction": "row at odds with its window",
+    "latent": "unfamiliar regime",
+}
+"""What a high score of a kind means, where it is not a bad forecast."""
+DYNAMIC_KINDS = ("spectrum", "states", "regions")
 DEFAULT_WINDOW = 400
+RECONSTRUCTED_ROWS = 16
+
+
+class ExponentialSmoothing(Config):
+    """``S[t] = a s[t] + (1 - a) S[t-1]``; a plain number stands for it."""
+
+    kind: Literal["exponential"] = "exponential"
+    weight: float = Field(0.1, gt=0.0, le=1.0)
+    gaps: Literal["reset", "decay"] = "reset"
+    """After missing rows: start afresh, or let the old level fade with the rows missed."""
+
+
+class MedianSmoothing(Config):
+    """Median of the scores observed among the last ``window`` rows."""
+
+    kind: Literal["median"] = "median"
+    window: int = Field(ge=2, le=100_000)
+
+
+class CusumSmoothing(Config):
+    """One-sided cumulative sum: small shifts that last."""
+
+    kind: Literal["cusum"] = "cusum"
+    shift: float = Field(1.0, gt=0.0)
+    """Shift worth finding, in robust standard deviations of the calibration scores; half of it is forgiven a row."""
+
+
+SmoothingConfig = Annotated[ExponentialSmoothing | MedianSmoothing | CusumSmoothing, Field(discriminator="kind")]
 
 
 class ScoreConfig(Config):
     """From residuals to one score a row."""
 
-    kind: Literal["normalised", "tail", "spectrum", "states", "regions"] = "normalised"
-    """``normalised``: residual of the mean. ``tail``: how far out the value lies in the predictive distribution, as a
-    normal deviate (needs a probabilistic artifact). The others judge what a trailing window does, not single values:
-    its power spectrum, the states it visits, or the linear regions that a ``plrnn`` of kind ``almost_linear`` goes
-    through. All of them then in robust standard deviations of step and variate."""
+    kind: ScoreKind = "normalised"
+    """Of forecasts: ``normalised``, residual of the mean; of a predictive distribution (probabilistic artifacts)
+    ``tail``, how far out the value lies as a normal deviate, ``interval``, its distance from the middle of the central
+    interval in half-widths, ``nll``, its negative log density; ``growth``, the error of a ``plrnn``'s free run against
+    what its Jacobians expect. Of a trailing window: its power ``spectrum``, the ``states`` it visits, the linear
+    ``regions`` a ``plrnn`` of kind ``almost_linear`` goes through, or its ``reconstruction`` from principal components.
+    ``latent``: how unfamiliar the state is that the model forecasts from. All of them then in robust standard
+    deviations of step and variate."""
     joint: JointName = "mahalanobis"
     """``mahalanobis`` sees broken correlations, ``max_abs`` single sensors, ``mean_abs`` broad faults."""
     top_k: int | None = Field(None, ge=1)
@@ -36,10 +81,19 @@ class ScoreConfig(Config):
     """Normalised residuals are cut here before variates are joined: one broken sensor must not hide the rest."""
     constant_score: float = Field(10.0, gt=0.0)
     """Score given to a variate that was constant in training and now differs from that constant."""
-    smoothing: float | None = Field(None, gt=0.0, le=1.0)
-    """Weight a of ``S[t] = a s[t] + (1 - a) S[t-1]``; 0.1 suits sustained faults, null suits spikes."""
-    window: int | None = Field(None, ge=16)
-    """Rows of the trailing window of ``spectrum``, ``states`` and ``regions`` (default 400)."""
+    smoothing: SmoothingConfig | None = None
+    """A number is the weight of exponential smoothing: 0.1 suits sustained faults, null suits spikes. Other kinds:
+    ``{kind: median, window: 9}``, ``{kind: cusum, shift: 1.0}``."""
+    interval: float | None = Field(None, gt=0.0, lt=1.0)
+    """Share of the predictive distribution inside the interval of ``interval`` (default 0.8)."""
+    window: int | None = Field(None, ge=2)
+    """Rows of the trailing window of ``spectrum``, ``states`` and ``regions`` (at least 16, default 400) and of
+    ``reconstruction`` (default 16)."""
+    overlap_reduction: Literal["last", "mean", "median"] | None = None
+    """Which windows tell a row of ``reconstruction``: the one that ends with it (default), or all that hold it, whose
+    errors are joined; these score a row only ``window - 1`` rows later."""
+    explained: float | None = Field(None, gt=0.0, lt=1.0)
+    """Share of the variance that the principal components of ``reconstruction`` and ``latent`` hold (default 0.95)."""
     stride: int | None = Field(None, ge=1)
     """Rows between windows; their scores are held in between (default a fiftieth of the window)."""
     bins: int | None = Field(None, ge=2, le=100)
@@ -47,24 +101,57 @@ class ScoreConfig(Config):
     lag: int | None = Field(None, ge=1)
     """Rows between the two coordinates of ``states`` (default from the autocorrelation of the training rows)."""
 
+    @field_validator("smoothing", mode="before")
+    @classmethod
+    def _weight_alone(cls, value: Any) -> Any:
+        """Let ``smoothing: 0.1`` stand for exponential smoothing with that weight."""
+        return {"kind": "exponential", "weight": value} if isinstance(value, int | float | str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> ScoreConfig:
         if (self.joint == "top_k") != (self.top_k is not None):
             raise ValueError("top_k is needed by joint: top_k and has no effect without it")
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps)):
             raise ValueError(f"steps {self.steps} must be different whole numbers from 1 on")
-        of_kind = {"window": WINDOW_KINDS, "stride": WINDOW_KINDS, "bins": ("states",), "lag": ("states",)}
+        of_kind: dict[str, tuple[str, ...]] = {
+            "window": (*DYNAMIC_KINDS, "reconstruction"),
+            "stride": DYNAMIC_KINDS,
+            "bins": ("states",),
+            "lag": ("states",),
+            "interval": ("interval",),
+            "overlap_reduction": ("reconstruction",),
+            "explained": ("reconstruction", "latent"),
+        }
         for name, kinds in of_kind.items():
             if getattr(self, name) is not None and self.kind not in kinds:
                 raise ValueError(f"{name} has no effect with kind '{self.kind}'")
+        if self.window is not None and self.window < 16 and self.kind in DYNAMIC_KINDS:
+            raise ValueError(f"window {self.window} is too short for kind '{self.kind}'; give at least 16 rows")
         if self.is_windowed and (self.steps is not None or self.horizon_reduction != "median"):
             raise ValueError(f"steps and horizon_reduction are for forecasts; kind '{self.kind}' makes none")
         return self
 
     @property
     def is_windowed(self) -> bool:
-        """True when trailing windows are judged, not forecasts."""
-        return self.kind in WINDOW_KINDS
+        """True when a trailing window is judged, not a forecast made before the row."""
+        return self.kind not in FORECAST_KINDS
+
+    @property
+    def is_one_sided(self) -> bool:
+        """True when only large values are strange: distances and costs, not signed residuals."""
+        return self.kind in (*DYNAMIC_KINDS, "nll", "latent")
+
+    @property
+    def has_data_units(self) -> bool:
+        """True when deviations are in the units of the data."""
+        return self.kind in ("normalised", "reconstruction")
+
+    @property
+    def latency(self) -> int:
+        """Rows after a row that its score reads; 0 for everything that can run online."""
+        if self.kind != "reconstruction" or self.overlap_reduction in (None, "last"):
+            return 0
+        return (self.window or RECONSTRUCTED_ROWS) - 1
 
 
 class CalibrationConfig(Config):
@@ -85,12 +172,22 @@ class CalibrationConfig(Config):
     """Fewest scores a calibration may rest on."""
     max_rows: int = Field(50_000, ge=100)
     """Only the most recent rows before scoring calibrate: a calibration should not be older than it must."""
+    by: str | None = None
+    """``hour_of_week``, or a column that names the operating mode: scores are compared with those of the same bucket
+    where it holds at least 10 / alpha calibration rows, else with all (a notice says so)."""
+    ties: Literal["conservative", "random"] = "conservative"
+    """Scores equal to calibration scores count against the alarm, or are placed among them at random: p-values of
+    scores with many ties are then exactly uniform on normal rows."""
+    seed: int = 0
+    """Of the random ties; the same row gets the same place in every run."""
 
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationConfig:
         for low, high in (("min_rows", "max_rows"), ("min_scale_rows", "max_scale_rows")):
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(f"{low} {getattr(self, low)} exceeds {high} {getattr(self, high)}")
+        if self.seed and self.ties != "random":
+            raise ValueError("seed has no effect without ties: random")
         return self
 
 
@@ -114,6 +211,8 @@ class RollingQuantileRule(Config):
     alpha: float = Field(0.001, gt=0.0, le=0.2)
     window: int | None = Field(None, ge=100)
     """Null: the largest of 5,000 rows, 10 / alpha and two seasons."""
+    exclude_flagged: int = Field(0, ge=0)
+    """At most so many alarm rows in a row stay outside the window. Uncapped, alarms after a level shift never end."""
 
 
 class QuantileRule(Config):
@@ -130,7 +229,120 @@ class FixedRule(Config):
     value: float
 
 
-RuleConfig = Annotated[BudgetRule | RollingQuantileRule | QuantileRule | FixedRule, Field(discriminator="kind")]
+class _TailSettings(Config):
+    risk: float = Field(1e-4, gt=0.0, lt=0.1)
+    """Aimed at, not promised: it is extrapolated from the excesses, whose number the report states."""
+    level: float = Field(0.98, gt=0.5, lt=1.0)
+    """Quantile above which scores are excesses; at least 50 are needed."""
+    tail_shape: Literal["nonnegative", "free"] = "nonnegative"
+    """``free``, as published, lets the tail end at a finite score and alarms more often than ``risk`` says."""
+
+    @model_validator(mode="after")
+    def _beyond_level(self) -> Self:
+        if self.risk >= 1.0 - self.level:
+            raise ValueError(f"risk {self.risk:g} must be below 1 - level = {1.0 - self.level:g}")
+        return self
+
+
+class _LearningTailSettings(_TailSettings):
+    exclude_flagged: int | None = Field(120, ge=0)
+    """At most so many alarm rows in a row stay outside the tail (null: all of them, as published; alarms after a level
+    shift then never end)."""
+    max_excesses: int = Field(1_000, ge=50)
+    """The most recent excesses that the tail is fitted to: bounds time and memory."""
+
+
+class PotRule(_TailSettings):
+    """The score that a generalised Pareto tail of the calibration scores exceeds with probability ``risk``; static."""
+
+    kind: Literal["pot"] = "pot"
+
+
+class SpotRule(_LearningTailSettings):
+    """The same tail, fitted again whenever a score exceeds its start without being an alarm."""
+
+    kind: Literal["spot"] = "spot"
+
+
+class DspotRule(_LearningTailSettings):
+    """The same on the distance of a score from the mean of the last ``depth`` scores that were no alarms."""
+
+    kind: Literal["dspot"] = "dspot"
+    depth: int = Field(100, ge=1)
+
+
+class AdaptiveRule(Config):
+    """A rolling quantile whose share moves by ``gain (alpha - alarm)`` a row, so that alarms keep to ``alpha``."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    alpha: float = Field(0.001, gt=0.0, le=0.2)
+    gain: float = Field(0.005, gt=0.0, le=0.5)
+    window: int | None = Field(None, ge=100)
+    """Null: the largest of 5,000 rows, 10 / alpha and two seasons."""
+
+
+class EwNormalisedRule(Config):
+    """A static level of log(score) standardised by its exponentially weighted mean and variance."""
+
+    kind: Literal["ew_normalised"] = "ew_normalised"
+    alpha: float = Field(0.001, gt=0.0, le=0.2)
+    half_life: float = Field(720.0, ge=1.0)
+    """Rows after which a score counts half."""
+
+
+class FdrRule(Config):
+    """Aims at a share of false ones among alarm rows, by p-values or e-values of the calibration."""
+
+    kind: Literal["fdr"] = "fdr"
+    level: float = Field(0.1, gt=0.0, le=0.5)
+    """Share of alarm rows that may be false."""
+    procedure: Literal["lord", "lord_decay", "e_lond", "bh", "e_bh"] = "lord_decay"
+    """``lord`` (LORD++), ``lord_decay`` and ``e_lond`` spend a level row by row; ``bh`` and ``e_bh`` judge each row
+    among the last ``block`` rows. ``e_`` procedures allow any dependence and find less."""
+    decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Of ``lord_decay``: how much of an alarm's reward is left after a row (default 0.99)."""
+    eta: float | None = Field(None, gt=0.0, le=1.0)
+    """Of ``lord_decay``: share of the level that is always spent (default 0.5)."""
+    block: int | None = Field(None, ge=10, le=100_000)
+    """Rows that ``bh`` and ``e_bh`` look at, this one and those before it (default 1,000)."""
+    e_values: Literal["kappa", "direct"] | None = None
+    """Of ``e_lond`` and ``e_bh``: ``kappa p^(kappa - 1)`` (default), or a score's share of all calibration scores."""
+    kappa: float | None = Field(None, gt=0.0, lt=1.0)
+    """Of ``e_values: kappa`` (default 0.5)."""
+    power: float | None = Field(None, gt=0.0, le=100.0)
+    """Of ``e_values: direct``: scores are raised to it first (default 1); the larger, the stronger single extremes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FdrRule:
+        is_e = self.procedure.startswith("e_")
+        applies = {
+            "decay": self.procedure == "lord_decay",
+            "eta": self.procedure == "lord_decay",
+            "block": self.procedure in ("bh", "e_bh"),
+            "e_values": is_e,
+            "kappa": is_e and self.e_values != "direct",
+            "power": is_e and self.e_values == "direct",
+        }
+        for name, has_effect in applies.items():
+            if getattr(self, name) is not None and not has_effect:
+                shown = f"procedure '{self.procedure}'" + (f", e_values '{self.e_values or 'kappa'}'" if is_e else "")
+                raise ValueError(f"{name} has no effect with {shown}")
+        return self
+
+
+RuleConfig = Annotated[
+    BudgetRule
+    | RollingQuantileRule
+    | QuantileRule
+    | FixedRule
+    | PotRule
+    | SpotRule
+    | DspotRule
+    | AdaptiveRule
+    | EwNormalisedRule
+    | FdrRule,
+    Field(discriminator="kind"),
+]
 
 
 class EventConfig(Config):
@@ -148,6 +360,18 @@ class EventConfig(Config):
     """An event starting at most this many rows after the last one, on the same variates, is marked as continuing it."""
     ranked_variates: int = Field(20, ge=1)
     """Variates listed with an event, strongest first."""
+    group_by: str | None = None
+    """Which series share incidents: ``all``, ``static:COLUMN`` or ``id:PATTERN`` with one group (null: none do)."""
+    group_gap: int = Field(0, ge=0)
+    """Events of one group at most this many rows apart are one incident (0: they share a row)."""
+
+    @model_validator(mode="after")
+    def _grouped(self) -> EventConfig:
+        if self.group_by is None and self.group_gap:
+            raise ValueError("group_gap has no effect without group_by")
+        if self.group_by is not None:
+            check_grouping(self.group_by)
+        return self
 
 
 class DetectConfig(Config):

@@ -18,6 +18,7 @@ FloatArray = NDArray[np.float64]
 DENSE_LIMIT = 200  # variates up to which a full covariance is factored
 ROWS_PER_VARIATE = 5
 _SMALLEST_TAIL = 1e-250
+_PARTS_KEPT = 64  # sub-matrices of missing variates
 
 
 class Covariance(Protocol):
@@ -43,12 +44,17 @@ class Covariance(Protocol):
 
 
 class DenseCovariance:
-    """A full matrix, factored once."""
+    """A full matrix, factored once.
+
+    Rows are solved one by one (a stack of matrix-vector products): a row gets the same bits in any company, as streams
+    need it.
+    """
 
     def __init__(self, matrix: ArrayLike) -> None:
         self.matrix = np.asarray(matrix, dtype=np.float64)
-        self._factor = cho_factor(self.matrix, lower=True)
-        self._precision_diagonal: FloatArray | None = None
+        factor = cho_factor(self.matrix, lower=True)
+        self._precision = np.asarray(cho_solve(factor, np.eye(len(self.matrix))))
+        self._parts: dict[bytes, DenseCovariance] = {}
 
     @property
     def variances(self) -> FloatArray:
@@ -58,17 +64,20 @@ class DenseCovariance:
     @property
     def precision_diagonal(self) -> FloatArray:
         """Return diag(S^-1) [V]."""
-        if self._precision_diagonal is None:
-            self._precision_diagonal = np.diag(cho_solve(self._factor, np.eye(len(self.matrix)))).copy()
-        return self._precision_diagonal
+        return np.diag(self._precision).copy()
 
     def solve(self, residuals: FloatArray) -> FloatArray:
         """Return S^-1 r of every row: [N, V] -> [N, V]."""
-        return np.asarray(cho_solve(self._factor, residuals.T).T)
+        return _by_row(self._precision, residuals)
 
     def subset(self, keep: NDArray[np.bool_]) -> DenseCovariance:
-        """Return the covariance of the variates marked in ``keep``."""
-        return DenseCovariance(self.matrix[np.ix_(keep, keep)])
+        """Return the covariance of the variates marked in ``keep``; the latest ones asked for are kept at hand."""
+        name = keep.tobytes()
+        if name not in self._parts:
+            if len(self._parts) >= _PARTS_KEPT:
+                self._parts.clear()
+            self._parts[name] = DenseCovariance(self.matrix[np.ix_(keep, keep)])
+        return self._parts[name]
 
 
 class LowRankCovariance:
@@ -80,7 +89,9 @@ class LowRankCovariance:
         weighted = self.loadings / self.noise[:, None]
         inner = np.eye(self.loadings.shape[1]) + self.loadings.T @ weighted
         self._weighted = weighted
-        self._factor = cho_factor(inner, lower=True) if inner.size else None
+        self._inner_precision = None
+        if inner.size:
+            self._inner_precision = np.asarray(cho_solve(cho_factor(inner, lower=True), np.eye(len(inner))))
 
     @property
     def variances(self) -> FloatArray:
@@ -90,20 +101,27 @@ class LowRankCovariance:
     @property
     def precision_diagonal(self) -> FloatArray:
         """Return diag(S^-1) [V]."""
-        if self._factor is None:
+        if self._inner_precision is None:
             return 1.0 / self.noise
-        return np.asarray(1.0 / self.noise - (self._weighted.T * cho_solve(self._factor, self._weighted.T)).sum(axis=0))
+        explained = (self._weighted.T * (self._inner_precision @ self._weighted.T)).sum(axis=0)
+        return np.asarray(1.0 / self.noise - explained)
 
     def solve(self, residuals: FloatArray) -> FloatArray:
         """Return S^-1 r of every row: [N, V] -> [N, V]."""
         plain = residuals / self.noise
-        if self._factor is None:
+        if self._inner_precision is None:
             return plain
-        return np.asarray(plain - cho_solve(self._factor, self._weighted.T @ residuals.T).T @ self._weighted.T)
+        inner = _by_row(self._inner_precision, _by_row(self._weighted.T, residuals))
+        return np.asarray(plain - _by_row(self._weighted, inner))
 
     def subset(self, keep: NDArray[np.bool_]) -> LowRankCovariance:
         """Return the covariance of the variates marked in ``keep``."""
         return LowRankCovariance(self.noise[keep], self.loadings[keep])
+
+
+def _by_row(matrix: FloatArray, rows: FloatArray) -> FloatArray:
+    """Return ``matrix @ r`` of every row: [M, V], [N, V] -> [N, M], each row by itself."""
+    return np.asarray(np.matmul(matrix, rows[:, :, None])[:, :, 0])
 
 
 def ledoit_wolf(residuals: ArrayLike) -> tuple[FloatArray, float]:
@@ -193,6 +211,9 @@ def squared_distance(covariance: Covariance, residuals: ArrayLike) -> FloatArray
     r = np.asarray(residuals, dtype=np.float64)
     width = r.shape[1]
     seen = ~np.isnan(r)
+    if width and seen.all():
+        r = np.ascontiguousarray(r)  # sums round by the order in memory
+        return np.asarray(np.einsum("nv,nv->n", r, covariance.solve(r)))
     out = np.full(len(r), np.nan)
     for pattern, rows in _patterns(seen):
         if not pattern.any():

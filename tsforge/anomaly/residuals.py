@@ -123,11 +123,18 @@ def reduce_horizon(z: ArrayLike, how: Literal["first", "last", "median", "max"])
     if values.shape[1] == 1:
         return values[:, 0, :].copy()
     seen = ~np.isnan(values)
+    if how == "median" and seen.all():
+        ordered = np.sort(values, axis=1)
+        middle, is_odd = divmod(values.shape[1], 2)
+        upper = ordered[:, middle]
+        return upper.copy() if is_odd else 0.5 * (ordered[:, middle - 1] + upper)
     none = ~seen.any(axis=1)
     if how == "median":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # rows without any step stay NaN, as documented
-            return np.asarray(np.nanmedian(values, axis=1))
+        ordered = np.sort(values, axis=1)  # missing ones last
+        count = seen.sum(axis=1)
+        low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, values.shape[1] - 1)
+        below, above = (np.take_along_axis(ordered, place[:, None, :], axis=1)[:, 0, :] for place in (low, high))
+        return np.asarray(np.where(count % 2 == 1, below, 0.5 * (below + above)))
     if how == "first":
         index = seen.argmax(axis=1)
     elif how == "last":

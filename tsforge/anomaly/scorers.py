@@ -75,21 +75,6 @@ def fisher(p_values: ArrayLike) -> FloatArray:
     return np.asarray(mean * p.shape[1])
 
 
-def smooth(scores: ArrayLike, weight: float) -> FloatArray:
-    """Return ``S[t] = a s[t] + (1 - a) S[t-1]``, started at the first score and afresh after every missing one.
-
-    Causal. Calibrate after smoothing: smoothed scores have another distribution.
-    """
-    from scipy.signal import lfilter
-
-    s = np.asarray(scores, dtype=np.float64)
-    out = np.full_like(s, np.nan)
-    for start, stop in runs(~np.isnan(s)):
-        piece = s[start:stop]
-        out[start:stop] = lfilter([weight], [1.0, weight - 1.0], piece, zi=[(1.0 - weight) * piece[0]])[0]
-    return out
-
-
 def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return [start, stop) of every maximal run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
@@ -97,6 +82,9 @@ def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def _over_variates(z: ArrayLike, reduce: Callable[..., FloatArray]) -> FloatArray:
+    size = np.abs(np.asarray(z, dtype=np.float64))
+    if not np.isnan(size).any():
+        return np.asarray(reduce(size, axis=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # rows without any observed variate stay NaN, as documented
-        return np.asarray(reduce(np.abs(np.asarray(z, dtype=np.float64)), axis=1))
+        return np.asarray(reduce(size, axis=1))

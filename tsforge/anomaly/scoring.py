@@ -15,7 +15,8 @@ from tsforge.anomaly.calibration import Calibration, fit_calibration
 from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.covariance import Covariance, fit_covariance
 from tsforge.anomaly.residuals import ResidualScale, TrainingRange, fit_residual_scale, reduce_horizon
-from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, smooth, top_k, winsorise
+from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, top_k, winsorise
+from tsforge.anomaly.smoothing import build_smoother
 
 FloatArray = NDArray[np.float64]
 TAIL_FLOOR = 0.1  # smallest scale of normal deviates, whose scale is 1 for a calibrated forecast
@@ -44,16 +45,21 @@ class ScoreModel:
     variate_calibrations: tuple[Calibration | None, ...] = ()
 
     def score(self, deviations: ArrayLike, values: ArrayLike) -> Scores:
-        """Return the scores of rows in time order; row t depends on rows up to t only.
+        """Return the scores of rows in time order, smoothed from the first row on; row t depends on rows up to t only.
 
         Shapes:
             deviations [N, K, V]; values [N, V], which judge variates that were constant in training.
+
+        Raises:
+            DataError: ``smoothing.kind: cusum``, which needs calibration scores: smooth the scores of ``raw``.
         """
+        scores, smoother = self.raw(deviations, values), build_smoother(self.config)
+        return scores if smoother is None else Scores(z=scores.z, joint=smoother.run(scores.joint))
+
+    def raw(self, deviations: ArrayLike, values: ArrayLike) -> Scores:
+        """Return the scores before smoothing, each row by itself; shapes as in ``score``."""
         z = _deviates(self.scale, deviations, values, self.config)
-        joint = self._joint(winsorise(z, self.config.winsor))
-        if self.config.smoothing is not None:
-            joint = smooth(joint, self.config.smoothing)
-        return Scores(z=z, joint=joint)
+        return Scores(z=z, joint=self._joint(winsorise(z, self.config.winsor)))
 
     @property
     def constant(self) -> NDArray[np.bool_]:
@@ -86,9 +92,9 @@ class ScoreModel:
 
 
 def _deviates(scale: ResidualScale, deviations: ArrayLike, values: ArrayLike, config: ScoreConfig) -> FloatArray:
-    """Return z [N, V]; windows nearer to training than usual are not strange."""
+    """Return z [N, V]; nearer to what is usual than usual is not strange."""
     z = reduce_horizon(scale.normalise(deviations, values), config.horizon_reduction)
-    return np.where(scale.constant, z, np.maximum(z, 0.0)) if config.is_windowed else z
+    return np.where(scale.constant, z, np.maximum(z, 0.0)) if config.is_one_sided else z
 
 
 def fit_score_model(
@@ -107,8 +113,8 @@ def fit_score_model(
     Raises:
         DataError: too few residuals to set any scale.
     """
-    unit = 1.0 if config.is_windowed else training.high - training.low  # distances of windows have no unit of the data
-    floor = TAIL_FLOOR if config.kind == "tail" else config.scale_floor * unit
+    unit = training.high - training.low if config.has_data_units else 1.0
+    floor = TAIL_FLOOR if config.kind in ("tail", "growth") else config.scale_floor * unit
     scale = fit_residual_scale(deviations, training, smallest=floor, constant_score=config.constant_score)
     z = winsorise(_deviates(scale, deviations, values, config), config.winsor)
     used = ~scale.constant & ((~np.isnan(z)).sum(axis=0) >= 2)

@@ -123,6 +123,12 @@ class Likelihood(nn.Module):
         """Return log(2 min(F(y), 1 - F(y))), which keeps ordering extremes where ``cdf`` is 0 or 1."""
         raise ModelError(self._refusal("tail probabilities"))
 
+    def log_density(self, raw: Float[Tensor, "*shape param"], y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the log density at y."""
+        raise ModelError(
+            f"a {type(self).__name__} has no density; fit with likelihood normal or student_t, or use tail scores"
+        )
+
     def _refusal(self, what: str) -> str:
         return (
             f"a {type(self).__name__} has no {what}; fit with likelihood normal, student_t or quantiles, "
@@ -176,6 +182,10 @@ class NormalLikelihood(Likelihood):
         scale = self.scale(raw)
         return 0.5 * ((target - raw[..., 0]) / scale).square() + torch.log(scale) + 0.5 * math.log(2 * math.pi)
 
+    def log_density(self, raw: Float[Tensor, "*shape param"], y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the negative loss."""
+        return -self.loss(raw, y, None)
+
     def quantile(self, raw: Float[Tensor, "*shape param"], levels: Sequence[float]) -> Float[Tensor, "*shape level"]:
         """Return location + scale * Normal quantile."""
         p = torch.as_tensor(levels, dtype=torch.float64, device=raw.device)
@@ -222,6 +232,10 @@ class StudentTLikelihood(Likelihood):
         z = (target - raw[..., 0]) / scale
         norm = torch.lgamma(df / 2) - torch.lgamma((df + 1) / 2) + 0.5 * torch.log(math.pi * df) + torch.log(scale)
         return norm + (df + 1) / 2 * torch.log1p(z.square() / df)
+
+    def log_density(self, raw: Float[Tensor, "*shape param"], y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the negative loss."""
+        return -self.loss(raw, y, None)
 
     @torch.no_grad()
     def quantile(self, raw: Float[Tensor, "*shape param"], levels: Sequence[float]) -> Float[Tensor, "*shape level"]:

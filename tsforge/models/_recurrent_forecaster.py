@@ -108,6 +108,11 @@ class RecurrentForecaster(SequenceForecaster[C]):
         residual = self._forecast(self.stack.last(self._tokens(batch, loc, scale)), scale, known)
         return Prediction(self._compose(residual, loc, scale, self._linear(batch)))
 
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the features [B, R, D] after the contexts, from which the head forecasts."""
+        feature = self.stack.last(self._tokens(batch, *self._statistics(batch)))
+        return feature.view(-1, self.rows, feature.shape[-1])
+
     def initial_state(self, batch_size: int, static: Tensor | None = None) -> State:
         """Return the state before any observation, in the units of the training span."""
         self._need_recurrent()

@@ -186,12 +186,22 @@ class SSMForecaster(SequenceForecaster[C]):
             features, _ = self.stack(whole, elapsed=elapsed)
             residual = self._read(features[:, -self.spec.horizon :], rows.scale, 1)
         else:
-            if rows.elapsed is None:
-                feature = self.stack.last(tokens)
-            else:
-                feature = self.stack(tokens, elapsed=rows.elapsed)[0][:, -1]
-            residual = self._read(feature, rows.scale, self.spec.horizon) + self._known_part(known)
+            residual = self._read(self._last(tokens, rows), rows.scale, self.spec.horizon) + self._known_part(known)
         return Prediction(self._compose(residual, rows.loc, rows.scale, self._linear(batch)), context_raw)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the features [B, R, D] after the contexts, from which the head forecasts."""
+        rows = self._rows_of(batch, *self._statistics(batch))
+        feature = self._last(self._embed(rows.inputs, batch.static), rows)
+        return feature.view(-1, self.rows, feature.shape[-1])
+
+    def _last(self, tokens: Tensor, rows: _Rows) -> Tensor:
+        """Return the feature [B R, D] of the last token."""
+        if rows.elapsed is None:
+            return self.stack.last(tokens)
+        features, _ = self.stack(tokens, elapsed=rows.elapsed)
+        last: Tensor = features[:, -1]
+        return last
 
     def _future(self, like: Tensor, known: Tensor | None) -> Tensor:
         """Return the empty inputs [B R, H, I] of the horizon."""

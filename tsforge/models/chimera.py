@@ -311,6 +311,11 @@ class Chimera(ResidualForecaster[ChimeraConfig]):
         found, _ = self._pass(batch, z)
         return self._read(self._columns(found), scale, self._ahead_of(batch.known))
 
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the cells [B, N, D] of the last column, from which the head forecasts."""
+        found, _ = self._pass(batch, self._normalised(batch, *self._statistics(batch)), with_states=False)
+        return self._given(self.stack.norm(_last(found).x))
+
     def _pass(
         self, batch: Batch, z: Tensor, *, with_parts: bool = False, with_states: bool = True
     ) -> tuple[Pass, Tensor]:

@@ -45,6 +45,7 @@ from tsforge.layers.plrnn import AlmostLinearMap, MapKind, make_map
 from tsforge.layers.plrnn_observation import ObservationKind, make_observation
 from tsforge.layers.teacher_forcing import AlphaSchedule, ForcingConfig
 from tsforge.models._plrnn_gain import choose_gain, thinned
+from tsforge.models._plrnn_growth import error_growth
 from tsforge.models._residual import ResidualConfig, ResidualForecaster
 from tsforge.models._ssm_rows import shifted
 from tsforge.models.registry import register
@@ -498,6 +499,26 @@ class PLRNN(ResidualForecaster[PLRNNForecastConfig]):
         return told * state["scale"] + state["loc"]
 
     # ---- what it shows
+
+    @torch.no_grad()
+    def growth(self, batch: Batch, steps: int) -> tuple[Tensor, Tensor]:
+        """Return the free run [B, steps, N] after a context and the deviation of its error that a one-step error before
+        it leads to by the Jacobians along it, both in scaled units; without the linear map.
+
+        Raises:
+            ModelError: kind deep has no such Jacobians, or the one-step error was not measured.
+        """
+        if self.map.kind == "deep" or not bool(self.innovation.isfinite().all()):
+            raise ModelError(
+                "error growth needs Jacobians, which kind 'deep' has not, and the one-step error of each variate, "
+                "which a fit measures on its validation span: fit again with one"
+            )
+        x, pushes, loc, scale = self._context(batch)
+        known = None if batch.known is None else batch.known[:, self.spec.context_length :]
+        ahead = self._pushes(known, batch.static, slice(0, steps))
+        state = self._follow(x, pushes).state
+        told, spread = error_growth(self.map, self.observation, state, self.innovation.to(state), steps, ahead)
+        return told * scale + loc, spread * scale
 
     @torch.no_grad()
     def explain(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Normalised residuals and joint scores: robust scale, floors, constant channels, steps, missing cells, smoothing."""
+"""Normalised residuals and joint scores: robust scale, floors, constant channels, steps, missing cells."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tsforge.anomaly.calibration import fit_calibration
 from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.covariance import fit_covariance, squared_distance
 from tsforge.anomaly.residuals import TrainingRange, fit_residual_scale, reduce_horizon, tail_to_normal
-from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, runs, smooth, top_k, winsorise
+from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, runs, top_k, winsorise
 from tsforge.anomaly.scoring import fit_score_model
 from tsforge.core.errors import DataError
 
@@ -107,12 +107,6 @@ def test_constant_variates_add_their_square_to_the_distance() -> None:
     np.testing.assert_allclose(mahalanobis(z[:, 2:], None, np.array([True]))[:2], [0.0, 100.0])
     with pytest.raises(DataError, match="2 of 3 variates need a covariance"):
         mahalanobis(z, None, constant)
-
-
-def test_smoothing_is_causal_and_starts_afresh_after_a_gap() -> None:
-    s = np.array([2.0, 4.0, NAN, 10.0, 0.0])
-    np.testing.assert_allclose(smooth(s, 0.25), [2.0, 2.5, NAN, 10.0, 7.5])
-    np.testing.assert_allclose(smooth(s[:2], 0.25), smooth(s, 0.25)[:2])
 
 
 def test_runs() -> None:

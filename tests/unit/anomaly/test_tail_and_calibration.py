@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tsforge.anomaly.calibration import conformal_p_values, effective_size, fit_calibration
+from tsforge.anomaly.calibration import conformal_p_values, effective_size, fit_calibration, row_uniforms
 from tsforge.anomaly.gpd import fit_tail
 from tsforge.core.errors import DataError
 
 
 @pytest.mark.parametrize("gamma", [-0.3, 0.0, 0.2, 0.4])
 def test_shape_and_scale_are_recovered(gamma: float) -> None:
+    """Checklist 8: within three standard errors."""
     excesses = stats.genpareto.rvs(gamma, scale=2.0, size=4000, random_state=3)
     scores = np.concatenate([np.linspace(-1.0, 0.0, 4001), excesses])
     found = fit_tail(scores, level=0.5)
@@ -27,6 +28,7 @@ def test_shape_and_scale_are_recovered(gamma: float) -> None:
 
 
 def test_the_published_check_of_a_normal_sample() -> None:
+    """Checklist 8: z_q is the number of spec 5.2."""
     # spec: u = 2.0408, ML gamma -0.264, sigma 0.405, z = 3.197; moments z = 3.178; true value 3.719
     scores = np.random.default_rng(0).standard_normal(5000)
     found = fit_tail(scores)
@@ -64,15 +66,33 @@ def test_conformal_p_values_count_ties_against_the_alarm() -> None:
 
 
 def test_random_tie_breaks_make_p_values_uniform() -> None:
+    """Checklist 4: exactly uniform on exchangeable scores, ties or not; without them ties make p too large."""
     generator = np.random.default_rng(5)
-    draws = []
-    for _ in range(400):
+    draws, conservative = [], []
+    for row in range(3_000):
         sample = generator.poisson(2.0, 51).astype(float)  # heavy ties
-        draws.append(conformal_p_values(sample[:50], sample[50:], generator=generator)[0])
+        calibration = fit_calibration(sample[:50], method="conformal", seed=3)
+        draws.append(calibration.p_values(sample[50:], [row])[0])
+        conservative.append(conformal_p_values(sample[:50], sample[50:])[0])
     assert stats.kstest(draws, "uniform").pvalue > 0.01
+    assert stats.kstest(conservative, "uniform").pvalue < 1e-6
+    assert np.mean(conservative) > 0.55
+
+
+def test_a_tie_falls_the_same_way_wherever_the_row_is_judged() -> None:
+    rows = np.arange(-5, 20_000)
+    u = row_uniforms(7, rows)
+    np.testing.assert_array_equal(np.concatenate([row_uniforms(7, rows[:3]), row_uniforms(7, rows[3:])]), u)
+    assert 0.0 < u.min() < u.max() < 1.0
+    assert stats.kstest(u, "uniform").pvalue > 0.01
+    assert abs(np.corrcoef(u[1:], u[:-1])[0, 1]) < 0.02
+    assert abs(np.corrcoef(u, row_uniforms(8, rows))[0, 1]) < 0.02
+    with pytest.raises(DataError, match="need the row numbers"):
+        fit_calibration([1.0, 2.0], method="conformal", seed=0).p_values([1.0])
 
 
 def test_p_values_are_uniform_on_exchangeable_scores() -> None:
+    """Checklist 4."""
     generator = np.random.default_rng(6)
     calibration = fit_calibration(generator.standard_normal(20_000))
     assert calibration.tail is not None
@@ -80,6 +100,7 @@ def test_p_values_are_uniform_on_exchangeable_scores() -> None:
 
 
 def test_p_falls_with_the_score_and_does_not_jump_where_the_tail_takes_over() -> None:
+    """Checklist 8: p is continuous at u."""
     calibration = fit_calibration(np.random.default_rng(2).standard_t(4, 5000))
     assert calibration.tail is not None
     grid = np.linspace(-8, 60, 200_001)

@@ -142,6 +142,25 @@ def test_extreme_raw_values_stay_finite_in_float32(config) -> None:
         assert bool(torch.isfinite(raw.grad).all())
 
 
+def test_log_density_is_that_of_the_distribution_and_refused_without_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = 3.0 * torch.randn(50, generator=generator, dtype=torch.float64)
+    for config in (Normal(), StudentT()):
+        likelihood = build_likelihood(config)
+        raw = torch.randn(50, likelihood.num_params, generator=generator, dtype=torch.float64)
+        loc, scale = raw[:, 0], likelihood.scale(raw)  # type: ignore[operator]
+        known = (
+            torch.distributions.Normal(loc, scale)
+            if isinstance(config, Normal)
+            else torch.distributions.StudentT(likelihood.degrees(raw), loc, scale)  # type: ignore[operator]
+        )
+        torch.testing.assert_close(likelihood.log_density(raw, y), known.log_prob(y))
+    for config in (Point(), Quantiles()):
+        likelihood = build_likelihood(config)
+        with pytest.raises(ModelError, match="has no density"):
+            likelihood.log_density(torch.zeros(50, likelihood.num_params), y)
+
+
 def test_unit_rescales_what_is_not_scale_free() -> None:
     raw, target = _raw(11), torch.zeros(4, 6, 3, dtype=torch.float64)
     unit = torch.full((4, 1, 3), 0.5, dtype=torch.float64)
