@@ -23,7 +23,7 @@ from typing import Any
 import polars as pl
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as _save_tensors
 
@@ -425,16 +425,25 @@ def _digest(tensors: Mapping[str, torch.Tensor], facts: str) -> str:
     return digest.hexdigest()
 
 
+def tensor_file_bytes(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> bytes:
+    """Return named tensors and plain facts as the content of one safetensors file, with a digest of both.
+
+    Raises:
+        ArtifactError: a fact has no plain form.
+    """
+    text = _json(dict(facts)).decode()
+    stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    return bytes(_save_tensors(stored, metadata={_FACTS: text, _DIGEST: _digest(stored, text)}))
+
+
 def save_tensor_file(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-    """Write named tensors and plain facts as one safetensors file, whole or not at all; an older one is replaced.
+    """Write ``tensor_file_bytes``, whole or not at all; an older file is replaced.
 
     Raises:
         BackendError: the folder is read-only or the disk is full; the older file stays.
         ArtifactError: a fact has no plain form.
     """
-    text = _json(dict(facts)).decode()
-    stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    content = _save_tensors(stored, metadata={_FACTS: text, _DIGEST: _digest(stored, text)})
+    content = tensor_file_bytes(tensors, facts)
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
@@ -449,12 +458,27 @@ def load_tensor_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     if not path.is_file():
         raise ArtifactError(f"there is no {path}; it was never written, or moved away")
     try:
-        with safe_open(path, framework="pt") as stored:
-            about = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        facts = json.loads(about[_FACTS])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); restore a copy or make it anew") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); restore a copy or make it anew") from error
+    return read_tensor_bytes(content, str(path))
+
+
+def read_tensor_bytes(content: bytes, what: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors and the facts that ``tensor_file_bytes`` packed.
+
+    Args:
+        content: the bytes. what: names them in errors.
+
+    Raises:
+        ArtifactError: a single byte changed.
+    """
+    try:
+        size = int.from_bytes(content[:8], "little")  # a safetensors file: length of the header, header, tensors
+        about = json.loads(content[8 : 8 + size])["__metadata__"]
+        tensors, facts = load_tensors(content), json.loads(about[_FACTS])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{what} is damaged ({error}); restore a copy or make it anew") from error
     if not isinstance(facts, dict) or about.get(_DIGEST) != _digest(tensors, about[_FACTS]):
-        raise ArtifactError(f"{path} is damaged: its content differs from its SHA-256; restore a copy or make it anew")
+        raise ArtifactError(f"{what} is damaged: its content differs from its SHA-256; restore a copy or make it anew")
     return tensors, facts

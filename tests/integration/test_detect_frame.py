@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 
 from tsforge.anomaly.config import DetectConfig
-from tsforge.anomaly.detector import detect, points_per_day
+from tsforge.anomaly.detector import detect
+from tsforge.anomaly.preparation import points_per_day
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.artifact import Artifact
 from tsforge.contracts.tables import JOINT, AnomalyReport
@@ -120,6 +121,7 @@ def test_scoring_starts_after_the_validation_span_and_the_report_says_what_calib
 
 
 def test_a_missing_block_has_no_score_and_no_event_spans_it(report: AnomalyReport, artifact: Artifact) -> None:
+    """Checklist 11."""
     scores = joint(report, "a")
     assert scores["score"][BLOCK.start - VALID : BLOCK.stop - VALID].null_count() == BLOCK.stop - BLOCK.start
     assert scores["score"].null_count() == BLOCK.stop - BLOCK.start

@@ -63,16 +63,63 @@ def rank_variates(
     ``contribution`` (marginal) and ``conditional`` are the largest over the event, since a mean dilutes; ``additive``
     is taken at row ``peak``, where it sums to the distance. Variates never observed in the event are left out.
     """
-    seen = np.asarray(~np.isnan(parts.marginal).all(axis=0))
-    largest = np.where(np.isnan(parts.marginal), -np.inf, parts.marginal).max(axis=0)
-    disagreement = np.where(np.isnan(parts.conditional), -np.inf, parts.conditional).max(axis=0)
-    order = [int(v) for v in np.argsort(-largest, kind="stable") if seen[v]][:limit]
+    found = Extremes.nothing(len(names))
+    for row in range(len(parts.marginal)):
+        found.add(parts, row, score=float(row == peak))
+    return rank_extremes(names, found, limit=limit)
+
+
+@dataclass
+class Extremes:
+    """What is kept of the rows of an event, however many there are: enough to rank its variates at its end.
+
+    Attributes:
+        score, threshold, p_value: largest score, the threshold at it, and the smallest p-value.
+    Shapes:
+        marginal, conditional [V], the largest so far, -inf where never observed; additive [V] at the largest score.
+    """
+
+    marginal: FloatArray
+    conditional: FloatArray
+    additive: FloatArray
+    score: float = -np.inf
+    threshold: float = np.nan
+    p_value: float = np.nan
+
+    @classmethod
+    def nothing(cls, width: int) -> Extremes:
+        """Return the extremes of no row."""
+        return cls(np.full(width, -np.inf), np.full(width, -np.inf), np.full(width, np.nan))
+
+    def add(
+        self, parts: Contributions, row: int, score: float, threshold: float = np.nan, p_value: float = np.nan
+    ) -> None:
+        """Take one row of contributions, later than those before; of equal scores the first is the peak."""
+        np.fmax(self.marginal, parts.marginal[row], out=self.marginal)
+        np.fmax(self.conditional, parts.conditional[row], out=self.conditional)
+        if score > self.score:
+            self.score, self.threshold, self.additive = score, threshold, parts.additive[row].copy()
+        self.p_value = float(np.fmin(self.p_value, p_value))
+
+    def join(self, later: Extremes) -> None:
+        """Take all rows of ``later`` at once."""
+        np.fmax(self.marginal, later.marginal, out=self.marginal)
+        np.fmax(self.conditional, later.conditional, out=self.conditional)
+        if later.score > self.score:
+            self.score, self.threshold, self.additive = later.score, later.threshold, later.additive
+        self.p_value = float(np.fmin(self.p_value, later.p_value))
+
+
+def rank_extremes(names: Sequence[str], found: Extremes, *, limit: int | None = None) -> list[dict[str, Any]]:
+    """Return the variates of an event as ``rank_variates`` does, from what was kept of its rows."""
+    seen = found.marginal > -np.inf
+    order = [int(v) for v in np.argsort(-found.marginal, kind="stable") if seen[v]][:limit]
     return [
         {
             "variate": names[v],
-            "contribution": float(largest[v]),
-            "conditional": float(disagreement[v]),
-            "additive": None if np.isnan(parts.additive[peak, v]) else float(parts.additive[peak, v]),
+            "contribution": float(found.marginal[v]),
+            "conditional": float(found.conditional[v]),
+            "additive": None if np.isnan(found.additive[v]) else float(found.additive[v]),
         }
         for v in order
     ]

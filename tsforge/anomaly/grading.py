@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tsforge.anomaly.detector import points_per_day
+from tsforge.anomaly.preparation import points_per_day
 from tsforge.contracts.tables import JOINT, AnomalyReport
 from tsforge.core.errors import DataError, listing
 from tsforge.data.grid import TimeGrid

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from tsforge.anomaly.config import DetectConfig
-from tsforge.anomaly.segments import event_id
+from tsforge.anomaly.buckets import bucket_notice
+from tsforge.anomaly.config import ANSWERS, DetectConfig
+from tsforge.anomaly.confirmed import ConfirmedRows
+from tsforge.anomaly.health import alarm_health
+from tsforge.anomaly.incidents import ungrouped_notice, with_incidents
 from tsforge.anomaly.series import SeriesResult
+from tsforge.anomaly.tables import event_table, score_table
 from tsforge.artifact import Artifact
-from tsforge.contracts.tables import JOINT, AnomalyReport, ScoreFrame
+from tsforge.contracts.tables import AnomalyReport, ScoreFrame
 from tsforge.data.grid import TimeGrid, show_time
-
-HEALTH_DAYS = 7
-HEALTH_ROWS = 5_000
-HEALTH_RATIO = 5.0
-HEALTH_MIN_ALARMS = 10  # fewer alarm rows say nothing about a rate
-VARIATE_TYPE = pl.Struct(
-    {"variate": pl.String, "contribution": pl.Float64, "conditional": pl.Float64, "additive": pl.Float64}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +32,8 @@ class ReportContext:
     rows: tuple[int, int]
     training: tuple[int, int]
     points_per_day: float | None
+    groups: Mapping[str, str] = field(default_factory=dict)  # of series that share incidents with others
+    confirmed: ConfirmedRows = field(default_factory=ConfirmedRows)
 
 
 def build_report(context: ReportContext, results: Sequence[SeriesResult], notices: Sequence[str]) -> AnomalyReport:
@@ -57,16 +54,26 @@ def build_report(context: ReportContext, results: Sequence[SeriesResult], notice
         "alarm_rate_nominal": rule.alpha,
         "score": f"{context.config.score.kind}, {context.config.score.joint}",
         "steps": list(context.steps),
-        "latency": 0,
+        "score_answers": ANSWERS.get(context.config.score.kind, "bad forecast"),
+        "latency": context.config.score.latency,
         "assumed_clean": True,
+        "confirmed_rows_left_out": sum(_left_out(result) for result in results),
+        "confirmed_in_hindsight": list(context.confirmed.late),
         "training": _times(context.grid, context.training),
         "scored": _times(context.grid, context.rows),
         "series": facts,
-        "notices": [*notices, *_notices(context, results, facts)],
+        "notices": [
+            *notices,
+            *context.confirmed.notices(),
+            *ungrouped_notice(list(facts), context.groups, context.config.events.group_by),
+            *_notices(context, results, facts),
+        ],
         "config": context.config.model_dump(mode="json"),
     }
     tables = [_score_table(context, result) for result in results]
-    events = pl.concat([_event_table(context, result) for result in results])
+    found = [(result.series_id, result.rule.describe(), event) for result in results for event in result.events]
+    events = event_table(found, context.grid)
+    events = with_incidents(events, context.groups, context.config.events.group_gap, context.grid)
     return AnomalyReport(
         scores=ScoreFrame(table=pl.concat(tables), metadata={"rule": rule.describe()}), events=events, metadata=metadata
     )
@@ -77,63 +84,14 @@ def _times(grid: TimeGrid, rows: tuple[int, int]) -> list[str]:
 
 
 def _score_table(context: ReportContext, result: SeriesResult) -> pl.DataFrame:
-    """Return the joint rows and, if kept, those of every variate; NaN becomes null."""
-    times = context.grid.time_at(np.arange(result.start, result.start + result.joint.size))
-    nothing = np.full(result.joint.size, np.nan)
-    decisions = result.decisions
-    columns = [(JOINT, result.joint, result.p_values, decisions.threshold, nothing, nothing)]
-    if context.config.keep_variate_scores:
-        columns += [
-            (name, np.abs(result.z[:, v]), result.variate_p_values[:, v], nothing, result.values[:, v], expected)
-            for v, (name, expected) in enumerate(zip(context.artifact.schema.targets, result.expected.T, strict=True))
-        ]
-    tables = [
-        pl.DataFrame(
-            {
-                "series_id": [result.series_id] * times.len(),
-                "time": times,
-                "variate": [variate] * times.len(),
-                "score": score,
-                "p_value": p_value,
-                "threshold": threshold,
-                "alarm": decisions.alarm if variate == JOINT else [None] * times.len(),
-                "value": value,
-                "expected": expected,
-            },
-            schema_overrides={"alarm": pl.Boolean},
-        )
-        for variate, score, p_value, threshold, value, expected in columns
-    ]
-    return pl.concat(tables).with_columns(pl.col("score", "p_value", "threshold", "value", "expected").fill_nan(None))
+    return score_table(
+        result.scored, context.grid, context.artifact.schema.targets, by_variate=context.config.keep_variate_scores
+    )
 
 
-def _event_table(context: ReportContext, result: SeriesResult) -> pl.DataFrame:
-    grid, rule = context.grid, result.rule.describe()
-    rows = result.events
-    starts, ends, peaks = (
-        grid.time_at(np.array([getattr(event.segment, name) for event in rows], dtype=np.int64))
-        for name in ("start", "end", "peak")
-    )
-    ids = [event_id(result.series_id, start, rule) for start in starts]
-    return pl.DataFrame(
-        {
-            "event_id": pl.Series(ids, dtype=pl.String),
-            "series_id": pl.Series([result.series_id] * len(rows), dtype=pl.String),
-            "start": starts,
-            "end": ends,
-            "peak_time": peaks,
-            "peak_score": pl.Series([event.peak_score for event in rows], dtype=pl.Float64),
-            "p_value": pl.Series([event.p_value for event in rows], dtype=pl.Float64),
-            "threshold": pl.Series([event.threshold for event in rows], dtype=pl.Float64),
-            "rule": pl.Series([rule] * len(rows), dtype=pl.String),
-            "state": pl.Series(["open" if event.segment.is_open else "closed" for event in rows], dtype=pl.String),
-            "length": pl.Series([event.segment.length for event in rows], dtype=pl.Int64),
-            "continues": pl.Series(
-                [None if event.continues is None else ids[event.continues] for event in rows], dtype=pl.String
-            ),
-            "variates": pl.Series([event.variates for event in rows], dtype=pl.List(VARIATE_TYPE)),
-        }
-    )
+def _left_out(result: SeriesResult) -> int:
+    parts = result.confirmed_left_out
+    return parts["calibration"] if result.spans.is_shared else sum(parts.values())
 
 
 def _facts(context: ReportContext, result: SeriesResult) -> dict[str, Any]:
@@ -143,25 +101,15 @@ def _facts(context: ReportContext, result: SeriesResult) -> dict[str, Any]:
         "scale": _times(context.grid, result.spans.scale),
         "calibration": _times(context.grid, result.spans.calibration),
         "scale_and_calibration_shared": result.spans.is_shared,
+        "confirmed_rows_left_out": result.confirmed_left_out,
         **result.calibration.to_dict(),
         **result.model.facts(),
+        "rule": result.rule.facts(),
         "rows_scored": int(scored.sum()),
         "rows_not_scorable": int((~scored).sum()),
         "alarm_rows": int(alarm.sum()),
-        **_health(alarm, scored, result.rule.alpha, context.points_per_day),
+        **alarm_health(alarm, scored, result.rule.alpha, context.points_per_day),
     }
-
-
-def _health(
-    alarm: NDArray[np.bool_], scored: NDArray[np.bool_], nominal: float | None, per_day: float | None
-) -> dict[str, Any]:
-    """Return the alarm rate over the last 7 days or 5,000 rows, whichever is less, and its ratio to the nominal one."""
-    recent = HEALTH_ROWS if per_day is None else max(1, min(HEALTH_ROWS, round(HEALTH_DAYS * per_day)))
-    alarms, rows = int(alarm[-recent:].sum()), int(scored[-recent:].sum())
-    rate = alarms / rows if rows else None
-    ratio = None if rate is None or not nominal else rate / nominal
-    stale = ratio is not None and ratio > HEALTH_RATIO and alarms >= HEALTH_MIN_ALARMS
-    return {"alarm_rate_observed": rate, "alarm_rate_ratio": ratio, "is_stale": stale}
 
 
 def _notices(context: ReportContext, results: Sequence[SeriesResult], facts: dict[str, dict[str, Any]]) -> list[str]:
@@ -172,7 +120,8 @@ def _notices(context: ReportContext, results: Sequence[SeriesResult], facts: dic
         if fact["is_stale"]
     ]
     alpha = results[0].rule.alpha
-    short = [] if alpha is None else [r for r in results if r.calibration.sample.size + 1 < 1.0 / alpha]
+    is_limited = alpha is not None and not results[0].rule.extrapolates
+    short = [r for r in results if alpha and is_limited and r.calibration.sample.size + 1 < 1.0 / alpha]
     if short and alpha is not None:
         fewest = min(result.calibration.sample.size for result in short)
         notices.append(
@@ -180,6 +129,18 @@ def _notices(context: ReportContext, results: Sequence[SeriesResult], facts: dic
             f"{fewest}, needed: {int(np.ceil(1.0 / alpha))}); at first up to {1.0 / (fewest + 1):.2%} of normal rows "
             f"alarm instead of {alpha:.2%}"
         )
+    scales = {result.series_id: result.buckets for result in results if result.buckets is not None}
+    if scales and alpha is not None:
+        notices += bucket_notice(str(context.config.calibration.by), scales, alpha)
+    if context.config.score.latency:
+        notices.append(
+            f"each score reads {context.config.score.latency} later rows: as many rows at the end have none, and an "
+            "event is known that much later"
+        )
+    unable = {result.series_id: result.rule.warning() for result in results if result.rule.warning()}
+    if unable:
+        name, text = next(iter(unable.items()))
+        notices.append(f"{len(unable)} of {len(results)} series, the first '{name}': {text}")
     first = results[0].spans.scale
     if any(result.spans.is_shared for result in results):
         notices.append(

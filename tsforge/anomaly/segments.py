@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,9 +68,9 @@ def find_segments(scores: ArrayLike, decisions: Decisions, config: EventConfig) 
 class SegmentTracker:
     """The same, row by row: ``step`` returns an event when it is over, ``current`` the one that may still grow."""
 
-    def __init__(self, config: EventConfig) -> None:
+    def __init__(self, config: EventConfig, first: int = 0) -> None:
         self.config = config
-        self._row = -1
+        self._row = first - 1
         self._is_active = False
         self._quiet = 0
         self._start = self._end = self._peak = -1
@@ -106,6 +105,30 @@ class SegmentTracker:
         if ended is None and not self._is_active and self._start >= 0 and self._row - self._end > self.config.merge_gap:
             ended = self._close()
         return ended
+
+    @property
+    def is_idle(self) -> bool:
+        """True when no event is under way, not even one too short to count."""
+        return self._start < 0
+
+    @property
+    def row(self) -> int:
+        """Return the row taken last."""
+        return self._row
+
+    @property
+    def start(self) -> int:
+        """Return the first row of what is under way, -1 when idle."""
+        return self._start
+
+    @property
+    def end(self) -> int:
+        """Return the last row so far of what is under way, -1 when idle."""
+        return self._end
+
+    def skip(self, rows: int) -> None:
+        """Take so many rows without an alarm while idle: the same as ``step`` for each."""
+        self._row += rows
 
     @property
     def current(self) -> Segment | None:
@@ -145,22 +168,8 @@ def event_id(series_id: str, start: object, rule: str) -> str:
     return hashlib.sha256(f"{series_id}\n{start}\n{rule}".encode()).hexdigest()[:16]
 
 
-def mark_continuations(
-    segments: Sequence[Segment], leading: Sequence[frozenset[str]], cooldown: int
-) -> list[int | None]:
-    """Return, for each event of one series, the position of the first event of the chain it continues, else None.
-
-    An event continues the previous one when it starts at most ``cooldown`` rows after its end and their leading
-    variates overlap. Events stay separate rows, so none ever spans missing data; alerts count a chain once.
-    """
-    origin: list[int | None] = []
-    for position, segment in enumerate(segments):
-        before = position - 1
-        follows = (
-            position > 0
-            and segment.start - segments[before].end <= cooldown
-            and bool(leading[position] & leading[before])
-        )
-        first = origin[before] if follows else None
-        origin.append(before if follows and first is None else first)
-    return origin
+def is_continuation(
+    start: int, leading: frozenset[str], last_end: int, last_leading: frozenset[str], cooldown: int
+) -> bool:
+    """Return whether an event goes on with the one before it: soon after its end, and on some of the same variates."""
+    return start - last_end <= cooldown and bool(leading & last_leading)

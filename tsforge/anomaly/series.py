@@ -1,22 +1,27 @@
-"""Detection in one series: score model, calibration, rule and events from its deviations."""
+"""Detection in one series: what is fitted on the rows before scoring, and what is found in the rows scored."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tsforge.anomaly.attribution import contributions, leading_variates, rank_variates
-from tsforge.anomaly.calibration import Calibration, conformal_p_values, fit_calibration
+from tsforge.anomaly.buckets import BucketScale, fit_buckets
+from tsforge.anomaly.calibration import Calibration, fit_calibration
 from tsforge.anomaly.config import DetectConfig
+from tsforge.anomaly.confirmed import left_out
+from tsforge.anomaly.health import HEALTH_ROWS
+from tsforge.anomaly.monitor import EventRow, Judged, Monitor
 from tsforge.anomaly.residuals import TrainingRange
-from tsforge.anomaly.scoring import ScoreModel, Scores, fit_score_model
-from tsforge.anomaly.segments import Segment, find_segments, mark_continuations
+from tsforge.anomaly.scoring import ScoreModel, fit_score_model
+from tsforge.anomaly.smoothing import build_smoother
 from tsforge.anomaly.spans import SeriesSpans
+from tsforge.anomaly.tables import ScoredRows
 from tsforge.anomaly.thresholds import Decisions, ThresholdRule
+from tsforge.core.errors import ConfigError
 
 FloatArray = NDArray[np.float64]
 LEAD_ROWS = 1_000  # rows before the scored ones that are judged too, so that an event under way keeps its start and id
@@ -27,7 +32,9 @@ class SeriesRows:
     """What is known of one series, from the first row after training to the last scored one.
 
     Shapes:
-        deviations [T, K, V], values and expected [T, V]; the first row is absolute row ``start``.
+        deviations [T, K, V], values and expected [T, V]; the first row is absolute row ``start``. confirmed [T] marks
+        rows that people confirmed as anomalous: judged, but nothing rests on them (never a scored one). buckets [T],
+        where scores are compared within buckets.
     """
 
     series_id: str
@@ -36,18 +43,8 @@ class SeriesRows:
     values: FloatArray
     expected: FloatArray
     training: TrainingRange
-
-
-@dataclass(frozen=True, kw_only=True)
-class EventRow:
-    """One event in absolute rows, with its ranked variates; ``continues`` = position of the event it goes on with."""
-
-    segment: Segment
-    peak_score: float
-    p_value: float
-    threshold: float
-    variates: list[dict[str, Any]]
-    continues: int | None
+    confirmed: NDArray[np.bool_]
+    buckets: FloatArray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +52,110 @@ class SeriesResult:
     """Everything found in the scored rows of one series, the first of which is absolute row ``start``.
 
     Shapes:
-        joint, p_values [N]; z, variate_p_values, values, expected [N, V].
+        values, expected [N, V].
     """
 
     series_id: str
     start: int
-    joint: FloatArray
-    z: FloatArray
-    p_values: FloatArray
-    variate_p_values: FloatArray
-    decisions: Decisions
+    judged: Judged
     values: FloatArray
     expected: FloatArray
     events: list[EventRow]
     spans: SeriesSpans
     calibration: Calibration
+    buckets: BucketScale | None
     model: ScoreModel
     rule: ThresholdRule
+    confirmed_left_out: dict[str, int]
+
+    @property
+    def scored(self) -> ScoredRows:
+        """The rows as ``score_table`` takes them."""
+        return ScoredRows(
+            series_id=self.series_id, start=self.start, judged=self.judged, values=self.values, expected=self.expected
+        )
+
+    @property
+    def joint(self) -> FloatArray:
+        """Joint scores [N]."""
+        return self.judged.joint
+
+    @property
+    def decisions(self) -> Decisions:
+        """What the rule said of each row."""
+        return self.judged.decisions
+
+
+def fit_monitor(
+    rows: SeriesRows,
+    spans: SeriesSpans,
+    start: int,
+    config: DetectConfig,
+    new_rule: Callable[[], ThresholdRule],
+    names: tuple[str, ...],
+    *,
+    recent: int = HEALTH_ROWS,
+) -> Monitor:
+    """Return a monitor of one series that has judged the rows just before absolute row ``start``, which comes next.
+
+    Args:
+        rows: deviations and values after training; those from ``start`` on are not read.
+        spans: which of them scale and which calibrate.
+        start: first row to score.
+        config: everything else.
+        new_rule: makes an unfitted threshold rule.
+        names: of the variates.
+        recent: rows that count for the health of the model.
+
+    Raises:
+        ConfigError: scores by bucket under a rule that promises no rate.
+        DataError: too few residuals or calibration scores.
+    """
+    scale = slice(spans.scale[0] - rows.start, spans.scale[1] - rows.start)
+    normal = ~rows.confirmed[scale]
+    model = fit_score_model(rows.deviations[scale][normal], rows.values[scale][normal], rows.training, config.score)
+    known = slice(spans.calibration[0] - rows.start, start - rows.start)
+    confirmed = rows.confirmed[known]
+    scores = model.raw(rows.deviations[known], rows.values[known])
+    rule, smoother, settings = new_rule(), build_smoother(config.score), config.calibration
+    joint, buckets = scores.joint, None
+    if rows.buckets is not None:
+        if rule.alpha is None:
+            raise ConfigError(f"calibration.by has no effect with rule {rule.describe()}: it promises no alarm rate")
+        buckets = fit_buckets(np.where(confirmed, np.nan, joint), rows.buckets[known], rule.alpha)
+        joint = buckets.apply(joint, rows.buckets[known])
+    lead = min(LEAD_ROWS, joint.size // 2)
+    before = joint.size - lead
+    if smoother is not None:
+        smoother.fit(np.where(confirmed, np.nan, joint))
+        early = smoother.run(joint[:before])
+        joint = np.concatenate([early, copy.deepcopy(smoother).run(joint[before:])])
+    sample = np.where(confirmed, np.nan, joint)
+    calibration = fit_calibration(
+        sample,
+        method=settings.method,
+        level=settings.tail_level,
+        shape=settings.tail_shape,
+        seed=settings.seed if settings.ties == "random" else None,
+    )
+    rule.fit(sample[:before] if rule.learns else sample)
+    monitor = Monitor(
+        series_id=rows.series_id,
+        names=names,
+        config=config.events,
+        model=model,
+        buckets=buckets,
+        calibration=calibration,
+        smoother=smoother,
+        rule=rule,
+        samples=_variate_samples(scores.z[~confirmed]) if config.keep_variate_scores else None,
+        row=start - lead,
+        start=start,
+        recent=recent,
+    )
+    part = slice(known.stop - lead, known.stop)
+    monitor.run(*_inputs(rows, part), confirmed=rows.confirmed[part])
+    return monitor
 
 
 def detect_series(
@@ -82,89 +166,36 @@ def detect_series(
     new_rule: Callable[[], ThresholdRule],
     names: tuple[str, ...],
 ) -> SeriesResult:
-    """Return scores and events of the rows from absolute row ``start`` on.
-
-    Args:
-        rows: deviations and values after training.
-        spans: which of them scale and which calibrate.
-        start: first row to score.
-        config: everything else.
-        new_rule: makes an unfitted threshold rule.
-        names: of the variates.
-    """
-    scale = slice(spans.scale[0] - rows.start, spans.scale[1] - rows.start)
-    model = fit_score_model(rows.deviations[scale], rows.values[scale], rows.training, config.score)
-    first = spans.calibration[0] - rows.start
-    scores = model.score(rows.deviations[first:], rows.values[first:])
-    known = start - spans.calibration[0]
-    settings = config.calibration
-    calibration = fit_calibration(
-        scores.joint[:known], method=settings.method, level=settings.tail_level, shape=settings.tail_shape
-    )
-    rule = new_rule()
-    lead = min(LEAD_ROWS, known // 2)
-    rule.fit(scores.joint[: known - lead] if rule.learns else scores.joint[:known])
-    judged = Scores(scores.z[known - lead :], scores.joint[known - lead :])
-    decisions = rule.run(judged.joint)
-    p_values = calibration.p_values(judged.joint)
-    segments = [found for found in find_segments(judged.joint, decisions, config.events) if found.end >= lead]
-    events = _events(segments, judged, p_values, decisions, model, config, names)
+    """Return scores and events of the rows from absolute row ``start`` on; arguments as of ``fit_monitor``."""
+    monitor = fit_monitor(rows, spans, start, config, new_rule, names)
+    first = start - rows.start
+    found = monitor.run(*_inputs(rows, slice(first, None)))
+    current = monitor.current()
+    parts = {
+        "scale": slice(spans.scale[0] - rows.start, spans.scale[1] - rows.start),
+        "calibration": slice(spans.calibration[0] - rows.start, first),
+    }
+    usable = np.asarray((~np.isnan(rows.deviations)).any(axis=(1, 2)))
     return SeriesResult(
         series_id=rows.series_id,
         start=start,
-        joint=judged.joint[lead:],
-        z=judged.z[lead:],
-        p_values=p_values[lead:],
-        variate_p_values=_variate_p_values(scores.z, known),
-        decisions=Decisions(decisions.alarm[lead:], decisions.threshold[lead:], decisions.low[lead:]),
-        values=rows.values[first + known :],
-        expected=rows.expected[first + known :],
-        events=[_shifted(event, start - lead) for event in events],
+        judged=found,
+        values=rows.values[first:],
+        expected=rows.expected[first:],
+        events=found.closed + ([] if current is None else [current]),
         spans=spans,
-        calibration=calibration,
-        model=model,
-        rule=rule,
+        calibration=monitor.calibration,
+        buckets=monitor.buckets,
+        model=monitor.model,
+        rule=monitor.rule,
+        confirmed_left_out=left_out(rows.confirmed, usable, parts),
     )
 
 
-def _events(
-    segments: list[Segment],
-    judged: Scores,
-    p_values: FloatArray,
-    decisions: Decisions,
-    model: ScoreModel,
-    config: DetectConfig,
-    names: tuple[str, ...],
-) -> list[EventRow]:
-    ranked = []
-    for segment in segments:
-        parts = contributions(judged.z[segment.start : segment.end + 1], model.covariance, model.constant)
-        ranked.append(rank_variates(names, parts, segment.peak - segment.start, limit=config.events.ranked_variates))
-    origins = mark_continuations(segments, [leading_variates(found) for found in ranked], config.events.cooldown)
-    return [
-        EventRow(
-            segment=segment,
-            peak_score=float(judged.joint[segment.peak]),
-            p_value=float(np.nanmin(p_values[segment.start : segment.end + 1])),
-            threshold=float(decisions.threshold[segment.peak]),
-            variates=variates,
-            continues=origin,
-        )
-        for segment, variates, origin in zip(segments, ranked, origins, strict=True)
-    ]
+def _inputs(rows: SeriesRows, part: slice) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    return rows.deviations[part], rows.values[part], None if rows.buckets is None else rows.buckets[part]
 
 
-def _shifted(event: EventRow, by: int) -> EventRow:
-    found = event.segment
-    moved = Segment(found.start + by, found.end + by, found.peak + by, found.is_open)
-    return EventRow(**{**vars(event), "segment": moved})
-
-
-def _variate_p_values(z: FloatArray, known: int) -> FloatArray:
-    """Return the conformal p-value of |z| of every scored row and variate, by the rows before; NaN where unknown."""
-    size = np.abs(z)
-    out = np.full_like(size[known:], np.nan)
-    for v in range(size.shape[1]):
-        if (~np.isnan(size[:known, v])).any():
-            out[:, v] = conformal_p_values(size[:known, v], size[known:, v])
-    return out
+def _variate_samples(z: FloatArray) -> tuple[FloatArray, ...]:
+    """Return the sorted sizes of normal deviates of each variate, missing ones left out."""
+    return tuple(np.sort(size[~np.isnan(size)]) for size in np.abs(z).T)

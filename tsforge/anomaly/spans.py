@@ -66,7 +66,7 @@ def choose_span(artifact: Artifact, first: int, last: int, start: TimeLike | Non
     train_start, train_stop = training_rows(artifact)
     end = last + 1 if stop is None else min(grid.floor(stop), last) + 1
     if start is not None:
-        begin = _ceil(grid, start)
+        begin = first_row_from(grid, start)
     else:
         valid = artifact.provenance["span_rows"].get("valid")
         has_valid = valid is not None and valid[1] > valid[0] and valid[1] < end
@@ -114,7 +114,7 @@ def series_spans(
     return min(needed, shared)
 
 
-def _ceil(grid: TimeGrid, time: TimeLike) -> int:
+def first_row_from(grid: TimeGrid, time: TimeLike) -> int:
     """Return the first row at or after a time."""
     row = grid.floor(time)
     return row if grid.time_at(row) == parse_time(time, integer=grid.is_integer) else row + 1

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -21,6 +22,7 @@ TimeLike: TypeAlias = datetime | date | int | str
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECONDS = {
     "w": 604_800_000_000,
     "d": 86_400_000_000,
@@ -69,14 +71,9 @@ def parse_freq(text: str) -> Frequency:
     Raises:
         ConfigError: not a positive count with one known unit.
     """
-    match = re.fullmatch(r"([1-9]\d*)([a-z]+)", text) if isinstance(text, str) else None
-    count, unit = (int(match[1]), match[2]) if match else (0, "")
-    if unit == "i":
-        return Frequency(count, "integer")
-    if unit in _MONTHS:
-        return Frequency(count * _MONTHS[unit], "month")
-    if unit in _MICROSECONDS:
-        return Frequency(count * _MICROSECONDS[unit], "fixed")
+    found = _parsed(text) if isinstance(text, str) else None
+    if found is not None:
+        return found
     hint = (
         f"; did you mean '{_WORDS[text]}'?" if text in _WORDS else nearest(str(text), ["1h", "15m", "1d", "1w", "1mo"])
     )
@@ -84,6 +81,20 @@ def parse_freq(text: str) -> Frequency:
         f"freq '{text}' is not a frequency{hint}; write a count and one unit of us ms s m h d w mo q y (or i for "
         "integer time), for example 15m, 1h, 1d, 1mo, 1i"
     )
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Frequency | None:
+    """Return the meaning of an offset string, None where it has none; asked for with every row of a stream."""
+    match = re.fullmatch(r"([1-9]\d*)([a-z]+)", text)
+    count, unit = (int(match[1]), match[2]) if match else (0, "")
+    if unit == "i":
+        return Frequency(count, "integer")
+    if unit in _MONTHS:
+        return Frequency(count * _MONTHS[unit], "month")
+    if unit in _MICROSECONDS:
+        return Frequency(count * _MICROSECONDS[unit], "fixed")
+    return None
 
 
 def canonical_freq(text: str) -> str:
@@ -219,11 +230,11 @@ class TimeGrid:
         """Whether times are plain integers."""
         return parse_freq(self.freq).kind == "integer"
 
-    @property
+    @cached_property
     def _origin_value(self) -> int:
         if isinstance(self.origin, int):
             return self.origin
-        return int(_physical(pl.Series([self.origin], dtype=TIME_DTYPE))[0])
+        return (self.origin - _EPOCH) // timedelta(microseconds=1)
 
     def _values_at(self, index: Ints) -> Ints:
         step = parse_freq(self.freq)
@@ -281,6 +292,18 @@ class TimeGrid:
                 f"{show_time(self.origin)} (first: {show_time(off[0])}); resample the data or give the freq it has"
             )
         return index
+
+    def index_of_values(self, values: Ints) -> Ints | None:
+        """Return the absolute index of each time [N] given as microseconds since 1970 (UTC) or integers.
+
+        None where a time lies off the grid, or the step is a month: ``index_of`` then says what is wrong.
+        """
+        step = parse_freq(self.freq)
+        if step.kind == "month":
+            return None
+        index: Ints
+        index, rest = np.divmod(values - self._origin_value, step.count)
+        return None if rest.any() else index
 
     def floor(self, time: TimeLike) -> int:
         """Return the index of the last grid time at or before ``time``."""

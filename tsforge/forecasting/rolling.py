@@ -11,21 +11,18 @@ import torch
 from numpy.typing import NDArray
 
 from tsforge.artifact import Artifact, match_frame
+from tsforge.contracts.tensors import Batch
 from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset
+from tsforge.forecasting.fixed_blocks import block_size, padded
 from tsforge.forecasting.predict import padded_panel
-from tsforge.forecasting.window_forecasts import (
-    FloatArray,
-    as_array,
-    default_batch_size,
-    evaluating,
-    to_device,
-)
+from tsforge.forecasting.window_forecasts import FloatArray, as_array, evaluating, to_device
+from tsforge.network import ForecastNetwork
 
-Output = Literal["cdf", "log_tail"]
+Output = Literal["cdf", "log_tail", "log_density"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +33,11 @@ class RollingForecasts:
     seen it. NaN where no window reaches: too little history before the cutoff, or rows the series lacks.
 
     Shapes:
-        target [S, T, V] (NaN where not observed); mean [S, T, K, V] with K steps; quantiles [S, T, K, V, Q], cdf and
-        log_tail of the target [S, T, K, V], or None when not asked for; scale [S, T, K, V], the unit in which the
-        network saw the window.
+        target [S, T, V] (NaN where not observed); mean [S, T, K, V] with K steps; quantiles [S, T, K, V, Q], cdf,
+        log_tail and log_density of the target [S, T, K, V], or None when not asked for; scale [S, T, K, V], the unit in
+        which the network saw the window.
     Units:
-        data units; cdf is a probability, log_tail = log(2 min(F, 1 - F)).
+        data units; cdf is a probability, log_tail = log(2 min(F, 1 - F)), log_density per data unit.
     """
 
     series_ids: tuple[str, ...]
@@ -55,6 +52,7 @@ class RollingForecasts:
     quantiles: FloatArray | None
     cdf: FloatArray | None
     log_tail: FloatArray | None
+    log_density: FloatArray | None = None
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -83,7 +81,7 @@ def rolling_forecasts(
         start, stop: absolute rows on the artifact's grid.
         steps: largest step ahead, at most the trained horizon.
         quantile_levels: levels of the network's quantiles.
-        outputs: ``cdf`` and ``log_tail`` of each observed target under its forecast.
+        outputs: ``cdf``, ``log_tail`` and ``log_density`` of each observed target under its forecast.
 
     Raises:
         ArtifactError: the frame does not fit the artifact.
@@ -124,6 +122,7 @@ def rolling_forecasts(
         quantiles=picked.get("quantiles"),
         cdf=picked.get("cdf"),
         log_tail=picked.get("log_tail"),
+        log_density=picked.get("log_density"),
     )
 
 
@@ -155,24 +154,44 @@ def _window_outputs(
         windows = WindowDataset(panel, spec, first, last, aligned=coupled)
     except DataError:  # nobody has enough history: every forecast stays NaN
         return
-    step = max(1, default_batch_size(network) // windows.rows_per_item)
-    device = network.param_offset.device
     with evaluating(network), torch.no_grad():
-        for batch in windows.batches(step):
-            batch = to_device(batch, device)
-            found = network.predict(batch, tuple(levels))
-            _, scale = network.scaler.stats(batch)
-            values = {
-                "mean": as_array(found.mean)[:, :steps],
-                "scale": np.broadcast_to(as_array(scale), found.mean.shape)[:, :steps],
-            }
-            if found.quantiles is not None:
-                values["quantiles"] = as_array(found.quantiles)[:, :steps]
-            if batch.target is None or batch.target_mask is None:
-                raise DataError("rolling windows lost their targets")
-            for name in outputs:
-                score = as_array(getattr(network, name)(batch, batch.target))
-                values[name] = np.where(batch.target_mask.cpu().numpy(), score, np.nan)[:, :steps]
+        for batch in windows.batches(block_size(network, windows.rows_per_item)):
+            values = block_outputs(network, batch, steps, (levels, outputs), windows.rows_per_item)
+            scale = as_array(network.scaler.stats(to_device(batch, network.param_offset.device))[1])
+            values["scale"] = np.broadcast_to(scale, (len(scale), network.spec.horizon, scale.shape[-1]))[:, :steps]
             if batch.series_index is None or batch.cutoff_index is None:
                 raise DataError("rolling windows lost their index")
-            yield batch.series_index.cpu().numpy(), batch.cutoff_index.cpu().numpy(), values
+            yield batch.series_index.numpy(), batch.cutoff_index.numpy(), values
+
+
+def block_outputs(
+    network: ForecastNetwork,
+    batch: Batch,
+    steps: int,
+    wanted: tuple[Sequence[float], Sequence[Output]] = ((), ()),
+    together: int = 1,
+) -> dict[str, FloatArray]:
+    """Return ``mean`` and what else is asked for, [B, K, ...], of at most one block of windows.
+
+    The network, evaluating and without gradients, sees ``block_size(network)`` windows whatever B is: the same window
+    gives the same bits in any company.
+
+    Args:
+        network: on any device.
+        batch: B windows in data units; with targets where ``outputs`` are asked for.
+        steps: K.
+        wanted: quantile levels and outputs, as in ``rolling_forecasts``.
+        together: windows that belong together, see ``block_size``.
+    """
+    count, (levels, outputs) = len(batch.context), wanted
+    batch = to_device(padded(batch, block_size(network, together), together), network.param_offset.device)
+    found = network.predict(batch, tuple(levels))
+    values = {"mean": as_array(found.mean[:count, :steps])}
+    if found.quantiles is not None:
+        values["quantiles"] = as_array(found.quantiles[:count, :steps])
+    for name in outputs:
+        if batch.target is None or batch.target_mask is None:
+            raise DataError(f"the {name} of targets needs windows with targets")
+        score = as_array(getattr(network, name)(batch, batch.target))
+        values[name] = np.where(batch.target_mask.cpu().numpy(), score, np.nan)[:count, :steps]
+    return values

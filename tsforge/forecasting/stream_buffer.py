@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tsforge.artifact import Artifact, match_frame
@@ -90,11 +92,15 @@ class Buffer:
         return StreamPlace(
             schema=self.artifact.schema,
             grid=self.artifact.grid,
-            series={name: place for place, name in enumerate(self.series)},
+            series=self._places,
             last=self.last.numpy(),
             ahead=self.ahead,
             shared_clock=self.coupled,
         )
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.series)}
 
     @property
     def everyone(self) -> Tensor:
@@ -107,15 +113,18 @@ class Buffer:
         optional = {"ahead": self.ahead, "static": self.static}
         return found | {name: value for name, value in optional.items() if value is not None}
 
-    def check(self) -> None:
-        """Check that stored tensors are those of this artifact and these series.
+    def check(self, length: int | None = None) -> None:
+        """Check that stored tensors are those of this artifact and these series, ``length`` rows each.
+
+        Args:
+            length: rows kept; default those of a context.
 
         Raises:
             ArtifactError: one is missing, too many or of another shape.
         """
         spec, count = self.artifact.network.spec, len(self.series)
         width = spec.num_variates + spec.num_past + spec.num_known
-        expected = {"rows": (count, spec.context_length, width), "last": (count,), "started": (count,)}
+        expected = {"rows": (count, length or spec.context_length, width), "last": (count,), "started": (count,)}
         if spec.num_known:
             expected["ahead"] = (count, spec.horizon, spec.num_known)
         if spec.num_static:
@@ -135,48 +144,75 @@ class Buffer:
 
     def take(self, new: NewRows) -> None:
         """Take new rows: O(1) a row."""
-        length, owner, done = self.rows.shape[1], new.owner, new.done
-        kept = done >= new.count[owner] - length
-        self.rows[owner[kept], ((self.last[owner] + 1 + done) % length)[kept]] = new.values[kept]
+        # numpy views of the same memory: for a single row they are several times as fast as tensors
+        length, owner, done, count = self.rows.shape[1], new.owner.numpy(), new.done.numpy(), new.count.numpy()
+        values, last = new.values.numpy(), self.last.numpy()
+        if len(values) > length and count.max() > length:
+            kept = done >= count[owner] - length
+            owner, done, values = owner[kept], done[kept], values[kept]
+        self.rows.numpy()[owner, (last[owner] + 1 + done) % length] = values
         if self.ahead is not None:
             self.ahead = new.known_from(self.everyone, new.count, self.ahead.shape[1])
-        seen = owner[~torch.isnan(new.values).all(dim=1)]
-        self.started = self.started.index_fill(0, seen, True)
+        if not self.started.numpy().all():
+            seen = new.owner[~torch.isnan(new.values).all(dim=1)]
+            self.started = self.started.index_fill(0, seen, True)
         self.last = self.last + new.count
 
     def contexts(self, series: Tensor, done: Tensor | None = None, new: NewRows | None = None) -> Batch:
         """Return the windows of some series [B] that end after the first ``done`` [B] of their new rows.
 
-        Data units, no target; the same tensors that batch prediction gathers from a panel.
+        Data units, no target; the same tensors that batch prediction gathers from a panel. A buffer of more rows than a
+        context also gives windows that end before its last row: ``done`` is negative then.
         """
-        spec, last = self.artifact.network.spec, self.last[series]
-        length, variates, past = spec.context_length, spec.num_variates, spec.num_past
-        done = torch.zeros_like(last) if done is None else done
-        index = (last + done)[:, None] - length + 1 + torch.arange(length)  # [B, L] absolute
-        rows = self.rows[series[:, None], index % length]
-        if new is not None and len(new.values):
-            turn = index - last[:, None] - 1
-            place = (new.start[series][:, None] + turn).clamp(0, len(new.values) - 1)
-            rows = torch.where((turn >= 0)[..., None], new.values[place], rows)
-        mask = ~torch.isnan(rows[..., :variates])
+        spec = self.artifact.network.spec
+        variates, past = spec.num_variates, spec.num_past
+        done = torch.zeros_like(series) if done is None else done
+        # numpy: several times as fast as tensors for a single window
+        end = self.last.numpy()[series.numpy()] + done.numpy()
+        rows = self.cells(series, torch.from_numpy(end[:, None] + self._backwards), new)
+        targets = rows.numpy()[..., :variates]
+        mask = ~np.isnan(targets)
         later = self.later(series, done, new)
         return Batch(
-            context=torch.where(mask, rows[..., :variates], 0.0),
-            context_mask=mask,
+            context=torch.from_numpy(np.where(mask, targets, np.float32(0.0))),
+            context_mask=torch.from_numpy(mask),
             past=rows[..., variates : variates + past].contiguous() if past else None,
             known=None if later is None else torch.cat([rows[..., variates + past :], later], dim=1),
             static=None if self.static is None else self.static[series],
             series_index=self._numbers[series],
-            cutoff_index=last + done + 1,
+            cutoff_index=torch.from_numpy(end + 1),
         )
+
+    def cells(self, series: Tensor, index: Tensor, new: NewRows | None) -> Tensor:
+        """Return all columns [B, T, C] of absolute rows ``index`` [B, T] of some series [B], those kept or new."""
+        who, wanted = series.numpy()[:, None], index.numpy()
+        rows = self.rows.numpy()[who, wanted % self.rows.shape[1]]
+        turn = wanted - self.last.numpy()[who] - 1
+        if new is not None and (turn >= 0).any():
+            place = np.clip(new.start.numpy()[who] + turn, 0, len(new.values) - 1)
+            rows = np.where((turn >= 0)[..., None], new.values.numpy()[place], rows)
+        return torch.from_numpy(rows)
 
     def later(self, series: Tensor, done: Tensor, new: NewRows | None) -> Tensor | None:
         """Return known covariates [B, H, F] of the rows after the first ``done`` new ones."""
         if self.ahead is None or new is None:
             return None if self.ahead is None else self.ahead[series]
-        return new.known_from(series, done, self.ahead.shape[1])
+        horizon, width = self.ahead.shape[1:]
+        told = new.known_from(series, done.clamp(min=0), horizon)
+        if not bool((done < 0).any()):
+            return told
+        step = done[:, None] + torch.arange(horizon)  # [B, H] new rows before each step; taken long ago where negative
+        kept = self.cells(series, self.last[series][:, None] + 1 + step.clamp(max=-1), None)[..., -width:]
+        place = step.clamp(min=0) - done.clamp(min=0)[:, None]
+        assert told is not None  # there are known covariates
+        return torch.where((step < 0)[..., None], kept, told.gather(1, place[..., None].expand(-1, -1, width)))
 
-    @property
+    @cached_property
+    def _backwards(self) -> NDArray[np.int64]:
+        """Rows of a context [L], its last one being 0."""
+        return np.arange(1 - self.artifact.network.spec.context_length, 1)
+
+    @cached_property
     def _numbers(self) -> Tensor:
         """Number of each series [S] as in training; new ones come after."""
         numbers = {name: number for number, name in enumerate(self.artifact.series_ids)}

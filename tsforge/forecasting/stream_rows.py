@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -64,15 +65,15 @@ class NewRows:
     known: Tensor | None
     judged: FloatArray
 
-    @property
+    @cached_property
     def owner(self) -> Tensor:
         """Position of the series of every row [N]."""
-        return torch.repeat_interleave(self.count)
+        return torch.from_numpy(np.repeat(np.arange(len(self.count)), self.count.numpy()))
 
-    @property
+    @cached_property
     def done(self) -> Tensor:
         """How many new rows of its series come before each row [N]."""
-        return torch.arange(len(self.values)) - self.start[self.owner]
+        return torch.from_numpy(np.arange(len(self.values)) - self.start.numpy()[self.owner.numpy()])
 
     def known_from(self, series: Tensor, done: Tensor, steps: int) -> Tensor | None:
         """Return known covariates [B, steps, F] of the rows after the first ``done`` [B] new ones of ``series`` [B]."""

@@ -51,12 +51,14 @@ def default_batch_size(network: ForecastNetwork) -> int:
 @contextmanager
 def evaluating(network: ForecastNetwork) -> Iterator[None]:
     """Switch dropout and the like off for a while."""
-    training = network.training
+    if not network.training:  # switching goes through every module: too slow for a single row
+        yield
+        return
     network.eval()
     try:
         yield
     finally:
-        network.train(training)
+        network.train()
 
 
 def window_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsforge.anomaly.config import EventConfig
-from tsforge.anomaly.segments import Segment, SegmentTracker, event_id, find_segments, mark_continuations
+from tsforge.anomaly.segments import SegmentTracker, event_id, find_segments, is_continuation
 from tsforge.anomaly.thresholds import Decisions
 
 
@@ -86,8 +87,13 @@ def test_ids_depend_on_series_start_and_rule_only() -> None:
     assert len({event_id(*item) for item in [*others, ("a", "2013-02-12", "q")]}) == 4
 
 
-@pytest.mark.parametrize(("cooldown", "expected"), [(0, [None] * 4), (5, [None, 0, 0, None])])
-def test_cooldown_marks_continuations_of_the_same_variates(cooldown: int, expected: list[int | None]) -> None:
-    segments = [Segment(0, 2, 1), Segment(6, 8, 6), Segment(12, 12, 12), Segment(15, 16, 15)]
-    leading = [frozenset("a"), frozenset("ab"), frozenset("b"), frozenset("c")]
-    assert mark_continuations(segments, leading, cooldown) == expected
+@pytest.mark.parametrize(
+    ("cooldown", "expected"), [(0, [False] * 3), (3, [False, False, False]), (4, [True, True, False])]
+)
+def test_events_go_on_soon_after_one_of_the_same_variates(cooldown: int, expected: list[bool]) -> None:
+    events = [(0, 2, "a"), (6, 8, "ab"), (12, 12, "b"), (15, 16, "c")]
+    found = [
+        is_continuation(start, frozenset(leading), last_end, frozenset(last), cooldown)
+        for (_, last_end, last), (start, _, leading) in pairwise(events)
+    ]
+    assert found == expected

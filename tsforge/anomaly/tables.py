@@ -1,0 +1,117 @@
+"""Scores and events of one series as tables: the same for a report and for a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from tsforge.anomaly.monitor import EventRow, Judged
+from tsforge.anomaly.segments import event_id
+from tsforge.contracts.tables import JOINT
+from tsforge.data.grid import TimeGrid
+
+FloatArray = NDArray[np.float64]
+VARIATE_TYPE = pl.Struct(
+    {"variate": pl.String, "contribution": pl.Float64, "conditional": pl.Float64, "additive": pl.Float64}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRows:
+    """Rows of one series from absolute row ``start`` on, judged. Shapes: values and expected [N, V]."""
+
+    series_id: str
+    start: int
+    judged: Judged
+    values: FloatArray
+    expected: FloatArray
+
+    @classmethod
+    def nothing(cls, width: int) -> ScoredRows:
+        """Return no rows of ``width`` variates."""
+        none = np.empty((0, width))
+        return cls(series_id="", start=0, judged=Judged.nothing(width), values=none, expected=none)
+
+
+def score_table(rows: ScoredRows, grid: TimeGrid, names: Sequence[str], *, by_variate: bool) -> pl.DataFrame:
+    """Return one record a row and, if asked for, one a row and variate; NaN becomes null.
+
+    Columns: ``series_id, time, variate`` (``*`` for the joint score), ``score, p_value, threshold, alarm, value,
+    expected``.
+    """
+    judged, size = rows.judged, rows.judged.joint.size
+    times = grid.time_at(np.arange(rows.start, rows.start + size))
+    nothing = np.full(size, np.nan)
+    columns = [(JOINT, judged.joint, judged.p_values, judged.decisions.threshold, nothing, nothing)]
+    if by_variate and judged.variate_p_values is not None:
+        columns += [
+            (name, np.abs(judged.z[:, v]), judged.variate_p_values[:, v], nothing, rows.values[:, v], expected)
+            for v, (name, expected) in enumerate(zip(names, rows.expected.T, strict=True))
+        ]
+    alarm = np.zeros(size * len(columns), dtype=bool)
+    alarm[:size] = judged.decisions.alarm
+    is_joint = np.arange(alarm.size) < size
+    numbers = dict(
+        zip(
+            ("score", "p_value", "threshold", "value", "expected"),
+            (np.concatenate(part) for part in list(zip(*columns, strict=True))[1:]),
+            strict=True,
+        )
+    )
+    floats = {name: pl.Series(name, found, dtype=pl.Float64).fill_nan(None) for name, found in numbers.items()}
+    variates = pl.Series("variate", [column[0] for column in columns], dtype=pl.String)
+    return pl.DataFrame(
+        [
+            pl.Series("series_id", [rows.series_id], dtype=pl.String).new_from_index(0, alarm.size),
+            pl.concat([times.alias("time")] * len(columns)),
+            variates.gather(np.repeat(np.arange(len(columns)), size)),
+            floats["score"],
+            floats["p_value"],
+            floats["threshold"],
+            pl.Series("alarm", alarm, dtype=pl.Boolean).set(pl.Series(~is_joint), None),
+            floats["value"],
+            floats["expected"],
+        ]
+    )
+
+
+def event_table(events: Sequence[tuple[str, str, EventRow]], grid: TimeGrid) -> pl.DataFrame:
+    """Return one record an event.
+
+    Args:
+        events: series, rule (``describe()``) and event.
+        grid: of the times.
+    """
+    rows = [event for _, _, event in events]
+
+    def times(places: Sequence[int]) -> pl.Series:
+        return grid.time_at(np.array(places, dtype=np.int64))
+
+    starts = times([event.segment.start for event in rows])
+    origins = times([event.segment.start if event.continues is None else event.continues for event in rows])
+    ids = [event_id(series, start, rule) for (series, rule, _), start in zip(events, starts, strict=True)]
+    chains = [
+        None if event.continues is None else event_id(series, origin, rule)
+        for (series, rule, event), origin in zip(events, origins, strict=True)
+    ]
+    return pl.DataFrame(
+        {
+            "event_id": pl.Series(ids, dtype=pl.String),
+            "series_id": pl.Series([series for series, _, _ in events], dtype=pl.String),
+            "start": starts,
+            "end": times([event.segment.end for event in rows]),
+            "peak_time": times([event.segment.peak for event in rows]),
+            "peak_score": pl.Series([event.peak_score for event in rows], dtype=pl.Float64),
+            "p_value": pl.Series([event.p_value for event in rows], dtype=pl.Float64),
+            "threshold": pl.Series([event.threshold for event in rows], dtype=pl.Float64),
+            "rule": pl.Series([rule for _, rule, _ in events], dtype=pl.String),
+            "state": pl.Series(["open" if event.segment.is_open else "closed" for event in rows], dtype=pl.String),
+            "length": pl.Series([event.segment.length for event in rows], dtype=pl.Int64),
+            "continues": pl.Series(chains, dtype=pl.String),
+            "variates": pl.Series([event.variates for event in rows], dtype=pl.List(VARIATE_TYPE)),
+        }
+    )
