@@ -1,7 +1,8 @@
 """Detection only: the batch without its forecast. ``python -m pipelines.batch_detect CONFIG --as-of T``.
 
 It is a job of its own (``NAME-detect`` in the ledger and below ``published/``), so that both may run for one ``as_of``:
-forecasts once a day, detection every hour. Exit status and log as in ``pipelines.batch_forecast``.
+forecasts once a day, detection every hour. Its events go to the event store too. Exit status and log as in
+``pipelines.batch_forecast``.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
 from tsforge.app import batch_online, published
 from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, run_checks
+from tsforge.app.events import Recorded, confirmed_spans, record_report
 from tsforge.app.ingest import IngestConfig, ingest, load_history, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config, fingerprint
@@ -305,7 +306,8 @@ def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
                 facts["judged"] = work.counts["judged"] = about["judged"]
     if config.detect is not None:
         with work.stage("detect") as facts:
-            _detect(artifact, frame.until(work.as_of), raw.until(work.as_of), work)
+            recorded = _detect(artifact, frame.until(work.as_of), raw.until(work.as_of), work)
+            facts.update(stored=recorded.new, suppressed=recorded.suppressed)
             facts.update(rows=work.tables["scores"].height, events=work.counts["events"], new=work.counts["new_events"])
     manifest = _manifest(work, artifact, frame, checks) | {"trained_until": trained_until}
     with work.stage("publish") as facts:
@@ -382,24 +384,39 @@ def _check_data(observed: SeriesFrame, work: _Work, facts: dict[str, Any]) -> li
     return results
 
 
-def _detect(artifact: Artifact, seen: SeriesFrame, judged: SeriesFrame, work: _Work) -> None:
-    """Score the last span and note which events no earlier batch has published.
+def _detect(artifact: Artifact, seen: SeriesFrame, judged: SeriesFrame, work: _Work) -> Recorded:
+    """Score the last span, store its events, and note which of them no earlier batch has published.
 
     Args:
         artifact: the model.
         seen: what the network reads, values outside their range hidden.
         judged: the same rows with those values: the first thing a detector should report.
         work: gets the tables and counts.
+
+    Returns:
+        What was new to the event store.
     """
     stage = work.config.detect or DetectStage()
     start = before(work.as_of, stage.span)
-    report = detect(artifact, seen, stage.detector, start=start, stop=work.as_of, values=judged)
+    dataset = work.config.data.name
+    # what people had confirmed by then: a later confirmation must not change what a backfill of that day finds
+    confirmed = confirmed_spans(work.workspace, dataset, made_until=work.as_of)
+    report = detect(artifact, seen, stage.detector, start=start, stop=work.as_of, values=judged, confirmed=confirmed)
+    # before publishing: a batch killed in between records the same again, one killed after it would never record
+    recorded = record_report(
+        work.workspace, dataset, report, source=f"batch:{work.config.name}@{work.as_of:%Y-%m-%dT%H:%M:%SZ}"
+    )
+    work.facts["confirmed_rows_left_out"] = report.metadata["confirmed_rows_left_out"]
+    named = ("alarm_rate_observed", "alarm_rate_ratio", "is_stale")
+    series = {name: {key: fact[key] for key in named} for name, fact in report.metadata["series"].items()}
+    work.facts["health"] = {"alarm_rate_nominal": report.metadata["alarm_rate_nominal"], "series": series}
     earlier = published.events(work.workspace, work.config.name, until=work.as_of - timedelta(seconds=1))
     old = [] if earlier is None else earlier["event_id"].to_list()
     work.tables["scores"] = report.scores.table
     work.tables["events"] = report.events.with_columns(is_new=~pl.col("event_id").is_in(old))
     work.counts["events"] = report.events.height
     work.counts["new_events"] = int(work.tables["events"]["is_new"].sum())
+    return recorded
 
 
 def _manifest(work: _Work, artifact: Artifact, frame: SeriesFrame, checks: list[CheckResult]) -> dict[str, Any]:

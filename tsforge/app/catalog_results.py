@@ -157,6 +157,7 @@ def _load_batches(workspace: Workspace, name: str) -> StoredDetection:
         **_batch_facts(newest),
         "artifact_id": newest.manifest["artifact"],
         "as_of": newest.as_of.isoformat(),
+        **newest.manifest.get("health", {}),
         "notices": [check["message"] for check in newest.manifest["checks"] if not check["passed"]],
     }
     if len(chosen) > 1:

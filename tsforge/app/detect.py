@@ -14,6 +14,7 @@ import polars as pl
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect as detect_frame
 from tsforge.anomaly.grading import Grade, grade
+from tsforge.app.events import Recorded, confirmed_spans, record_report
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset
 from tsforge.artifact import load_artifact
@@ -44,8 +45,10 @@ class DetectJobConfig(Config):
     stop: str | int | None = None
     """Last time to score; default the last observed row. Where publications are kept, values are of that moment."""
     detector: DetectConfig = DetectConfig()
+    confirmed: bool = True
+    """Leave spans that people confirmed as anomalous out of calibration and rolling windows."""
     save: bool = True
-    """Keep the report below ``reports/detections``."""
+    """Keep the report below ``reports/detections`` and its events in the event store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +57,13 @@ class Detection:
 
     Attributes:
         report: scores, events, facts. grade: against the data set's labels, None where it has none.
-        path: folder it was saved to, None if it was not.
+        path: folder it was saved to, None if it was not. recorded: what was new to the event store.
     """
 
     report: AnomalyReport
     grade: Grade | None = None
     path: Path | None = None
+    recorded: Recorded | None = None
 
     @property
     def id(self) -> str | None:
@@ -80,6 +84,10 @@ class Detection:
             "rows_scored": sum(item["rows_scored"] for item in series.values()),
             "rows_not_scorable": sum(item["rows_not_scorable"] for item in series.values()),
             "events": self.report.events.height,
+            **({} if self.recorded is None else {"new_events": self.recorded.new}),
+            **({} if self.recorded is None else {"suppressed": self.recorded.suppressed}),
+            "confirmed_rows_left_out": facts["confirmed_rows_left_out"],
+            **self._incidents(),
             "notices": list(facts["notices"]),
         }
         if self.grade is None:
@@ -88,9 +96,16 @@ class Detection:
         overall = {f"grade_{name}": _rounded(value) for name, value in self.grade.overall.items()}
         return {**found, "found": kinds, **overall}
 
+    def _incidents(self) -> dict[str, int]:
+        """Return how many incidents there are, nothing where no key groups series."""
+        if self.report.metadata["config"]["events"]["group_by"] is None:
+            return {}
+        return {"incidents": self.report.events["incident_id"].drop_nulls().n_unique()}
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one record an event, strongest first, with its three first-ranked variates."""
         shown = self.report.events.sort("peak_score", descending=True)
+        grouped = bool(self._incidents())
         return [
             {
                 "event_id": row["event_id"],
@@ -100,6 +115,7 @@ class Detection:
                 "peak_score": round(row["peak_score"], 2),
                 "p_value": row["p_value"],
                 "state": row["state"],
+                **({"incident_id": row["incident_id"]} if grouped else {}),
                 "variates": ", ".join(item["variate"] for item in row["variates"][:3]),
             }
             for row in shown.iter_rows(named=True)
@@ -121,7 +137,15 @@ def detect(config: DetectJobConfig, workspace: Workspace) -> Detection:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
     seen = load_dataset(workspace, dataset, series=config.series, cutoff=config.stop, masked=True)
     raw = load_dataset(workspace, dataset, series=config.series, cutoff=config.stop)
-    report = detect_frame(artifact, seen, config.detector, start=config.start, stop=config.stop, values=raw)
+    report = detect_frame(
+        artifact,
+        seen,
+        config.detector,
+        start=config.start,
+        stop=config.stop,
+        values=raw,
+        confirmed=confirmed_spans(workspace, dataset) if config.confirmed else None,
+    )
     created = datetime.now(UTC)
     about = {
         "dataset": dataset,
@@ -136,12 +160,13 @@ def detect(config: DetectJobConfig, workspace: Workspace) -> Detection:
     graded = None
     if labels.height and _overlaps(labels, report):
         graded = grade(report, labels, artifact.grid)
-    path = None
+    path = recorded = None
     if config.save:
         path = workspace.reports / FOLDER / f"{dataset}-{artifact.model_name}-{created:%Y%m%dT%H%M%S%f}Z"
         _save(report, graded, path)
+        recorded = record_report(workspace, dataset, report, source=f"detect:{path.name}")
     log_event(_LOG, "detection finished", dataset=dataset, artifact=artifact.id, events=report.events.height)
-    return Detection(report=report, grade=graded, path=path)
+    return Detection(report=report, grade=graded, path=path, recorded=recorded)
 
 
 def _rounded(value: Any) -> Any:
