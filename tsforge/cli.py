@@ -6,16 +6,31 @@ before a subcommand runs.
 
 from __future__ import annotations
 
-import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tsforge.cli_events import events_app, maintenance_app
+from tsforge.cli_parts import (
+    AsJson,
+    ConfigFile,
+    DryRun,
+    Home,
+    Overrides,
+)
+from tsforge.cli_parts import attribute as _attribute
+from tsforge.cli_parts import check_table_name as _check_table_name
+from tsforge.cli_parts import config as _config
+from tsforge.cli_parts import show as _show
+from tsforge.cli_parts import table_out as _table_out
+from tsforge.cli_parts import workspace as _workspace
+from tsforge.cli_parts import write_table as _write_table
 from tsforge.console import print_error, print_facts, print_json, print_table
-from tsforge.core.errors import ConfigError, TsforgeError
+from tsforge.core.errors import BackendError, ConfigError, TsforgeError
 
 app = typer.Typer(
     name="tsforge",
@@ -33,14 +48,10 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at what is in the store.
 app.add_typer(batch_app, name="batch")
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(data_app, name="data")
+app.add_typer(events_app, name="events")
+app.add_typer(maintenance_app, name="maintenance")
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config settings.")]
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="Name below configs/ or a YAML file.")]
 INTERRUPTED = 130  # the shell's status of a process ended by Ctrl-C
-
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Home = Annotated[Path | None, typer.Option("--home", help="Workspace folder (default TSFORGE_HOME or .tsforge).")]
 
 
 def main() -> None:
@@ -82,40 +93,6 @@ def _options(
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level}: choose debug, info, warning or error")
     configure_logging(log_level, as_json=json_logs)
-
-
-def _attribute(path: str) -> Any:
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _config(path: str, name: str, overrides: list[str] | None, dry_run: bool) -> Any:
-    """Return the validated config of class ``path``; with ``dry_run`` print it and stop."""
-    from tsforge.core.config import load, to_yaml
-
-    config = load(_attribute(path), name, overrides or ())
-    if dry_run:
-        sys.stdout.write(to_yaml(config))
-        raise typer.Exit
-    return config
-
-
-def _workspace(home: Path | None) -> Any:
-    from tsforge.core.workspace import Workspace
-
-    return Workspace.open(home)
-
-
-def _show(result: Any, as_json: bool) -> None:
-    """Print a use-case's result: it offers ``summary()`` (facts) and ``rows()`` (records of a table)."""
-    summary = result.summary()
-    rows = result.rows()
-    if as_json:
-        print_json({**summary, "rows": rows})
-        return
-    print_facts(summary)
-    if rows:
-        print_table(rows)
 
 
 @app.command()
@@ -177,6 +154,7 @@ def backtest(
 @app.command()
 def benchmark(
     overrides: Overrides = None,
+    task: Annotated[str, typer.Option("--task", help="forecast, or anomaly: --data then names families.")] = "forecast",
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="Wide parquet or CSV files, known sets or stored data, by commas or repeated."),
@@ -187,29 +165,48 @@ def benchmark(
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Seeds a setting.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Settings measured at a time.")] = None,
     peers: Annotated[Path | None, typer.Option("--peers", help="Python of the environment of other libraries.")] = None,
-    config: Annotated[str, typer.Option("--config", help="Name below configs/ or a YAML file.")] = "benchmark",
+    config: Annotated[str | None, typer.Option("--config", help="Name below configs/ or a YAML file.")] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     home: Home = None,
 ) -> None:
-    """Measure models on data sets with the literature's splits, every test window, beside baselines, resumable."""
+    """Measure models beside baselines, resumable: forecasts by the literature's splits, or anomaly scores by labels."""
     settings = list(overrides or [])
+    anomaly = _is_anomaly_task(task, {"--horizons": horizons, "--peers": peers})
     if data:
         names = [name.strip() for given in data for name in given.split(",")]
-        settings.append("datasets=[" + ",".join(f"'{name}'" for name in names) + "]")
+        what = "families" if anomaly else "datasets"
+        settings.append(f"{what}=[" + ",".join(f"'{name}'" for name in names) + "]")
     if models is not None:  # quoted, since an entry may hold its own settings (linear:ridge=5e4)
         settings.append("models=[" + ",".join(f"'{entry.strip()}'" for entry in models.split(",")) + "]")
     for key, value in (("context_lengths", context_length), ("horizons", horizons)):
         if value is not None:
-            settings.append(f"{key}=[{value}]")
+            settings.append(f"context_length={value}" if anomaly else f"{key}=[{value}]")
     settings += [f"{key}={value}" for key, value in (("seeds", seeds), ("workers", workers)) if value is not None]
     if peers is not None:
         settings.append(f"peers.python='{peers}'")
-    job = _config("tsforge.app.benchmark:BenchmarkConfig", config, settings, dry_run)
-    result = _attribute("tsforge.app.benchmark:benchmark")(job, _workspace(home), progress=not as_json)
+    if anomaly:
+        job = _config(
+            "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig", config or "benchmark/anomaly", settings, dry_run
+        )
+        run = _attribute("tsforge.app.anomaly_benchmark:anomaly_benchmark")
+    else:
+        job = _config("tsforge.app.benchmark:BenchmarkConfig", config or "benchmark", settings, dry_run)
+        run = _attribute("tsforge.app.benchmark:benchmark")
+    result = run(job, _workspace(home), progress=not as_json)
     _show(result, as_json)
     if result.failed:
         raise typer.Exit(4)
+
+
+def _is_anomaly_task(task: str, forecast_only: dict[str, object]) -> bool:
+    """Return whether anomaly scores are measured; options without a meaning there are refused."""
+    if task not in ("forecast", "anomaly"):
+        raise ConfigError(f"--task {task}: give forecast or anomaly")
+    given = [name for name, value in forecast_only.items() if value is not None]
+    if task == "anomaly" and given:
+        raise ConfigError(f"{' and '.join(given)}: no effect with --task anomaly; leave it out")
+    return task == "anomaly"
 
 
 @app.command()
@@ -259,6 +256,52 @@ def stream(
     if output is not None:
         _write_table(result.forecast.table, output)
     _show(result, as_json)
+
+
+@app.command()
+def watch(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="Name below configs/ or a YAML file.")] = "watch",
+    overrides: Overrides = None,
+    once: Annotated[bool, typer.Option("--once", help="Take what is there, deliver it, then exit.")] = False,
+    redeliver: Annotated[bool, typer.Option("--redeliver", help="First send every dead letter once more.")] = False,
+    status: Annotated[
+        str | None, typer.Option("--status", metavar="NAME", help="Show what the watch NAME is doing and stop.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, as it happens.")] = False,
+    home: Home = None,
+) -> None:
+    """Follow new rows (a folder, a SQL table, standard input, the store) and tell every anomaly once."""
+    if status is not None:
+        facts = _attribute("tsforge.app.watch.status:watch_status")(status, _workspace(home))
+        print_json(facts) if as_json else print_facts(facts)
+        return
+    job = _config("tsforge.app.watch.settings:WatchConfig", config, overrides, dry_run)
+    tell = _print_line if as_json else _print_transitions
+    result = _attribute("tsforge.app.watch.run:watch")(job, _workspace(home), once=once, redeliver=redeliver, tell=tell)
+    if not as_json:
+        print_facts(result.summary())
+    if result.signal == signal.SIGINT:
+        raise typer.Exit(INTERRUPTED)
+    if result.undelivered and result.signal is None:
+        raise BackendError(
+            f"{result.undelivered} transitions could not be delivered in time; they go out with the next run"
+        )
+
+
+def _print_line(turn: dict[str, Any]) -> None:
+    """Print a turn of a watch as one JSON object, at once also where the output is a file."""
+    print_json(turn)
+    sys.stdout.flush()
+
+
+def _print_transitions(turn: dict[str, Any]) -> None:
+    """Print one line an event that opened or ended in a turn of a watch."""
+    for event in turn.get("events", ()):
+        silenced = "" if event["suppressed_by"] is None else f"  silenced by rule {event['suppressed_by']}"
+        span = event["start"] if event["start"] == event["end"] else f"{event['start']} .. {event['end']}"
+        names = [event[name] for name in ("transition", "event_id", "series_id")]
+        print(*names, span, f"peak {event['peak_score']:.4g}", f"{event['variates']}{silenced}", sep="  ", flush=True)
 
 
 @app.command()
@@ -439,28 +482,3 @@ def data_export(
     """Write a stored data set to a file."""
     frame = _attribute("tsforge.app.ingest:load_dataset")(_workspace(home), name)
     _table_out(frame.table, output, False, {})
-
-
-def _check_table_name(output: Path | None) -> None:
-    if output is not None and output.suffix not in (".parquet", ".csv"):
-        raise ConfigError(f"--output {output}: use a name that ends in .parquet or .csv")
-
-
-def _write_table(table: Any, output: Path) -> None:
-    from tsforge.core.atomic import atomic_file
-
-    _check_table_name(output)
-    with atomic_file(output) as temporary:
-        table.write_parquet(temporary) if output.suffix == ".parquet" else table.write_csv(temporary)
-
-
-def _table_out(table: Any, output: Path | None, as_json: bool, metadata: dict[str, Any]) -> None:
-    """Write a polars table to a file by its ending, or print it."""
-    if output is not None:
-        _write_table(table, output)
-        facts = {"written": str(output), "rows": table.height}
-        print_json({**metadata, **facts}) if as_json else print_facts(facts)
-    elif as_json:
-        print_json({**metadata, "rows": table.to_dicts()})
-    else:
-        print_table(table.head(50).to_dicts(), title=f"{table.height} rows", limit=50)

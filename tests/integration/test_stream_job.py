@@ -126,8 +126,8 @@ def test_a_run_that_dies_between_scores_and_state_repeats_and_skips_nothing(
 HOLD = """
 import sys
 from pathlib import Path
-from tsforge.app.stream import _alone
-with _alone(Path(sys.argv[1]), "x"):
+from tsforge.app.exclusive import alone
+with alone(Path(sys.argv[1]), "stream 'x' is being brought up to date"):
     print("held", flush=True)
     sys.stdin.read()
 """

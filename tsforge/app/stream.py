@@ -7,12 +7,11 @@ counts it; a run that dies between leaves a part which the next run, starting fr
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import polars as pl
 from pydantic import Field
 
+from tsforge.app.exclusive import alone
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, load_tensor_file, match_frame
@@ -29,7 +29,6 @@ from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
-from tsforge.core.owner import Owner
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.store import SeriesStore
@@ -144,7 +143,7 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"name: '{name}' must be letters, digits, '_', '-' and '.', and not begin with '.' or '-'")
     folder = workspace.root / FOLDER / name
-    with _alone(folder, name):
+    with alone(folder, f"stream '{name}' is being brought up to date"):
         is_new = config.reset or not (folder / STATE).exists()
         live = _begin(config, artifact, dataset, workspace) if is_new else _resume(config, artifact, dataset, folder)
         taken, scores, added, waiting = _catch_up(live, dataset, workspace)
@@ -176,32 +175,6 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
     )
     log_event(_LOG, "streamed", stream=name, rows=taken, scored=scores.height, revision=result.revision)
     return result
-
-
-@contextmanager
-def _alone(folder: Path, name: str) -> Iterator[None]:
-    """Hold the stream's lock; the system lets go of it when the process ends, however it ends."""
-    place = folder / "lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = place.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise BackendError(f"cannot write {folder}: {error.strerror or error}") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
-            raise BackendError(
-                f"stream '{name}' is being brought up to date by another process ({holder}); wait until it has ended"
-            ) from error
-        except OSError as error:
-            raise BackendError(f"cannot lock {place}: {error.strerror or error}") from error
-        handle.truncate(0)
-        handle.write(str(Owner.current()))
-        handle.flush()
-        yield
 
 
 def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Workspace) -> Stream:

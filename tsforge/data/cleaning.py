@@ -56,7 +56,19 @@ def read_dataset(config: DataConfig) -> Dataset:
         return Dataset(frame, report, labels)
     try:
         raw = read_source(config.source)
-        report = IngestReport(raw.origin)
+    except DataError as error:
+        raise DataError(f"dataset '{config.name}': {error}") from error
+    return clean(raw, config)
+
+
+def clean(raw: RawTable, config: DataConfig) -> Dataset:
+    """Return the series of a raw table, by the settings of ``config`` for everything but its source.
+
+    Raises:
+        DataError: as for ``read_dataset``.
+    """
+    report = IngestReport(raw.origin)
+    try:
         history = _clean(raw, config, report)
         frame = newest(history)
         Delays.of(config.publication_delay, frame.schema, frame.grid)  # one that does not fit is refused before storing

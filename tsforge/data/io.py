@@ -270,7 +270,7 @@ def _read_sql(source: SqlSource) -> RawTable:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise DataError(f"{origin}: the query returns repeated column(s) {listing(repeated)}; give them aliases")
-    series = [_typed(name, cells) for name, cells in zip(names, columns, strict=True)]
+    series = [typed_column(name, cells) for name, cells in zip(names, columns, strict=True)]
     return RawTable(pl.DataFrame(series).lazy(), origin)
 
 
@@ -282,7 +282,7 @@ def _whole_table(name: str, connection: Any) -> Executable:
         raise DataError(f"{safe_url(connection.engine.url)} has no table '{name}'; check source.table") from error
 
 
-def _typed(name: str, cells: list[Any]) -> pl.Series:
+def typed_column(name: str, cells: list[Any]) -> pl.Series:
     """Return cells as one column; SQLite may mix types in a column, then they become text for the cell checks."""
     try:
         return pl.Series(name, cells, strict=True)

@@ -1,0 +1,187 @@
+"""New files of a folder, each read once in the order of names; half-written ones are left alone, bad ones refused."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from tsforge.app.watch.intake import FILE_KINDS, Intake, Portion
+from tsforge.app.watch.settings import FolderSource
+from tsforge.app.watch.sources import Offer, without_rows
+from tsforge.core.errors import BackendError, DataError
+from tsforge.data.watch_state import SourceFile
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A file as seen: what changes when it changes, and seconds since its last change by the clock of the disk."""
+
+    stamp: str
+    age: float
+
+
+class Folder:
+    """Files of a folder. A position is the file at work, its stamp and the rows of it that are taken.
+
+    Args:
+        settings: the source. intake: reads its files.
+        done: files read or refused before, by name; kept up to date by ``settle``.
+        clock: seconds, for tests.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+
+    def __init__(
+        self,
+        settings: FolderSource,
+        intake: Intake,
+        done: dict[str, SourceFile],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._path = Path(settings.path).expanduser()
+        self._intake = intake
+        self._done = done
+        self._clock = clock
+        self._seen: dict[str, tuple[str, float]] = {}  # stamps of files not settled yet, and since when
+        self._rest: float | None = None
+        self._waiting = 0
+        self._open: tuple[str, str, Portion] | None = None
+        if not self._path.is_dir():
+            raise DataError(f"there is no folder {self._path}; make it, or set source.path")
+
+    def next(self, position: dict[str, Any], ends: pl.DataFrame, limit: int) -> Offer | None:
+        """Return rows of the file at work, or of the next one; files are never overtaken by later names."""
+        del ends
+        looks = self._look()
+        gone = tuple(name for name in self._done if name not in looks)
+        fresh = sorted(name for name, look in looks.items() if self._is_new(name, look.stamp))
+        if position.get("file") in fresh:  # it was begun; names that came meanwhile must wait
+            fresh.remove(position["file"])
+            fresh.insert(0, position["file"])
+        self._waiting = len(fresh)
+        self._rest = None
+        if not fresh:
+            return None
+        name = fresh[0]
+        look = looks[name]
+        left = self._unsettled(name, look)
+        if left > 0:
+            self._rest = left
+            return None
+        begun = position if position.get("file") == name and position.get("stamp") == look.stamp else {}
+        return self._offer(name, look.stamp, int(begun.get("rows", 0)), limit, gone)
+
+    def _offer(self, name: str, stamp: str, start: int, limit: int, gone: tuple[str, ...]) -> Offer | None:
+        if self._open is None or self._open[:2] != (name, stamp):
+            try:
+                self._open = (name, stamp, self._intake.read_file(self._path / name))
+            except DataError as error:
+                if not (self._path / name).exists():
+                    return None
+                return self._refused(name, stamp, str(error), gone)
+        portion = self._open[2]
+        table = portion.table.slice(start, limit)
+        is_last = start + table.height >= portion.table.height
+        part = Portion(
+            table=table,
+            rows_read=table.height,
+            notes=portion.notes if start == 0 else {},
+        )
+        return Offer(
+            portions=(part,),
+            position={} if is_last else {"file": name, "stamp": stamp, "rows": start + table.height},
+            what=name,
+            files=(SourceFile(name=name, stamp=stamp, refused=False),) if is_last else (),
+            forgotten=gone,
+            divisible=False,
+        )
+
+    def _refused(self, name: str, stamp: str, reason: str, gone: tuple[str, ...]) -> Offer:
+        return Offer(
+            portions=(),
+            position={},
+            what=name,
+            refusals=((name, reason),),
+            files=(SourceFile(name=name, stamp=stamp, refused=True),),
+            forgotten=gone,
+            divisible=False,
+        )
+
+    def settle(self, offer: Offer) -> None:
+        """Take note of a committed offer."""
+        for item in offer.files:
+            self._done[item.name] = item
+            self._seen.pop(item.name, None)
+            self._open = None
+        for name in offer.forgotten:
+            self._done.pop(name, None)
+
+    def _is_new(self, name: str, stamp: str) -> bool:
+        """Return whether a file is to be read: unknown, or refused and changed since."""
+        known = self._done.get(name)
+        return known is None or (known.refused and known.stamp != stamp)
+
+    def _unsettled(self, name: str, look: _Look) -> float:
+        """Return seconds that a file has still to stay as it is before it is read."""
+        now = self._clock()
+        wait = self._settings.settle_seconds
+        stamp, since = self._seen.get(name, ("", now))
+        if stamp != look.stamp:
+            self._seen[name] = (look.stamp, since := now)
+        return max(0.0, min(wait - (now - since), wait - look.age))
+
+    def _look(self) -> dict[str, _Look]:
+        """Return the files that could be read.
+
+        Raises:
+            BackendError: the folder cannot be listed.
+        """
+        found = {}
+        present = time.time()
+        try:
+            with os.scandir(self._path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.startswith(".") or not name.lower().endswith(FILE_KINDS):
+                        continue
+                    if not fnmatch.fnmatchcase(name, self._settings.pattern):
+                        continue
+                    try:
+                        if not entry.is_file():
+                            continue
+                        facts = entry.stat()
+                    except FileNotFoundError:
+                        continue
+                    stamp = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+                    found[name] = _Look(stamp, present - max(facts.st_mtime, facts.st_ctime))
+        except OSError as error:
+            raise BackendError(f"cannot look into {self._path}: {error.strerror or error}") from error
+        self._seen = {name: value for name, value in self._seen.items() if name in found}
+        return found
+
+    def rest(self) -> float | None:
+        """Return seconds until the next file can be read, if it stays as it is."""
+        return self._rest
+
+    def refuse(self, offer: Offer) -> Offer:
+        """Return the offer that lays the rest of a file aside whose rows the detector refused."""
+        assert self._open is not None
+        name, stamp, _ = self._open
+        return replace(without_rows(offer), position={}, files=(SourceFile(name=name, stamp=stamp, refused=True),))
+
+    def waiting(self) -> int | None:
+        """Return how many files were not read at the last look."""
+        return self._waiting
+
+    def close(self) -> None:
+        """Hold nothing."""
+        self._open = None

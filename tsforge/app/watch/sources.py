@@ -1,0 +1,259 @@
+"""Where rows come from: what every source offers, a SQL table, the store; and rows that cannot be read, set apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import polars as pl
+
+from tsforge.app.ingest import load_dataset
+from tsforge.app.watch.intake import Intake, Portion
+from tsforge.app.watch.settings import TableSource
+from tsforge.artifact import match_frame
+from tsforge.core.errors import DataError
+from tsforge.core.workspace import Workspace
+from tsforge.data.io import RawTable
+from tsforge.data.sql_poll import Key, KeyedTable, read_key, write_key
+from tsforge.data.store import SeriesStore
+from tsforge.data.watch_state import SourceFile
+
+MAX_PARTS = 200  # readings of one portion in search of the rows that spoil it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a source has next.
+
+    Attributes:
+        portions: rows, in order; none where all of them were refused.
+        position: where the source goes on once they are taken; plain JSON types.
+        what: the place in words, for messages.
+        refusals: what was refused, and why.
+        files, forgotten: names to remember as read or refused, and names gone from a folder.
+        divisible: rows that a detector refuses may be set apart one by one; else the whole of ``what`` is refused.
+    """
+
+    portions: tuple[Portion, ...]
+    position: dict[str, Any]
+    what: str
+    refusals: tuple[tuple[str, str], ...] = ()
+    files: tuple[SourceFile, ...] = ()
+    forgotten: tuple[str, ...] = ()
+    divisible: bool = True
+
+
+class Source(Protocol):
+    """Offers rows from a position on; nothing is remembered but what ``position`` says."""
+
+    def next(self, position: dict[str, Any], ends: pl.DataFrame, limit: int) -> Offer | None:
+        """Return the next rows, about ``limit`` at most, or None where there are none now."""
+        ...
+
+    def rest(self) -> float | None:
+        """Return seconds after which rows that are there already can be read; None: there are none."""
+        ...
+
+    def refuse(self, offer: Offer) -> Offer:
+        """Return the offer that stands for one whose rows the detector refused."""
+        ...
+
+    def waiting(self) -> int | None:
+        """Return how many files wait to be read, None for other sources."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held."""
+        ...
+
+
+def salvage(
+    intake: Intake, raw: pl.DataFrame, origin: str, *, is_text: bool, first: int = 1
+) -> tuple[list[Portion], list[tuple[str, str]]]:
+    """Return clean portions of raw rows in order, and the rows that spoil a reading, found by halving.
+
+    Args:
+        intake: cleans. raw: rows as the source holds them. origin: for messages.
+        is_text: every cell is text. first: number of the first row, for messages.
+
+    Raises:
+        DataError: rows are refused, and the settings say that this is an error.
+    """
+    portions: list[Portion] = []
+    refused: list[tuple[str, str]] = []
+    parts = [(0, raw.height)] if raw.height else []
+    readings = 0
+    while parts:
+        start, stop = parts.pop()
+        table = raw.slice(start, stop - start)
+        where = f"{origin}, rows {first + start} to {first + stop - 1}"
+        readings += 1
+        try:
+            marks = intake.marks
+            decimal = marks.decimal if is_text else "."
+            portions.append(intake.clean(RawTable(table.lazy(), where, is_text=is_text, decimal=decimal)))
+        except DataError as error:
+            assert intake.mapping is not None
+            if "error" in (intake.mapping.bad_rows, intake.mapping.bad_cells):
+                raise
+            if stop - start == 1 or readings >= MAX_PARTS:
+                refused.append((where, str(error)))
+            else:
+                middle = (start + stop) // 2
+                parts += [(middle, stop), (start, middle)]
+    return portions, refused
+
+
+class TablePoll:
+    """Rows of a SQL table after a key. A position is the key of the last row taken, and their number.
+
+    Args:
+        settings: the source. intake: cleans its rows. clock: seconds, for tests.
+    """
+
+    def __init__(self, settings: TableSource, intake: Intake, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settle = settings.settle_seconds
+        self._intake = intake
+        self._clock = clock
+        self._table = KeyedTable(settings, settings.key, list(intake.wanted))
+        self._seen: list[tuple[float, Key]] = []  # newest keys that were not known before, and when they were seen
+        self._rest: float | None = None
+
+    def next(self, position: dict[str, Any], ends: pl.DataFrame, limit: int) -> Offer | None:
+        """Return the rows after the position whose key is known for long enough."""
+        del ends
+        last = read_key(position)
+        newest = self._table.newest()
+        now = self._clock()
+        if newest is not None and newest != last and (not self._seen or self._seen[-1][1] != newest):
+            self._seen.append((now, newest))
+        settled = [at for at, (moment, _) in enumerate(self._seen) if now - moment >= self._settle]
+        self._rest = None
+        if not settled:
+            self._rest = self._seen[0][0] + self._settle - now if self._seen else None
+            return None
+        upto = self._seen[settled[-1]][1]
+        rows, key = self._table.after(last, upto, limit)
+        if key is None or key == upto:
+            self._seen = self._seen[settled[-1] + 1 :]
+        if key is None:
+            self._rest = self._seen[0][0] + self._settle - now if self._seen else None
+            return None
+        first = int(position.get("rows", 0)) + 1
+        portions, refused = salvage(self._intake, rows, self._table.origin, is_text=False, first=first)
+        return Offer(
+            portions=tuple(portions),
+            position={**write_key(key), "rows": first - 1 + rows.height},
+            what=f"{self._table.origin} up to key {key}",
+            refusals=tuple(refused),
+        )
+
+    def check(self) -> None:
+        """Raise what a first look raises: no such table or column, no answer."""
+        self._table.newest()
+
+    def rest(self) -> float | None:
+        """Return seconds until keys seen already have settled."""
+        return self._rest
+
+    def refuse(self, offer: Offer) -> Offer:
+        """Return the same place without rows."""
+        return without_rows(offer)
+
+    def waiting(self) -> int | None:
+        """Tell nothing: counting rows would read them."""
+        return None
+
+    def close(self) -> None:
+        """Close the database."""
+        self._table.close()
+
+
+class StoredRows:
+    """Rows of the store after the last one taken of each series. The detector itself is the position.
+
+    Args:
+        workspace: whose store. dataset: which. intake: of the artifact.
+    """
+
+    def __init__(self, workspace: Workspace, dataset: str, intake: Intake) -> None:
+        self._workspace = workspace
+        self._dataset = dataset
+        self._intake = intake
+        self._left: Portion | None = None
+
+    def next(self, position: dict[str, Any], ends: pl.DataFrame, limit: int) -> Offer | None:
+        """Return stored rows after those taken; a backlog is read once and offered in pieces."""
+        if self._left is None or not self._left.table.height:
+            self._left = self._read(ends)
+        if self._left is None:
+            return None
+        table, cut = self._left.table, limit
+        if cut < table.height:  # rows of one time stay together
+            cut = int((table["time"] <= table["time"][limit - 1]).sum())
+        portion = Portion(table=table.head(cut), rows_read=cut, ahead=self._left.ahead)
+        self._left = Portion(table=table.slice(cut), rows_read=table.height - cut, ahead=self._left.ahead)
+        what = f"data set '{self._dataset}'"
+        return Offer(portions=(portion,), position=position, what=what, divisible=False)
+
+    def _read(self, ends: pl.DataFrame) -> Portion | None:
+        artifact = self._intake.artifact
+        last = artifact.grid.index_of(ends["time"])
+        is_front = last > int(last.max()) - artifact.window.context_length
+        horizon = artifact.window.horizon
+        tables = []
+        for part in (is_front, ~is_front):  # series that stopped long ago are not read from there together with all
+            if not part.any():
+                continue
+            names = ends["series_id"].filter(pl.Series(part)).to_list()
+            start = artifact.grid.time_at(int(last[part].min()))
+            try:
+                frame = load_dataset(self._workspace, self._dataset, series=names, start=start, extend=horizon)
+            except DataError:
+                with closing(SeriesStore(self._workspace.database_url)) as store:
+                    store.config(self._dataset)  # an unknown data set is an error, an empty span is none
+                continue
+            tables.append(match_frame(artifact, frame).table)
+        if not tables:
+            return None
+        table = (
+            pl.concat(tables).join(ends.rename({"time": "end"}), on="series_id").filter(pl.col("time") > pl.col("end"))
+        )
+        targets = pl.any_horizontal(pl.col(artifact.schema.targets).is_not_null())
+        reached = table.filter(targets).group_by("series_id").agg(pl.col("time").max().alias("reached"))
+        taken = table.join(reached, on="series_id").filter(pl.col("time") <= pl.col("reached")).drop("end", "reached")
+        if not taken.height:
+            return None
+        known = artifact.schema.known
+        ahead = table.select("series_id", "time", *known) if known else None
+        return Portion(table=taken.sort("time", "series_id"), rows_read=taken.height, ahead=ahead)
+
+    def rest(self) -> float | None:
+        """Tell nothing: what is stored can be read."""
+        return None
+
+    def refuse(self, offer: Offer) -> Offer:
+        """Stop: rows of the store passed the same checks, so that this is no matter of some rows."""
+        raise DataError(f"the detector refuses rows of data set '{self._dataset}'; start the watch anew (reset=true)")
+
+    def waiting(self) -> int | None:
+        """Tell nothing."""
+        return None
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
+def without_rows(offer: Offer) -> Offer:
+    """Return the same place without rows."""
+    return Offer(
+        portions=(),
+        position=offer.position,
+        what=offer.what,
+        refusals=offer.refusals,
+        files=offer.files,
+        forgotten=offer.forgotten,
+    )

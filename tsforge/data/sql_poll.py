@@ -1,0 +1,124 @@
+"""Following a SQL table by a key that only grows: bound parameters, whole groups of equal keys, whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+import polars as pl
+from sqlalchemy import MetaData, Table, func, select
+from sqlalchemy.exc import NoSuchTableError
+
+from tsforge.core.errors import DataError, listing, nearest
+from tsforge.data.config import SqlSource
+from tsforge.data.io import source_url, typed_column
+from tsforge.data.sql import open_engine, safe_url, transaction
+
+Key = int | float | str | datetime | date
+
+
+class KeyedTable:
+    """Rows of a table in the order of a key; nothing is connected before the first call.
+
+    Args:
+        source: address and table.
+        key: column that grows with every row inserted.
+        columns: what to read.
+
+    Raises:
+        ConfigError: the named environment variable is not set, or the address is malformed.
+    """
+
+    def __init__(self, source: SqlSource, key: str, columns: Sequence[str]) -> None:
+        self._engine = open_engine(source_url(source), read_only=True)
+        self._name = source.table or ""
+        self._key = key
+        self._columns = list(dict.fromkeys(columns))
+        self._found: Table | None = None
+        self.origin = f"{safe_url(self._engine.url)} {self._name}"
+
+    def close(self) -> None:
+        """Give back every connection."""
+        self._engine.dispose()
+
+    def newest(self) -> Key | None:
+        """Return the greatest key, None where the table is empty.
+
+        Raises:
+            DataError: no such table or column, or a key that has no order.
+            BackendError: the database did not answer.
+        """
+        with transaction(self._engine, "read", write=False) as connection:
+            table = self._table(connection)
+            return self._plain(connection.execute(select(func.max(table.c[self._key]))).scalar())
+
+    def after(self, last: Key | None, upto: Key, limit: int) -> tuple[pl.DataFrame, Key | None]:
+        """Return rows with keys in (last, upto] by key, and the last of them (None where there is none).
+
+        At most ``limit`` rows, except that rows with equal keys are never parted.
+
+        Raises:
+            DataError, BackendError: as for ``newest``.
+        """
+        with transaction(self._engine, "read", write=False) as connection:
+            table = self._table(connection)
+            key = table.c[self._key]
+            chosen = [key.label("key"), *(table.c[name] for name in self._columns)]
+            span = select(*chosen).where(key <= upto).order_by(key)
+            if last is not None:
+                span = span.where(key > last)
+            rows = list(connection.execute(span.limit(limit + 1)).all())
+            if len(rows) > limit:
+                beyond = rows[-1][0]
+                whole = [row for row in rows if row[0] != beyond]
+                rows = whole or list(connection.execute(select(*chosen).where(key == beyond)).all())
+        cells = list(zip(*rows, strict=True)) if rows else [()] * (len(self._columns) + 1)
+        series = [typed_column(name, list(cells[at + 1])) for at, name in enumerate(self._columns)]
+        return pl.DataFrame(series), self._plain(rows[-1][0]) if rows else None
+
+    def _table(self, connection: Any) -> Table:
+        """Return the table as the database describes it, looked up once."""
+        if self._found is not None:
+            return self._found
+        schema, _, name = self._name.rpartition(".")
+        try:
+            found = Table(name, MetaData(), schema=schema or None, autoload_with=connection)
+        except NoSuchTableError as error:
+            raise DataError(f"{safe_url(self._engine.url)} has no table '{self._name}'; check source.table") from error
+        missing = [column for column in (self._key, *self._columns) if column not in found.c]
+        if missing:
+            names = list(found.c.keys())
+            hint = nearest(missing[0], names)
+            raise DataError(
+                f"{self.origin} lacks column(s) {listing(missing)}{hint} (it has {listing(names, 20)}); "
+                "set source.key and source.rows"
+            )
+        self._found = found
+        return found
+
+    def _plain(self, key: Any) -> Key | None:
+        if isinstance(key, Decimal) and key == int(key):
+            return int(key)
+        if key is None or (isinstance(key, int | float | str | datetime | date) and not isinstance(key, bool)):
+            return key
+        raise DataError(f"{self.origin}: key '{self._key}' holds {type(key).__name__}; use a number, text or time")
+
+
+def write_key(key: Key | None) -> dict[str, Any]:
+    """Return a key as plain JSON types."""
+    if isinstance(key, datetime):
+        return {"datetime": key.isoformat()}
+    if isinstance(key, date):
+        return {"date": key.isoformat()}
+    return {} if key is None else {"plain": key}
+
+
+def read_key(stored: dict[str, Any]) -> Key | None:
+    """Return the key that ``write_key`` wrote."""
+    if "datetime" in stored:
+        return datetime.fromisoformat(stored["datetime"])
+    if "date" in stored:
+        return date.fromisoformat(stored["date"])
+    return stored.get("plain")
