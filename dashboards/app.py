@@ -6,12 +6,24 @@ from pathlib import Path
 
 import streamlit as st
 
-from dashboards.views import anomalies, backtests, data, dynamics, explanations, forecasts, graphs, overview, runs
+from dashboards.views import (
+    anomalies,
+    backtests,
+    data,
+    dynamics,
+    explanations,
+    forecasts,
+    graphs,
+    overview,
+    runs,
+    triage,
+)
 
 PAGES = {
     "": [st.Page(overview.show, title="Overview", icon=":material/dashboard:", url_path="overview", default=True)],
     "Results": [
         st.Page(forecasts.show, title="Forecasts", icon=":material/show_chart:", url_path="forecasts"),
+        st.Page(triage.show, title="Triage", icon=":material/assignment_late:", url_path="triage"),
         st.Page(anomalies.show, title="Anomalies", icon=":material/notification_important:", url_path="anomalies"),
         st.Page(backtests.show, title="Backtests", icon=":material/leaderboard:", url_path="backtests"),
         st.Page(explanations.show, title="Explanations", icon=":material/help:", url_path="explanations"),

@@ -222,7 +222,8 @@ def attribution_chart(variates: Sequence[Mapping[str, Any]]) -> go.Figure:
             marker_color=ALARM,
         )
     )
-    return style(figure, height=110 + 28 * len(ranked), title="Which variates are strange (in standard deviations)")
+    figure.update_xaxes(title_text="standard deviations")
+    return style(figure, height=130 + 28 * len(ranked), title="Which variates are strange")
 
 
 def observer_chart(observer: pl.DataFrame) -> go.Figure:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import streamlit as st
 
-from tsforge.app import catalog, catalog_results
+from tsforge.app import catalog, catalog_results, triage
 from tsforge.core.errors import TsforgeError
 from tsforge.core.workspace import Workspace
 
@@ -223,6 +223,27 @@ def detection(record: Mapping[str, Any]) -> catalog_results.StoredDetection:
 @st.cache_data(show_spinner="Reading scores ...", max_entries=8)
 def _detection(root: str, name: str, created: datetime) -> catalog_results.StoredDetection:
     return catalog_results.load_detection(Workspace.open(root), name)
+
+
+def health(record: Mapping[str, Any]) -> pl.DataFrame:
+    """Return the alarm rate of each series of a detection over time; cached like the detection."""
+    return _health(str(workspace().root), record["id"], record["created"])
+
+
+@st.cache_data(show_spinner="Counting alarms ...", max_entries=8)
+def _health(root: str, name: str, created: datetime) -> pl.DataFrame:
+    report = catalog_results.load_detection(Workspace.open(root), name)
+    return triage.health_history(report.scores, report.metadata.get("alarm_rate_nominal"))
+
+
+def stored_events(name: str | None, version: str) -> pl.DataFrame:
+    """Return the events of a data set, None for those of all; cached until somebody or something says more of them."""
+    return _stored_events(str(workspace().root), name, version)
+
+
+@st.cache_data(show_spinner="Reading events ...", max_entries=8)
+def _stored_events(root: str, name: str | None, version: str) -> pl.DataFrame:
+    return triage.read_events(Workspace.open(root), name)
 
 
 def backtest(name: str) -> catalog_results.StoredBacktest:

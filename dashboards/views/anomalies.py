@@ -7,9 +7,9 @@ from typing import Any
 import polars as pl
 import streamlit as st
 
-from dashboards import charts
-from dashboards.state import MINUTE, choose, detection, empty, labels, moment, page, series_table, table
-from tsforge.app import catalog_results
+from dashboards import charts, triage_charts
+from dashboards.state import MINUTE, choose, detection, empty, health, labels, moment, page, series_table, table
+from tsforge.app import catalog_results, triage
 from tsforge.app.catalog_results import StoredDetection
 from tsforge.contracts.tables import JOINT
 from tsforge.core.workspace import Workspace
@@ -24,6 +24,15 @@ _EVENTS = {
     "p_value": "p-value",
     "first": "first variate",
     "state": "state",
+}
+
+_HEALTH = {
+    "series_id": "series",
+    "ratio": "times nominal",
+    "rate": "alarm rate",
+    "alarms": "alarm rows",
+    "rows": "scored rows",
+    "is_stale": "stale",
 }
 
 
@@ -46,7 +55,8 @@ def _draw(workspace: Workspace) -> None:
     )
     left, right = st.columns([2, 1])
     chosen = choose("Detection", list(names), "detection", names=names, where=left)
-    report = detection(next(item for item in detections if item["id"] == chosen))
+    record = next(item for item in detections if item["id"] == chosen)
+    report = detection(record)
     series = _choose_series(report, right)
     for notice in report.metadata["notices"]:
         st.warning(str(notice), icon=":material/monitor_heart:")
@@ -62,6 +72,7 @@ def _draw(workspace: Workspace) -> None:
             first = events.with_columns(first=pl.col("variates").list.first().struct.field("variate"))
             table(first.sort("start"), _EVENTS)
             st.download_button("Download CSV", events.drop("variates").write_csv(), file_name=f"events-{series}.csv")
+    _health(health(record), report.metadata.get("alarm_rate_nominal"))
     _method(report.metadata)
 
 
@@ -134,6 +145,32 @@ def _one_event(event: dict[str, Any]) -> None:
         st.markdown(f"**Event of {_span(event)}**")
         table([{"fact": name, "value": value} for name, value in facts.items() if value])
         st.caption(f"Rule: {event['rule']}")
+
+
+def _health(history: pl.DataFrame, nominal: float | None) -> None:
+    """Show how often each series alarmed over time beside how often normal data should."""
+    if not history["rate"].count():
+        return
+    st.subheader("Model health")
+    figure = triage_charts.health_chart(history, bound=triage.HEALTH_RATIO)
+    st.plotly_chart(figure, width="stretch", key="health")
+    last = history.group_by("series_id", maintain_order=True).last().sort("rate", descending=True, nulls_last=True)
+    stale = last.filter(pl.col("is_stale"))["series_id"].to_list()
+    said = "Share of alarm rows in the last 7 days or 5,000 rows, whichever is less."
+    if nominal:
+        names = f"{', '.join(stale[:5])}{' ...' * (len(stale) > 5)}"
+        said += f" {nominal:.3%} of normal rows should alarm. " + (
+            f"Stale: {names}." if stale else "No series is stale."
+        )
+        said += (
+            f" Above {triage.HEALTH_RATIO:g} times the nominal rate the data have moved away from the model: fit again."
+        )
+    else:
+        said += " Which rate is normal is not known here: the level is a fixed one, or a batch did not keep it."
+    st.caption(said)
+    if last.height > 1:
+        with st.expander(f"All {last.height} series"):
+            table(last, _HEALTH, integers=("alarms", "rows"))
 
 
 def _method(facts: dict[str, Any]) -> None:

@@ -110,3 +110,22 @@ def filled_workspace(tmp_path_factory: pytest.TempPathFactory, mlflow_template: 
     with _own_services(root) as workspace:
         fill(workspace)
     return root
+
+
+@pytest.fixture(scope="session")
+def detected_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a workspace whose detection found several events, some of them at once; tests copy it."""
+    from tsforge.app.detect import DetectJobConfig, detect
+    from tsforge.app.fit import FitConfig, fit_frame
+    from tsforge.app.ingest import IngestConfig, ingest, load_dataset
+    from tsforge.artifact import save_artifact
+    from tsforge.core.config import validate
+
+    with _own_services(tmp_path_factory.mktemp("detected") / "home") as workspace:
+        ingest(validate(IngestConfig, {"data": plant()}), workspace)
+        config = validate(FitConfig, fit_settings({"name": "linear"}))
+        frame = load_dataset(workspace, config.data, masked=True)
+        artifact = save_artifact(fit_frame(frame, config)[0], workspace.artifacts)
+        settings = {"rule": {"alarms_per_day": 0.5}, "events": {"group_by": "all", "group_gap": 6, "patience": 3}}
+        detect(validate(DetectJobConfig, {"artifact": artifact.id, "detector": settings}), workspace)
+    return workspace.root

@@ -30,7 +30,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PAGES = ("Overview", "Forecasts", "Anomalies", "Backtests", "Explanations", "Dynamics", "Data", "Runs")
+PAGES = ("Overview", "Forecasts", "Triage", "Anomalies", "Backtests", "Explanations", "Dynamics", "Data", "Runs")
 VIEWPORT = {"width": 1400, "height": 1500}
 PATIENCE = 120_000  # milliseconds; a machine under load draws slowly
 # A page opened by its own address first looks for the server below that address, then at the root.
@@ -234,5 +234,30 @@ def test_graphs_are_drawn(dashboard: str, browser: Any, colours: str) -> None:
         "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 10", timeout=PATIENCE
     )
     visitor.shoot(f"graphs-{colours}")
+    visitor.check()
+    visitor.page.close()
+
+
+@pytest.mark.parametrize(("colours", "width"), [("light", 1400), ("dark", 480)])
+def test_triage_is_walked_by_keys_in_wide_and_narrow_windows(
+    dashboard: str, browser: Any, colours: str, width: int
+) -> None:
+    visitor = Visitor(browser, colours=colours)
+    visitor.page.set_viewport_size({"width": width, "height": 2200})
+    visitor.open(f"{dashboard}/triage?show=all")
+    visitor.page.wait_for_function("new URL(location.href).searchParams.get('event') !== null", timeout=PATIENCE)
+    first = visitor.page.evaluate("new URL(location.href).searchParams.get('event')")
+    visitor.page.keyboard.press("j")
+    visitor.page.wait_for_function(
+        "first => ![null, first].includes(new URL(location.href).searchParams.get('event'))",
+        arg=first,
+        timeout=PATIENCE,
+    )
+    visitor.settle()
+    assert visitor.page.get_by_text("2 of ").count() == 1
+    wider = "document.querySelector('[data-testid=stMain]').scrollWidth > window.innerWidth"
+    assert not visitor.page.evaluate(wider), "the page must not scroll sideways"
+    if width == VIEWPORT["width"]:
+        visitor.shoot(f"triage-{colours}-{width}")
     visitor.check()
     visitor.page.close()

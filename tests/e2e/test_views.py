@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
-VIEWS = ("overview", "forecasts", "anomalies", "backtests", "dynamics", "explanations", "graphs", "data", "runs")
+VIEWS = (
+    "overview",
+    "forecasts",
+    "anomalies",
+    "backtests",
+    "dynamics",
+    "explanations",
+    "graphs",
+    "data",
+    "runs",
+    "triage",
+)
 
 
 def draw(view: str, **query: str) -> Any:
@@ -52,7 +63,7 @@ def test_broken_store_is_one_message(view: str, workspace_root: Path) -> None:
     (workspace_root / "mlflow.db").write_bytes(b"nor is this" * 100)
     page = draw(view)
     assert not page.exception
-    if view in ("overview", "data", "runs"):
+    if view in ("overview", "data", "runs", "triage"):
         assert len(page.error) == 1
         assert "cannot be shown" in page.error[0].value
 
@@ -277,6 +288,11 @@ def test_every_batch_of_a_job_can_be_read_as_one(filled: Path) -> None:
     assert not page.exception
     assert not page.error
     assert any("the last 2" in option for option in box(page, "Detection").options)
+
+
+def test_batches_keep_the_alarm_rate_that_normal_data_should_have(filled: Path) -> None:
+    page = draw("anomalies", detection="batch/nightly")
+    assert any("of normal rows should alarm" in note.value for note in page.caption)
 
 
 def test_backtest_page_says_when_a_model_loses(filled: Path) -> None:

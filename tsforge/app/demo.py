@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import polars as pl
@@ -16,9 +16,11 @@ from tsforge.app.explain import ExplainConfig, explain
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset
 from tsforge.app.stream import StreamConfig, stream
+from tsforge.app.triage import act, queue, read_events
 from tsforge.core.config import load
 from tsforge.core.errors import ModelError
 from tsforge.core.workspace import Workspace
+from tsforge.data.store import SeriesStore
 from tsforge.forecasting.attribution import Attribution
 
 AS_OF = "2013-12-20T00:00Z"
@@ -50,6 +52,8 @@ def run_demo(workspace: Workspace, *, progress: bool = True) -> dict[str, Any]:
         made["sensor"] = _find_sensor_error(workspace, say)
     with _step("Grade the detector on generated anomalies, whose truth is known", say):
         made["grade"] = _grade(workspace, say)
+    with _step("Look through the alarms as somebody on call would; the dashboard shows them under Triage", say):
+        made["triage"] = _triage(workspace, say)
     with _step("Carry a small S4 through December row by row: every reading scored before it is absorbed", say):
         made["stream"] = _stream(workspace, say)
     with _step("Let a small ReGENN learn how the weather hangs together; the dashboard shows it under Graphs", say):
@@ -141,6 +145,24 @@ def _grade(workspace: Workspace, say: Say) -> Mapping[str, Any]:
         for row in grade.rows()
     }
     return _facts(say, {**shown, "found by kind": found})
+
+
+def _triage(workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    """Confirm the sensor error, judge two thirds of the generated alarms by what is known of them, take up the next."""
+    sensor = read_events(workspace, "nyc_weather").sort("peak_score")[-1:]
+    act(workspace, sensor, "confirmed", actor="demo", comment="no storm explains this reading: a sensor error")
+    alarms = read_events(workspace, "synthetic")
+    with closing(SeriesStore(workspace.database_url)) as store:
+        known = store.labels("synthetic").select(at="series_id", first="start", last="end")
+    same_rows = (pl.col("start") <= pl.col("last"), pl.col("end") >= pl.col("first"))
+    true = alarms.join_where(known, pl.col("series_id") == pl.col("at"), *same_rows)["event_id"].unique().implode()
+    looked_at, left = alarms[: 2 * alarms.height // 3], alarms[2 * alarms.height // 3 :]
+    act(workspace, looked_at.filter(pl.col("event_id").is_in(true)), "confirmed", actor="demo", comment="a true one")
+    act(workspace, looked_at.filter(~pl.col("event_id").is_in(true)), "dismissed", actor="demo", comment="false alarm")
+    act(workspace, left[:1], "acknowledged", actor="demo", comment="looking at it")
+    rows = queue(read_events(workspace, None))
+    counts = dict(rows.group_by("human_state", maintain_order=True).len().iter_rows())
+    return _facts(say, {"events and incidents": rows.height, **counts})
 
 
 def _stream(workspace: Workspace, say: Say) -> Mapping[str, Any]:
