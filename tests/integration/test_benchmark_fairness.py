@@ -162,7 +162,7 @@ def test_with_a_budget_data_sets_are_measured_whole_in_their_order(
             pushed.append((job.data.name, job.turn))
             super().push(job)
 
-    monkeypatch.setattr(module, "JobQueue", Recorded)
+    monkeypatch.setattr("tsforge.app.benchmark_pass.JobQueue", Recorded)
     settings: dict[str, Any] = {"horizons": [6, 12], "num_horizons": 1}
     result = run(workspace, table, tmp_path / "two.csv", **settings, budget_minutes=5.0)
     assert pushed == [("one", 0)] * 3 + [("two", 1)] * 3
@@ -175,7 +175,7 @@ def test_with_a_budget_data_sets_are_measured_whole_in_their_order(
 def test_a_lower_turn_goes_before_a_higher_cost() -> None:
     queue = JobQueue()
     for turn, cost in ((1, 9.0), (0, 1.0), (0, 2.0), (1, 8.0)):
-        queue.push(Job(data=None, setting=None, cost=cost, turn=turn))  # type: ignore[arg-type]
+        queue.push(Job(data=None, setting=None, cost=cost, turn=turn))
     popped = list(iter(queue.pop, None))
     assert [(job.turn, job.cost) for job in popped] == [(0, 2.0), (0, 1.0), (1, 9.0), (1, 8.0)]
 

@@ -111,25 +111,27 @@ class ZScore:
 class PcaResidual:
     """What principal components of 95 % of the variance leave over, each variate by its training deviation."""
 
-    def __init__(self, explained: float = 0.95, floor: float = 0.01) -> None:
+    def __init__(self, explained: float = 0.95, floor: float = 0.01, joint: BaselineJoint = "mean_abs") -> None:
         self.explained, self.floor = explained, floor
-        self._scale = Standardise()
+        self._scale, self._joint = Standardise(), _Joint(joint)
         self._components = np.empty((0, 0))
         self._deviation = np.empty(0)
 
     def fit(self, train: ArrayLike) -> Self:
-        """Learn components and the deviation of what they leave over."""
+        """Learn components, the deviation of what they leave over and, for ``mahalanobis``, its covariance."""
         z = self._scale.fit(train).apply(train)
         _, singular, components = np.linalg.svd(z, full_matrices=False)
         share = np.cumsum(singular**2) / np.sum(singular**2)
         count = int(np.searchsorted(share, self.explained)) + 1
         self._components = components[: min(count, len(components))]
-        self._deviation = np.maximum(self._left_over(z).std(axis=0), self.floor)
+        left_over = self._left_over(z)
+        self._deviation = np.maximum(left_over.std(axis=0), self.floor)
+        self._joint.fit(left_over / self._deviation)
         return self
 
     def score(self, test: ArrayLike) -> FloatArray:
-        """Return the mean absolute left-over."""
-        return mean_abs(self._left_over(self._scale.apply(test)) / self._deviation)
+        """Return the joined left-over."""
+        return self._joint.score(self._left_over(self._scale.apply(test)) / self._deviation)
 
     def _left_over(self, z: FloatArray) -> FloatArray:
         return z - z @ self._components.T @ self._components

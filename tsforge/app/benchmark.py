@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,14 @@ import polars as pl
 
 import tsforge
 from tsforge.app.benchmark_config import BenchmarkConfig, ModelEntry, PeersConfig, parse_entry
+from tsforge.app.benchmark_pass import Pass
 from tsforge.app.benchmark_peers import PeerHost, open_peers
 from tsforge.app.benchmark_plan import HIDDEN, LINEAR_BASELINES, Prepared, check_entries, cost, plan, prepare
-from tsforge.app.benchmark_pool import Job, JobQueue, WorkerPool, attempt
+from tsforge.app.benchmark_pool import Job
 from tsforge.app.benchmark_progress import Progress, open_progress
 from tsforge.app.benchmark_report import environment, write_report
 from tsforge.app.benchmark_run import FITTERS, Setting
-from tsforge.core.atomic import atomic_directory, atomic_file
+from tsforge.core.atomic import atomic_directory
 from tsforge.core.config import fingerprint
 from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
@@ -230,13 +229,20 @@ class _Family:
     more: list[Setting] = field(default_factory=list)
 
 
-class _Run:
+class _Run(Pass):
     """One pass over every setting: what is cached, what is waiting, what came out."""
 
     def __init__(
         self, config: BenchmarkConfig, prepared: list[Prepared], workspace: Workspace, peers: PeerHost | None
     ) -> None:
-        self._config, self._peers = config, peers
+        super().__init__(
+            workers=config.workers,
+            threads=config.threads,
+            peers=peers,
+            minutes=config.budget_minutes,
+            refresh=config.refresh,
+            key="mse",
+        )
         self._root = workspace.reports / "benchmark"
         self._codes: dict[str, str] = {}
         self._rows: dict[tuple[str, Mark], dict[str, Any]] = {}
@@ -258,63 +264,23 @@ class _Run:
                 else:
                     family.more.append(setting)
         self.total = len(self._order)
-        minutes = config.budget_minutes
-        self._deadline = None if minutes is None else time.monotonic() + 60.0 * minutes
-
-    def measure(self, progress: Progress) -> None:
-        """Run what is not cached; a full pass over the queue, and the seeds that it turns out to need."""
-        queue = JobQueue()
-        for family in self._families.values():
-            self._admit(family.job, queue, progress)
-        if self._config.workers == 1:
-            while (job := self._next(queue, progress)) is not None:
-                outcome = attempt(job.data, job.setting, self._peers, progress=progress.shows_training)
-                self._finish(job, outcome, queue, progress)
-            return
-        with WorkerPool(self._config.workers, threads=self._config.threads, peers=self._peers) as pool:
-            self._skip_late(queue, progress)
-            for job, outcome in pool.results(queue):
-                self._finish(job, outcome, queue, progress)
-                self._skip_late(queue, progress)
 
     def table(self) -> pl.DataFrame:
         """Return every row in the order of the plan."""
         ordered = sorted(self._rows.items(), key=lambda item: self._order[item[0]])
         return pl.DataFrame([{name: row.get(name) for name in _SCHEMA} for _, row in ordered], schema=_SCHEMA)
 
-    def _next(self, queue: JobQueue, progress: Progress) -> Job | None:
-        self._skip_late(queue, progress)
-        return queue.pop()
+    def first_jobs(self) -> list[Job]:
+        """Return the first seed of every setting."""
+        return [family.job for family in self._families.values()]
 
-    def _skip_late(self, queue: JobQueue, progress: Progress) -> None:
-        if self._deadline is None or time.monotonic() <= self._deadline:
-            return
-        for job in queue.drain():
-            self._keep(job, {"status": "skipped", "error": "the time budget is spent", "cached": False}, progress)
+    def describe(self, job: Job) -> str:
+        """Return data set, model, look-back and horizon."""
+        setting = job.setting
+        return f"{job.data.name} {setting.label} L={setting.context_length} h={setting.horizon}"
 
-    def _admit(self, job: Job, queue: JobQueue, progress: Progress) -> None:
-        """Take a setting from the cache, else put it into the queue."""
-        known = None if self._config.refresh else _cached(self._place(job))
-        if known is None:
-            ordered = job if self._config.workers > 1 else replace(job, cost=0.0)
-            queue.push(ordered)
-            return
-        self._keep(job, {**known, "cached": True}, progress)
-        self._follow(job, known, queue, progress)
-
-    def _finish(self, job: Job, outcome: dict[str, Any], queue: JobQueue, progress: Progress) -> None:
-        if outcome["status"] == "ok":
-            outcome |= {"setting": job.setting.plain(), "made": datetime.now(UTC).isoformat()}
-            with atomic_file(self._place(job)) as temporary:
-                temporary.write_text(json.dumps(outcome, indent=1))
-        else:
-            about = (job.data.name, job.setting.label, job.setting.context_length, job.setting.horizon)
-            _LOG.warning("%s %s L=%d h=%d failed: %s", *about, outcome["error"])
-        self._keep(job, {**outcome, "cached": False}, progress)
-        self._follow(job, outcome, queue, progress)
-
-    def _follow(self, job: Job, row: dict[str, Any], queue: JobQueue, progress: Progress) -> None:
-        """Let the other seeds of a first run follow, unless chance plays no part or the setting fails."""
+    def follow(self, job: Job, row: dict[str, Any], progress: Progress) -> list[Job]:
+        """Return the other seeds of a first run, unless chance plays no part or the setting fails."""
         key = (job.data.fingerprint, _family(job.setting))
         waiting = self._families[key].more
         if row.get("closed_form"):
@@ -322,11 +288,13 @@ class _Run:
         if row.get("closed_form") or row["status"] == "failed":  # a mean over fewer seeds would not be comparable
             progress.drop(len(waiting))
             waiting.clear()
-            return
-        while waiting:
-            self._admit(replace(job, setting=waiting.pop(0)), queue, progress)
+            return []
+        found = [replace(job, setting=setting) for setting in waiting]
+        waiting.clear()
+        return found
 
-    def _keep(self, job: Job, row: dict[str, Any], progress: Progress) -> None:
+    def keep(self, job: Job, row: dict[str, Any], progress: Progress) -> None:
+        """Take a row into the table."""
         setting = job.setting
         about = {
             "data": job.data.name,
@@ -340,7 +308,8 @@ class _Run:
         self._rows[job.data.fingerprint, _mark(setting)] = {**about, **row}
         progress.advance({**about, **row})
 
-    def _place(self, job: Job) -> Path:
+    def place(self, job: Job) -> Path:
+        """Return the file in the cache, named by everything that decides its content."""
         setting, data = job.setting, job.data
         if setting.name not in self._codes:
             library = setting.name.partition("/")[0]
@@ -367,18 +336,6 @@ def _mark(setting: Setting) -> Mark:
 def _family(setting: Setting) -> str:
     """Return what all seeds of a setting share."""
     return fingerprint({**setting.plain(), "seed": None, "mark": _mark(setting)[:-1]})
-
-
-def _cached(place: Path) -> dict[str, Any] | None:
-    """Return a stored row, or None where there is none that can be read."""
-    try:
-        row = json.loads(place.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        _LOG.warning("cached setting %s cannot be read (%s) and is measured again", place, error)
-        return None
-    return row if isinstance(row, dict) and "mse" in row else None
 
 
 def _with_best(table: pl.DataFrame) -> pl.DataFrame:

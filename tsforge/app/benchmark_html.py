@@ -67,7 +67,7 @@ def page(report: Report) -> str:
         for name in _ROLES
     )
     facts = " · ".join(f"{escape(name)} {escape(str(value))}" for name, value in report.environment.items())
-    links = "".join(f'<a href="#{escape(_anchor(item.name))}">{escape(item.name)}</a>' for item in report.sections)
+    links = "".join(f'<a href="#{escape(anchor(item.name))}">{escape(item.name)}</a>' for item in report.sections)
     body = [
         f"<h1>{escape(report.title)}</h1>",
         f'<p class="soft">{facts}</p>',
@@ -80,9 +80,14 @@ def page(report: Report) -> str:
         *(_section(section, report) for section in report.sections),
         _ending(report),
     ]
+    return document(report.title, body, style=marks + roles)
+
+
+def document(title: str, body: Sequence[str], *, style: str = "") -> str:
+    """Return a whole page that fetches nothing; ``style`` is added to the style sheet."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-    title = f"<title>{escape(report.title)}</title><style>{_STYLE}{marks}{roles}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}{title}</head><body>{"".join(body)}</body></html>\n'
+    start = f"<title>{escape(title)}</title><style>{_STYLE}{style}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}{start}</head><body>{"".join(body)}</body></html>\n'
 
 
 def _ranks(report: Report) -> str:
@@ -94,7 +99,7 @@ def _ranks(report: Report) -> str:
         parts.append(f"<figure>{rank_plot(ranked, report.difference)}<figcaption>{caption}</figcaption></figure>")
     if report.ranks:
         head = ("model", "mean rank", "pairs", "MSE / ridge+IN", "wins", "p", "s (fit)", "verdict")
-        parts.append(_table(head, [_rank_row(rank) for rank in report.ranks], last_is_text=True))
+        parts.append(table(head, [_rank_row(rank) for rank in report.ranks], last_is_text=True))
         parts.append(
             '<p class="soft">MSE / ridge+IN: geometric mean over pairs against ridge+IN at its best look-back; wins: '
             "pairs below it; p: Wilcoxon over pairs against it, adjusted for the number of models (Holm).</p>"
@@ -138,12 +143,12 @@ def _section(section: Section, report: Report) -> str:
     best, known = lowest(section), verdicts(report)
     rows = [_row(section, line, best, last_text(line, known)) for line in section.lines]
     rows += [_row(section, line, [np.nan] * len(section.horizons), line.source) for line in section.published]
-    parts = [f'<h2 id="{escape(_anchor(section.name))}">{escape(section.name)}</h2><dl>{facts}</dl>']
+    parts = [f'<h2 id="{escape(anchor(section.name))}">{escape(section.name)}</h2><dl>{facts}</dl>']
     if section.left_out:
         parts.append(f"<p>{escape(left_out_text(section))}</p>")
     if not section.lines:
         return "".join(parts)
-    parts.append(_table(head, rows, last_is_text=True))
+    parts.append(table(head, rows, last_is_text=True))
     chosen = _chosen(section.lines)
     if len(section.horizons) > 1 and chosen:
         lines = {line.name: [None if cell is None else cell[0] for cell in line.cells] for line in chosen}
@@ -187,7 +192,8 @@ def _ending(report: Report) -> str:
     return "".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[str, list[str]]], *, last_is_text: bool) -> str:
+def table(head: Sequence[str], rows: Sequence[tuple[str, list[str]]], *, last_is_text: bool) -> str:
+    """Return a table whose rows are (role, cells as HTML); roles have colours."""
     final = len(head) - 1
     columns = "".join(
         f'<th class="text">{escape(name)}</th>' if last_is_text and place == final else f"<th>{escape(name)}</th>"
@@ -203,5 +209,6 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, list[str]]], *, last_i
     return f'<div class="wide"><table><thead><tr>{columns}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _anchor(name: str) -> str:
+def anchor(name: str) -> str:
+    """Return what a link calls the section of a name."""
     return "set-" + "".join(char if char.isalnum() else "-" for char in name)

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Protocol
 
-from tsforge.app.benchmark_data import BenchmarkData
 from tsforge.app.benchmark_peers import PeerHost
 from tsforge.app.benchmark_run import Setting, run_setting
 from tsforge.core.errors import TsforgeError
@@ -24,12 +23,24 @@ _PATIENCE_SECONDS = 3.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+class OwnSetting(Protocol):
+    """A setting of another kind than a forecast: it measures itself."""
+
+    def measure(self, data: Any, *, progress: bool) -> dict[str, Any]:
+        """Return the measurements on the data of the job."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One setting on one data set; ``cost`` is a rough relative effort, a lower ``turn`` goes before any cost."""
+    """One setting on one data set; ``cost`` is a rough relative effort, a lower ``turn`` goes before any cost.
 
-    data: BenchmarkData
-    setting: Setting
+    ``data`` has a ``name`` and a ``fingerprint``, by which a worker knows it again; ``setting`` is a ``Setting`` or an
+    ``OwnSetting``, and either says what it is by ``plain()``.
+    """
+
+    data: Any
+    setting: Any
     cost: float
     turn: int = 0
 
@@ -57,10 +68,14 @@ class JobQueue:
         return jobs
 
 
-def attempt(data: BenchmarkData, setting: Setting, peers: PeerHost | None, *, progress: bool = False) -> dict[str, Any]:
+def attempt(
+    data: Any, setting: Setting | OwnSetting, peers: PeerHost | None, *, progress: bool = False
+) -> dict[str, Any]:
     """Return the measurements of a setting, or its status ``failed`` with the reason."""
     try:
-        return {**run_setting(data, setting, peers=peers, progress=progress), "status": "ok"}
+        if isinstance(setting, Setting):
+            return {**run_setting(data, setting, peers=peers, progress=progress), "status": "ok"}
+        return {**setting.measure(data, progress=progress), "status": "ok"}
     except FAILURES as error:
         reason = str(error) if isinstance(error, TsforgeError) else f"{type(error).__name__}: {error}"
         return {"status": "failed", "error": reason}
@@ -174,12 +189,12 @@ def _work(pipe: Connection[Any, Any], threads: int, peers: PeerHost | None) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's to handle
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    known: dict[str, BenchmarkData] = {}
+    known: dict[str, Any] = {}
     try:
         with termination_as_interrupt():
             while True:
                 message = pipe.recv()
-                if isinstance(message, BenchmarkData):
+                if not isinstance(message, tuple):
                     known[message.fingerprint] = message
                     continue
                 fingerprint, setting = message

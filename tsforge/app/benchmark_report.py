@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -108,7 +108,18 @@ class Report:
     defects: tuple[str, ...]
 
 
-def environment(config: BenchmarkConfig) -> dict[str, Any]:
+class RunSettings(Protocol):
+    """What the environment of a run says of its settings."""
+
+    @property
+    def workers(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def seeds(self) -> int: ...
+
+
+def environment(config: RunSettings) -> dict[str, Any]:
     """Return date, machine and versions of a run."""
     import torch
 
