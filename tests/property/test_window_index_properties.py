@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -194,6 +194,7 @@ def test_windows_order_and_batches_are_those_of_a_list(case: Case, aligned: bool
 @given(cases(), st.booleans())
 def test_blocks_change_nothing(case: Case, aligned: bool) -> None:
     """The same with blocks of a few windows, as panels larger than a block have them."""
+    case = replace(case, only=None)  # the first of all series decides where strides begin
     assume(listed(case, aligned=aligned))
     whole = WindowDataset(case.panel, case.spec, case.start, case.stop, aligned=aligned, pad_context=case.pad)
     expected = {shuffle: list(whole.batches(2, shuffle=shuffle, seed=1)) for shuffle in (False, True)}
