@@ -208,7 +208,7 @@ def run_watch(config: dict[str, Any], home: Path, deadly: tuple[str, int], sabot
             moments.pass_by(BETWEEN)
             whole(self, transitions=transitions, **(named | {"detector": None, "files": (), "refusals": ()}))
 
-        WatchState.commit = parted  # type: ignore[method-assign]
+        WatchState.commit = parted
     moments = Moments(deadly, home / "moment")
     for owner, names in (
         (WatchState, ("commit", "acknowledge")),

@@ -122,7 +122,9 @@ def _buttons(workspace: Workspace, events: pl.DataFrame, name: str, *, key: str)
 def _act(workspace: Workspace, events: pl.DataFrame, action: Action) -> None:
     words = st.session_state.get(_WORDS, "").strip() or None
     try:
-        changed, refused = triage.act(workspace, events, action, actor=st.session_state[_AUTHOR], comment=words)
+        changed, refused = triage.act_on_shown(
+            workspace, events, action, actor=st.session_state[_AUTHOR], comment=words
+        )
     except TsforgeError as error:
         _say("error", str(error))
         return

@@ -69,6 +69,8 @@ def events_show(event: EventId, dataset: Dataset = None, as_json: AsJson = False
 
 def _act(state: str, events: list[str], by: str | None, text: str | None, **where: Any) -> None:
     result = _use("act")(workspace(where["home"]), events, state, by=by, text=text, dataset=where["dataset"])
+    if len(events) == 1 and result.refused:
+        raise result.refused[events[0]]
     show(result, where["as_json"])
     if result.refused:
         raise typer.Exit(3)

@@ -59,7 +59,7 @@ def events(case: Case) -> list[float]:
 def ranges(case: Case) -> list[float]:
     values = []
     for alpha, bias, cardinality in RANGE_SETTINGS:
-        setting = RangeSetting(alpha=alpha, bias=bias, precision_bias=bias, cardinality=cardinality)  # type: ignore[arg-type]
+        setting = RangeSetting(alpha=alpha, bias=bias, precision_bias=bias, cardinality=cardinality)
         found = range_score(case.labels, case.alarms, setting)
         values += [found.precision, found.recall]
     return values

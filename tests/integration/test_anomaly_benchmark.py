@@ -193,8 +193,8 @@ def test_the_rule_sees_calibration_scores_first_and_never_what_comes() -> None:
 def test_without_a_clock_ten_thousand_rows_stand_for_a_day() -> None:
     judgement = Judgement(fit_share=0.7, rule=BudgetRule(), events=EventConfig(), width=10)
     data = made(np.zeros(10))
-    assert judgement.rule_for(data).points_per_day == 10.0  # type: ignore[union-attr]
-    assert judgement.rule_for(replace(data, rows_per_day=None)).points_per_day == 10_000.0  # type: ignore[union-attr]
+    assert judgement.rule_for(data).points_per_day == 10.0
+    assert judgement.rule_for(replace(data, rows_per_day=None)).points_per_day == 10_000.0
 
 
 def test_changing_the_end_of_the_test_moves_no_earlier_score(folder: Path) -> None:

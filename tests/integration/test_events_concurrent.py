@@ -47,13 +47,6 @@ print("done", flush=True)
 """
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgresql":
-        return str(request.getfixturevalue("postgres_url"))
-    return f"sqlite:///{tmp_path / 'store.db'}"
-
-
 def write_events(path: Path, count: int) -> pl.DataFrame:
     rows = [
         {

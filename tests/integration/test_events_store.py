@@ -24,13 +24,6 @@ START = datetime(2026, 3, 3, 5, tzinfo=UTC)
 ONE, TWO = "a1b2c3d4e5f60718", "ffeeddccbbaa9988"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgresql":
-        return str(request.getfixturevalue("postgres_url"))
-    return f"sqlite:///{tmp_path / 'store.db'}"
-
-
 @pytest.fixture
 def store(url: str) -> Iterator[EventStore]:
     opened = EventStore(url)
@@ -223,9 +216,9 @@ def test_every_transition(store: EventStore) -> None:
     record(store, *(event(name) for name in names))
     for name, (state, action) in zip(names, cases, strict=True):
         if state != "new":
-            store.set_state(name, state, actor="first")  # type: ignore[arg-type]
+            store.set_state(name, state, actor="first")
         target = "new" if action == "reopened" else action
-        act = partial(store.set_state, name, action, actor="second", comment="me too")  # type: ignore[arg-type]
+        act = partial(store.set_state, name, action, actor="second", comment="me too")
         if state == target:
             change = act()
             assert (change.before, change.after) == (state, state)
@@ -243,7 +236,7 @@ def test_every_transition(store: EventStore) -> None:
         last = store.log(name).row(-1, named=True)
         assert (last["comment"], last["actor"]) == ("me too", "second"), "a comment is never lost"
     with pytest.raises(DataError, match="no action 'closed'"):
-        store.set_state(names[0], "closed", actor="eva")  # type: ignore[arg-type]
+        store.set_state(names[0], "closed", actor="eva")
 
 
 def test_what_people_say_survives_what_machines_report(store: EventStore) -> None:

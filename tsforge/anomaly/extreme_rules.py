@@ -31,9 +31,9 @@ from tsforge.anomaly.rule_base import (
     Decision,
     Decisions,
     FloatArray,
+    StaticRule,
     ThresholdRule,
     calibration_sample,
-    constant_decisions,
     low_alpha,
     not_fitted,
     upper_rank,
@@ -60,7 +60,7 @@ def _start_of_tail(sample: FloatArray, level: float, kind: str, spent: int = 0) 
     return u, excesses
 
 
-class Pot(ThresholdRule):
+class Pot(StaticRule):
     """Peaks over threshold: z_q of the calibration scores; static."""
 
     kind = "pot"
@@ -72,7 +72,6 @@ class Pot(ThresholdRule):
         self.risk, self.level, self.low_factor = float(risk), float(level), float(low_factor)
         self.shape: Shape = shape
         self.tail: ParetoTail | None = None
-        self.threshold = self.low = math.nan
 
     def fit(self, calibration: ArrayLike) -> Self:
         """Fit the tail.
@@ -90,14 +89,6 @@ class Pot(ThresholdRule):
         below = float(np.sort(sample)[-upper_rank(share, sample.size)])
         self.threshold, self.low = self.tail.quantile(self.risk), self.tail.quantile(share) if is_in_tail else below
         return self
-
-    def step(self, score: float) -> Decision:
-        """Judge one score."""
-        return Decision(score > self.threshold, self.threshold, self.low)
-
-    def run(self, scores: ArrayLike) -> Decisions:
-        """Judge scores in time order."""
-        return constant_decisions(scores, self.threshold, self.low)
 
     @property
     def alpha(self) -> float | None:

@@ -84,6 +84,27 @@ class ThresholdRule(ABC):
         return ""
 
 
+class StaticRule(ThresholdRule):
+    """A rule whose two levels stay what they were made.
+
+    Attributes:
+        threshold, low: NaN before ``fit``.
+    """
+
+    threshold = math.nan
+    low = math.nan
+
+    def step(self, score: float) -> Decision:
+        """Judge one score."""
+        return Decision(score > self.threshold, self.threshold, self.low)
+
+    def run(self, scores: ArrayLike) -> Decisions:
+        """Judge scores in time order."""
+        s = np.asarray(scores, dtype=np.float64).ravel()
+        with np.errstate(invalid="ignore"):
+            return Decisions(s > self.threshold, np.full(s.size, self.threshold), np.full(s.size, self.low))
+
+
 def upper_rank(alpha: float, size: int) -> int:
     """Return k such that the k-th largest of ``size`` scores is the ``ceil((1 - alpha)(size + 1))``-th smallest.
 
@@ -113,10 +134,3 @@ def calibration_sample(calibration: ArrayLike, kind: str) -> FloatArray:
 def not_fitted(kind: str) -> DataError:
     """Return the error of a rule that judges before it was fitted."""
     return DataError(f"rule {kind} was not fitted; call fit(calibration) before step or run")
-
-
-def constant_decisions(scores: ArrayLike, threshold: float, low: float) -> Decisions:
-    """Return the decisions of a rule whose levels do not move."""
-    s = np.asarray(scores, dtype=np.float64).ravel()
-    with np.errstate(invalid="ignore"):
-        return Decisions(s > threshold, np.full(s.size, threshold), np.full(s.size, low))

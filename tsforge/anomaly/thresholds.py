@@ -35,9 +35,9 @@ from tsforge.anomaly.rolling import RollingLargest
 from tsforge.anomaly.rule_base import (
     Decision,
     Decisions,
+    StaticRule,
     ThresholdRule,
     calibration_sample,
-    constant_decisions,
     low_alpha,
     not_fitted,
     upper_rank,
@@ -59,25 +59,17 @@ __all__ = [
 MIN_WINDOW = 5_000
 
 
-class Fixed(ThresholdRule):
+class Fixed(StaticRule):
     """A level given by the user."""
 
     kind = "fixed"
 
     def __init__(self, value: float) -> None:
-        self.value = float(value)
+        self.value = self.threshold = self.low = float(value)
 
     def fit(self, calibration: ArrayLike) -> Self:
         """Return itself: domain limits need no calibration."""
         return self
-
-    def step(self, score: float) -> Decision:
-        """Judge one score."""
-        return Decision(score > self.value, self.value, self.value)
-
-    def run(self, scores: ArrayLike) -> Decisions:
-        """Judge scores in time order."""
-        return constant_decisions(scores, self.value, self.value)
 
     @property
     def alpha(self) -> float | None:
@@ -98,14 +90,13 @@ class Fixed(ThresholdRule):
         return cls(state["value"])
 
 
-class Quantile(ThresholdRule):
+class Quantile(StaticRule):
     """The calibration score that a share alpha exceeded; static."""
 
     kind = "quantile"
 
     def __init__(self, alpha: float, *, low_factor: float = 5.0) -> None:
         self._alpha, self.low_factor = float(alpha), float(low_factor)
-        self.threshold = self.low = math.nan
 
     def fit(self, calibration: ArrayLike) -> Self:
         """Set both levels from the calibration scores."""
@@ -113,14 +104,6 @@ class Quantile(ThresholdRule):
         self.threshold = float(ordered[-upper_rank(self._alpha, ordered.size)])
         self.low = float(ordered[-upper_rank(low_alpha(self._alpha, self.low_factor), ordered.size)])
         return self
-
-    def step(self, score: float) -> Decision:
-        """Judge one score."""
-        return Decision(score > self.threshold, self.threshold, self.low)
-
-    def run(self, scores: ArrayLike) -> Decisions:
-        """Judge scores in time order."""
-        return constant_decisions(scores, self.threshold, self.low)
 
     @property
     def alpha(self) -> float | None:

@@ -24,7 +24,7 @@ from tsforge.app.anomaly_benchmark_report import leaderboard, write_report
 from tsforge.app.anomaly_benchmark_run import BASELINES_LABEL, BaselineSetting, Judgement, ModelSetting
 from tsforge.app.benchmark import code_version
 from tsforge.app.benchmark_config import ModelEntry, parse_entry
-from tsforge.app.benchmark_pass import Pass
+from tsforge.app.benchmark_pass import Pass, PassResult
 from tsforge.app.benchmark_pool import Job
 from tsforge.app.benchmark_progress import Progress, open_progress
 from tsforge.app.benchmark_report import environment
@@ -138,7 +138,7 @@ class AnomalyBenchmarkConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnomalyBenchmarkResult:
+class AnomalyBenchmarkResult(PassResult):
     """Every row measured, failed or left out.
 
     Attributes:
@@ -151,24 +151,9 @@ class AnomalyBenchmarkResult:
     notes: tuple[str, ...]
     path: Path
 
-    @property
-    def failed(self) -> int:
-        """Number of jobs that failed."""
-        return self.table.filter(status="failed").height
-
     def summary(self) -> dict[str, Any]:
         """Return what a person wants to know first."""
-        status = self.table["status"]
-        return {
-            "benchmark": self.name,
-            "rows": self.table.height,
-            "failed": self.failed,
-            "skipped": int((status == "skipped").sum()),
-            "from_cache": int(self.table["cached"].sum()),
-            "notes": list(self.notes),
-            "path": str(self.path),
-            "report": str(self.path / "report.html"),
-        }
+        return {"benchmark": self.name, "rows": self.table.height, **self.facts()}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the records with what fits on a screen."""

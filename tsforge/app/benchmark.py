@@ -17,7 +17,7 @@ import polars as pl
 
 import tsforge
 from tsforge.app.benchmark_config import BenchmarkConfig, ModelEntry, PeersConfig, parse_entry
-from tsforge.app.benchmark_pass import Pass
+from tsforge.app.benchmark_pass import Pass, PassResult
 from tsforge.app.benchmark_peers import PeerHost, open_peers
 from tsforge.app.benchmark_plan import HIDDEN, LINEAR_BASELINES, Prepared, check_entries, cost, plan, prepare
 from tsforge.app.benchmark_pool import Job
@@ -91,7 +91,7 @@ _SCHEMA: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkResult:
+class BenchmarkResult(PassResult):
     """Every row measured, failed or left out.
 
     Attributes:
@@ -107,24 +107,9 @@ class BenchmarkResult:
     notes: tuple[str, ...]
     path: Path
 
-    @property
-    def failed(self) -> int:
-        """Number of settings that failed."""
-        return self.table.filter(status="failed").height
-
     def summary(self) -> dict[str, Any]:
         """Return what a person wants to know first."""
-        status = self.table["status"]
-        return {
-            "data": self.data,
-            "settings": self.table.height,
-            "failed": self.failed,
-            "skipped": int((status == "skipped").sum()),
-            "from_cache": int(self.table["cached"].sum()),
-            "notes": list(self.notes),
-            "path": str(self.path),
-            "report": str(self.path / "report.html"),
-        }
+        return {"data": self.data, "settings": self.table.height, **self.facts()}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the records without what only the report needs."""

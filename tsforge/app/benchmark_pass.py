@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from tsforge.app.benchmark_peers import PeerHost
 from tsforge.app.benchmark_pool import Job, JobQueue, WorkerPool, attempt
 from tsforge.app.benchmark_progress import Progress
@@ -22,6 +24,30 @@ from tsforge.core.atomic import atomic_file
 from tsforge.core.logs import get_logger
 
 _LOG = get_logger(__name__)
+
+
+class PassResult:
+    """What the results of all benchmarks say of their jobs; ``table`` has a ``status`` and ``cached`` a row."""
+
+    table: pl.DataFrame
+    notes: tuple[str, ...]
+    path: Path
+
+    @property
+    def failed(self) -> int:
+        """Number of jobs that failed."""
+        return self.table.filter(status="failed").height
+
+    def facts(self) -> dict[str, Any]:
+        """Return how the jobs ended and where the report lies."""
+        return {
+            "failed": self.failed,
+            "skipped": self.table.filter(status="skipped").height,
+            "from_cache": int(self.table["cached"].sum()),
+            "notes": list(self.notes),
+            "path": str(self.path),
+            "report": str(self.path / "report.html"),
+        }
 
 
 class Pass(ABC):

@@ -42,7 +42,7 @@ class Progress:
         if not self._show:
             return
         if self._bar is None:
-            fields = {key: row.get(key) for key in _SHOWN}
+            fields = {key: row[key] for key in _SHOWN if row.get(key) is not None}
             log_event(_LOG, f"setting {self._done} of {self._total}", **fields, left=self.text_left())
         else:
             note = f"{self._failed} failed, {self._cached} cached, {self.text_left()}"

@@ -16,7 +16,7 @@ from tsforge.app.explain import ExplainConfig, explain
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset
 from tsforge.app.stream import StreamConfig, stream
-from tsforge.app.triage import act, queue, read_events
+from tsforge.app.triage import act_on_shown, queue, read_events
 from tsforge.core.config import load
 from tsforge.core.errors import ModelError
 from tsforge.core.workspace import Workspace
@@ -150,16 +150,20 @@ def _grade(workspace: Workspace, say: Say) -> Mapping[str, Any]:
 def _triage(workspace: Workspace, say: Say) -> Mapping[str, Any]:
     """Confirm the sensor error, judge two thirds of the generated alarms by what is known of them, take up the next."""
     sensor = read_events(workspace, "nyc_weather").sort("peak_score")[-1:]
-    act(workspace, sensor, "confirmed", actor="demo", comment="no storm explains this reading: a sensor error")
+    act_on_shown(workspace, sensor, "confirmed", actor="demo", comment="no storm explains this reading: a sensor error")
     alarms = read_events(workspace, "synthetic")
     with closing(SeriesStore(workspace.database_url)) as store:
         known = store.labels("synthetic").select(at="series_id", first="start", last="end")
     same_rows = (pl.col("start") <= pl.col("last"), pl.col("end") >= pl.col("first"))
     true = alarms.join_where(known, pl.col("series_id") == pl.col("at"), *same_rows)["event_id"].unique().implode()
     looked_at, left = alarms[: 2 * alarms.height // 3], alarms[2 * alarms.height // 3 :]
-    act(workspace, looked_at.filter(pl.col("event_id").is_in(true)), "confirmed", actor="demo", comment="a true one")
-    act(workspace, looked_at.filter(~pl.col("event_id").is_in(true)), "dismissed", actor="demo", comment="false alarm")
-    act(workspace, left[:1], "acknowledged", actor="demo", comment="looking at it")
+    act_on_shown(
+        workspace, looked_at.filter(pl.col("event_id").is_in(true)), "confirmed", actor="demo", comment="a true one"
+    )
+    act_on_shown(
+        workspace, looked_at.filter(~pl.col("event_id").is_in(true)), "dismissed", actor="demo", comment="false alarm"
+    )
+    act_on_shown(workspace, left[:1], "acknowledged", actor="demo", comment="looking at it")
     rows = queue(read_events(workspace, None))
     counts = dict(rows.group_by("human_state", maintain_order=True).len().iter_rows())
     return _facts(say, {"events and incidents": rows.height, **counts})

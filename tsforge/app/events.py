@@ -6,7 +6,7 @@ Every change names who made it. Texts given for times are read by the clock of t
 from __future__ import annotations
 
 import getpass
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -205,13 +205,23 @@ def act(
     by: str | None = None,
     text: str | None = None,
     dataset: str | None = None,
+    expected: Mapping[str, str] | None = None,
 ) -> Changes:
     """Acknowledge, dismiss, confirm or reopen events, each in a transaction of its own.
 
-    One that is refused does not keep the others from being done; a single one raises its error.
+    One that is refused does not keep the others from being done.
+
+    Args:
+        workspace: whose store.
+        event_ids: ids, or beginnings of ids.
+        state: what to say of them.
+        by, text: who, and why.
+        dataset: of the events, where ids alone are not clear.
+        expected: event id -> state it was seen in; refused where somebody else has changed it since.
 
     Raises:
-        DataError: the only event is unknown, or the action is not allowed from the state it is in.
+        ConfigError: nobody acts.
+        BackendError: the database refused; events before it are changed.
     """
     who = actor(by)
     done: list[Change] = []
@@ -219,10 +229,9 @@ def act(
     with open_events(workspace) as store:
         for event_id in event_ids:
             try:
-                done.append(store.set_state(event_id, state, actor=who, comment=text, dataset=dataset))
+                seen = None if expected is None else expected[event_id]
+                done.append(store.set_state(event_id, state, actor=who, comment=text, dataset=dataset, expected=seen))
             except DataError as error:
-                if len(event_ids) == 1:
-                    raise
                 refused[event_id] = error
     return Changes(done=tuple(done), refused=refused)
 

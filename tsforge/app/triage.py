@@ -14,7 +14,7 @@ import polars as pl
 
 from tsforge.anomaly.health import HEALTH_RATIO, health_history
 from tsforge.app.catalog_results import StoredDetection, list_detections
-from tsforge.app.events import FROM, Action, add_maintenance, audit_trail, open_events
+from tsforge.app.events import FROM, Action, act, add_maintenance, audit_trail, open_events
 from tsforge.contracts.tables import JOINT
 from tsforge.core.errors import DataError
 from tsforge.core.workspace import Workspace
@@ -295,7 +295,7 @@ def last_comments(workspace: Workspace, events: pl.DataFrame) -> dict[str, str]:
     return found
 
 
-def act(
+def act_on_shown(
     workspace: Workspace, events: pl.DataFrame, action: Action, *, actor: str, comment: str | None = None
 ) -> tuple[int, list[str]]:
     """Let a person acknowledge, dismiss, confirm or reopen events; return how many that changed, and what was refused.
@@ -308,15 +308,12 @@ def act(
         BackendError: the database refused; events before it are changed.
     """
     changed, refused = 0, []
-    with open_events(workspace) as store:
-        for event in events.filter(pl.col("human_state").is_in(FROM[action])).iter_rows(named=True):
-            shown = {"dataset": event["dataset"], "expected": event["human_state"]}
-            try:
-                change = store.set_state(event["event_id"], action, actor=actor, comment=comment, **shown)
-            except DataError as error:
-                refused.append(str(error))
-                continue
-            changed += change.note == ""
+    meant = events.filter(pl.col("human_state").is_in(FROM[action]))
+    for dataset in meant["dataset"].unique(maintain_order=True):
+        seen = dict(meant.filter(dataset=dataset).select("event_id", "human_state").iter_rows())
+        found = act(workspace, list(seen), action, by=actor, text=comment, dataset=dataset, expected=seen)
+        changed += sum(not change.note for change in found.done)
+        refused += [str(error) for error in found.refused.values()]
     return changed, refused
 
 

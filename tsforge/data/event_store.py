@@ -50,7 +50,7 @@ from tsforge.data.event_steps import (
 )
 from tsforge.data.event_tables import EVENTS, LOG, SUPPRESSIONS, check_format, has_event_tables, make_event_tables
 from tsforge.data.grid import TimeLike
-from tsforge.data.sql import open_engine, transaction
+from tsforge.data.sql import inserted_key, open_engine, transaction
 from tsforge.data.store_records import lock, now
 from tsforge.data.suppressions import SuppressionRule, silenced_by
 
@@ -475,7 +475,7 @@ class EventStore:
         with self._writing("add a suppression rule to") as connection:
             values = {"rule": wanted.model_dump_json(), "author": who, "created": now()}
             result = connection.execute(insert(SUPPRESSIONS).values(**values))
-            rule_id = int(result.inserted_primary_key[0])  # type: ignore[index]
+            rule_id = inserted_key(result)
             write_log(connection, who, "rule added", None, suppression=rule_id, comment=wanted.reason)
             statement = select(EVENTS).where(EVENTS.c.human_state == "new", EVENTS.c.suppressed_by.is_(None))
             for row in [dict(found) for found in connection.execute(statement).mappings()]:

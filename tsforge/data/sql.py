@@ -7,9 +7,10 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, CursorResult, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -162,3 +163,10 @@ def transaction(engine: Engine, action: str, *, write: bool = True) -> Iterator[
         prepared = engine.execution_options(**options)
         with prepared.begin() as connection:
             yield connection
+
+
+def inserted_key(result: CursorResult[Any]) -> int:
+    """Return the number that the database gave to the one row just inserted."""
+    key = result.inserted_primary_key
+    assert key is not None  # a single-row INSERT into a table with a numbered key
+    return int(key[0])

@@ -13,7 +13,7 @@ import polars as pl
 from sqlalchemy import Connection, delete, func, insert, inspect, select, update
 
 from tsforge.core.errors import BackendError, DataError, listing, nearest
-from tsforge.data.sql import safe_url
+from tsforge.data.sql import inserted_key, safe_url
 from tsforge.data.store_bulk import compare, insert_rows, stage_rows, upsert
 from tsforge.data.store_tables import (
     BATCHES,
@@ -303,7 +303,7 @@ def open_batch(connection: Connection, name: str, report: Mapping[str, Any]) -> 
             reasons=json.dumps(report),
         )
     )
-    return int(result.inserted_primary_key[0])  # type: ignore[index]
+    return inserted_key(result)
 
 
 def close_batch(

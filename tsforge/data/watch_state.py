@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 
 from tsforge.core.errors import BackendError
-from tsforge.data.sql import open_engine, transaction
+from tsforge.data.sql import inserted_key, open_engine, transaction
 
 FORMAT_VERSION = 1
 KEPT_REFUSALS = 1_000  # newest refusals kept in words; their number is counted elsewhere
@@ -260,7 +260,7 @@ class WatchState:
             for event_id, transition, record in transitions:
                 key = {"generation": generation, "event_id": event_id, "transition": transition}
                 result = connection.execute(insert(_OUTBOX).values(**key, record=""))
-                seq = int(result.inserted_primary_key[0])  # type: ignore[index]
+                seq = inserted_key(result)
                 text = json.dumps({"seq": seq, **record}, allow_nan=False, ensure_ascii=False)
                 connection.execute(update(_OUTBOX).where(_OUTBOX.c.seq == seq).values(record=text))
             for item in files:

@@ -162,7 +162,7 @@ def test_pca_mahalanobis_is_the_distance_of_what_is_left_over() -> None:
     kept = vectors[:, order[:count]]
     rest, rest_later = z - z @ kept @ kept.T, later - later @ kept @ kept.T
     spread = np.maximum(rest.std(axis=0), 0.01)
-    matrix = fit_covariance(rest / spread).matrix  # type: ignore[attr-defined]
+    matrix = fit_covariance(rest / spread).matrix
     away = rest_later / spread - (rest / spread).mean(axis=0)
     expected = np.einsum("nv,vw,nw->n", away, np.linalg.inv(matrix), away)
     np.testing.assert_allclose(PcaResidual(joint="mahalanobis").fit(train).score(test), expected, rtol=1e-6)

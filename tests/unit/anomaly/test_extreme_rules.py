@@ -56,7 +56,7 @@ def test_streaming_rules_equal_the_definition(depth: int) -> None:
     scores[4100:5500:90] += 4.0
     calibration, rest = scores[:4000], scores[4000:]
     settings = {"shape": "free", "exclude_flagged": None, "max_excesses": 500}
-    rule = Dspot(1e-3, depth, **settings) if depth else Spot(1e-3, **settings)  # type: ignore[arg-type]
+    rule = Dspot(1e-3, depth, **settings) if depth else Spot(1e-3, **settings)
     found = rule.fit(calibration).run(rest)
     levels, alarms = naive_spot(calibration, rest, 1e-3, depth)
     np.testing.assert_allclose(found.threshold, levels, rtol=1e-6)  # two searches for a flat maximum
@@ -128,7 +128,7 @@ def test_a_state_stored_in_a_run_of_alarms_knows_how_many_were_left_out(depth: i
     scores[10:40] += 8.0
     scores[45:] += 1.5
     settings = {"level": 0.9, "exclude_flagged": 6}
-    rules = [Spot(1e-3, **settings) if depth is None else Dspot(1e-3, depth, **settings) for _ in range(2)]  # type: ignore[arg-type]
+    rules = [Spot(1e-3, **settings) if depth is None else Dspot(1e-3, depth, **settings) for _ in range(2)]
     whole = rules[0].fit(calibration).run(scores)
     rules[1].fit(calibration)
     left_out, unfitted = set(), set()

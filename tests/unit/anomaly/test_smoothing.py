@@ -132,7 +132,7 @@ def test_smoothing_and_judging_in_pieces_is_the_same_as_at_once(setting: object)
     s = noisy()
 
     def start() -> tuple[Smoother | None, Fixed]:
-        return (None if setting is None else fresh(setting)), build_rule(FixedRule(value=2.2))  # type: ignore[return-value]
+        return (None if setting is None else fresh(setting)), build_rule(FixedRule(value=2.2))
 
     scores, decisions = smooth_and_judge(s, *start())
     smoother, rule = start()

@@ -80,13 +80,13 @@ def test_an_incident_is_one_row_of_the_queue(workspace: Workspace) -> None:
 
 
 def test_an_incident_waits_as_long_as_one_of_its_events_does(workspace: Workspace) -> None:
-    triage.act(workspace, read(workspace).filter(event_id="b" * 8), "confirmed", actor="Ada")
+    triage.act_on_shown(workspace, read(workspace).filter(event_id="b" * 8), "confirmed", actor="Ada")
     rows = triage.queue(read(workspace))
     assert rows.filter(key="plant/i1")["human_state"].item() == "new"
-    triage.act(workspace, read(workspace), "acknowledged", actor="Ada")
+    triage.act_on_shown(workspace, read(workspace), "acknowledged", actor="Ada")
     rows = triage.queue(read(workspace))
     assert rows["human_state"].to_list() == ["acknowledged"] * 3
-    triage.act(workspace, triage.members(read(workspace), "plant/i1"), "dismissed", actor="Ada")
+    triage.act_on_shown(workspace, triage.members(read(workspace), "plant/i1"), "dismissed", actor="Ada")
     rows = triage.queue(read(workspace))
     assert rows.filter(key="plant/i1")["human_state"].item() == "confirmed", "what it was comes before what it was not"
     assert rows["key"][-1] == "plant/i1", "settled rows come last"
@@ -94,12 +94,15 @@ def test_an_incident_waits_as_long_as_one_of_its_events_does(workspace: Workspac
 
 def test_actions_take_the_events_they_fit_and_tell_what_others_did(workspace: Workspace) -> None:
     seen = read(workspace)
-    assert triage.act(workspace, seen[:2], "acknowledged", actor="Ada", comment="on it") == (2, [])
-    changed, refused = triage.act(workspace, seen, "dismissed", actor="Noor")
+    assert triage.act_on_shown(workspace, seen[:2], "acknowledged", actor="Ada", comment="on it") == (2, [])
+    changed, refused = triage.act_on_shown(workspace, seen, "dismissed", actor="Noor")
     assert changed == 2
     assert len(refused) == 2
     assert "is acknowledged by now (by Ada" in refused[0], "the list on the screen was older"
-    assert triage.act(workspace, read(workspace).filter(human_state="dismissed"), "confirmed", actor="A") == (0, [])
+    assert triage.act_on_shown(workspace, read(workspace).filter(human_state="dismissed"), "confirmed", actor="A") == (
+        0,
+        [],
+    )
     assert triage.last_comments(workspace, read(workspace)) == {"a" * 8: "on it", "b" * 8: "on it"}
     comment(workspace, "a" * 8, "still on it", by="Ada", dataset="plant")
     assert triage.last_comments(workspace, read(workspace))["a" * 8] == "still on it"
@@ -108,12 +111,12 @@ def test_actions_take_the_events_they_fit_and_tell_what_others_did(workspace: Wo
         "acknowledged",
     ]
     with pytest.raises(ConfigError, match="who acts"):
-        triage.act(workspace, read(workspace), "reopened", actor=" ")
+        triage.act_on_shown(workspace, read(workspace), "reopened", actor=" ")
 
 
 def test_the_version_changes_with_every_word(workspace: Workspace) -> None:
     versions = [triage.events_version(workspace)]
-    triage.act(workspace, read(workspace)[:1], "acknowledged", actor="Ada")
+    triage.act_on_shown(workspace, read(workspace)[:1], "acknowledged", actor="Ada")
     versions.append(triage.events_version(workspace))
     comment(workspace, "b" * 8, "a word", by="Ada")
     versions.append(triage.events_version(workspace))

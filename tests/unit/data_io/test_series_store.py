@@ -25,13 +25,6 @@ from tsforge.data.store import SeriesStore
 START = datetime(2024, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgresql":
-        return str(request.getfixturevalue("postgres_url"))
-    return f"sqlite:///{tmp_path / 'store.db'}"
-
-
 @pytest.fixture
 def store(url: str) -> Iterator[SeriesStore]:
     opened = SeriesStore(url)

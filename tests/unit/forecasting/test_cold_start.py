@@ -71,7 +71,7 @@ def test_short_series_are_forecast_and_on_record(artifact: Artifact) -> None:
     new = found.table.filter(pl.col("series_id").str.starts_with("new"))
     assert new["mean"].is_between(0.0, 40.0).all()
     assert (new["q0.1"] < new["mean"]).all()
-    width = {name: float((part["q0.9"] - part["q0.1"]).mean()) for (name,), part in new.group_by("series_id")}  # type: ignore[arg-type, misc]
+    width = {name: float((part["q0.9"] - part["q0.1"]).mean()) for (name,), part in new.group_by("series_id")}
     assert width["new1"] > width["new23"] > 0.0
 
 
@@ -145,7 +145,7 @@ def test_likeness_margins_equal_a_loop_over_pairs(artifact: Artifact) -> None:
         found = likeness_margins(held, {0.5}, mean=mean)
         for step in (1, HORIZON):
             errors = []
-            for (_,), part in held.filter(step=step).group_by("cutoff"):  # type: ignore[misc]
+            for (_,), part in held.filter(step=step).group_by("cutoff"):
                 value = {row["series_id"]: row for row in part.to_dicts()}
                 for one in series:
                     others = [value[other]["mean"] for other in series if other != one]

@@ -148,11 +148,11 @@ def test_log_density_is_that_of_the_distribution_and_refused_without_one() -> No
     for config in (Normal(), StudentT()):
         likelihood = build_likelihood(config)
         raw = torch.randn(50, likelihood.num_params, generator=generator, dtype=torch.float64)
-        loc, scale = raw[:, 0], likelihood.scale(raw)  # type: ignore[operator]
+        loc, scale = raw[:, 0], likelihood.scale(raw)
         known = (
             torch.distributions.Normal(loc, scale)
             if isinstance(config, Normal)
-            else torch.distributions.StudentT(likelihood.degrees(raw), loc, scale)  # type: ignore[operator]
+            else torch.distributions.StudentT(likelihood.degrees(raw), loc, scale)
         )
         torch.testing.assert_close(likelihood.log_density(raw, y), known.log_prob(y))
     for config in (Point(), Quantiles()):

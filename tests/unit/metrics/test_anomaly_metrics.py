@@ -188,4 +188,4 @@ def test_impossible_input_is_refused() -> None:
     with pytest.raises(DataError, match="labels must be 0 or 1"):
         auc_pr([0, 2], [1, 2])
     with pytest.raises(ConfigError, match="missing is 'zero'"):
-        auc_pr([0, 1], [1, 2], missing="zero")  # type: ignore[arg-type]
+        auc_pr([0, 1], [1, 2], missing="zero")

@@ -34,7 +34,7 @@ def by_rows(labels: np.ndarray, alarms: np.ndarray, profile: str) -> float:
                 previous = inside
         elif alarms[i] and i >= start:
             width = 0 if previous is None else previous[1] - previous[0]
-            total += weights.false_alarm * sigmoid(3.0 if not width else (i - previous[1]) / width)  # type: ignore[index]
+            total += weights.false_alarm * sigmoid(3.0 if not width else (i - previous[1]) / width)
     return total + sum(best.values())
 
 
@@ -63,10 +63,10 @@ def test_a_perfect_detector_gets_100_and_a_silent_one_0() -> None:
     first = np.zeros(1000, dtype=int)
     first[[300, 700]] = 1
     for profile in ("standard", "low_fp", "low_fn"):
-        perfect = nab_score([(labels, first)], profile)  # type: ignore[arg-type]
+        perfect = nab_score([(labels, first)], profile)
         assert perfect.score == pytest.approx(100.0, abs=1e-12)
         assert (perfect.num_windows, perfect.found, perfect.false_alarms) == (2, 2, 0)
-        assert nab_score([(labels, np.zeros(1000, dtype=int))], profile).score == 0.0  # type: ignore[arg-type]
+        assert nab_score([(labels, np.zeros(1000, dtype=int))], profile).score == 0.0
 
 
 def test_known_values() -> None:
@@ -124,6 +124,6 @@ def test_impossible_input_is_refused() -> None:
     with pytest.raises(DataError, match="none of 1 series has a labelled window"):
         nab_score([([0] * 50, [0] * 50)])
     with pytest.raises(ConfigError, match="there is no profile 'cheap'"):
-        nab_score([([0, 1], [0, 1])], "cheap")  # type: ignore[arg-type]
+        nab_score([([0, 1], [0, 1])], "cheap")
     with pytest.raises(DataError, match="2 labels but 3 predictions"):
         nab_score([([0, 1], [0, 1, 0])])

@@ -13,7 +13,7 @@ ALARMS = np.array([0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1])
 
 
 def recall(**settings: object) -> float:
-    return range_score(LABELS, ALARMS, RangeSetting(**settings)).recall  # type: ignore[arg-type]
+    return range_score(LABELS, ALARMS, RangeSetting(**settings)).recall
 
 
 def test_by_hand() -> None:
@@ -52,8 +52,8 @@ def test_impossible_input_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"alpha is 1\.5"):
         RangeSetting(alpha=1.5)
     with pytest.raises(ConfigError, match="bias 'left'"):
-        RangeSetting(bias="left")  # type: ignore[arg-type]
+        RangeSetting(bias="left")
     with pytest.raises(ConfigError, match="cardinality 'two'"):
-        RangeSetting(cardinality="two")  # type: ignore[arg-type]
+        RangeSetting(cardinality="two")
     with pytest.raises(DataError, match="11 labels but 2 predictions"):
         range_score(LABELS, [0, 1])

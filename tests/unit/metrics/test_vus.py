@@ -147,7 +147,7 @@ def test_impossible_input_is_refused() -> None:
     with pytest.raises(ConfigError, match="width is -1"):
         vus([0, 1], [0.0, 1.0], width=-1)
     with pytest.raises(ConfigError, match="variant 'mine', thresholds 'exact'"):
-        vus([0, 1], [0.0, 1.0], variant="mine")  # type: ignore[arg-type]
+        vus([0, 1], [0.0, 1.0], variant="mine")
     with pytest.raises(DataError, match="1 of 2 scores are missing"):
         vus([0, 1], [0.0, np.nan])
     with pytest.raises(DataError, match="a metric needs rows of both kinds"):

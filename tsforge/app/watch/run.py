@@ -8,18 +8,11 @@ from where the last commit left it: same rows, same detector, same transitions.
 from __future__ import annotations
 
 import json
-import math
-import os
-import select
-import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tsforge.anomaly.online import OnlineDetector, OnlineResult
@@ -30,6 +23,7 @@ from tsforge.app.ingest import load_dataset, mask_invalid
 from tsforge.app.watch.delivery import Delivery
 from tsforge.app.watch.files import Folder
 from tsforge.app.watch.intake import Intake, Portion
+from tsforge.app.watch.records import SHOWN, Tally, counts, lag, plain, shown
 from tsforge.app.watch.settings import (
     DatasetSource,
     FolderSource,
@@ -41,6 +35,7 @@ from tsforge.app.watch.settings import (
 from tsforge.app.watch.sources import MAX_PARTS, Offer, Source, StoredRows, TablePoll
 from tsforge.app.watch.status import FOLDER, STATE, describe
 from tsforge.app.watch.stdin import Lines
+from tsforge.app.watch.stopping import Stop
 from tsforge.artifact import Artifact, load_artifact
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
@@ -52,41 +47,7 @@ from tsforge.data.watch_state import Snapshot, WatchState, now_text
 _LOG = get_logger(__name__)
 RETRY_SECONDS = (1.0, 60.0)  # first and longest wait after a database or disk failed
 SIGN_OF_LIFE_SECONDS = 30.0  # the state says at least so often that the process looks
-_SHOWN = 50
 Tell = Callable[[dict[str, Any]], None]
-
-
-class Stop:
-    """What SIGTERM and Ctrl-C ask for: to end after the turn. A second signal interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-
-    @contextmanager
-    def listening(self) -> Iterator[Stop]:
-        """Listen while the block runs; must be called from the main thread."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = number
-            os.write(self._writer, b"x")
-
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            os.close(self._reader)
-            os.close(self._writer)
-
-    def wait(self, seconds: float, also: int | None = None) -> None:
-        """Wait, at most until a signal comes or the file descriptor ``also`` has something to read."""
-        handles = [self._reader] if also is None else [self._reader, also]
-        select.select(handles, [], [], max(0.0, seconds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,32 +71,6 @@ class WatchResult:
     def rows(self) -> list[dict[str, Any]]:
         """Return the newest transitions of this run."""
         return list(self.events)
-
-
-@dataclass
-class Tally:
-    """Counts that a status shows, stored with every commit."""
-
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def new(cls) -> Tally:
-        """Return the counts of a watch that has seen nothing."""
-        zeros = dict.fromkeys(("rows_read", "rows_taken", "late", "refused", "opened", "closed", "suppressed"), 0)
-        empty: dict[str, Any] = {"strangers": {}, "notes": {}, "open": {}, "notices": []}
-        return cls({**zeros, **empty, "last_row": None, "last_event": None, "started": now_text(), "waiting": None})
-
-    def add(self, **counts: int) -> None:
-        """Count."""
-        for name, count in counts.items():
-            self.facts[name] += count
-
-    def merge(self, name: str, counts: Mapping[str, int]) -> None:
-        """Add counts by word; words beyond the first 50 are counted together."""
-        total = Counter(self.facts[name])
-        for word, count in counts.items():
-            total[word if word in total or len(total) < _SHOWN else "others"] += count
-        self.facts[name] = dict(total)
 
 
 def watch(
@@ -174,7 +109,7 @@ def watch(
         stack.callback(watcher.close)
         undelivered = _run(watcher, delivery, stop, once=once)
         facts = watcher.status(state)
-        watcher.tell({"watch": name, "ended": True, "signal": stop.signal, **_counts(facts)})
+        watcher.tell({"watch": name, "ended": True, "signal": stop.signal, **counts(facts)})
         return WatchResult(facts=facts, events=tuple(watcher.recent), signal=stop.signal, undelivered=undelivered)
 
 
@@ -406,7 +341,7 @@ class Watcher:
             return self._divide(portion, error)
         if found:
             self._known = self._detector.ends()
-            last = _plain(new.rows["time"].max())
+            last = plain(new.rows["time"].max())
             self._tally.facts["last_row"] = max(last, self._tally.facts["last_row"] or last)
         self._tally.add(rows_read=portion.rows_read, rows_taken=new.rows.height, late=new.late)
         self._tally.merge("strangers", new.strangers)
@@ -465,7 +400,7 @@ class Watcher:
             "artifact": self.artifact.id,
             "emitted_at": now_text(),
             "suppressed_by": rule,
-            **{name: _plain(value) for name, value in row.items()},
+            **{name: plain(value) for name, value in row.items()},
         }
         self._tally.add(**{transition: 1, "suppressed": int(rule is not None)})
         self._tally.facts["last_event"] = {
@@ -509,10 +444,10 @@ class Watcher:
             )
         for notice in set(facts["notices"]) - set(before["notices"]):
             _LOG.warning("%s", notice)
-        shown = [{"transition": name, **_shown(record)} for _, name, record in transitions]
-        self.recent = [*self.recent, *shown][-_SHOWN:]
+        lines = [{"transition": name, **shown(record)} for _, name, record in transitions]
+        self.recent = [*self.recent, *lines][-SHOWN:]
         log_event(_LOG, "rows taken", watch=self.name, seconds=round(seconds, 3), **turn)
-        self.tell({"watch": self.name, "seconds": round(seconds, 4), **turn, **_lag(facts), "events": shown})
+        self.tell({"watch": self.name, "seconds": round(seconds, 4), **turn, **lag(facts), "events": lines})
 
     def status(self, state: WatchState) -> dict[str, Any]:
         """Return what ``watch_status`` says of this watch."""
@@ -554,37 +489,3 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = 
             yield from _differences(old, new, f"{path}{key}.")
         elif json.dumps(old) != json.dumps(new):
             yield f"{path}{key} is {new}, was {old}"
-
-
-def _plain(value: Any) -> Any:
-    """Return a cell in types that JSON knows; times as ISO text in UTC, what is not finite as null."""
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat() if value.tzinfo else value.replace(tzinfo=UTC).isoformat()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _shown(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a line about a transition says."""
-    names = ("event_id", "series_id", "start", "end", "peak_score", "suppressed_by")
-    variates = [item["variate"] for item in record.get("variates") or []][:3]
-    return {**{name: record.get(name) for name in names}, "variates": ", ".join(variates)}
-
-
-def _lag(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the last row and how many seconds it lies behind the clock."""
-    last = facts["last_row"]
-    if not isinstance(last, str):
-        return {"last_row": last, "lag_seconds": None}
-    behind = (datetime.now(UTC) - datetime.fromisoformat(last)).total_seconds()
-    return {"last_row": last, "lag_seconds": round(behind, 1)}
-
-
-def _counts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("rows_read", "rows_taken", "late", "refused", "opened", "closed", "undelivered")
-    return {name: facts.get(name) for name in names}
