@@ -146,10 +146,10 @@ class ForecastNetwork(nn.Module):
         """True when the model follows a schedule over training."""
         return type(self.model).anneal is not ForecastModel.anneal
 
-    def _run(self, batch: Batch) -> tuple[Batch, Prediction]:
-        """Return the scaled batch and the model's prediction with the offset added."""
+    def _run(self, batch: Batch, stats: tuple[Tensor, Tensor] | None = None) -> tuple[Batch, Prediction]:
+        """Return the scaled batch and the model's prediction with the offset added; ``stats`` where they are known."""
         self._check_batch(batch)
-        scaled = self.scaler.scale(batch)
+        scaled = self.scaler.scale(batch, stats)
         return scaled, self._predict_scaled(scaled)
 
     def _predict_scaled(self, scaled: Batch) -> Prediction:
@@ -246,8 +246,8 @@ class ForecastNetwork(nn.Module):
 
     def location(self, batch: Batch) -> Tensor:
         """Return the mean forecast [B, H, V] in data units, differentiable in every input of the batch."""
-        loc, scale = self.scaler.stats(batch)
-        return self.likelihood.mean(self._run(batch)[1].raw) * scale + loc
+        loc, scale = stats = self.scaler.stats(batch)
+        return self.likelihood.mean(self._run(batch, stats)[1].raw) * scale + loc
 
     @torch.no_grad()
     def predict(self, batch: Batch, quantile_levels: Sequence[float] = ()) -> Predictive:
@@ -259,8 +259,8 @@ class ForecastNetwork(nn.Module):
         levels = list(quantile_levels)
         if any(not 0 < level < 1 for level in levels) or sorted(set(levels)) != levels:
             raise ModelError(f"quantile levels must ascend strictly between 0 and 1, got {levels}")
-        loc, scale = self.scaler.stats(batch)
-        _, prediction = self._run(batch)
+        loc, scale = stats = self.scaler.stats(batch)
+        _, prediction = self._run(batch, stats)
         mean = self.likelihood.mean(prediction.raw) * scale + loc
         if not levels:
             return Predictive(mean, None)
@@ -289,8 +289,8 @@ class ForecastNetwork(nn.Module):
         return self.likelihood.log_density(*self._scaled_at(batch, y)) - scale.log()
 
     def _scaled_at(self, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = self.scaler.stats(batch)
-        return self._run(batch)[1].raw, (y - loc) / scale
+        loc, scale = stats = self.scaler.stats(batch)
+        return self._run(batch, stats)[1].raw, (y - loc) / scale
 
     @torch.no_grad()
     def components(self, batch: Batch) -> dict[str, Tensor]:
