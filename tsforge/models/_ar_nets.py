@@ -13,7 +13,7 @@ def grouped(weight: Tensor, rows: Tensor) -> Tensor:
     """Return [B, V, out] from weight [G, out, in] and rows [B, V, in]; G = 1 is shared by all variates."""
     if weight.shape[0] == 1:
         return nn.functional.linear(rows, weight[0])
-    return torch.einsum("bvi,voi->bvo", rows, weight)
+    return torch.bmm(rows.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 class HiddenLayers(nn.Module):

@@ -16,6 +16,7 @@ Legend: p lags, q covariate lags, G weight groups (1 shared or V), T fitted step
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -274,7 +275,7 @@ class ARNet(ForecastModel[ARNetConfig]):
                 parts[name] = columns[:, rows:, chosen] @ effects[:, chosen].T
         filled = residual if complete else self.gaps(residual, mask)
         center = self.gaps.center.to(context.dtype)
-        lagged = (filled[:, filled.shape[1] - self.lags :] - center).flip(1).transpose(1, 2)  # [B, V, p], lag 1 first
+        lagged = self._newest_first(filled[:, filled.shape[1] - self.lags :] - center)
         other = None
         if self.is_direct:
             mapped = self.ar(lagged)  # [B, H, V, 1 or K]
@@ -289,6 +290,13 @@ class ARNet(ForecastModel[ARNetConfig]):
         parts["mean"] = (center + bias.T.to(context.dtype)).expand(shape)
         return parts, other
 
+    def _newest_first(self, rows: Tensor) -> Tensor:
+        """Return lags [B, V, p], lag 1 first, from rows [B, p, V]; in memory as the product that follows reads them."""
+        if len(self.ar.weight) == 1:
+            return rows.flip(1).transpose(1, 2)
+        order = torch.arange(self.lags - 1, -1, -1, device=rows.device)
+        return rows.permute(2, 0, 1).index_select(2, order).transpose(0, 1)  # a matrix [B, p] for each variate
+
     def _covariate_lags(self, batch: Batch) -> Tensor:
         """Return the lags of all past covariates [B, V, P q], each covariate newest first."""
         if batch.past is None:
@@ -299,7 +307,7 @@ class ARNet(ForecastModel[ARNetConfig]):
     def forward(self, batch: Batch) -> Prediction:
         """Return raw parameters [B, H, V, K]; the penalty of solver sgd is the auxiliary loss ``sparsity``."""
         parts, other = self._parts(batch)
-        raw = torch.stack(list(parts.values())).sum(0).unsqueeze(-1)
+        raw = reduce(torch.add, parts.values()).unsqueeze(-1)
         if self.spec.num_params > 1:
             spread = self.spread.expand(len(raw), -1, -1, -1).to(raw.dtype)
             raw = torch.cat([raw, spread if other is None else spread + other], dim=-1)
