@@ -46,7 +46,7 @@ SETS: dict[str, tuple[str, ...] | None] = {  # columns; None: all of them
     "exchange_rate": None,
     "beijing_air_pm25": tuple(f"{station}.PM2.5" for station in STATIONS),
     "beijing_air": tuple(f"{station}.{part}" for part in ("PM2.5", "WSPM") for station in STATIONS),
-    "beijing_air_4_stations": tuple(f"{station}.{part}" for part in ("PM2.5", "WSPM") for station in FEWER),
+    "beijing_air_4_stations": tuple(f"{station}.PM2.5" for station in FEWER),
 }
 HORIZONS = (96, 192, 336, 720)
 LINEAR, CHOSEN = "linear", "linear, ridge and level chosen"
