@@ -16,6 +16,7 @@ from tsforge.anomaly.config import BudgetRule, EventConfig, RollingQuantileRule
 from tsforge.app.anomaly_benchmark import AnomalyBenchmarkConfig, AnomalyBenchmarkResult, anomaly_benchmark
 from tsforge.app.anomaly_benchmark_data import LabelledSeries, known_families, read_family
 from tsforge.app.anomaly_benchmark_report import FEWEST_SERIES, leaderboard
+from tsforge.app.anomaly_benchmark_rules import rule_records
 from tsforge.app.anomaly_benchmark_run import Judgement, ModelSetting, Scored, grade_scores, judge
 from tsforge.core.config import load, validate
 from tsforge.core.errors import ConfigError, DataError
@@ -254,6 +255,44 @@ def test_every_table_has_the_baselines_and_a_report(workspace: Workspace, folder
     assert "http" not in page
     assert json.loads((result.path / "summary.json").read_text())["rows"][0]["family"] == "plant"
     assert list(result.table["series"].unique(maintain_order=True)) == ["a", "b"]
+
+
+def test_further_rules_judge_the_same_scores_and_one_that_cannot_be_fitted_fails_alone(
+    workspace: Workspace, folder: Path
+) -> None:
+    quantile = {"kind": "quantile", "alpha": 0.05}
+    rules = {"q": quantile, "never": {"kind": "fixed", "value": 1e9}, "tail": {"kind": "pot", "risk": 0.001}}
+    plain = run(workspace, folder, rule=quantile, series=["a"])
+    assert plain.ruled.is_empty()
+    result = run(workspace, folder, rules=rules, series=["a"])
+    counts = ["method", "events", "found", "false_segments", "alarmed_normal_rows", "delays"]
+    asked = result.ruled.filter(rule="q", status="ok").select(counts)
+    assert asked.equals(plain.table.select(counts))  # what a run with this rule alone finds
+    deployed = result.ruled.filter(rule="deployed").select(counts)
+    assert deployed.equals(result.table.select(counts))
+    assert not deployed.equals(asked)
+    assert plain.table["auc_pr"].equals(result.table["auc_pr"])
+    assert result.ruled.filter(rule="never")["alarmed_normal_rows"].sum() == 0
+    tail = result.ruled.filter(rule="tail")
+    assert set(tail["status"]) == {"failed"}
+    assert all("0.98" in error for error in tail["error"]), tail["error"].unique().to_list()
+    assert set(result.table["status"]) == {"ok"}
+
+    records = {record["rule"]: record for record in rule_records(result.ruled.filter(method="ar_net, residuals"))}
+    row = result.ruled.filter(method="ar_net, residuals", rule="q").row(0, named=True)
+    rate = row["alarmed_normal_rows"] / row["normal_rows"]
+    assert records["q"]["normal_alarm_rate"] == pytest.approx(rate)
+    assert (records["q"]["nominal"], records["q"]["within"]) == (0.05, float(rate <= 0.1))
+    assert records["q"]["event_recall"] == row["found"] / row["events"]
+    assert (records["tail"]["failed"], records["tail"]["event_recall"]) == (1, None)
+    assert records["never"]["event_recall"] == 0.0
+    text = (result.path / "report.md").read_text()
+    assert "### plant: further rules" in text
+    assert sum(line.startswith("| ar_net, residuals | ") and "| q |" in line for line in text.splitlines()) == 1
+    assert "Further rules" in (result.path / "report.html").read_text()
+    assert pl.read_parquet(result.path / "rules.parquet").equals(result.ruled)
+    with pytest.raises(ConfigError, match="'deployed' is what"):
+        run(workspace, folder, rules={"deployed": quantile})
 
 
 def test_a_second_run_is_free_and_other_data_are_measured_again(

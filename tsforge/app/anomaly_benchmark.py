@@ -20,7 +20,8 @@ import tsforge
 from tsforge.anomaly.config import BudgetRule, CalibrationConfig, DetectConfig, EventConfig, RuleConfig, ScoreConfig
 from tsforge.anomaly.ensemble import EnsembleConfig
 from tsforge.app.anomaly_benchmark_data import LabelledFamily, LabelledSeries, read_family
-from tsforge.app.anomaly_benchmark_report import leaderboard, write_report
+from tsforge.app.anomaly_benchmark_report import Measured, leaderboard, write_report
+from tsforge.app.anomaly_benchmark_rules import rule_records
 from tsforge.app.anomaly_benchmark_run import BASELINES_LABEL, BaselineSetting, Judgement, ModelSetting
 from tsforge.app.benchmark import code_version
 from tsforge.app.benchmark_config import ModelEntry, parse_entry
@@ -38,6 +39,7 @@ from tsforge.training.config import TrainConfig
 
 _LOG = get_logger(__name__)
 FOLDER = "anomaly_benchmark"
+DEPLOYED = "deployed"  # the name of ``rule`` among the further ones
 _SOURCES = (
     "anomaly",
     "metrics",
@@ -48,7 +50,8 @@ _SOURCES = (
 _TRAINED = 100.0  # rough cost of gradient training against a closed form
 _NUMBERS = ("auc_pr", "vus_pr", "vus_pr_reference", "chance", "rows_per_day", "nominal", "seconds")
 _SUMS = ("hits_100", "hits_150", "hit_chance")
-_COUNTS = ("events", "found", "segments", "false_segments", "normal_rows", "alarmed_normal_rows", "hit_events", "rows")
+_EVENTS = ("events", "found", "segments", "false_segments", "normal_rows", "alarmed_normal_rows", "rows")
+_COUNTS = (*_EVENTS, "hit_events")
 _SHOWN = (
     *("family", "method", "auc_pr", "vus_pr", "event_precision", "event_recall", "event_f1"),
     *("false_events_per_day", "median_delay_rows", "verdict", "failed"),
@@ -66,6 +69,17 @@ SCHEMA: dict[str, Any] = {
     "closed_form": pl.Boolean,
     "error": pl.String,
     "cached": pl.Boolean,
+}
+
+
+RULES_SCHEMA: dict[str, Any] = {
+    **dict.fromkeys(("family", "series", "method", "role", "rule"), pl.String),
+    "seed": pl.Int64,
+    "status": pl.String,
+    **dict.fromkeys(_EVENTS, pl.Int64),
+    **dict.fromkeys(("rows_per_day", "nominal"), pl.Float64),
+    "delays": pl.List(pl.Float64),
+    "error": pl.String,
 }
 
 
@@ -90,6 +104,8 @@ class AnomalyBenchmarkConfig(Config):
     """Of the second row of every plain scorer."""
     rule: RuleConfig = BudgetRule()
     """How alarms are raised; a budget takes rows a day from the family, or 10,000 rows for a day."""
+    rules: dict[str, RuleConfig] = Field(default_factory=dict)
+    """Further rules by a name of one's own, judged on the same scores beside ``rule``; areas do not depend on it."""
     events: EventConfig = EventConfig()
     fit_share: float = Field(0.7, gt=0.0, lt=1.0)
     """Of the training rows; the others scale and calibrate."""
@@ -134,7 +150,13 @@ class AnomalyBenchmarkConfig(Config):
     @property
     def judgement(self) -> Judgement:
         """What all methods share."""
-        return Judgement(fit_share=self.fit_share, rule=self.rule, events=self.events, width=self.width)
+        return Judgement(
+            fit_share=self.fit_share,
+            rule=self.rule,
+            events=self.events,
+            width=self.width,
+            rules=tuple(self.rules.items()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +164,13 @@ class AnomalyBenchmarkResult(PassResult):
     """Every row measured, failed or left out.
 
     Attributes:
-        table: one row a family, series, method and seed. notes: what a reader has to know, by family.
-        path: folder with ``table.parquet``, ``summary.json``, ``report.md`` and ``report.html``.
+        table: one row a family, series, method and seed. ruled: one for each of their rules, if there are further ones.
+        notes: what a reader has to know, by family.
+        path: folder with ``table.parquet``, ``rules.parquet``, ``summary.json``, ``report.md`` and ``report.html``.
     """
 
     table: pl.DataFrame
+    ruled: pl.DataFrame
     name: str
     notes: tuple[str, ...]
     path: Path
@@ -193,17 +217,20 @@ def anomaly_benchmark(
         run.measure(shown)
     name = config.name or "-".join(names)
     path = workspace.reports / FOLDER / name / "last"
-    result = AnomalyBenchmarkResult(table=run.table(), name=name, notes=notes, path=path)
+    result = AnomalyBenchmarkResult(table=run.table(), ruled=run.ruled(), name=name, notes=notes, path=path)
     with atomic_directory(path, replace=True) as temporary:
         result.table.write_parquet(temporary / "table.parquet")
+        result.ruled.write_parquet(temporary / "rules.parquet")
         document = {
             "config": config.model_dump(mode="json"),
             **result.summary(),
             "environment": environment(config),
             "rows": result.records(),
+            "rules": rule_records(result.ruled),
         }
         (temporary / "summary.json").write_text(json.dumps(document, indent=1, default=str))
-        write_report(temporary, result.table, families, environment(config), name, config.width)
+        tables = Measured(result.table, result.ruled, tuple(families))
+        write_report(temporary, tables, environment(config), name, config.width)
     return result
 
 
@@ -220,8 +247,10 @@ class _Run(Pass):
             key="rows",
         )
         self._root = workspace.reports / FOLDER
+        self._compares_rules = bool(config.rules)
         self._codes: dict[str, str] = {}
         self._rows: list[tuple[int, dict[str, Any]]] = []
+        self._ruled: list[tuple[int, dict[str, Any]]] = []
         self._order: dict[tuple[str, str, str, int], int] = {}
         self._jobs: list[Job] = []
         self._seeds = {entry.title: entry.seeds or config.seeds for entry in config.models}
@@ -247,8 +276,11 @@ class _Run(Pass):
 
     def table(self) -> pl.DataFrame:
         """Return every row in the order of the plan."""
-        ordered = [row for _, row in sorted(self._rows, key=lambda item: item[0])]
-        return pl.DataFrame([{name: row.get(name) for name in SCHEMA} for row in ordered], schema=SCHEMA)
+        return _table(self._rows, SCHEMA)
+
+    def ruled(self) -> pl.DataFrame:
+        """Return what the further rules did, in the order of the plan."""
+        return _table(self._ruled, RULES_SCHEMA)
 
     def first_jobs(self) -> list[Job]:
         """Return the first seed of every job."""
@@ -287,11 +319,19 @@ class _Run(Pass):
             self._rows.append((order, found))
         for item in row.get("rows", []):
             self._rows.append((order, {**about, **item, **shared}))
+            if self._compares_rules:
+                self._ruled.append((order, {**about, **item, "rule": DEPLOYED, "status": "ok"}))
+        self._ruled += [(order, {**about, **item}) for item in row.get("rules", [])]
         progress.advance({**about, "data": job.data.name, "model": job.setting.label, **row})
 
     @staticmethod
     def _mark(job: Job, seed: int) -> tuple[str, str, str, int]:
         return job.data.family, job.data.name, job.setting.label, seed
+
+
+def _table(rows: list[tuple[int, dict[str, Any]]], schema: dict[str, Any]) -> pl.DataFrame:
+    ordered = [row for _, row in sorted(rows, key=lambda item: item[0])]
+    return pl.DataFrame([{name: row.get(name) for name in schema} for row in ordered], schema=schema)
 
 
 def _rounded(value: Any) -> Any:
@@ -310,6 +350,8 @@ def _check(config: AnomalyBenchmarkConfig, names: set[str]) -> None:
     twice = sorted({title for title in titles if titles.count(title) > 1})
     if twice:
         raise ConfigError(f"models: {', '.join(twice)} is there twice; give the entries labels of their own")
+    if DEPLOYED in config.rules:
+        raise ConfigError(f"rules: '{DEPLOYED}' is what the table calls the rule of `rule`; take another name")
     for entry in config.models:
         if entry.is_peer:
             raise ConfigError(f"models: '{entry.title}' is a peer; the anomaly benchmark measures tsforge's own models")

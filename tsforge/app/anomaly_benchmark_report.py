@@ -1,12 +1,12 @@
 """What the anomaly benchmark says: a table a family, chance and the best plain scorer beside every method.
 
-Areas are means over series. Events are pooled over series: recall is found / labelled events, precision found / (found
-+ false segments). Median delay is over all found events, in rows.
+Areas are means over series; events are those of ``anomaly_benchmark_rules``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,25 @@ import numpy as np
 import polars as pl
 
 from tsforge.app.anomaly_benchmark_data import LabelledFamily
+from tsforge.app.anomaly_benchmark_rules import (
+    EVENT_FACTS,
+    RULES_HEAD,
+    event_facts,
+    false_events,
+    number,
+    rule_records,
+    shown_rules,
+)
 from tsforge.app.benchmark_html import anchor, document, table
 from tsforge.metrics.significance import holm, wilcoxon
 
 FEWEST_SERIES = 10  # below, no claim of significance
 BEATS, NOT_BETTER = "beats the best baseline", "does not beat the best baseline"
 _AREAS = ("auc_pr", "vus_pr")
-_PER_ROWS = 10_000.0
+RULES_NOTE = (
+    "The same scores under other rules; rules.parquet has all methods. Alarms on normal rows beside the share that a "
+    "rule aims at; within 2x: the share of series on which alarms are at most twice that."
+)
 _HEAD = (
     "method",
     "AUC-PR",
@@ -76,8 +88,7 @@ def _order(record: Mapping[str, Any]) -> float:
 
 def _empty(family: str, method: str) -> dict[str, Any]:
     names = (
-        *("auc_pr", "auc_pr_sd", "vus_pr", "vus_pr_sd", "vus_pr_reference", "event_precision", "event_recall"),
-        *("event_f1", "false_events_per_day", "false_events_per_10k_rows", "median_delay_rows", "normal_alarm_rate"),
+        *("auc_pr", "auc_pr_sd", "vus_pr", "vus_pr_sd", "vus_pr_reference", *EVENT_FACTS),
         *("hit_rate_100", "hit_rate_150", "hit_chance", "auc_pr_ratio", "vus_pr_ratio", "auc_pr_p", "vus_pr_p"),
     )
     about = {"family": family, "method": method, "role": "model", "series": 0, "runs": 0}
@@ -93,23 +104,7 @@ def _record(family: str, method: str, part: pl.DataFrame) -> dict[str, Any]:
         record[name] = float(values.mean()) if values.size else None
         record[f"{name}_sd"] = float(values.std(ddof=1)) if values.size > 1 else None
     record["vus_pr_reference"] = _mean(seeds["vus_pr_reference"])
-    labelled = part.filter(pl.col("events") > 0)
-    found, false = int(labelled["found"].sum()), int(part["false_segments"].sum())
-    events, rows = int(labelled["events"].sum()), int(part["rows"].sum())
-    precision = found / (found + false) if found + false else None
-    recall = found / events if events else None
-    record |= {"event_precision": precision, "event_recall": recall}
-    if recall is not None:
-        total = (precision or 0.0) + recall
-        record["event_f1"] = 2.0 * (precision or 0.0) * recall / total if total else 0.0
-    clocked = part.filter(pl.col("rows_per_day").is_not_null())
-    days = float((clocked["rows"] / clocked["rows_per_day"]).sum())
-    record["false_events_per_day"] = int(clocked["false_segments"].sum()) / days if days else None
-    record["false_events_per_10k_rows"] = false / rows * _PER_ROWS if rows else None
-    delays = part["delays"].explode().drop_nulls().to_numpy()
-    record["median_delay_rows"] = float(np.median(delays)) if delays.size else None
-    normal = int(part["normal_rows"].sum())
-    record["normal_alarm_rate"] = int(part["alarmed_normal_rows"].sum()) / normal if normal else None
+    record |= event_facts(part)
     listed = int(part["hit_events"].sum())
     if listed:
         for name, column in (("hit_rate_100", "hits_100"), ("hit_rate_150", "hits_150"), ("hit_chance", "hit_chance")):
@@ -161,19 +156,22 @@ def _mean(values: pl.Series) -> float | None:
 # ---- pages
 
 
-def write_report(
-    folder: Path,
-    rows: pl.DataFrame,
-    families: Sequence[LabelledFamily],
-    about: Mapping[str, Any],
-    name: str,
-    width: int,
-) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """What a report is made of: rows of the deployed rule, rows of further rules, and the families."""
+
+    rows: pl.DataFrame
+    ruled: pl.DataFrame
+    families: tuple[LabelledFamily, ...]
+
+
+def write_report(folder: Path, measured: Measured, about: Mapping[str, Any], name: str, width: int) -> None:
     """Write ``report.md`` and ``report.html`` into a folder."""
-    records = leaderboard(rows)
+    records, rules = leaderboard(measured.rows), rule_records(measured.ruled)
     title = f"Anomaly benchmark: {name}"
-    (folder / "report.md").write_text(_markdown(title, records, rows, families, about, width), encoding="utf-8")
-    (folder / "report.html").write_text(_page(title, records, rows, families, about, width), encoding="utf-8")
+    said = explanation(width)
+    (folder / "report.md").write_text(_markdown(title, records, rules, measured, about, said), encoding="utf-8")
+    (folder / "report.html").write_text(_page(title, records, rules, measured, about, said), encoding="utf-8")
 
 
 def explanation(width: int) -> str:
@@ -190,9 +188,6 @@ def explanation(width: int) -> str:
 
 
 def _cells(record: Mapping[str, Any]) -> list[str]:
-    per_day = _number(record["false_events_per_day"], 2)
-    if record["false_events_per_day"] is None and record["false_events_per_10k_rows"] is not None:
-        per_day = f"{record['false_events_per_10k_rows']:.2f} / 10k rows"
     ratios = [record["auc_pr_ratio"], record["vus_pr_ratio"]]
     p_values = [record["auc_pr_p"], record["vus_pr_p"]]
     hits = [record["hit_rate_100"], record["hit_rate_150"]]
@@ -201,14 +196,14 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
         ending = f"{ending}{'; ' if ending else ''}{record['failed']} series failed"
     return [
         *(_spread(record[name], record[f"{name}_sd"]) for name in _AREAS),
-        _number(record["vus_pr_reference"]),
+        number(record["vus_pr_reference"]),
         _both(ratios, 2),
         _both(p_values, 3),
-        *(_number(record[name], 2) for name in ("event_precision", "event_recall", "event_f1")),
-        per_day,
-        _number(record["median_delay_rows"], 0),
+        *(number(record[name], 2) for name in ("event_precision", "event_recall", "event_f1")),
+        false_events(record),
+        number(record["median_delay_rows"], 0),
         _both(hits, 2),
-        _number(record["seconds"], 1),
+        number(record["seconds"], 1),
         ending,
     ]
 
@@ -216,14 +211,14 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
 def _markdown(
     title: str,
     records: Sequence[Mapping[str, Any]],
-    rows: pl.DataFrame,
-    families: Sequence[LabelledFamily],
+    rules: Sequence[Mapping[str, Any]],
+    measured: Measured,
     about: Mapping[str, Any],
-    width: int,
+    said: str,
 ) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in about.items())
-    lines = [f"# {title}", "", facts + ".", "", explanation(width)]
-    for family in families:
+    lines = [f"# {title}", "", facts + ".", "", said]
+    for family in measured.families:
         lines += ["", f"## {family.name}", "", *[f"- {name}: {text}" for name, text in _facts(family)], ""]
         own = [record for record in records if record["family"] == family.name]
         if not own:
@@ -237,9 +232,14 @@ def _markdown(
                 if record[name] is not None and record[name] == best[name]:
                     cells[place] = f"**{cells[place]}**"
             lines.append(f"| {str(record['method']).replace('|', '/')} | {' | '.join(cells)} |")
+        judged = shown_rules([item for item in rules if item["family"] == family.name], _ranked(own))
+        if judged:
+            lines += ["", f"### {family.name}: further rules", "", RULES_NOTE, ""]
+            lines += [f"| {' | '.join(RULES_HEAD)} |", "|" + "---|" * len(RULES_HEAD)]
+            lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in judged]
     lines += ["", "## Failures", ""]
-    lines += [f"- {name}: {text}" for name, text in _failures(rows)] or ["No job failed."]
-    skipped = rows.filter(status="skipped").height
+    lines += [f"- {name}: {text}" for name, text in _failures(measured.rows)] or ["No job failed."]
+    skipped = measured.rows.filter(status="skipped").height
     if skipped:
         lines.append(f"- {skipped} jobs were left out: the time budget was spent.")
     return "\n".join(lines) + "\n"
@@ -248,19 +248,19 @@ def _markdown(
 def _page(
     title: str,
     records: Sequence[Mapping[str, Any]],
-    rows: pl.DataFrame,
-    families: Sequence[LabelledFamily],
+    rules: Sequence[Mapping[str, Any]],
+    measured: Measured,
     about: Mapping[str, Any],
-    width: int,
+    said: str,
 ) -> str:
     facts = " · ".join(f"{escape(str(name))} {escape(str(value))}" for name, value in about.items())
-    links = "".join(f'<a href="#{anchor(family.name)}">{escape(family.name)}</a>' for family in families)
+    links = "".join(f'<a href="#{anchor(family.name)}">{escape(family.name)}</a>' for family in measured.families)
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{facts}</p><p>{escape(explanation(width))}</p>',
+        f'<p class="soft">{facts}</p><p>{escape(said)}</p>',
         f'<nav>{links}<a href="#failures">Failures</a></nav>',
     ]
-    for family in families:
+    for family in measured.families:
         own = [record for record in records if record["family"] == family.name]
         about_family = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _facts(family))
         body.append(f'<h2 id="{anchor(family.name)}">{escape(family.name)}</h2><dl>{about_family}</dl>')
@@ -275,8 +275,14 @@ def _page(
             cells[-1] = f'<span class="{tone}">{cells[-1]}</span>'
             lines.append((str(record["role"]), [escape(str(record["method"])), *cells]))
         body.append(table(_HEAD, lines, last_is_text=True) if lines else "<p>Nothing was measured.</p>")
-    failures = "".join(f"<li>{escape(name)}: {escape(text)}</li>" for name, text in _failures(rows))
-    skipped = rows.filter(status="skipped").height
+        judged = shown_rules([item for item in rules if item["family"] == family.name], _ranked(own))
+        if judged:
+            body.append(f"<h3>Further rules</h3><p>{escape(RULES_NOTE)}</p>")
+            body.append(
+                table(RULES_HEAD, [("model", [escape(cell) for cell in cells]) for cells in judged], last_is_text=False)
+            )
+    failures = "".join(f"<li>{escape(name)}: {escape(text)}</li>" for name, text in _failures(measured.rows))
+    skipped = measured.rows.filter(status="skipped").height
     ending = f"<p>{skipped} jobs were left out: the time budget was spent.</p>" if skipped else ""
     body.append('<h2 id="failures">Failures</h2>' + (f"<ul>{failures}</ul>" if failures else "<p>No job failed.</p>"))
     return document(title, [*body, ending])
@@ -301,20 +307,23 @@ def _failures(rows: pl.DataFrame) -> list[tuple[str, str]]:
     ]
 
 
+def _ranked(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the models, and the plain scorer best by AUC-PR: the methods whose rules are shown."""
+    plain = [item for item in records if item["role"] == "baseline" and item["auc_pr"] is not None]
+    best = [max(plain, key=lambda item: float(item["auc_pr"]))["method"]] if plain else []
+    return [str(item["method"]) for item in records if item["role"] == "model"] + best
+
+
 def _best(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {
         name: max((record[name] for record in records if record[name] is not None), default=None) for name in _AREAS
     }
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
-
-
 def _spread(value: float | None, deviation: float | None) -> str:
-    return _number(value) + (f" ± {deviation:.3f}" if deviation is not None else "")
+    return number(value) + (f" ± {deviation:.3f}" if deviation is not None else "")
 
 
 def _both(values: Sequence[float | None], digits: int) -> str:
-    shown = [_number(value, digits) for value in values]
+    shown = [number(value, digits) for value in values]
     return " / ".join(shown) if any(shown) else ""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -42,12 +43,13 @@ BASELINES_LABEL = "baselines"
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What all methods share: which rows fit, the rule, how events are made, and the width of VUS."""
+    """What all methods share: rows that fit, the rule, how events are made, the width of VUS, further rules by name."""
 
     fit_share: float
     rule: RuleConfig
     events: EventConfig
     width: int
+    rules: tuple[tuple[str, RuleConfig], ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Return plain types."""
@@ -56,7 +58,12 @@ class Judgement:
             "rule": self.rule.model_dump(mode="json"),
             "events": self.events.model_dump(mode="json"),
             "width": self.width,
+            "rules": {name: rule.model_dump(mode="json") for name, rule in self.rules},
         }
+
+    def with_rule(self, rule: RuleConfig) -> Judgement:
+        """Return the same with one of the further rules in place of its own."""
+        return replace(self, rule=rule, rules=())
 
     def rule_for(self, data: LabelledSeries) -> RuleConfig:
         """Return the rule with the clock of the series; without one 10,000 rows stand for a day."""
@@ -104,7 +111,7 @@ class BaselineSetting:
         }
 
     def measure(self, data: LabelledSeries, *, progress: bool) -> dict[str, Any]:
-        """Return one row a scorer."""
+        """Return one row a scorer, and one a scorer and further rule."""
         cut, known = self.judgement.fit_rows(data), len(data.train)
         kept = np.asarray(~np.isnan(data.train).all(axis=1))
         rows = filled(np.vstack([data.train, data.test]))
@@ -114,7 +121,15 @@ class BaselineSetting:
             raise DataError(f"{data.name}: every variate is constant over the training rows")
         fit, later = rows[:cut][kept[:cut]], np.vstack([rows[cut:known][kept[cut:]], rows[known:]])
         calibrating = int(kept[cut:].sum())
-        found = []
+        found: list[dict[str, Any]] = []
+        ruled: list[dict[str, Any]] = []
+
+        def take(label: str, values: FloatArray, seconds: float, role: str) -> None:
+            about = {"method": label, "role": role}
+            graded = grade_scores(judge(values, calibrating, data, self.judgement), data, self.judgement.width)
+            found.append({**about, "seconds": seconds, "closed_form": True, **graded})
+            ruled.extend(by_rule(about, data, self.judgement, lambda part: judge(values, calibrating, data, part)))
+
         for name in BASELINES:
             season = data.season if name == "seasonal_naive" else None
             if name == "seasonal_naive" and (season is None or 2 * season > len(fit)):
@@ -126,9 +141,8 @@ class BaselineSetting:
             variants = {name: scores}
             if name not in ("random",):
                 variants[name + SMOOTHED] = Exponential(self.smoothing).run(scores)
-            found += [
-                self._row(label, values, calibrating, data, seconds, "baseline") for label, values in variants.items()
-            ]
+            for label, values in variants.items():
+                take(label, values, seconds, "baseline")
         for label, config in self.ensembles:
             started = time.perf_counter()
             moving = np.ptp(fit, axis=0) > 0.0
@@ -136,14 +150,8 @@ class BaselineSetting:
             scores = combine(
                 members, calibrating, join=config.join, smoothing=config.smoothing, recentre=config.recentre
             )
-            found.append(self._row(label, scores, calibrating, data, time.perf_counter() - started, "model"))
-        return {"rows": found}
-
-    def _row(
-        self, label: str, scores: FloatArray, known: int, data: LabelledSeries, seconds: float, role: str
-    ) -> dict[str, Any]:
-        graded = grade_scores(judge(scores, known, data, self.judgement), data, self.judgement.width)
-        return {"method": label, "role": role, "seconds": seconds, "closed_form": True, **graded}
+            take(label, scores, time.perf_counter() - started, "model")
+        return {"rows": found, "rules": ruled}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,18 +181,22 @@ class ModelSetting:
         }
 
     def measure(self, data: LabelledSeries, *, progress: bool) -> dict[str, Any]:
-        """Return one row a recipe."""
+        """Return one row a recipe, and one a recipe and further rule."""
         started = time.perf_counter()
         artifact, closed_form = fit_series(data, self.fit, self.judgement, seed=self.seed, progress=progress)
         fitted = time.perf_counter() - started
-        found = []
+        found: list[dict[str, Any]] = []
+        ruled: list[dict[str, Any]] = []
         for recipe, config in self.recipes:
             started = time.perf_counter()
             scored = run_recipe(artifact, data, config, self.judgement)
             seconds = fitted + time.perf_counter() - started
-            about = {"method": f"{self.label}, {recipe}", "role": "model", "seconds": seconds}
-            found.append({**about, "closed_form": closed_form, **grade_scores(scored, data, self.judgement.width)})
-        return {"rows": found, "closed_form": closed_form}
+            about = {"method": f"{self.label}, {recipe}", "role": "model"}
+            graded = grade_scores(scored, data, self.judgement.width)
+            found.append({**about, "seconds": seconds, "closed_form": closed_form, **graded})
+            judged = partial(run_recipe, artifact, data, config)
+            ruled += by_rule(about, data, self.judgement, judged)
+        return {"rows": found, "rules": ruled, "closed_form": closed_form}
 
 
 def fit_series(
@@ -258,27 +270,55 @@ def judge(scores: FloatArray, known: int, data: LabelledSeries, judgement: Judge
     return Scored(scores=judged, flagged=flagged, nominal=rule.alpha)
 
 
+def by_rule(
+    about: dict[str, Any], data: LabelledSeries, judgement: Judgement, judged: Callable[[Judgement], Scored]
+) -> list[dict[str, Any]]:
+    """Return one row a further rule: what its alarms are worth, or why it cannot be fitted on this series."""
+    rows = []
+    for name, rule in judgement.rules:
+        try:
+            row = {"status": "ok", **grade_events(judged(judgement.with_rule(rule)), data)}
+        except DataError as error:
+            row = {"status": "failed", "error": str(error)}
+        rows.append({**about, "rule": name, **row})
+    return rows
+
+
 def grade_scores(scored: Scored, data: LabelledSeries, width: int) -> dict[str, Any]:
     """Return every grade of one method on one series; rows without a score are left out of areas and counted.
 
     Returns:
         ``auc_pr, vus_pr`` (tsb, exact thresholds), ``vus_pr_reference``, ``chance`` (share of anomalous rows), None
-        where all rows are of one kind; ``events, found, segments, false_segments, normal_rows, alarmed_normal_rows``,
-        ``delays`` (list, rows), ``hits_100, hits_150, hit_events, hit_chance`` (sums over listed events), ``unscored``,
-        ``rows``, ``rows_per_day``, ``nominal``.
+        where all rows are of one kind; what ``grade_events`` returns; ``hits_100, hits_150, hit_events, hit_chance``
+        (sums over listed events), ``unscored``.
     """
     labels, scores = data.labels, scored.scores
     if len(scores) != len(labels):
         raise DataError(f"{data.name}: {len(scores)} scores for {len(labels)} test rows; the last rows are unobserved")
     seen = ~np.isnan(scores)
     both = bool(labels[seen].any() and not labels[seen].all())
-    events = event_score(labels, scored.flagged)
-    delays = detection_delays(labels, scored.flagged) if labels.any() else np.empty(0)
     found: dict[str, Any] = {
         "auc_pr": auc_pr(labels[seen], scores[seen]) if both else None,
         "vus_pr": vus(labels[seen], scores[seen], width=width).pr if both else None,
         "vus_pr_reference": vus(labels[seen], scores[seen], width=width, thresholds="reference").pr if both else None,
         "chance": float(labels[seen].mean()) if both else None,
+        "unscored": int((~seen).sum()),
+        **grade_events(scored, data),
+    }
+    return {**found, **_hits(scored.z, data.experts, data.columns)}
+
+
+def grade_events(scored: Scored, data: LabelledSeries) -> dict[str, Any]:
+    """Return what the alarms of a method are worth on one series.
+
+    Returns:
+        ``events, found, segments, false_segments, normal_rows, alarmed_normal_rows``, ``delays`` (list, rows),
+        ``rows``, ``rows_per_day``, ``nominal``.
+    """
+    labels = data.labels
+    events = event_score(labels, scored.flagged)
+    delays = detection_delays(labels, scored.flagged) if labels.any() else np.empty(0)
+    return {
         "events": events.num_events,
         "found": events.found,
         "segments": events.num_segments,
@@ -286,12 +326,10 @@ def grade_scores(scored: Scored, data: LabelledSeries, width: int) -> dict[str, 
         "normal_rows": int((~labels).sum()),
         "alarmed_normal_rows": int((scored.flagged & ~labels).sum()),
         "delays": [float(delay) for delay in delays if np.isfinite(delay)],
-        "unscored": int((~seen).sum()),
         "rows": len(labels),
         "rows_per_day": data.rows_per_day,
         "nominal": scored.nominal,
     }
-    return {**found, **_hits(scored.z, data.experts, data.columns)}
 
 
 def _hits(
