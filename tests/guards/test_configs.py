@@ -30,6 +30,7 @@ CLASSES = {
     "benchmark/": "tsforge.app.benchmark:BenchmarkConfig",
     "benchmark/anomaly": "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig",
     "benchmark/anomaly_quick": "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig",
+    "benchmark/anomaly_rules": "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig",
     "tune/": "tsforge.app.tune:TuneJobConfig",
     "batch/": "tsforge.app.batch:BatchConfig",
     "experiment/": "tsforge.app.fit:FitConfig",
