@@ -2,14 +2,15 @@
 
     python benchmarks/kill_watch.py --kills 60 [--source folder|sql] [--sink-url postgresql+psycopg://...]
 
-A watch takes new rows in small chunks and tells its events to three sinks at once: a file of JSON lines, a SQL table, a
-webhook on a real HTTP server that now and then takes a delivery and answers nothing. Each run of it is a process that
-kills itself with SIGKILL at a moment drawn from those that matter (before and after a commit, an acknowledgement, a
-delivery, a flush to disk, an update of the detector, in the middle of a line), until one run gets to the end. Judged
-with the standard library against batch detection over the same rows:
+A watch takes new rows in small chunks and tells its events to four sinks at once: a file of JSON lines, a SQL table,
+the event store, and a webhook on a real HTTP server that now and then takes a delivery and answers nothing. Each run of
+it is a process that kills itself with SIGKILL at a moment drawn from those that matter (before and after a commit, an
+acknowledgement, a delivery, a flush to disk, an update of the detector, the naming of incidents, in the middle of a
+line), until one run gets to the end. Judged with the standard library against batch detection over the same rows:
 
 * file: every transition once, numbers rising; table: one row a transition; webhook: the idempotency key names the
   transition, a second delivery says the same
+* event store: one row and one line of the trail an event; incidents whose events have all ended are those of the batch
 * an event that ended has the span, peak and length of the batch event; one that is open there was opened here
 
 Children are forked from a process that has loaded torch and runs a single thread, so that a kill hits the work.
@@ -45,9 +46,9 @@ sys.path.insert(0, str(ROOT))
 FIRST = datetime(2026, 1, 1, tzinfo=UTC)
 HISTORY, NEW, PER_FILE, CHUNK = 24 * 60, 24 * 16, 24 * 2, 66  # hours a series; hours in a file; rows of a chunk
 SECRET = "kept in the environment"
-RULE = {"kind": "quantile", "alpha": 0.004}
+DETECTOR = {"rule": {"kind": "quantile", "alpha": 0.004}, "events": {"group_by": "all", "group_gap": 2}}
 KINDS = ("opened", "closed")
-AROUND = ("commit", "acknowledge", "update", "send", "fsync")
+AROUND = ("commit", "acknowledge", "update", "send", "fsync", "name_incidents")
 MOMENTS = ("half a line", *(f"{when} {name}" for name in AROUND for when in ("before", "after")))
 BETWEEN = "between the halves"
 
@@ -138,10 +139,11 @@ def settings(home: Path, given: argparse.Namespace, port: int) -> dict[str, Any]
     return {
         "source": source,
         "chunk_rows": CHUNK,
-        "detector": {"rule": RULE},
+        "detector": DETECTOR,
         "sinks": {
             "file": {"kind": "jsonl", "path": str(home / "events.jsonl")},
             "table": {"kind": "sql", **table},
+            "store": {"kind": "store"},
             "hook": {"kind": "webhook", **hook, "tries": 50, "backoff_seconds": 0.01, "max_backoff_seconds": 0.05},
         },
     }
@@ -198,6 +200,7 @@ def run_watch(config: dict[str, Any], home: Path, deadly: tuple[str, int], sabot
     from tsforge.app.watch.run import watch
     from tsforge.app.watch.settings import WatchConfig
     from tsforge.core.config import validate
+    from tsforge.data import event_store
     from tsforge.data.watch_state import WatchState
 
     if saboteur == "late_outbox":  # not one transaction: what the judge must notice
@@ -214,6 +217,8 @@ def run_watch(config: dict[str, Any], home: Path, deadly: tuple[str, int], sabot
         (WatchState, ("commit", "acknowledge")),
         (OnlineDetector, ("update",)),
         (sinks.SqlTable, ("send",)),
+        (sinks.StoredEvents, ("send",)),
+        (event_store, ("name_incidents",)),
         (sinks.Webhook, ("send",)),
         (os, ("fsync",)),
     ):
@@ -238,8 +243,8 @@ def truth(home: Path) -> None:
     table = rows(0, HISTORY + NEW).rename({"machine": "series_id", "ts": "time"})
     frame = SeriesFrame(table.with_columns(pl.col("time").cast(pl.Datetime("us", "UTC"))), artifact.schema)
     start = FIRST + timedelta(hours=HISTORY)
-    report = detect(artifact, frame, validate(DetectConfig, {"rule": RULE}), start=start)
-    names = ("event_id", "series_id", "start", "end", "peak_score", "length", "state")
+    report = detect(artifact, frame, validate(DetectConfig, DETECTOR), start=start)
+    names = ("event_id", "series_id", "start", "end", "peak_score", "length", "state", "incident_id")
     found = [{name: row[name] for name in names} for row in report.events.iter_rows(named=True)]
     (home / "truth.json").write_text(json.dumps(found, default=lambda value: value.isoformat()))
 
@@ -364,6 +369,30 @@ def told_by_table(home: Path, url: str | None) -> list[dict[str, Any]]:
         connection.close()
 
 
+def compare_store(home: Path) -> tuple[list[str], dict[str, Any]]:
+    """Return every flaw of the event store, and how many incidents it must have."""
+    with sqlite3.connect(home / "store.db") as connection:
+        stored = {
+            name: (state, incident)
+            for name, state, incident in connection.execute("SELECT event_id, state, incident_id FROM tsf_events")
+        }
+        query = "SELECT event_id, what, count(*) FROM tsf_event_log GROUP BY event_id, what HAVING count(*) > 1"
+        flaws = [f"store: {name} {what} {count} times" for name, what, count in connection.execute(query)]
+    connection.close()
+    events = json.loads((home / "truth.json").read_text())
+    wanted = {event["event_id"]: (event["state"], event["incident_id"]) for event in events}
+    growing = {incident for state, incident in wanted.values() if state != "closed"}  # grow untold until they end
+    flaws += [f"store: {name} lost" for name in wanted if name not in stored]
+    flaws += [f"store: {name} told, but not found by batch detection" for name in stored if name not in wanted]
+    for name in stored.keys() & wanted.keys():
+        if stored[name][0] != wanted[name][0]:
+            flaws.append(f"store: {name} is {stored[name][0]}, not {wanted[name][0]}")
+        elif wanted[name][1] not in growing and stored[name][1] != wanted[name][1]:
+            flaws.append(f"store: {name} is in incident {stored[name][1]}, not {wanted[name][1]}")
+    over = [incident for _, incident in wanted.values() if incident not in growing]
+    return flaws, {"incidents_over": len(set(over)), "events_in_them": len(over)}
+
+
 def judge(home: Path, sink_url: str | None) -> tuple[list[str], dict[str, Any]]:
     """Return every flaw, and what was seen."""
     wanted = expected(home)
@@ -381,8 +410,9 @@ def judge(home: Path, sink_url: str | None) -> tuple[list[str], dict[str, Any]]:
         if by_key.setdefault(item["key"], item["body"]) != item["body"]:
             flaws.append(f"webhook: {item['key']} says something else the second time")
     flaws += compare("webhook", list(by_key.values()), wanted)
+    found, grouped = compare_store(home)
     seen = {"transitions": len(wanted), "webhook_deliveries": len(received), "webhook_keys": len(by_key)}
-    return flaws, seen
+    return flaws + found, seen | grouped
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------

@@ -91,6 +91,14 @@ def test_what_goes_in_comes_out(store: EventStore) -> None:
     assert store.event(ONE[:6])["facts"] == {"more": 5}
 
 
+def test_numbers_that_json_does_not_know_come_back(store: EventStore) -> None:
+    """A variate that was constant may contribute without bound; events beside it are read as ever."""
+    endless = [{"variate": 'é "x"', "contribution": float("inf"), "conditional": None, "additive": 1e-300}]
+    record(store, event(), event(TWO, variates=endless), event("00aa11bb22cc33dd", variates=[]))
+    found = {row["event_id"]: row["variates"] for row in store.events("plant").iter_rows(named=True)}
+    assert found == {ONE: event()["variates"], TWO: endless, "00aa11bb22cc33dd": []}
+
+
 def test_the_same_report_again_changes_nothing(store: EventStore) -> None:
     record(store, event(), event(TWO, state="closed"))
     before = content(store)

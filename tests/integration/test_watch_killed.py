@@ -26,16 +26,18 @@ def attack(*options: str, flawed: bool = False) -> dict[str, Any]:
 
 
 def test_killed_at_chosen_moments() -> None:
-    """File, table and webhook at once, from a folder; truth is batch detection."""
+    """File, table, webhook and event store with incidents at once, from a folder; truth is batch detection."""
     record = attack("--kills", "5", "--seed", "5")
     assert record["kills"] == 5
-    assert record["of_the_last_round"]["transitions"] > 50
+    seen = record["of_the_last_round"]
+    assert seen["transitions"] > 50
+    assert seen["events_in_them"] > seen["incidents_over"] > 5
 
 
 @pytest.mark.slow
 def test_killed_more_often_from_a_folder() -> None:
     record = attack("--kills", "40", "--seed", "6")
-    assert len(record["killed"]) >= 9  # of the eleven moments
+    assert len(record["killed"]) >= 9  # of the thirteen moments
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
 from tsforge.app.forecast import find_artifact
 from tsforge.app.ingest import load_dataset, mask_invalid
@@ -108,7 +109,7 @@ class Watched:
         new = rows.rename({"machine": "series_id", "ts": "time"}).select("series_id", "time", *plain.targets)
         both = SeriesFrame(pl.concat([stored.table.select(new.columns), new]), plain)
         raw = add_calendar(both.extend(artifact.window.horizon), calendar or CalendarConfig())
-        settings = self.config(detector=detector or {"rule": RULE}).detector
+        settings = validate(DetectConfig, detector or {"rule": RULE})
         seen = mask_invalid(raw, "plant", self.workspace)
         return detect(artifact, seen, settings, start=new["time"].min(), values=raw).events
 

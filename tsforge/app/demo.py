@@ -17,13 +17,16 @@ from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest, load_dataset
 from tsforge.app.stream import StreamConfig, stream
 from tsforge.app.triage import act_on_shown, queue, read_events
-from tsforge.core.config import load
+from tsforge.app.watch.run import watch
+from tsforge.app.watch.settings import WatchConfig
+from tsforge.core.config import load, validate
 from tsforge.core.errors import ModelError
 from tsforge.core.workspace import Workspace
 from tsforge.data.store import SeriesStore
 from tsforge.forecasting.attribution import Attribution
 
 AS_OF = "2013-12-20T00:00Z"
+_FOLLOWED = ("2013-12-13T00:00", "2013-12-27T23:00")
 
 Say = Callable[[str], None]
 
@@ -50,6 +53,8 @@ def run_demo(workspace: Workspace, *, progress: bool = True) -> dict[str, Any]:
         made["backtest"] = _backtest(workspace, say)
     with _step("Watch the sensors with a model that has seen January only", say):
         made["sensor"] = _find_sensor_error(workspace, say)
+    with _step("Let the champion follow files as they come; simultaneous events are one incident in the store", say):
+        made["watch"] = _follow(workspace, say)
     with _step("Grade the detector on generated anomalies, whose truth is known", say):
         made["grade"] = _grade(workspace, say)
     with _step("Look through the alarms as somebody on call would; the dashboard shows them under Triage", say):
@@ -130,6 +135,36 @@ def _find_sensor_error(workspace: Workspace, say: Say) -> Mapping[str, Any]:
             "events": found.events.height,
             "strongest event": f"{strongest['series_id']} at {strongest['peak_time']:%Y-%m-%d %H:%M} UTC",
             "variate blamed": f"{blamed}, which read {value:,.0f}",
+        },
+    )
+
+
+def _follow(workspace: Workspace, say: Say) -> Mapping[str, Any]:
+    """Lay a file a day into a folder, as a data logger would, and watch it with the champion."""
+    folder = workspace.root / "incoming"
+    folder.mkdir(exist_ok=True)
+    stored = load_dataset(workspace, "nyc_weather", start=_FOLLOWED[0], end=_FOLLOWED[1])
+    rows = stored.table.select("series_id", "time", *stored.schema.targets)
+    for (day,), part in rows.group_by(pl.col("time").dt.date(), maintain_order=True):
+        part.sort("time").write_csv(folder / f"{day}.csv")
+    settings = {
+        "name": "weather",
+        "artifact": "weather@champion",
+        "start": _FOLLOWED[0],
+        "source": {"kind": "folder", "path": str(folder), "settle_seconds": 0},
+        "detector": {"rule": {"alarms_per_day": 0.5}, "events": {"group_by": "all", "group_gap": 3}},
+        "reset": True,
+    }
+    facts = watch(validate(WatchConfig, settings), workspace, once=True).facts
+    told = read_events(workspace, "nyc_weather").filter(source="watch:weather")
+    return _facts(
+        say,
+        {
+            "files": rows["time"].dt.date().n_unique(),
+            "rows taken": facts["rows_taken"],
+            "events": told.height,
+            "incidents": told["incident_id"].drop_nulls().n_unique(),
+            "events in the largest": max(queue(told)["events"].to_list(), default=0),
         },
     )
 

@@ -110,30 +110,27 @@ class EventTable:
     table: pl.DataFrame
 
     def summary(self) -> dict[str, Any]:
-        """Return how many events there are, and in which state people left them."""
+        """Return how many events and incidents there are, and in which state people left the events."""
         silenced = self.table["suppressed_by"].is_not_null()
         counts = dict(self.table.filter(~silenced).group_by("human_state").len().sort("human_state").iter_rows())
-        return {"events": self.table.height, **counts, "suppressed": int(silenced.sum())}
+        incidents = {"incidents": self.table["incident_id"].drop_nulls().n_unique()} if self._has_incidents else {}
+        return {"events": self.table.height, **incidents, **counts, "suppressed": int(silenced.sum())}
+
+    @property
+    def _has_incidents(self) -> bool:
+        return self.table["incident_id"].null_count() < self.table.height
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one record an event, by start."""
-        return [
-            {
-                "event_id": row["event_id"],
-                "dataset": row["dataset"],
-                "series_id": row["series_id"],
-                "start": row["start"],
-                "end": row["end"],
-                "peak_score": row["peak_score"],
-                "state": row["state"],
-                "said": row["human_state"],
-                "by": row["acted_by"],
-                "suppressed_by": row["suppressed_by"],
-                "comments": row["comments"],
-                "variates": ", ".join(item["variate"] for item in row["variates"][:3]),
-            }
-            for row in self.table.iter_rows(named=True)
-        ]
+        """Return one record an event, by start; with its incident where any of them is in one."""
+        shown = ["event_id", "dataset", "series_id", "start", "end", "peak_score", "state"]
+        more = ["suppressed_by", "comments", *(["incident_id"] if self._has_incidents else [])]
+        said, by = pl.col("human_state").alias("said"), pl.col("acted_by").alias("by")
+        return self.table.select(*shown, said, by, *more, _names_of(pl.col("variates").list.head(3))).to_dicts()
+
+
+def _names_of(variates: pl.Expr) -> pl.Expr:
+    """Return the names of ranked variates as one text."""
+    return variates.list.eval(pl.element().struct.field("variate")).list.join(", ")
 
 
 def list_events(
@@ -297,8 +294,7 @@ def export_table(events: EventTable, *, flat: bool) -> pl.DataFrame:
     """Return events as a table for other programs; ``flat`` writes the ranked variates as text, as CSV needs it."""
     if not flat:
         return events.table
-    names = [", ".join(item["variate"] for item in ranked) for ranked in events.table["variates"]]
-    return events.table.with_columns(pl.Series("variates", names, dtype=pl.String))
+    return events.table.with_columns(_names_of(pl.col("variates")))
 
 
 def audit_trail(workspace: Workspace, event_id: str | None = None, dataset: str | None = None) -> pl.DataFrame:

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Engine, and_, delete, func, insert, or_, sele
 
 from tsforge.core.config import validate
 from tsforge.core.errors import DataError, listing
+from tsforge.data.event_incidents import Naming, forget_pruned, move_events, name_incidents
 from tsforge.data.event_records import (
     HUMAN_STATES,
     MACHINE_STATES,
@@ -128,6 +129,7 @@ class EventStore:
         source: str,
         artifact: str,
         facts: Mapping[str, Any] | None = None,
+        incidents: Naming | None = None,
     ) -> Recorded:
         """Store what a detector found; storing the same again changes nothing.
 
@@ -140,6 +142,8 @@ class EventStore:
             source: who found them, such as ``detect:ID`` or ``watch:NAME``; kept of the first report.
             artifact: id of the artifact that judged.
             facts: what else is worth keeping with each of the events.
+            incidents: who puts these events into incidents, together with earlier ones of its scope, in the same
+                transaction; None takes the table's ``incident_id`` where it has one.
 
         Raises:
             DataError: the table is no event table, or an id is stored with another series, start or rule.
@@ -149,7 +153,14 @@ class EventStore:
         if not rows:
             return Recorded()
         with self._writing(f"record events of '{dataset}' in") as connection:
-            return Recording(connection, dataset, checked_actor(source), artifact).take(rows)
+            named: dict[str, str | None] = {}
+            if incidents is not None:
+                named = name_incidents(connection, dataset, rows, incidents)
+                rows = [{**row, "incident_id": named[row["event_id"]]} for row in rows]
+            done = Recording(connection, dataset, checked_actor(source), artifact).take(rows)
+            told = {row["event_id"] for row in rows}
+            move_events(connection, dataset, {name: found for name, found in named.items() if name not in told})
+        return done
 
     def silenced(self, dataset: str, events: pl.DataFrame) -> dict[str, int]:
         """Return which events of a table the rules in force would silence: id -> number of the rule.
@@ -203,7 +214,7 @@ class EventStore:
             rows: list[dict[str, Any]] = []
             comments: dict[tuple[str, str], int] = {}
             if connection is not None:
-                rows = [dict(row) for row in connection.execute(statement).mappings()]
+                rows = [dict(row) for row in connection.execute(statement).mappings().all()]
                 comments = comment_counts(connection, dataset)
         if series is not None:
             patterns = [series] if isinstance(series, str) else list(series)
@@ -459,6 +470,7 @@ class EventStore:
                 lines = [log_line(who, "pruned", row, before=row["human_state"]) for row in rows]
                 connection.execute(insert(LOG), lines)
                 connection.execute(delete(EVENTS).where(condition))
+                forget_pruned(connection)
         return len(rows)
 
     # --- suppression rules and maintenance windows ---

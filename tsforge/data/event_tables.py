@@ -1,4 +1,4 @@
-"""Tables of the event store: anomalies, the rules that silence them, and the audit trail that is only ever added to.
+"""Tables of the event store: anomalies, their incidents, rules that silence them, an audit trail only ever added to.
 
 The database itself keeps the trail: triggers refuse to change or delete a row of it, whoever asks.
 """
@@ -68,6 +68,21 @@ EVENTS = Table(
     Column("updated", DateTime, nullable=False),
     PrimaryKeyConstraint("dataset", "event_id"),
     Index("tsf_events_start", "dataset", "start"),
+)
+
+MEMBERS = Table(  # events by the incident that a source which tells them one by one has put them into
+    "tsf_incident_members",
+    METADATA,
+    Column("dataset", Text, nullable=False),
+    Column("scope", Text, nullable=False),  # whose incidents, by which grouping
+    Column("event_id", String(64), nullable=False),
+    Column("series_id", Text, nullable=False),
+    Column("start", BigInteger, nullable=False),  # the span as that source told it
+    Column("end", BigInteger, nullable=False),
+    Column("rule", Text, nullable=False),
+    Column("incident_id", String(64), nullable=False),
+    PrimaryKeyConstraint("dataset", "scope", "event_id"),
+    Index("tsf_incident_members_end", "dataset", "scope", "end"),
 )
 
 SUPPRESSIONS = Table(

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from tsforge.app.watch.incidents import Grouping
 from tsforge.app.watch.settings import JsonlSink, StoreSink, TableSink, WebhookSink
-from tsforge.app.watch.sinks import Sink, open_sink
+from tsforge.app.watch.sinks import Sink, StoredEvents, open_sink
 from tsforge.app.watch.webhook import DeliveryError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
@@ -73,6 +74,12 @@ class Delivery:
     def close(self) -> None:
         """Close every sink."""
         self._stack.close()
+
+    def group(self, grouping: Grouping | None) -> None:
+        """Let the event store name incidents from now on."""
+        for sink, _ in self._sinks.values():
+            if isinstance(sink, StoredEvents):
+                sink.grouping = grouping
 
     def deliver(self) -> int:
         """Send every sink that is due its next batch; return how many transitions went out or were laid aside."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tsforge.anomaly.incidents import group_labels, ungrouped_notice
 from tsforge.anomaly.online import OnlineDetector, OnlineResult
 from tsforge.app.events import confirmed_spans
 from tsforge.app.exclusive import alone
@@ -22,6 +23,7 @@ from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset, mask_invalid
 from tsforge.app.watch.delivery import Delivery
 from tsforge.app.watch.files import Folder
+from tsforge.app.watch.incidents import Grouping
 from tsforge.app.watch.intake import Intake, Portion
 from tsforge.app.watch.records import SHOWN, Tally, counts, lag, plain, shown
 from tsforge.app.watch.settings import (
@@ -47,6 +49,7 @@ from tsforge.data.watch_state import Snapshot, WatchState, now_text
 _LOG = get_logger(__name__)
 RETRY_SECONDS = (1.0, 60.0)  # first and longest wait after a database or disk failed
 SIGN_OF_LIFE_SECONDS = 30.0  # the state says at least so often that the process looks
+_GROUPS = "groups"  # of an identity: the group of every series that has one
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -107,6 +110,7 @@ def watch(
             log_event(_LOG, "dead letters delivered", watch=name, count=delivery.revive())
         watcher = Watcher(config, workspace, artifact, dataset, state, tell or (lambda record: None))
         stack.callback(watcher.close)
+        delivery.group(watcher.grouping)
         undelivered = _run(watcher, delivery, stop, once=once)
         facts = watcher.status(state)
         watcher.tell({"watch": name, "ended": True, "signal": stop.signal, **counts(facts)})
@@ -196,9 +200,10 @@ class Watcher:
         self._intake = _intake(config, self.artifact, stored, dataset)
         if snapshot is None or config.reset:
             self._probe()
-            detector = _start(config, workspace, artifact, dataset)
-            facts = {**Tally.new().facts, "start_notices": list(detector.notices)}
-            snapshot = state.begin(self._identity(artifact), detector.to_bytes(), facts)
+            detector, groups, notices = _start(config, workspace, artifact, dataset)
+            facts = {**Tally.new().facts, "start_notices": list(notices)}
+            snapshot = state.begin({**self._identity(artifact), _GROUPS: groups}, detector.to_bytes(), facts)
+        self.grouping = self._grouping(snapshot)
         self._take_up(snapshot)
 
     def close(self) -> None:
@@ -301,6 +306,19 @@ class Watcher:
         )
         path = Path(before["artifact_path"])
         return load_artifact(path if path.is_dir() else find_artifact(before["artifact"], self.workspace))
+
+    def _grouping(self, snapshot: Snapshot) -> Grouping | None:
+        """Return how events are grouped: by the labels that the series had when the watch was started."""
+        events = self.config.detector.events
+        if events.group_by is None:
+            return None
+        return Grouping(
+            artifact=self.artifact.id,
+            grid=self.artifact.grid,
+            groups=snapshot.identity[_GROUPS],
+            group_by=events.group_by,
+            gap=events.group_gap,
+        )
 
     # --- a turn ---
 
@@ -454,11 +472,15 @@ class Watcher:
         return {**describe(self.name, state, running=None), "newer_artifact": self._newer}
 
 
-def _start(config: WatchConfig, workspace: Workspace, artifact: Artifact, dataset: str) -> OnlineDetector:
-    """Return a detector calibrated on the stored rows before ``start``."""
+def _start(
+    config: WatchConfig, workspace: Workspace, artifact: Artifact, dataset: str
+) -> tuple[OnlineDetector, dict[str, str], tuple[str, ...]]:
+    """Return a detector calibrated on the stored rows before ``start``, the groups of series, and notices."""
     raw = load_dataset(workspace, dataset, extend=artifact.window.horizon)  # the first forecasts look into new rows
     if not raw.last_observed()["time"].drop_nulls().len():
         raise DataError(f"data set '{dataset}' holds no observed row to calibrate on; ingest its history first")
+    group_by = config.detector.events.group_by
+    groups = group_labels(raw.series_ids, raw.static, group_by)
     detector = OnlineDetector.start(
         artifact,
         mask_invalid(raw, dataset, workspace),
@@ -467,9 +489,10 @@ def _start(config: WatchConfig, workspace: Workspace, artifact: Artifact, datase
         values=raw,
         confirmed=confirmed_spans(workspace, dataset) if config.confirmed else None,
     )
-    for notice in detector.notices:
+    notices = (*detector.notices, *ungrouped_notice(detector.series, groups, group_by))
+    for notice in notices:
         _LOG.warning("%s", notice)
-    return detector
+    return detector, groups, notices
 
 
 def _intake(config: WatchConfig, artifact: Artifact, stored: Mapping[str, Any], dataset: str) -> Intake:
@@ -480,9 +503,9 @@ def _intake(config: WatchConfig, artifact: Artifact, stored: Mapping[str, Any], 
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Yield what differs between two identities, apart from the artifact."""
+    """Yield what differs between two identities, apart from the artifact and what follows from the data."""
     for key in dict.fromkeys([*before, *now]):
-        if not path and key in ("artifact", "artifact_path"):
+        if not path and key in ("artifact", "artifact_path", _GROUPS):
             continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -248,13 +248,6 @@ class WatchConfig(Config):
             raise ValueError("a name is letters, digits, '_', '-' and '.', and does not begin with '.' or '-'")
         return value
 
-    @field_validator("detector")
-    @classmethod
-    def _single_events(cls, value: DetectConfig) -> DetectConfig:
-        if value.events.group_by is not None:
-            raise ValueError("events.group_by joins the events of a whole span; a watch tells single events: remove it")
-        return value
-
     @field_validator("sinks")
     @classmethod
     def _plain_sinks(cls, value: dict[str, Sink]) -> dict[str, Sink]:
@@ -265,3 +258,14 @@ class WatchConfig(Config):
         if len(set(paths)) < len(paths):
             raise ValueError("two sinks write to the same file; give each its own path")
         return value
+
+    @model_validator(mode="after")
+    def _kept_incidents(self) -> WatchConfig:
+        if self.detector.events.group_by is not None and not any(
+            isinstance(sink, StoreSink) for sink in self.sinks.values()
+        ):
+            raise ValueError(
+                "detector.events.group_by names incidents in the event store, and none of the sinks is one: add "
+                "sinks.store.kind=store, or remove group_by"
+            )
+        return self

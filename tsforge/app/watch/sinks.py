@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import polars as pl
 
+from tsforge.app.watch.incidents import Grouping
 from tsforge.app.watch.settings import JsonlSink, StoreSink, TableSink, WebhookSink
 from tsforge.app.watch.webhook import DeliveryError, Webhook
 from tsforge.contracts.tables import EVENT_COLUMNS
@@ -121,26 +122,37 @@ class SqlTable:
 
 
 class StoredEvents:
-    """Records events in the event store, which keeps one row an event and only lets its machine state advance."""
+    """Records events in the event store, which keeps one row an event and only lets its machine state advance.
+
+    Attributes:
+        grouping: which events share an incident; None names none. Events and their incidents are one transaction.
+    """
 
     batch = BATCH
 
     def __init__(self, workspace: Workspace) -> None:
         self._store = EventStore(workspace.database_url)
+        self.grouping: Grouping | None = None
 
     def send(self, items: Sequence[Outgoing], mark: int) -> int:
         """Record the last word on every event."""
         records = [json.loads(item.record) for item in items]
-        groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+        parts: dict[tuple[str, str, str, int], dict[str, dict[str, Any]]] = {}
         for record in records:
-            key = (record["dataset"], record["watch"], record["artifact"])
-            events = groups.setdefault(key, {})
+            key = (record["dataset"], record["watch"], record["artifact"], record["generation"])
+            events = parts.setdefault(key, {})
             events.pop(record["event_id"], None)
             events[record["event_id"]] = record
         try:
-            for (dataset, watch, artifact), events in groups.items():
-                table = event_frame(list(events.values()))
-                self._store.record(dataset, table, source=f"watch:{watch}", artifact=artifact)
+            for (dataset, watch, artifact, generation), events in parts.items():
+                naming = None if self.grouping is None else self.grouping.of(watch, generation, artifact)
+                self._store.record(
+                    dataset,
+                    event_frame(list(events.values())),
+                    source=f"watch:{watch}",
+                    artifact=artifact,
+                    incidents=naming,
+                )
         except BackendError as error:
             raise DeliveryError(str(error)) from error
         return mark
