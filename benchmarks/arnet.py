@@ -1,9 +1,10 @@
 """AR-Net: exact and sparse solvers against statsmodels AutoReg and gradient descent, in one run on one thread.
 
-    python benchmarks/arnet.py --out benchmarks/results/arnet_MACHINE_DATE
+    python benchmarks/arnet.py --out benchmarks/results/arnet_MACHINE_DATE [--parts comparison recovery panels]
 
-Writes ``OUT.json`` and ``OUT.md``. Two questions: how long does an order-p fit of n rows take, and how well are the
-coefficients [0.2, 0.3, -0.5] recovered when the order is not known (sTPE, Triebe et al. 2019, figure 4).
+Writes ``OUT.json`` and ``OUT.md``. Three questions: how long does an order-p fit of n rows take, how well are the
+coefficients [0.2, 0.3, -0.5] recovered when the order is not known (sTPE, Triebe et al. 2019, figure 4), and how much
+faster are autocovariances of a panel in batches than by a transform for every series and variate.
 """
 
 from __future__ import annotations
@@ -15,24 +16,32 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import _measure
 import numpy as np
 import torch
+from scipy.fft import irfft, next_fast_len, rfft
 
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.metrics.recovery import stpe
 from tsforge.models.ar_net import ARNet, ARNetConfig
 from tsforge.ops.ar_process import simulate
+from tsforge.ops.toeplitz import autocovariance
 
 TRUTH = np.array([0.2, 0.3, -0.5])
 ROWS = 100_000
 ORDERS = (10, 100, 1000)
 TABLE_ORDERS = (3, 10, 25, 100, 200, 500, 1000)
+PARTS = ("comparison", "recovery", "panels")
+PANELS = ((2000, 500, 8, 48), (300, 5000, 4, 168), (20, 50_000, 3, 200))  # series, rows, variates, lags
 AUTOREG_LIMIT_GB = 2.0  # it holds the n x p matrix about four times, and its pseudo-inverse takes minutes at p = 1000
 SGD = {"epochs": 4, "batch": 128, "rate": 1e-3, "decay": 0.5}
 
@@ -165,6 +174,80 @@ def recovery(seeds: int) -> list[dict[str, Any]]:
     return table
 
 
+def one_transform_each(
+    values: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], bounds: list[int], max_lag: int
+) -> np.ndarray[Any, Any]:
+    """Return what ``autocovariance`` does, by a transform and its inverse for every series and variate."""
+    lags, found = np.arange(max_lag + 1), []
+    for variate in range(values.shape[1]):
+        products, counts, full = (np.zeros(max_lag + 1) for _ in range(3))
+        column, seen = np.where(mask[:, variate], values[:, variate], 0.0), mask[:, variate].astype(float)
+        for start, stop in pairwise(bounds):
+            size = next_fast_len(stop - start + max_lag + 1, real=True)
+            pairs = np.maximum(stop - start - lags, 0)
+            products += irfft(np.abs(rfft(column[start:stop], size)) ** 2, size)[: max_lag + 1]
+            whole = seen[start:stop].all()
+            counts += (
+                pairs if whole else np.round(irfft(np.abs(rfft(seen[start:stop], size)) ** 2, size)[: max_lag + 1])
+            )
+            full += pairs
+        found.append(products / np.maximum(counts, 1.0) * full / full[0])
+    return np.stack(found)
+
+
+def panels() -> list[dict[str, Any]]:
+    """Return times of the autocovariances of whole panels, with 5 % of the cells missing and without."""
+    table = []
+    for series, rows, variates, lags in PANELS:
+        for missing in (0.0, 0.05):
+            rng = np.random.default_rng(0)
+            sizes = rng.integers(rows // 2, rows + 1, series)
+            bounds = np.cumsum([0, *sizes]).tolist()
+            values = rng.normal(size=(bounds[-1], variates))
+            mask = rng.random(values.shape) >= missing
+            given: Any = (values, mask, bounds, lags)
+            calls = {
+                "one_each": partial(one_transform_each, *given),
+                "batched": partial(autocovariance, *given),
+            }
+            difference = np.abs(calls["batched"]() - calls["one_each"]()).max()
+            row = {"series": series, "rows": rows, "variates": variates, "lags": lags, "missing": missing}
+            row |= {"largest_difference": float(difference)}
+            row |= _measure.summarise(_measure.in_turns(calls, Pace(torch.device("cpu"))), "one_each")
+            _measure.tell(row)
+            table.append(row)
+    return table
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the panels are timed."""
+
+    device: torch.device
+    rounds: int = 7
+    least_seconds: float = 0.0
+
+
+def panel_lines(table: list[dict[str, Any]]) -> list[str]:
+    """Return the part of the report on panels."""
+    lines = [
+        "## Autocovariances of a panel: batches of transforms against one for every series and variate",
+        "",
+        "Series of half to all of the rows given; wall milliseconds, medians of 7 rounds in turns, the ratio with its "
+        "extremes in a round.",
+        "",
+        "| series | rows | variates | lags | missing | one each | in batches | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        sizes = [f"{row[name]:,}" for name in ("series", "rows", "variates", "lags")]
+        times = [f"{row[name]['ms']:.1f}" for name in ("one_each", "batched")]
+        ratio = _measure.ratio_cell(row["batched"])
+        lines.append(f"| {' | '.join(sizes)} | {row['missing']:.0%} | {' | '.join(times)} | {ratio} |")
+    largest = max(row["largest_difference"] for row in table)
+    return [*lines, "", f"Largest difference of an autocovariance: {largest:.1e} (variance 1).", ""]
+
+
 def cell(entry: dict[str, Any]) -> str:
     """Return one table cell: seconds, sTPE, non-zeros."""
     if "skipped" in entry:
@@ -176,9 +259,19 @@ def cell(entry: dict[str, Any]) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
+    lines = [f"# AR-Net solvers, {result['date']}", ""]
+    if "panels" in result:
+        lines += [f"One thread ({result['machine']}).", "", *panel_lines(result["panels"])]
+    if "comparison" in result:
+        lines += comparison_lines(result)
+    if "recovery" in result:
+        lines += recovery_lines(result)
+    return "\n".join([*lines, f"Peak memory of the whole run: {result['peak_gb']:.2f} GB.", ""])
+
+
+def comparison_lines(result: dict[str, Any]) -> list[str]:
+    """Return the part of the report on one series."""
     lines = [
-        f"# AR-Net solvers, {result['date']}",
-        "",
         f"AR(3) = {TRUTH.tolist()}, noise 1, n = {ROWS:,}, one thread ({result['machine']}). "
         "Seconds are CPU seconds of the process, for all solvers alike, since the machine was shared. "
         "Times include building the model, standard errors, partial autocorrelations and the residual test. "
@@ -199,12 +292,19 @@ def report(result: dict[str, Any]) -> str:
         for row in result["comparison"]
         if "largest_difference_to_ols" in row[name]
     ]
-    lines += [
+    return [
+        *lines,
         "",
         "Largest difference of a coefficient to our least squares: " + "; ".join(differences) + ".",
         f"Adam: {SGD['epochs']} epochs, rate {SGD['rate']:g}, halved each epoch, batch {SGD['batch']}, the paper's "
         "penalty for 3 of p lags.",
         "",
+    ]
+
+
+def recovery_lines(result: dict[str, Any]) -> list[str]:
+    """Return the part of the report on recovery."""
+    lines = [
         f"## Recovery, mean of {result['seeds']} series",
         "",
         "| p | least squares | sparse, paper's rule | the same, refitted | sparse, EBIC path | OMP, EBIC |",
@@ -212,38 +312,41 @@ def report(result: dict[str, Any]) -> str:
     ]
     for row in result["recovery"]:
         lines.append(f"| {row['order']} | " + " | ".join(cell(row[name]) for name in list(row)[1:]) + " |")
-    lines += [
+    return [
+        *lines,
         "",
         "Where all solvers agree (the first row) the error is that of the samples: with the true lags given, the "
         "expected sTPE at this n is 0.34.",
-        f"Peak memory of the whole run: {result['peak_gb']:.2f} GB.",
         "",
     ]
-    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run both parts and write the result files."""
+    """Run the parts asked for and write the result files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="result path without ending")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sgd-orders", type=int, nargs="*", default=list(ORDERS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    values = simulate(TRUTH, ROWS, np.random.default_rng(0))
-    fit(values, 10)  # first-call costs of the libraries are not the solver's
-    comparison = []
-    for lags in ORDERS:
-        comparison.append(compare(values, lags, with_sgd=lags in given.sgd_orders))
-        print(json.dumps(comparison[-1]), flush=True)
-    result = {
+    result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} {platform.machine()} cores, shared; torch {torch.__version__}",
         "seeds": given.seeds,
-        "comparison": comparison,
-        "recovery": recovery(given.seeds),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
+    values = simulate(TRUTH, ROWS, np.random.default_rng(0))
+    fit(values, 10)  # first-call costs of the libraries are not the solver's
+    if "panels" in given.parts:
+        result["panels"] = panels()
+    if "comparison" in given.parts:
+        result["comparison"] = []
+        for lags in ORDERS:
+            result["comparison"].append(compare(values, lags, with_sgd=lags in given.sgd_orders))
+            print(json.dumps(result["comparison"][-1]), flush=True)
+    if "recovery" in given.parts:
+        result["recovery"] = recovery(given.seeds)
+    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     given.out.with_suffix(".md").write_text(report(result), encoding="utf-8")

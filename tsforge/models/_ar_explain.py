@@ -13,7 +13,7 @@ from torch import Tensor
 from tsforge.ops.ar_process import ljung_box
 from tsforge.ops.moments import observed_runs
 from tsforge.ops.stability import impulse_response, roots
-from tsforge.ops.toeplitz import self_correlation
+from tsforge.ops.toeplitz import lagged_products
 
 if TYPE_CHECKING:
     from tsforge.models._ar_solvers import Span
@@ -34,16 +34,20 @@ def whiteness(weight: Tensor, bias: float, span: Span, num_lags: int = 20) -> tu
     order = len(kernel) - 1
     used = int(np.count_nonzero(kernel[1:]))
     reach = used + num_lags
-    products, rows = np.zeros(reach + 1), 0
+    residuals = []
     for variate in range(span.values.shape[1]):
         for first, last in observed_runs(span.mask[:, variate], span.bounds):
             if last - first <= order + reach:
                 continue
             values = span.values[first:last, variate].double().cpu().numpy()
-            residual = oaconvolve(values, kernel, mode="valid") - bias
-            products += self_correlation(residual, reach)
-            rows += len(residual)
-    if rows == 0 or products[0] <= 0.0:
+            residuals.append(oaconvolve(values, kernel, mode="valid") - bias)
+    edges = np.cumsum([0, *map(len, residuals)])
+    rows = int(edges[-1])
+    if rows == 0:
+        return 0.0, 1.0
+    spans = np.stack([edges[:-1], edges[1:]], axis=1)
+    products = lagged_products(np.concatenate(residuals)[:, None], None, spans, reach)[0]
+    if products[0] <= 0.0:
         return 0.0, 1.0
     return ljung_box(products[1:] / products[0], float(rows), used)
 

@@ -35,15 +35,14 @@ class GapFiller(nn.Module):
         center = torch.where(mask, values.double(), 0.0).sum(0) / count
         self.center.copy_(center)
         groups, order = self.weight.shape
+        seen = mask.any(0)
+        acov = np.zeros((values.shape[1], order + 1))
+        if bool(seen.any()):
+            part = (values[:, seen].double() - center[seen]).cpu().numpy()
+            acov[seen.cpu().numpy()] = autocovariance(part, mask[:, seen].cpu().numpy(), bounds, order)
         found = []
         for group in range(groups):
-            variates = range(values.shape[1]) if groups == 1 else [group]
-            acov = np.zeros(order + 1)
-            for variate in variates:
-                if bool(mask[:, variate].any()):
-                    part = (values[:, variate].double() - center[variate]).cpu().numpy()
-                    acov += autocovariance(part, mask[:, variate].cpu().numpy(), bounds, order)
-            found.append(levinson(acov))
+            found.append(levinson(acov.sum(axis=0) if groups == 1 else acov[group]))
             self.weight[group] = torch.from_numpy(found[-1].weight)
         return found
 

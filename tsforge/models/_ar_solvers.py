@@ -173,10 +173,10 @@ def _fit_toeplitz(config: ARNetConfig, layout: LagLayout, span: Span) -> LagFit:
         ]
         recursion = burg(segments, layout.lags)
     else:
-        for variate in range(span.values.shape[1]):
-            if bool(span.mask[:, variate].any()):
-                values, mask = span.values[:, variate].double().cpu().numpy(), span.mask[:, variate].cpu().numpy()
-                acov += autocovariance(values, mask, span.bounds, reach) * mask.sum() / rows
+        seen = span.mask.any(0)
+        if bool(seen.any()):
+            values, mask = span.values[:, seen].double().cpu().numpy(), span.mask[:, seen].cpu().numpy()
+            acov = mask.sum(axis=0) / rows @ autocovariance(values, mask, span.bounds, reach)
         acov[0] += config.ridge or 0.0
         recursion = levinson(acov[: layout.lags + 1])
     order = layout.lags

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import irfft, next_fast_len, rfft
+from scipy.fft import irfft, rfft
 from scipy.linalg import solve_toeplitz
 
 from tsforge.core.errors import ModelError
 
 Array = NDArray[np.float64]
+_CELLS = 1 << 17  # of one batch of transforms: larger ones leave the cache
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,42 @@ class Levinson:
         return int(np.argmin(rows * np.log(np.maximum(self.variances, 1e-300)) + price * orders))
 
 
-def self_correlation(values: Array, max_lag: int) -> Array:
-    """Return ``sum_t values[t] values[t + d]`` for d = 0 .. ``max_lag``, by one FFT."""
-    size = next_fast_len(len(values) + max_lag + 1, real=True)
-    spectrum = rfft(values, size)
-    return np.asarray(irfft(np.abs(spectrum) ** 2, size)[: max_lag + 1], dtype=np.float64)
+def lagged_products(
+    values: NDArray[Any], mask: NDArray[np.bool_] | None, spans: NDArray[np.int64], max_lag: int
+) -> Array:
+    """Return ``sum_t values[t] values[t + d]`` within each span, summed over spans, for d = 0 .. ``max_lag``.
+
+    Spans whose transforms have one length go through the FFT together, all variates at once, and come back as one sum.
+
+    Shapes:
+        values [N, V] of any number type, mask [N, V] (False counts as 0; None = all True), spans [S, 2]: first row and
+        row after the last. Returns [V, max_lag + 1].
+    """
+    variates = values.shape[1]
+    size = spans[:, 1] - spans[:, 0]
+    width = np.array([_transform_length(int(rows) + max_lag) for rows in size], dtype=np.int64)
+    result = np.zeros((variates, max_lag + 1))
+    for length in np.unique(width[size > 0]):
+        group = np.flatnonzero((width == length) & (size > 0))
+        power: Any = 0.0
+        batches = min(len(group), -(-len(group) * int(length) * variates // _CELLS))
+        for part in np.array_split(group, batches):
+            block = np.zeros((len(part), int(size[part].max()), variates))
+            for place, (start, stop) in enumerate(spans[part].tolist()):
+                where = True if mask is None else mask[start:stop]
+                np.copyto(block[place, : stop - start], values[start:stop], where=where)
+            spectrum = rfft(block, int(length), axis=1, overwrite_x=True)
+            power = power + (spectrum.real**2 + spectrum.imag**2).sum(axis=0)
+        result += irfft(power, int(length), axis=0)[: max_lag + 1].T
+    return result
+
+
+def _transform_length(least: int) -> int:
+    """Return an even length of at least ``least``, with small factors, one of few: series share inverse transforms."""
+    power = 2
+    while 30 * power < least:
+        power *= 2
+    return next(step * power for step in (16, 18, 20, 24, 27, 30) if step * power >= least)
 
 
 def autocovariance(values: Array, mask: NDArray[np.bool_], bounds: Sequence[int], max_lag: int) -> Array:
@@ -54,24 +86,26 @@ def autocovariance(values: Array, mask: NDArray[np.bool_], bounds: Sequence[int]
     is positive definite). With gaps each lag's mean product is taken over the pairs seen and keeps the same taper.
 
     Shapes:
-        values [N] centred (anything where not observed), mask [N], bounds [num_series + 1] rows.
+        values [N] or [N, V] centred (anything where not observed), mask alike, bounds [num_series + 1] rows. Returns
+        [max_lag + 1] or [V, max_lag + 1].
 
     Raises:
-        ModelError: nothing is observed.
+        ModelError: nothing of a variate is observed.
     """
-    products, counts, full = (np.zeros(max_lag + 1) for _ in range(3))
-    clean = np.where(mask, values, 0.0)
+    if values.ndim == 1:
+        single: Array = autocovariance(values[:, None], mask[:, None], bounds, max_lag)[0]
+        return single
+    unseen = int((~mask.any(axis=0)).sum())
+    if unseen:
+        raise ModelError(f"no observed value of {unseen} of {mask.shape[1]} variates in the training span")
+    edges = np.asarray(bounds, dtype=np.int64)
+    spans = np.stack([edges[:-1], edges[1:]], axis=1)
     lags = np.arange(max_lag + 1)
-    for start, stop in pairwise(bounds):
-        products += self_correlation(clean[start:stop], max_lag)
-        full += np.maximum(stop - start - lags, 0)
-        if mask[start:stop].all():
-            counts += np.maximum(stop - start - lags, 0)
-        else:
-            counts += np.round(self_correlation(mask[start:stop].astype(np.float64), max_lag))
-    if counts[0] < 1:
-        raise ModelError("no observed value in the training span")
-    result: Array = products / np.maximum(counts, 1.0) * full / full[0]
+    pairs = np.maximum(np.diff(edges)[:, None] - lags, 0)  # [S, max_lag + 1]
+    whole = np.array([mask[start:stop].all() for start, stop in spans.tolist()], dtype=bool)
+    counts = pairs[whole].sum(axis=0) + np.round(lagged_products(mask, None, spans[~whole], max_lag))
+    full = pairs.sum(axis=0)
+    result: Array = lagged_products(values, mask, spans, max_lag) / np.maximum(counts, 1.0) * full / full[0]
     return result
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.linalg import solve_toeplitz, toeplitz
 
 from tsforge.core.errors import ModelError
+from tsforge.ops import toeplitz as toeplitz_module
 from tsforge.ops.ar_process import draw_weights, simulate
 from tsforge.ops.stability import is_stationary
 from tsforge.ops.toeplitz import (
     autocovariance,
     burg,
+    lagged_products,
     levinson,
     pacf_to_weights,
     weights_to_pacf,
@@ -44,8 +49,56 @@ def test_autocovariance_pools_series_without_crossing_the_seam() -> None:
     np.testing.assert_allclose(pooled, np.array(sums) / 120, atol=1e-12)
 
 
+def pooled_by_definition(values: np.ndarray, mask: np.ndarray, bounds: list[int], max_lag: int) -> np.ndarray:
+    """Return mean products over the pairs seen in any series, tapered as if nothing were missing."""
+    found = []
+    for lag in range(max_lag + 1):
+        pairs = [
+            values[t] * values[t + lag]
+            for start, stop in pairwise(bounds)
+            for t in range(start, stop - lag)
+            if mask[t] and mask[t + lag]
+        ]
+        full = sum(max(stop - start - lag, 0) for start, stop in pairwise(bounds))
+        found.append(math.fsum(pairs) / max(len(pairs), 1) * full / bounds[-1])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("cells", [1 << 17, 200])  # all series at once, and in many batches
+def test_autocovariance_of_a_panel_equals_the_definition(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(toeplitz_module, "_CELLS", cells)
+    rng = np.random.default_rng(8)
+    sizes = [40, 41, 1, 0, 40, 77, 3, 25, 40, 135]
+    bounds = np.cumsum([0, *sizes]).tolist()
+    values = rng.normal(size=(bounds[-1], 3)) * np.array([1e-3, 1.0, 1e5])
+    mask = np.ones_like(values, dtype=bool)
+    mask[:, 1] = rng.random(bounds[-1]) > 0.3
+    mask[50:60] = False
+    found = autocovariance(np.where(mask, values, np.nan), mask, bounds, 30)
+    for variate in range(3):
+        expected = pooled_by_definition(values[:, variate], mask[:, variate], bounds, 30)
+        assert np.abs(found[variate] - expected).max() < 1e-12 * expected[0]
+        alone = autocovariance(values[:, variate], mask[:, variate], bounds, 30)
+        np.testing.assert_allclose(alone, found[variate], rtol=0, atol=1e-14 * expected[0])
+
+
+def test_lagged_products_stay_within_their_spans() -> None:
+    values = np.arange(1.0, 10.0)[:, None]
+    spans = np.array([[1, 4], [6, 8]])  # 2 3 4 and 7 8
+    expected = [2 * 2 + 3 * 3 + 4 * 4 + 7 * 7 + 8 * 8, 2 * 3 + 3 * 4 + 7 * 8, 2 * 4, 0]
+    np.testing.assert_allclose(lagged_products(values, None, spans, 3)[0], expected, atol=1e-12)
+    assert not lagged_products(values, None, spans[:0], 3).any()
+
+
+def test_transforms_have_few_even_lengths() -> None:
+    found = [toeplitz_module._transform_length(least) for least in range(1, 20_000)]
+    assert all(least <= length <= max(1.21 * least, 32) for least, length in enumerate(found, start=1))
+    assert all(length % 2 == 0 for length in found)
+    assert len(set(found)) < 70
+
+
 def test_autocovariance_of_nothing_is_an_error() -> None:
-    with pytest.raises(ModelError, match="no observed value"):
+    with pytest.raises(ModelError, match="no observed value of 1 of 1 variates"):
         autocovariance(np.zeros(5), np.zeros(5, dtype=bool), [0, 5], 1)
 
 
