@@ -72,6 +72,27 @@ def test_the_shipped_config_composes() -> None:
     assert config.fit_config("drift").model.name == "drift"
 
 
+def test_new_series_are_graded_on_demand(site: Any) -> None:
+    overrides = ["model=linear", "backtest.cold_start.rows=[8]", "backtest.cold_start.groups=2", "data.name=x"]
+    assert load(BacktestJobConfig, "backtest", overrides).backtest.cold_start is not None
+    assert load(BacktestJobConfig, "backtest", ["backtest.cold_start=true"]).backtest.cold_start is not None
+    report = backtest(job(site, backtest={"num_cutoffs": 2, "cold_start": {"rows": 8, "groups": 2}}), Workspace.open())
+    assert {"linear", "linear@all", "linear@8", "naive@8"} <= set(report.leaderboard["model"])
+    (eight, every) = report.settings["cold_start_rows"]
+    assert (eight["rows"], every["rows"]) == ("8", "all")
+    assert eight["of_naive"] > 0.0
+    assert "coverage_80" in eight
+    assert report.path is not None
+    assert "## Cold start" in (report.path / "report.md").read_text()
+    assert json.loads((report.path / "report.json").read_text())["settings"]["cold_start_rows"][0]["rows"] == "8"
+
+
+def test_predict_takes_static_features_of_a_new_series() -> None:
+    config = load(PredictConfig, "predict", ["cold_start.like.fresh.size=3", "cold_start.categories=[kind]"])
+    assert config.cold_start is not None
+    assert config.cold_start.like == {"fresh": {"size": 3.0}}
+
+
 def test_predict_uses_the_newest_artifact_and_its_own_data(site: Any) -> None:
     workspace = Workspace.open()
     forecast = predict(PredictConfig(), workspace)

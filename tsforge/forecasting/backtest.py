@@ -11,16 +11,16 @@ nothing that reads a frame can see a later value.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from tsforge.artifact import Artifact, match_frame
+from tsforge.artifact import Artifact
 from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
@@ -30,25 +30,25 @@ from tsforge.data.grid import show_time
 from tsforge.data.hierarchy import Hierarchy, HierarchyConfig
 from tsforge.data.panel import Panel
 from tsforge.data.vintages import History, VintageFrame, known_at, newest
-from tsforge.data.windows import WindowDataset
+from tsforge.forecasting.backtest_cold import (
+    ColdBacktest,
+    ColdFold,
+    Graded,
+    check_cold,
+    cold_forecasts,
+    with_cold_start,
+)
+from tsforge.forecasting.backtest_forecasts import Truth, forecasts_at, forecasts_of_vintages
 from tsforge.forecasting.baselines import BASELINES, TrainingSpan, fit_baseline, frame_season
 from tsforge.forecasting.coherent import make_coherence, reconciled_name, with_level_errors
 from tsforge.forecasting.comparison import KEYS, compare, window_losses
 from tsforge.forecasting.online_backtest import with_online
 from tsforge.forecasting.online_conformal import OnlineConfig
-from tsforge.forecasting.predict import (
-    forecast_table,
-    network_levels,
-    offered_levels,
-    padded_panel,
-    published_quantiles,
-    published_windows,
-)
+from tsforge.forecasting.predict import offered_levels
 from tsforge.forecasting.reconcile import ReconcileConfig
 from tsforge.forecasting.regimes import HISTORY, Regime, block_rows, check_regimes, regime_table, window_labels
 from tsforge.forecasting.report import BacktestReport
 from tsforge.forecasting.sample_paths import joint_scores, mean_joint_scores
-from tsforge.forecasting.window_forecasts import FloatArray, predict_windows
 from tsforge.metrics.pit import PIT_SCHEMA, pit_table
 from tsforge.metrics.point import seasonal_scale
 from tsforge.metrics.ranking import leaderboard, skill_score
@@ -58,7 +58,6 @@ _LOG = get_logger(__name__)
 
 Fit = Callable[[Any, Any], Artifact]
 """From a ``SeriesFrame`` that ends at the cutoff (or a ``VintageFrame`` of what was out by then), and the cutoff."""
-Truth = Literal["latest", "first"]
 
 
 class BacktestConfig(Config):
@@ -91,8 +90,11 @@ class BacktestConfig(Config):
     """What forecasts are graded against where values were revised: the last publication, or the first."""
     online: OnlineConfig | None = None
     """Grade every model a second time with intervals that learn on the way; ``true`` takes the defaults."""
+    cold_start: ColdBacktest | None = None
+    """Treat series as new, a group at a time, and grade what the model makes of a few rows of them; ``true`` takes the
+    defaults."""
 
-    @field_validator("online", mode="before")
+    @field_validator("online", "cold_start", mode="before")
     @classmethod
     def _switch(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
@@ -116,6 +118,8 @@ class BacktestConfig(Config):
             raise ValueError("regime_rows has no effect without the regimes volatility or level")
         if self.regime_column in self.regimes:
             raise ValueError(f"regime_column '{self.regime_column}' is also the name of a regime; rename the column")
+        if self.cold_start is not None and (self.online is not None or self.reconcile is not None):
+            raise ValueError("cold_start forecasts series on their own and without their past: no online, no reconcile")
         return self
 
 
@@ -160,7 +164,7 @@ def backtest(
 
     Raises:
         DataError: too few rows for the cutoffs, or no observed cell to grade.
-        ConfigError: more steps than trained, or another truth where nothing was revised.
+        ConfigError: more steps than trained, another truth where nothing was revised, or no cold start possible.
     """
     config = config or BacktestConfig()
     history, frame = frame, newest(frame)
@@ -168,6 +172,10 @@ def backtest(
         raise ConfigError(f"backtest.truth={config.truth} has no effect: the data has one value a cell (see published)")
     if config.online is not None and isinstance(history, VintageFrame):
         raise ConfigError("backtest.online learns from one value a cell, and this data has revisions; leave it out")
+    if config.cold_start is not None:
+        if isinstance(history, VintageFrame):
+            raise ConfigError("backtest.cold_start takes one value a cell, and this data has revisions; leave it out")
+        check_cold(frame, config.cold_start)
     joint = None
     if config.reconcile is not None:
         if structure is None:
@@ -206,11 +214,33 @@ def backtest(
                 timings.append(timing)
                 if progress:
                     log_event(_LOG, f"fold {fold.number + 1} of {len(folds)}", **timing)
+        for table, offered, timing in _run_cold(fits, frame, fold, config, steps):
+            levels[timing["model"]] = offered
+            parts.append(table)
+            timings.append(timing)
+            if progress:
+                log_event(_LOG, f"fold {fold.number + 1} of {len(folds)}", **timing)
     forecasts = pl.concat(parts, how="diagonal")
     costs = pl.DataFrame(timings, infer_schema_length=None)
     known = _Known(scales=pl.concat(scales), labels=pl.concat(labels), levels=levels, folds=costs)
     report = _report(forecasts, known, (config, steps, season))
+    report = with_cold_start(report, [name or next(iter(levels)) for name in fits], config.cold_start)
     return with_online(report if joint is None else with_level_errors(report, *joint), config.online)
+
+
+def _run_cold(
+    fits: Mapping[str, Fit], frame: SeriesFrame, fold: _Fold, config: BacktestConfig, steps: int
+) -> Iterator[Graded]:
+    """Yield what the models make of new series over one fold; nothing where it was not asked for."""
+    if config.cold_start is not None:
+        asked = ColdFold(
+            number=fold.number,
+            cutoffs=fold.cutoffs,
+            steps=steps,
+            levels=config.quantile_levels,
+            season=config.season_length,
+        )
+        yield from cold_forecasts(fits, frame, asked, config.cold_start)
 
 
 def _folds(frame: SeriesFrame, config: BacktestConfig, steps: int) -> list[_Fold]:
@@ -318,111 +348,6 @@ def _run_fold(
         plain = ("fold", "cutoff", "num_cutoffs", "artifact_id")
         results.append((both, coherence.levels, {name: timing[name] for name in plain} | spent))
     return results
-
-
-def forecasts_at(
-    artifact: Artifact,
-    frame: SeriesFrame,
-    cutoffs: NDArray[np.int64],
-    *,
-    steps: int,
-    levels: Sequence[float] = (),
-) -> pl.DataFrame:
-    """Return the forecasts of all series from every cutoff with their ``actual`` values (null where not observed).
-
-    Args:
-        artifact: the fitted network; windows end at their cutoff, whatever the frame holds after it.
-        frame: the data.
-        cutoffs: rows on the frame's grid of the last visible row; series too short there are left out, for a model that
-            couples series those with nothing observed in the context (with a warning).
-        steps: at most the trained horizon.
-        levels: quantile levels, calibrated if the artifact is.
-    """
-    frame = match_frame(artifact, frame)
-    shift = int(artifact.grid.index_of(pl.Series([frame.grid.time_at(0)], dtype=frame.table["time"].dtype))[0])
-    first = np.asarray(cutoffs, dtype=np.int64) + 1 + shift
-    spec = replace(artifact.window, stride=1, min_observed=0.0)
-    panel = padded_panel(artifact, frame, int(first.max()) + spec.horizon)
-    windows = WindowDataset(
-        panel,
-        spec,
-        int(first.min()),
-        int(first.max()) + spec.horizon,
-        aligned=artifact.network.capabilities.rows_coupled,
-    )
-    starts = windows.cutoff_index[:: windows.rows_per_item]
-    chosen = np.flatnonzero(np.isin(starts, first))
-    found = predict_windows(artifact.network, windows, network_levels(artifact, levels), indices=chosen)
-    cut = replace(
-        found,
-        mean=found.mean[:, :steps],
-        quantiles=None if found.quantiles is None else found.quantiles[:, :steps],
-    )
-    cut = replace(cut, quantiles=published_quantiles(artifact, cut, levels, panel))
-    actual = actual_values(panel, found.series_index, found.cutoff_index, steps)
-    keep = published_windows(artifact, panel, found)
-    table = forecast_table(cut, panel, levels, keep=keep)
-    return table.with_columns(pl.Series("actual", actual[keep].ravel()).fill_nan(None))
-
-
-def forecasts_of_vintages(
-    artifact: Artifact,
-    vintages: VintageFrame,
-    cutoffs: NDArray[np.int64],
-    *,
-    steps: int,
-    levels: Sequence[float] = (),
-    truth: Truth = "latest",
-) -> pl.DataFrame:
-    """Return forecasts as ``forecasts_at`` does, each from what was known at the moment of its cutoff.
-
-    Args:
-        artifact: the fitted network.
-        vintages: all publications.
-        cutoffs: rows on the grid of ``vintages.latest()``.
-        steps, levels: as there.
-        truth: which publication of a target is the actual value.
-    """
-    latest = vintages.latest()
-    right = latest if truth == "latest" else vintages.first()
-    actual = right.table.unpivot(
-        on=right.schema.targets, index=["series_id", "time"], variable_name="variate", value_name="actual"
-    )
-    parts, lacking = [], 0
-    for cutoff in cutoffs:
-        time = latest.grid.time_at(int(cutoff))
-        known = vintages.as_of(vintages.moment(time))
-        here = np.array([known.grid.floor(time)])
-        parts.append(forecasts_at(artifact, known, here, steps=steps, levels=levels).drop("actual"))
-        lacking += _lacking_known(artifact, known, time, steps)
-    if lacking:
-        _LOG.warning(
-            "%d rows ahead of %d cutoffs had no known covariate published yet: the training mean stands in for it",
-            lacking,
-            len(cutoffs),
-        )
-    table = pl.concat(parts)
-    return table.join(actual, on=["series_id", "time", "variate"], how="left", maintain_order="left")
-
-
-def _lacking_known(artifact: Artifact, known: SeriesFrame, cutoff: Any, steps: int) -> int:
-    """Return how many of the rows ahead of a cutoff lack a known covariate that the artifact reads."""
-    names = artifact.schema.known
-    if not names:
-        return 0
-    begun = known.table.filter(pl.col("time") <= cutoff)["series_id"].n_unique()
-    end = known.grid.time_at(known.grid.floor(cutoff) + steps)
-    ahead = known.table.filter((pl.col("time") > cutoff) & (pl.col("time") <= end))
-    return begun * steps - int(ahead.select(pl.all_horizontal(pl.col(names).is_not_null()).sum()).item())
-
-
-def actual_values(panel: Panel, series: NDArray[np.int64], cutoff: NDArray[np.int64], steps: int) -> FloatArray:
-    """Return observed targets [N, steps, V] in double precision from row ``cutoff`` on, NaN elsewhere."""
-    rows = (panel.indptr[series] + cutoff - panel.offset[series])[:, None] + np.arange(steps)  # [N, H]
-    inside = (rows >= panel.indptr[series][:, None]) & (rows < panel.indptr[series + 1][:, None])
-    rows = np.where(inside, rows, 0)
-    seen = panel.target_observed[rows] & inside[..., None]
-    return np.where(seen, panel.values[rows][..., : panel.num_targets], np.nan)
 
 
 def _scales(visible: SeriesFrame, season: int, frame: SeriesFrame, fold: _Fold) -> pl.DataFrame:

@@ -12,7 +12,7 @@ from tsforge.data.aggregates import frame_hierarchy
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike, show_time
 from tsforge.data.hierarchy import HierarchyConfig
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.coherent import base_levels, make_coherence
 from tsforge.forecasting.predict import offered_levels, predict
 from tsforge.forecasting.reconcile import ReconcileConfig

@@ -1,15 +1,16 @@
 """Cold start: forecasts of series with less history than a context, or none, from a model fitted on others.
 
 *Short* series: the missing front of the context counts as unobserved, as any gap does; the scaler takes what is there.
-*New* series without a row get the forecast of a series that the user names as alike, or the mean over all series.
+*New* series without a row get the forecast of a series that the user names as alike, the mean over all series, or the
+mean over those that are nearest by static features (``likeness.py``).
 
 Intervals are split conformal and belong to the length of the history. Windows of other series after the training span
 have their context hidden but for the last k rows and are forecast like a new series; the half-width is a rank of the
 errors, in units of the scale that the network took from those k rows. For a series without a row every other pair of
-series is tried: how wrong is the forecast of one for the other. Series held out of the fit are used where there are
-any: only to them the model is as much a stranger as to a new series; else those of the fit, which makes the margins a
-little too small. k is rounded down to a power of two: fewer rows, wider intervals. That series are exchangeable is the
-one assumption.
+series is tried: how wrong is the forecast of one for the other (or the mean of its own neighbours for it). Series held
+out of the fit are used where there are any: only to them the model is as much a stranger as to a new series; else those
+of the fit, which makes the margins a little too small. k is rounded down to a power of two: fewer rows, wider
+intervals. That series are exchangeable is the one assumption.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
 from tsforge.data.windows import WindowDataset, last_windows
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.coherent import held_out_cutoffs
 from tsforge.forecasting.conformal_scores import conformal_margin
+from tsforge.forecasting.likeness import nearest_series
 from tsforge.forecasting.predict import artifact_panel, forecast_table, offered_levels, padded_panel, predict
 from tsforge.forecasting.window_forecasts import FloatArray, evaluating, forecast_batch, predict_windows, window_batches
 
 _LOG = get_logger(__name__)
 ALL = "*"
+NEIGHBOURS = 5
 
 
 class ColdStartConfig(Config):
@@ -47,8 +50,13 @@ class ColdStartConfig(Config):
 
     short: Literal["refuse", "pad"] = "pad"
     """``pad`` takes the missing front as unobserved; ``refuse`` names the series."""
-    like: dict[str, str] = Field(default_factory=dict)
-    """New series without a row: id -> the series it is taken to be like, or ``*`` for the mean of all."""
+    like: dict[str, str | dict[str, float]] = Field(default_factory=dict)
+    """New series without a row: id -> the series it is taken to be like, ``*`` for the mean of all, or its static
+    features (name -> number) for the mean of those nearest to it."""
+    neighbours: int | None = Field(None, ge=1)
+    """How many are nearest by static features; default 5."""
+    categories: tuple[str, ...] = ()
+    """Static features whose numbers are codes: equal or not, instead of near or far."""
     windows: int = Field(200, ge=4)
     """Cutoffs that calibrate the intervals, at most."""
 
@@ -61,6 +69,8 @@ class ColdStartConfig(Config):
     def _useful(self) -> ColdStartConfig:
         if self.short == "refuse" and not self.like:
             raise ValueError("cold_start with short=refuse and no like has no effect; remove it")
+        if (self.neighbours or self.categories) and not any(isinstance(given, dict) for given in self.like.values()):
+            raise ValueError("neighbours and categories have no effect without static features (like.NEW.FEATURE=...)")
         return self
 
 
@@ -84,8 +94,8 @@ def predict_cold(
         horizon: steps, at most those trained.
 
     Returns:
-        The table; ``metadata["cold_start"]`` gives the rows of history of every short series, the likeness of every new
-        one, how many windows calibrated the intervals, and whether they were of series held out of the fit.
+        The table; ``metadata["cold_start"]`` gives the rows of history of every short series, what every new one is
+        taken to be like, how many windows calibrated the intervals, and whether they were of series held out.
 
     Raises:
         ArtifactError, ConfigError, DataError, ModelError: as for ``predict``; also a model that couples series, a new
@@ -93,6 +103,7 @@ def predict_cold(
     """
     if artifact.network.capabilities.rows_coupled:
         raise ConfigError(f"model '{artifact.model_name}' couples the series of a panel: it has no cold start")
+    static = frame.static  # all of it, also what the model does not read
     frame = match_frame(artifact, frame)
     _check_like(config.like, frame)
     visible = frame if cutoff is None else frame.until(cutoff, keep_known=True)
@@ -110,15 +121,25 @@ def predict_cold(
     past, donors, held_out = _donors(artifact, frame.until(end), warm)
     tables = [base.table]
     facts: dict[str, Any] = {"held_out_series": held_out, "calibrated_on": len(donors)}
-    if short or config.like:
+    at = np.zeros(0, dtype=np.int64)
+    if (short or config.like) and levels:
         at, in_sample = held_out_cutoffs(artifact, past, artifact.window.horizon, config.windows)
         facts |= {"windows": len(at), "in_sample": in_sample}
     for kept in sorted({_rounded(count) for count in short.values()}):
         names = [name for name, count in short.items() if _rounded(count) == kept]
         tables.append(_short(artifact, visible.select_series(names), (cutoff, steps, levels), (past, at, kept)))
-    for name, model in sorted(config.like.items()):
-        tables.append(_alike(artifact, base.table, (name, model), levels, (past, at, steps)))
-    facts |= {"history_rows": dict(sorted(short.items())), "like": dict(config.like)}
+    fitted = [name for name in warm if name in set(artifact.series_ids) - _held_out(artifact)]
+    models = _models(config, static, fitted)
+    near = any(isinstance(model, tuple) for model in models.values())
+    others = _neighbours_of(config, static, donors, fitted) if near else None
+    coverages = {_coverage(level) for level in levels} - {0.0}
+    widths = _Likeness(artifact, frame.until(end), donors, at, steps)
+    for name, model in sorted(models.items()):
+        by = others if isinstance(model, tuple) else None
+        margins = widths.margins(coverages, mean=model == ALL, others=by) if coverages else None
+        tables.append(_alike(base.table, (name, model), levels, margins))
+    facts |= {"history_rows": dict(sorted(short.items()))}
+    facts["like"] = {name: list(found) if isinstance(found, tuple) else found for name, found in models.items()}
     table = pl.concat(tables, how="diagonal").select(base.table.columns)
     return replace(base, table=table, metadata={**base.metadata, "cold_start": facts})
 
@@ -134,19 +155,60 @@ def history_rows(frame: SeriesFrame, cutoff: TimeLike | None = None) -> dict[str
     return {name: int(count) for name, count in zip(frame.series_ids, stop + 1 - frame.offset, strict=True)}
 
 
-def _check_like(like: Mapping[str, str], frame: SeriesFrame) -> None:
+def _check_like(like: Mapping[str, str | dict[str, float]], frame: SeriesFrame) -> None:
     known = set(frame.series_ids)
     there = [name for name in like if name in known]
     if there:
         raise ConfigError(f"cold_start.like: {listing(there)} has rows; leave it out, short histories are padded")
     for model in like.values():
-        if model != ALL and model not in known:
+        if isinstance(model, str) and model != ALL and model not in known:
             raise DataError(f"cold_start.like: unknown series '{model}'{nearest(model, frame.series_ids)}")
+
+
+def _held_out(artifact: Artifact) -> set[str]:
+    return set((artifact.provenance.get("entities") or {}).get("held_out") or ())
+
+
+def _models(
+    config: ColdStartConfig, static: pl.DataFrame | None, fitted: Sequence[str]
+) -> dict[str, str | tuple[str, ...]]:
+    """Return what each new series is like: a series, ``*``, or its neighbours among the fitted ones."""
+    found: dict[str, str | tuple[str, ...]] = {}
+    for name, given in config.like.items():
+        found[name] = given if isinstance(given, str) else _nearest(config, static, fitted, given)
+    return found
+
+
+def _nearest(
+    config: ColdStartConfig,
+    static: pl.DataFrame | None,
+    among: Sequence[str],
+    features: Mapping[str, float],
+    most: int | None = None,
+) -> tuple[str, ...]:
+    count = config.neighbours or NEIGHBOURS
+    return nearest_series(
+        static, among, features, count=count if most is None else min(count, most), categories=config.categories
+    )
+
+
+def _neighbours_of(
+    config: ColdStartConfig, static: pl.DataFrame | None, donors: Sequence[str], fitted: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Return the fitted series each calibrating series would be taken to be like, if it were new."""
+    assert static is not None  # nearest_series refused it before
+    features = {row.pop("series_id"): row for row in static.to_dicts()}
+    found = {}
+    for name in donors:
+        among = [other for other in fitted if other != name]
+        if among:
+            found[name] = _nearest(config, static, among, features[name], len(among))
+    return found
 
 
 def _donors(artifact: Artifact, past: SeriesFrame, warm: Sequence[str]) -> tuple[SeriesFrame, list[str], bool]:
     """Return the past of the series that calibrate, their names, and whether the fit never saw them."""
-    kept = set((artifact.provenance.get("entities") or {}).get("held_out") or ())
+    kept = _held_out(artifact)
     strangers = [name for name in warm if name in kept or name not in set(artifact.series_ids)]
     names = strangers if len(strangers) > 1 else list(warm)
     return past.select_series(names), names, len(strangers) > 1
@@ -228,31 +290,56 @@ def short_margins(
     return {coverage: conformal_margin(scores, observed, coverage)[0] for coverage in coverages}
 
 
+class _Likeness:
+    """Margins of series without a row; those of one kind are worked out once.
+
+    Args:
+        artifact: the fitted network.
+        past: all series up to the cutoff.
+        donors: those that calibrate.
+        at: cutoffs that calibrate.
+        steps: horizon.
+    """
+
+    def __init__(
+        self, artifact: Artifact, past: SeriesFrame, donors: Sequence[str], at: NDArray[np.int64], steps: int
+    ) -> None:
+        self._artifact, self._past, self._donors, self._at, self._steps = artifact, past, list(donors), at, steps
+        self._found: dict[str, pl.DataFrame] = {}
+
+    def margins(self, coverages: set[float], *, mean: bool, others: Mapping[str, Sequence[str]] | None) -> pl.DataFrame:
+        """Return half-widths as ``likeness_margins`` does."""
+        kind = "near" if others is not None else "mean" if mean else "one"
+        if kind not in self._found:
+            named = [] if others is None else [other for found in others.values() for other in found]
+            names = sorted({*self._donors, *named})
+            held_out = forecasts_at(self._artifact, self._past.select_series(names), self._at, steps=self._steps)
+            self._found[kind] = likeness_margins(held_out, coverages, mean=mean, others=others)
+        return self._found[kind]
+
+
 def _alike(
-    artifact: Artifact,
     base: pl.DataFrame,
-    names: tuple[str, str],
+    names: tuple[str, str | tuple[str, ...]],
     levels: tuple[float, ...],
-    known: tuple[SeriesFrame, NDArray[np.int64], int],
+    margins: pl.DataFrame | None,
 ) -> pl.DataFrame:
-    """Return the forecast of a series without a row: that of another one, or the mean over all."""
+    """Return the forecast of a series without a row: that of another one, or the mean over several or all."""
     name, model = names
-    past, at, steps = known
     keys = ["cutoff", "step", "time", "variate"]
-    donors = base if model == ALL else base.filter(series_id=model)
+    chosen = [model] if isinstance(model, str) else list(model)
+    donors = base if model == ALL else base.filter(pl.col("series_id").is_in(chosen))
     if not donors.height:
         raise DataError(f"cold_start.like: '{model}' is itself too short to be an example; choose another series")
     if donors["cutoff"].n_unique() > 1:
         donors = donors.filter(pl.col("cutoff") == pl.col("cutoff").max())
     table = donors.group_by(keys, maintain_order=True).agg(pl.col("mean").mean())
     table = table.select(pl.lit(name).alias("series_id"), *keys, "mean")
-    margins = likeness_margins(
-        forecasts_at(artifact, past, at, steps=steps), {_coverage(level) for level in levels} - {0.0}, mean=model == ALL
-    )
     for level in levels:
         if level == 0.5:
             table = table.with_columns(pl.col("mean").alias(quantile_column(level)))
             continue
+        assert margins is not None  # there are levels to either side
         widths = margins.filter(coverage=_coverage(level)).select("step", "variate", "margin")
         bound = pl.col("mean") + float(np.sign(level - 0.5)) * pl.col("margin")
         joined = table.join(widths, on=["step", "variate"], how="left", maintain_order="left")
@@ -260,13 +347,20 @@ def _alike(
     return table
 
 
-def likeness_margins(held_out: pl.DataFrame, coverages: set[float], *, mean: bool) -> pl.DataFrame:
-    """Return half-widths by step and variate: errors of one series' forecast, or of the others' mean, for another.
+def likeness_margins(
+    held_out: pl.DataFrame,
+    coverages: set[float],
+    *,
+    mean: bool,
+    others: Mapping[str, Sequence[str]] | None = None,
+) -> pl.DataFrame:
+    """Return half-widths by step and variate: errors of one series' forecast, or of others' mean, for another.
 
     Args:
         held_out: forecasts with ``actual`` of the series that stand in for new ones.
         coverages: of the central intervals.
         mean: take the mean over the other series instead of each of them.
+        others: series -> those whose mean stands for it; only these series calibrate.
 
     Returns:
         ``step, variate, coverage, margin``; infinite where the errors are too few.
@@ -274,17 +368,23 @@ def likeness_margins(held_out: pl.DataFrame, coverages: set[float], *, mean: boo
     Raises:
         DataError: fewer than two series.
     """
-    if held_out["series_id"].n_unique() < 2:
+    if held_out["series_id"].n_unique() < 2 or others == {}:
         raise DataError("cold start without history needs two series that can stand in for each other; there is one")
     keys = ["cutoff", "step", "variate"]
-    if mean:
+    if others is not None:
+        whose = pl.DataFrame([(name, other) for name, found in others.items() for other in found], orient="row")
+        named = whose.rename({"column_0": "series_id", "column_1": "whose"})
+        theirs = held_out.select(*keys, whose="series_id", other="mean")
+        means = named.join(theirs, on="whose").group_by("series_id", *keys).agg(pl.col("other").mean())
+        pairs = held_out.join(means, on=["series_id", *keys])
+    elif mean:
         total, number = pl.col("mean").sum().over(keys), pl.len().over(keys)
         pairs = held_out.with_columns(other=(total - pl.col("mean")) / (number - 1), number=number).filter(
             pl.col("number") > 1
         )
     else:
-        others = held_out.select(*keys, other="mean", whose="series_id")
-        pairs = held_out.join(others, on=keys).filter(pl.col("series_id") != pl.col("whose"))
+        each = held_out.select(*keys, other="mean", whose="series_id")
+        pairs = held_out.join(each, on=keys).filter(pl.col("series_id") != pl.col("whose"))
     scored = pairs.drop_nulls("actual").with_columns(error=(pl.col("actual") - pl.col("other")).abs())
     records = []
     for (step, variate), part in scored.group_by(["step", "variate"], maintain_order=True):

@@ -12,6 +12,7 @@ import polars as pl
 
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.errors import BackendError, DataError, listing
+from tsforge.forecasting.backtest_cold_page import cold_sections
 from tsforge.forecasting.report_quality import quality_sections
 from tsforge.metrics.summary import SCOPES
 
@@ -131,7 +132,7 @@ class BacktestReport:
             _markdown_table(self.leaderboard.select(self._columns())),
             *self._tests_page(),
         ]
-        for title, text, table in quality_sections(self.pit, self.leaderboard):
+        for title, text, table in (*cold_sections(settings), *quality_sections(self.pit, self.leaderboard)):
             lines += ["", f"## {title}", "", text, "", _markdown_table(table)]
         for scope, column in (("step", "step"), ("variate", "variate")):
             lines += ["", f"## Mean absolute error by {column}", "", _markdown_table(self._pivot(scope, column))]

@@ -1,9 +1,9 @@
-"""Committee: several networks of one model, each from a start of its own, trained together and averaged.
+"""Committee: several networks of one model, averaged; each from a start of its own, or snapshots of one training.
 
-The members lie side by side in one module. While training, each member takes its own part of every batch, so that one
-step costs what a step of a single model on that batch costs, and the loss, being a mean over windows, is the mean of
-the members' losses: no gradient of one member reaches another. Each shuffle deals the windows out anew. In evaluation
-every member sees every window and their raw outputs are averaged.
+With ``size`` the members lie side by side in one module. While training, each member takes its own part of every batch,
+so that one step costs what a step of a single model on that batch costs, and the loss, being a mean over windows, is
+the mean of the members' losses: no gradient of one member reaches another. Each shuffle deals the windows out anew. In
+evaluation every member sees every window and their raw outputs are averaged.
 
 What follows from that:
 
@@ -14,19 +14,27 @@ What follows from that:
 - Averaged are raw parameters: locations exactly, spreads before their softplus, quantile steps likewise. This is an
   average of quantiles (Vincentization) up to that link, not a mixture of densities, and stays sharp.
 
+With ``snapshots`` one network is trained by a learning rate that falls to zero and starts anew, in ``train.cycles``
+equal parts (``train.schedule=cyclic_cosine``). Its weights at the ends of the last ``snapshots`` cycles are the
+members; the network itself is the last of them. It takes the very steps that it would take alone. While it is trained,
+validation shows the network as it is; the mean of the snapshots is what is stored and graded. They are kept whatever
+their validation loss, and nothing stops the training early: patience and stopping hooks are refused.
+
 Source: Hansen, Salamon (1990), IEEE TPAMI 12(10), Sec. II (networks that differ in their start err differently);
 Lakshminarayanan, Pritzel, Blundell (2017), Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles,
-NeurIPS, Sec. 2.4. Deviation from the latter: members see parts of each batch instead of whole epochs, and raw
-parameters are averaged where they mix densities.
+NeurIPS, Sec. 2.4; Huang, Li, Pleiss, Liu, Hopcroft, Weinberger (2017), Snapshot Ensembles, ICLR, Sec. 3. Deviations:
+members see parts of each batch instead of whole epochs, and raw parameters are averaged where both papers average
+probabilities; the optimiser is AdamW, whose moments live on from cycle to cycle, where the paper has SGD.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig, Recurrent, State
@@ -34,15 +42,33 @@ from tsforge.contracts.tensors import Batch, DataSpec, Observation, Prediction, 
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.models.registry import MODELS, register, resolve_model_config
 
+SIZE = 4
+
 
 class CommitteeConfig(ModelConfig):
-    """Which model, and how many of it."""
+    """Which model, and how many of it: ``size`` side by side (the default), or ``snapshots`` of one."""
 
     name: Literal["committee"] = "committee"
     member: SerializeAsAny[ModelConfig] = Field(default="gru", validate_default=True)
     """Name of a model that is trained by gradient steps, or its settings."""
-    size: int = Field(4, ge=2)
-    """Members, with other initial weights each."""
+    size: int | None = Field(None, ge=2)
+    """Members, with other initial weights each; default 4."""
+    snapshots: int | None = Field(None, ge=1)
+    """Instead of ``size``: weights of one network at the ends of its last cycles of the learning rate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if value.get("size") is not None and value.get("snapshots") is not None:
+            raise ConfigError("model.size and model.snapshots exclude each other: several networks, or several of one")
+        return value if value.get("snapshots") is not None else {**value, "size": value.get("size") or SIZE}
+
+    @property
+    def count(self) -> int:
+        """Members, of whichever kind."""
+        return self.snapshots or self.size or SIZE
 
     @field_validator("member", mode="before")
     @classmethod
@@ -65,7 +91,7 @@ class CommitteeConfig(ModelConfig):
 
 @register("committee")
 class Committee(ForecastModel[CommitteeConfig]):
-    """Averages ``size`` members; see the module for how they are trained."""
+    """Averages ``size`` members, or ``snapshots`` of one network; see the module for how they are trained."""
 
     config_class = CommitteeConfig
     capabilities = Capabilities(
@@ -79,7 +105,7 @@ class Committee(ForecastModel[CommitteeConfig]):
     )
     source = (
         "Hansen, Salamon (1990), IEEE TPAMI 12(10); Lakshminarayanan, Pritzel, Blundell (2017), NeurIPS, Sec. 2.4 "
-        "(deep ensembles)"
+        "(deep ensembles); Huang et al. (2017), ICLR (snapshot ensembles)"
     )
     test_configs = (
         {"member": {"name": "gru", "d_model": 16, "dropout": 0.0, "normalisation": "none", "skip": "none"}, "size": 2},
@@ -89,7 +115,13 @@ class Committee(ForecastModel[CommitteeConfig]):
     def __init__(self, config: CommitteeConfig, spec: DataSpec) -> None:
         super().__init__(config, spec)
         member_class = MODELS.get(config.member.name)
-        self.members = nn.ModuleList(member_class(config.member, spec) for _ in range(config.size))
+        if config.snapshots is None:
+            self.members = nn.ModuleList(member_class(config.member, spec) for _ in range(config.count))
+        else:
+            trained = member_class(config.member, spec)
+            taken = [deepcopy(trained).requires_grad_(False) for _ in range(config.snapshots - 1)]
+            self.members = nn.ModuleList([*taken, trained])
+        self._alone = False
 
     @classmethod
     def capabilities_of(cls, config: CommitteeConfig) -> Capabilities:
@@ -100,14 +132,32 @@ class Committee(ForecastModel[CommitteeConfig]):
     def _each(self) -> list[ForecastModel[Any]]:
         return [member for member in self.members if isinstance(member, ForecastModel)]
 
+    @property
+    def snapshots(self) -> int | None:
+        """How many snapshots training has to take; None for members side by side."""
+        return self.config.snapshots
+
+    def train_alone(self, alone: bool) -> None:
+        """Let the network that is trained forecast alone (during training), or the mean of its snapshots (after it)."""
+        self._alone = alone
+
+    def take_snapshot(self, index: int) -> None:
+        """Keep the weights and buffers of the trained network as snapshot ``index`` (from 0; the last is itself)."""
+        if index < len(self.members) - 1:
+            self.members[index].load_state_dict(self.members[-1].state_dict())
+
     def forward(self, batch: Batch) -> Prediction:
         """Return the members' mean; while training, of each window what its own member forecasts."""
+        count = len(self.members)
+        if self.config.snapshots is not None and (self.training or self._alone):
+            found: Prediction = self._each[-1](batch)
+            return found
         if not self.training:
-            return _joined([member(batch) for member in self._each], [1.0 / self.config.size] * self.config.size)
+            return _joined([member(batch) for member in self._each], [1.0 / count] * count)
         rows = len(batch.context)
         parts, owners, shares = [], [], []
         for index, member in enumerate(self._each[:rows]):  # a last batch may hold fewer windows than there are members
-            mine = torch.arange(index, rows, self.config.size, device=batch.context.device)
+            mine = torch.arange(index, rows, count, device=batch.context.device)
             parts.append(member(Batch._make(None if part is None else part[mine] for part in batch)))
             owners.append(mine)
             shares.append(len(mine) / rows)
@@ -131,17 +181,22 @@ class Committee(ForecastModel[CommitteeConfig]):
         Raises:
             ModelError: these settings leave nothing to train, so that all members would be alike.
         """
-        reports = [member.solve(data) for member in self._each]
+        if self.config.snapshots is None:
+            reports = [member.solve(data) for member in self._each]
+        else:  # they are alike until the first is taken
+            reports = [self._each[-1].solve(data)]
+            for index in range(len(self.members) - 1):
+                self.take_snapshot(index)
         if reports[0] is not None and reports[0].finished:
             raise ModelError(
                 f"model.member '{self.config.member.name}' is finished by its closed form with these settings: "
-                f"{self.config.size} members would be alike; fit it alone"
+                f"{self.config.count} members would be alike; fit it alone"
             )
         return reports[0]
 
     def anneal(self, progress: float) -> None:
-        """Pass the progress of training on."""
-        for member in self._each:
+        """Pass the progress of training on; snapshots that were taken stay as they are."""
+        for member in self._each if self.config.snapshots is None else self._each[-1:]:
             member.anneal(progress)
 
     def settle(self, batches: Iterable[Batch]) -> None:

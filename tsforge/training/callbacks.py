@@ -45,12 +45,16 @@ class EpochRecord(pl.Callback):
         stream: training batches, told which epoch it is.
         fingerprint: of everything that must not change between a run and its resumption.
         on_epoch: called with the epoch (from 0) and its metrics.
+        keep_last: keep the weights of the last epoch instead of the best.
     """
 
-    def __init__(self, stream: EpochStream, fingerprint: str, on_epoch: OnEpoch | None) -> None:
+    def __init__(
+        self, stream: EpochStream, fingerprint: str, on_epoch: OnEpoch | None, *, keep_last: bool = False
+    ) -> None:
         self.stream = stream
         self.fingerprint = fingerprint
         self.on_epoch = on_epoch
+        self.keep_last = keep_last
         self.history: list[dict[str, float]] = []
         self.best_epoch = -1
         self.best_loss = math.inf
@@ -110,7 +114,7 @@ class EpochRecord(pl.Callback):
         self._refuse_nonfinite(metrics, trainer.current_epoch, module)
         self.history.append({"epoch": float(trainer.current_epoch), **metrics})
         loss = metrics.get("valid_loss", -float(trainer.current_epoch))  # without validation the last epoch is the best
-        if loss < self.best_loss:
+        if self.keep_last or loss < self.best_loss:
             self.best_loss, self.best_epoch = loss, trainer.current_epoch
             self._keep(module.network)
         if self.on_epoch is not None:

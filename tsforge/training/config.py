@@ -19,9 +19,13 @@ class TrainConfig(Config):
     learning_rate: float = tunable(1e-3, low=1e-4, high=1e-2, log=True, gt=0)
     """Peak rate of AdamW."""
     weight_decay: float = tunable(1e-4, low=1e-6, high=1e-1, log=True, ge=0)
-    schedule: Literal["constant", "cosine", "one_cycle", "plateau"] = "constant"
-    """Course of the learning rate over all planned steps: unchanged, cosine to 0, up for 30 % and down, or multiplied
-    by ``plateau_factor`` after ``plateau_patience`` epochs without a validation loss 10 % below the best."""
+    schedule: Literal["constant", "cosine", "cyclic_cosine", "one_cycle", "plateau"] = "constant"
+    """Course of the learning rate over all planned steps: unchanged, cosine to 0, the same again and again from the
+    peak in ``cycles`` equal parts, up for 30 % and down, or multiplied by ``plateau_factor`` after
+    ``plateau_patience`` epochs without a validation loss 10 % below the best."""
+    cycles: int | None = Field(default=None, ge=1)
+    """Cosine cycles of schedule cyclic_cosine, which needs it; ``max_epochs`` must be a multiple, so that each cycle
+    ends with an epoch."""
     plateau_factor: float | None = Field(default=None, gt=0, lt=1)
     """Default 0.95; only with schedule plateau."""
     plateau_patience: int | None = Field(default=None, ge=0)
@@ -47,7 +51,19 @@ class TrainConfig(Config):
     seed: int = Field(default=0, ge=0)
 
     def model_post_init(self, context: object, /) -> None:
-        """Refuse settings of another schedule."""
+        """Refuse settings of another schedule, and cycles that end within an epoch."""
         given = [name for name in ("plateau_factor", "plateau_patience") if getattr(self, name) is not None]
         if given and self.schedule != "plateau":
             raise ConfigError(f"train.{given[0]} has no effect with schedule '{self.schedule}'")
+        if self.schedule != "cyclic_cosine":
+            if self.cycles is not None:
+                raise ConfigError(f"train.cycles has no effect with schedule '{self.schedule}'")
+            return
+        if self.cycles is None:
+            raise ConfigError("train.schedule=cyclic_cosine needs train.cycles, the number of its cosine cycles")
+        if self.max_epochs % self.cycles:
+            near = max(round(self.max_epochs / self.cycles), 1) * self.cycles
+            raise ConfigError(
+                f"train.max_epochs is {self.max_epochs}, not a multiple of train.cycles={self.cycles}; cycles end with "
+                f"an epoch: set train.max_epochs={near}"
+            )

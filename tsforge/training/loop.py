@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from tsforge.network import ForecastNetwork
 from tsforge.training.callbacks import EpochCheckpoint, EpochRecord, OnEpoch, ProgressLine, StopTraining, mean_metrics
 from tsforge.training.config import TrainConfig
 from tsforge.training.module import EpochStream, TrainModule, ValidatedModule, Windows
+from tsforge.training.snapshots import SnapshotTaker, check_snapshots, keeps_snapshots, trained_alone
 from tsforge.training.warm_start import compare
 
 LOGGER = get_logger(__name__)
@@ -41,9 +42,10 @@ class TrainResult:
         epochs: epochs of gradient training; 0 for a closed-form fit.
         history: one row an epoch: ``epoch, train_loss, valid_loss, valid_mse, valid_mae, learning_rate, seconds,
             windows_per_second`` (losses in scaled units).
-        best_epoch: the epoch whose weights were kept; -1 for a closed-form fit or a warm start that no epoch clearly
-            improved (``TrainConfig.start_margin``).
-        metrics: the row of the kept weights; errors after the model has settled, where it does.
+        best_epoch: the epoch whose weights were kept (the last with snapshots); -1 for a closed-form fit or a warm
+            start that no epoch clearly improved (``TrainConfig.start_margin``).
+        metrics: the row of the kept weights; errors after the model has settled, where it does, and of the mean of
+            snapshots, where it takes some.
         solve: what the closed form reported, or None.
         stopped_by: ``solved``, ``untrainable``, ``max_epochs``, ``patience`` or ``hook``.
         seconds: wall time of everything.
@@ -71,6 +73,7 @@ def fit_network(
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     progress: bool = True,
+    start_from: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainResult:
     """Fit ``network`` in place and return how it went.
 
@@ -85,10 +88,12 @@ def fit_network(
         resume: continue from that state, if there is one, to the same result as an uninterrupted run.
         on_epoch: hook called after each epoch with its metrics; may raise ``StopTraining`` or anything else.
         progress: draw a progress line when standard error is a terminal.
+        start_from: part of a ``state_dict`` to begin at, over what the closed form found; it competes like that.
 
     Raises:
-        ModelError: no window to train on, or losses that are not finite.
-        ConfigError: resuming with other settings, unaligned windows for a model that couples rows.
+        ModelError: no window to train on, losses that are not finite, or a hook that stops before the last snapshot.
+        ConfigError: resuming with other settings, unaligned windows for a model that couples rows, a schedule or
+            patience that gives a model no snapshots.
         BackendError: the accelerator is missing, or the checkpoint cannot be read.
         KeyboardInterrupt: after the state of the last whole epoch is safe on disk.
     """
@@ -98,12 +103,15 @@ def fit_network(
         raise ConfigError(
             "train.schedule=plateau follows the validation loss; give a validation span or another schedule"
         )
+    check_snapshots(network.model, config)
     if resume and checkpoint_dir is None:
         raise ConfigError("resume=True needs checkpoint_dir, the folder of the interrupted run")
     network.fit_scaler(series)
     network.prepare(series)
     report = network.solve(series)
     reason = _done_without_steps(network, report)
+    if start_from is not None:
+        _take(network, start_from, reason)
     if reason is not None:
         network.eval()
         _set_spread(network, report, train, config)
@@ -122,19 +130,19 @@ def fit_network(
         )
     start = None
     before: dict[str, torch.Tensor] = {}
-    if report is not None and valid is not None:
+    if (report is not None or start_from is not None) and valid is not None:
         start = evaluate_windows(network.eval(), valid, config.eval_batch_size)
         before = {name: value.clone() for name, value in network.state_dict().items()}
     checkpoint = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
-    run = _Run(network=network, train=train, valid=valid, config=config, start=start, checkpoint=checkpoint)
+    run = _Run(network, train, valid, config, start=start, checkpoint=checkpoint, start_from=start_from)
     record, stopped_by = run.descend(resume=resume, on_epoch=on_epoch, progress=progress)
-    if start is not None and valid is not None and record.best_epoch >= 0 and config.start_margin > 0:
+    if start is not None and valid is not None and record.best_epoch >= 0:
         _confirm(network, before, valid, config, record)
     metrics = record.best_metrics()
     if network.settles:
         network.settle((train if valid is None else valid).batches(config.eval_batch_size))
-        if valid is not None:
-            metrics |= evaluate_windows(network, valid, config.eval_batch_size)
+    if valid is not None and (network.settles or record.keep_last):
+        metrics |= evaluate_windows(network, valid, config.eval_batch_size)
     if not network.capabilities.probabilistic:
         _set_spread(network, None, train, config)
     speed = record.windows_seen / record.train_seconds if record.train_seconds else 0.0
@@ -160,19 +168,36 @@ def _confirm(
     config: TrainConfig,
     record: EpochRecord,
 ) -> None:
-    """Go back to the closed-form start unless training has clearly improved on it."""
+    """Go back to the start (closed form, or weights given) unless training has clearly improved on it."""
+    if config.start_margin == 0 and not record.keep_last:
+        return  # the best epoch was better than the start, which is all that is asked
     found = compare(network, before, valid, config.eval_batch_size)
-    kept = not found.is_clear(config.start_margin)
+    kept = not (found.is_clear(config.start_margin) if config.start_margin else found.gain > 0)
     if kept:
         network.load_state_dict(before)
         record.best_epoch = -1
     log_event(
         LOGGER,
-        "kept the closed-form start" if kept else "improved on the closed-form start",
+        "kept the start" if kept else "improved on the start",
         gain=round(found.gain, 6),
         standard_error=round(found.error, 6),
         blocks=found.blocks,
     )
+
+
+def _take(network: ForecastNetwork, weights: Mapping[str, torch.Tensor], reason: str | None) -> None:
+    """Put weights to begin at into the network; refuse them where no training follows."""
+    if reason is not None:
+        raise ConfigError(
+            f"weights to start from have no effect: model '{network.config.model.name}' takes no gradient steps "
+            f"({reason})"
+        )
+    try:
+        unknown = network.load_state_dict(dict(weights), strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise ModelError(f"weights to start from do not fit the model: {' '.join(str(error).split())}") from error
+    if unknown:
+        raise ModelError(f"weights to start from do not fit the model: it has no {', '.join(unknown)}")
 
 
 def _check_windows(network: ForecastNetwork, train: Windows, valid: Windows | None) -> None:
@@ -192,10 +217,14 @@ def _check_windows(network: ForecastNetwork, train: Windows, valid: Windows | No
 
 
 def _done_without_steps(network: ForecastNetwork, report: SolveReport | None) -> str | None:
-    if report is not None and report.finished:
-        return "solved"
     trains = network.capabilities.trainable and any(parameter.requires_grad for parameter in network.parameters())
-    return None if trains else "untrainable"
+    reason = "solved" if report is not None and report.finished else None if trains else "untrainable"
+    if reason is not None and network.likelihood.in_data_units:
+        raise ConfigError(
+            f"a loss of logarithms has no effect: model '{network.config.model.name}' takes no gradient steps "
+            f"({reason}); leave likelihood.loss out, or choose a model or solver that is trained"
+        )
+    return reason
 
 
 def _set_spread(network: ForecastNetwork, report: SolveReport | None, train: Windows, config: TrainConfig) -> None:
@@ -236,7 +265,7 @@ def _precision(config: TrainConfig, accelerator: str) -> str:
     return {"32": "32-true"}.get(config.precision, config.precision)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Run:
     """Gradient training of one network: everything that stays the same from the first epoch to the last."""
 
@@ -246,12 +275,15 @@ class _Run:
     config: TrainConfig
     start: dict[str, float] | None
     checkpoint: Path | None
+    start_from: Mapping[str, torch.Tensor] | None
 
     def fingerprint(self) -> str:
         """Return what a checkpoint must agree with for a resumed run to end like an uninterrupted one."""
         scaling = {name: value.double().sum().item() for name, value in self.network.scaler.state_dict().items()}
+        begun = {name: value.double().sum().item() for name, value in (self.start_from or {}).items()}
         return fingerprint(
             {
+                **({"start_from": begun} if begun else {}),
                 "train": self.config.model_dump(mode="json"),
                 "network": self.network.config.model_dump(mode="json"),
                 "spec": asdict(self.network.spec),
@@ -269,11 +301,14 @@ class _Run:
         stream = EpochStream(
             self.train, config.batch_size, seed=config.seed, shuffle=True, limit=config.max_steps_per_epoch
         )
-        record = EpochRecord(stream, self.fingerprint(), on_epoch)
+        keeper = keeps_snapshots(self.network.model)
+        taker = None if keeper is None else SnapshotTaker(keeper, config)
+        record = EpochRecord(stream, self.fingerprint(), on_epoch, keep_last=taker is not None)
         if self.start is not None:
             record.remember_start(self.network, self.start)
         stopper = self._stopper()
         callbacks: list[pl.Callback] = [
+            *([taker] if taker else []),
             record,
             *([stopper] if stopper else []),
             *([ProgressLine()] if progress else []),
@@ -291,7 +326,10 @@ class _Run:
             if self.valid is not None:
                 valid_stream = EpochStream(self.valid.to(device), config.eval_batch_size, seed=0, shuffle=False)
             self.network.train()
-            trainer.fit(module, stream, valid_stream, ckpt_path=start_from, weights_only=True)
+            with trained_alone(self.network.model):
+                trainer.fit(module, stream, valid_stream, ckpt_path=start_from, weights_only=True)
+        if taker is not None:
+            taker.refuse_early(len(record.history))
         self.network.load_state_dict(record.best_state)
         self.network.cpu().eval()
         if checkpoint is not None:

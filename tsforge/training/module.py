@@ -106,7 +106,12 @@ class TrainModule(pl.LightningModule):
                 eps=1e-12,
             )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "monitor": "valid_loss"}}
-        if settings.schedule == "cosine":
+        if settings.schedule == "cyclic_cosine" and settings.cycles is not None:
+            # Loshchilov, Hutter (2017), Eq. (5); Huang et al. (2017), Eq. (2): whole epochs, so cycles divide the steps
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+                optimizer, T_0=max(self.total_steps // settings.cycles, 1)
+            )
+        elif settings.schedule == "cosine":
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.total_steps)
         else:
             scheduler = torch.optim.lr_scheduler.OneCycleLR(
