@@ -12,7 +12,17 @@ from tsforge.core.config import Config
 JointName = Literal["mahalanobis", "mean_abs", "max_abs", "top_k", "fisher"]
 HorizonReduction = Literal["first", "last", "median", "max"]
 ScoreKind = Literal[
-    "normalised", "tail", "interval", "nll", "growth", "spectrum", "states", "regions", "reconstruction", "latent"
+    "normalised",
+    "tail",
+    "interval",
+    "nll",
+    "growth",
+    "spectrum",
+    "states",
+    "regions",
+    "reconstruction",
+    "latent",
+    "free_energy",
 ]
 FORECAST_KINDS = ("normalised", "tail", "interval", "nll", "growth")
 ANSWERS = {
@@ -22,6 +32,7 @@ ANSWERS = {
     "regions": "changed dynamics",
     "reconstruction": "row at odds with its window",
     "latent": "unfamiliar regime",
+    "free_energy": "row that the model explains badly, or only by an unlikely state",
 }
 """What a high score of a kind means, where it is not a bad forecast."""
 DYNAMIC_KINDS = ("spectrum", "states", "regions")
@@ -65,8 +76,8 @@ class ScoreConfig(Config):
     interval in half-widths, ``nll``, its negative log density; ``growth``, the error of a ``plrnn``'s free run against
     what its Jacobians expect. Of a trailing window: its power ``spectrum``, the ``states`` it visits, the linear
     ``regions`` a ``plrnn`` of kind ``almost_linear`` goes through, or its ``reconstruction`` from principal components.
-    ``latent``: how unfamiliar the state is that the model forecasts from. All of them then in robust standard
-    deviations of step and variate."""
+    ``latent``: how unfamiliar the state is that the model forecasts from; ``free_energy``: what it costs a ``pvrnn`` to
+    explain the row. All of them then in robust standard deviations of step and variate."""
     joint: JointName = "mahalanobis"
     """``mahalanobis`` sees broken correlations, ``max_abs`` single sensors, ``mean_abs`` broad faults."""
     top_k: int | None = Field(None, ge=1)
@@ -94,6 +105,9 @@ class ScoreConfig(Config):
     errors are joined; these score a row only ``window - 1`` rows later."""
     explained: float | None = Field(None, gt=0.0, lt=1.0)
     """Share of the variance that the principal components of ``reconstruction`` and ``latent`` hold (default 0.95)."""
+    part: Literal["both", "reconstruction", "divergence"] | None = None
+    """Which part of ``free_energy``: what the model cannot explain, how unlikely its explanation is, or their sum
+    (default)."""
     stride: int | None = Field(None, ge=1)
     """Rows between windows; their scores are held in between (default a fiftieth of the window)."""
     bins: int | None = Field(None, ge=2, le=100)
@@ -121,6 +135,7 @@ class ScoreConfig(Config):
             "interval": ("interval",),
             "overlap_reduction": ("reconstruction",),
             "explained": ("reconstruction", "latent"),
+            "part": ("free_energy",),
         }
         for name, kinds in of_kind.items():
             if getattr(self, name) is not None and self.kind not in kinds:
@@ -139,7 +154,7 @@ class ScoreConfig(Config):
     @property
     def is_one_sided(self) -> bool:
         """True when only large values are strange: distances and costs, not signed residuals."""
-        return self.kind in (*DYNAMIC_KINDS, "nll", "latent")
+        return self.kind in (*DYNAMIC_KINDS, "nll", "latent", "free_energy")
 
     @property
     def has_data_units(self) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsforge.anomaly.config import DEFAULT_WINDOW, RECONSTRUCTED_ROWS, ScoreConfig
+from tsforge.anomaly.free_energy import RowEnergies, free_energies
 from tsforge.anomaly.growth import free_runs
 from tsforge.anomaly.latent import latent_distances
 from tsforge.anomaly.reconstruction import EXPLAINED, fit_window_pca
@@ -72,7 +73,8 @@ def collect_deviations(
     """Return the deviations of absolute rows [start, stop); each forecast is made from rows before the one it is for.
 
     Of windowed kinds these are distances of the window that ends with a row, the same for all variates with
-    ``regions`` and states that all variates share; nothing is expected then. Reconstructed rows are expected.
+    ``regions`` and states that all variates share; nothing is expected then. Reconstructed rows are expected, with
+    ``free_energy`` as the model explains them.
 
     Args:
         artifact: the fitted network.
@@ -84,8 +86,8 @@ def collect_deviations(
         training: absolute rows that windows are compared with.
 
     Raises:
-        ModelError: ``tail``, ``interval`` or ``nll`` of an artifact that forecasts points only; ``regions``, ``latent``
-            or ``growth`` of a model that has nothing of the kind.
+        ModelError: ``tail``, ``interval`` or ``nll`` of an artifact that forecasts points only; ``regions``,
+            ``growth``, ``latent`` or ``free_energy`` of a model that has nothing of the kind.
         DataError: too few training rows for a window.
     """
     if config.is_windowed:
@@ -191,18 +193,24 @@ def _windowed(
     expected = np.full_like(values, np.nan)
     found = np.full((len(ids), stop - start, 1, width), np.nan)
     latent: dict[str, FloatArray] = {}
+    energies: dict[str, RowEnergies] = {}
     symbols: dict[str, NDArray[np.int64]] = {}
     window = config.window or (RECONSTRUCTED_ROWS if config.kind == "reconstruction" else DEFAULT_WINDOW)
     first = start - window + 1  # rows before the span only fill its first windows
     early = min(first, training[0])
     if config.kind == "latent":
         latent = latent_distances(artifact, frame, span, training, config.explained or EXPLAINED)
+    if config.kind == "free_energy":
+        energies = free_energies(artifact, frame, span)
     if config.kind == "regions":
         symbols = visited_regions(artifact, frame, early, stop)
     for place, name in enumerate(ids):
         try:
             if config.kind == "latent":
                 scores = latent[name]
+            elif config.kind == "free_energy":
+                expected[place] = energies[name].expected
+                scores = energies[name].costs(values[place], config.part or "both", impossible=0.5 * FAR_OUT**2)
             elif config.kind == "reconstruction":
                 rows = observed_values(observed, (name,), first, stop)[0]
                 model = fit_window_pca(
