@@ -129,6 +129,32 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], value: float, m
     }
 
 
+def epochs_chart(weights: pl.DataFrame, *, most: int = 8) -> go.Figure:
+    """Return lines over epochs of the cells whose largest and least value differ most.
+
+    Args:
+        weights: ``epoch, row`` (receives), ``column`` (gives), ``value``.
+        most: lines.
+    """
+    keys = ["row", "column"]
+    moved = weights.group_by(keys, maintain_order=True).agg((pl.col("value").max() - pl.col("value").min()).alias("by"))
+    figure = go.Figure()
+    for number, cell in enumerate(moved.sort("by", descending=True, maintain_order=True).head(most).to_dicts()):
+        part = weights.filter(row=cell["row"], column=cell["column"]).sort("epoch")
+        own = cell["row"] == cell["column"]
+        figure.add_scatter(
+            x=part["epoch"],
+            y=part["value"],
+            name=f"{short_name(cell['row'])} from {'itself' if own else short_name(cell['column'])}",
+            mode="lines+markers",
+            line={"color": CYCLE[number % len(CYCLE)], "width": 2},
+            marker={"size": 4},
+        )
+    figure = style(figure, height=320, y_title="weight")
+    figure.update_xaxes(title_text="epoch")
+    return figure
+
+
 def contributions_chart(contributions: pl.DataFrame, *, variate: str) -> go.Figure:
     """Return stacked bars of what each variate gives to a variate at every step, and their sum as a line.
 

@@ -3,8 +3,9 @@
 ``config.yaml`` the run's resolved config, ``spec.json`` network config, sizes and window (of an ensemble also those of
 its members), ``schema.json`` columns, grid and series, ``weights.safetensors``, ``calibration.parquet`` (if
 calibrated), ``dependence.safetensors`` (if there is a structure over the horizon, for sample paths), ``metrics.json``,
-``explanation.json``, ``provenance.json``, long tables of the model (``evolution.parquet``, if it has some) and
-``manifest.json`` (format version, SHA-256 of every file), which is written last.
+``explanation.json``, ``provenance.json``, long tables of the model (``evolution.parquet``, if it has some) and of its
+training (``evolution_epochs.parquet``, if asked for) and ``manifest.json`` (format version, SHA-256 of every file),
+which is written last.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from tsforge.network import ForecastNetwork, NetworkConfig
 FORMAT = "tsforge-artifact"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_TRAINING_TABLES = ("evolution_epochs",)
 _PACKAGES = ("tsforge", "torch", "lightning", "numpy", "polars", "safetensors")
 _REQUIRED = (
     "config.yaml",
@@ -68,6 +70,7 @@ class Artifact:
         metrics: name -> number, on validation data.
         provenance: versions, git revision, data fingerprint, seeds, time of making.
         explanation: fitted quantities worth showing, from ``ForecastModel.explain``.
+        tables: long tables of the training, by name; in the folder as Parquet.
         path: folder it was saved to or loaded from.
     """
 
@@ -83,6 +86,7 @@ class Artifact:
     metrics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     explanation: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, pl.DataFrame] = field(default_factory=dict)
     path: Path | None = None
 
     @property
@@ -224,7 +228,7 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
             (temporary / name).write_bytes(content)
         if artifact.calibration is not None:
             artifact.calibration.write_parquet(temporary / "calibration.parquet")
-        for name, table in tables.items():
+        for name, table in {**tables, **artifact.tables}.items():
             table.write_parquet(temporary / f"{name}.parquet")
         listed = {
             item.name: {"sha256": hashlib.sha256(item.read_bytes()).hexdigest(), "bytes": item.stat().st_size}
@@ -348,6 +352,11 @@ def load_artifact(path: Path) -> Artifact:
             provenance=json.loads(contents["provenance.json"]),
             explanation=json.loads(contents["explanation.json"])
             | _read_tables(contents, network.model.long_tables, tuple(schema["schema"]["targets"])),
+            tables={
+                name: pl.read_parquet(contents[f"{name}.parquet"])
+                for name in _TRAINING_TABLES
+                if f"{name}.parquet" in contents
+            },
             path=path,
         )
     except (TsforgeError, SafetensorError, pl.exceptions.PolarsError, KeyError, TypeError, ValueError) as error:

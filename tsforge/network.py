@@ -129,7 +129,13 @@ class ForecastNetwork(nn.Module):
             self.set_residual_scale(torch.where(count > 0, total / count.clamp(min=1), pooled).sqrt())
 
     def prepare(self, data: TrainingSeries) -> None:
-        """Show the model the training span in data units."""
+        """Show the model the training span in data units.
+
+        Raises:
+            ModelError: the loss compares logarithms, and a training value is negative.
+        """
+        if self.likelihood.in_data_units:
+            _check_not_negative(data, self.config.likelihood)
         self.model.prepare(data)
 
     @property
@@ -198,22 +204,40 @@ class ForecastNetwork(nn.Module):
         if scaled.target is None:
             raise ModelError("a loss needs windows with a target")
         prediction = self._predict_scaled(scaled)
-        unit = self.scaler.unit(batch, stats[1])
-        parts = {"nll": self.likelihood.nll(prediction.raw, scaled.target, scaled.target_mask, unit)}
+        raw, target, unit = self._compared(batch, stats, prediction.raw, scaled.target, batch.target)
+        parts = {"nll": self.likelihood.nll(raw, target, scaled.target_mask, unit)}
         if prediction.context_raw is not None:
             context_raw = self._filled(prediction.context_raw) + self.param_offset[:1]
             last = slice(scaled.context.shape[1] - context_raw.shape[1], None)
-            loss = self.likelihood.nll(context_raw, scaled.context[:, last], scaled.context_mask[:, last], unit)
+            given = (scaled.context[:, last], batch.context[:, last])
+            raw, target, unit = self._compared(batch, stats, context_raw, *given)
+            loss = self.likelihood.nll(raw, target, scaled.context_mask[:, last], unit)
             parts["context_nll"] = loss * prediction.context_weight
         parts.update(prediction.aux_losses or {})
         total = parts["nll"] if len(parts) == 1 else torch.stack([part.float() for part in parts.values()]).sum()
         return scaled, prediction, {"loss": total, **parts}
 
+    def _compared(
+        self, batch: Batch, stats: tuple[Tensor, Tensor], raw: Tensor, scaled: Tensor, given: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return parameters, values and their unit as the likelihood's loss takes them.
+
+        Args:
+            batch, stats: data units, and what they are scaled with.
+            raw: parameters [B, T, V, K] in scaled units.
+            scaled, given: values [B, T, V] in scaled and in data units.
+        """
+        loc, scale = stats
+        if not self.likelihood.in_data_units:
+            return raw, scaled, self.scaler.unit(batch, scale)
+        assert given is not None  # scaled values come from them
+        return raw * scale.unsqueeze(-1) + loc.unsqueeze(-1), given, None
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` (the sum to minimise), ``nll`` and every part the model adds, for a batch in data units.
 
-        Units: scaled; with scaling ``window`` point and pinball losses are measured against the training spread of the
-        series, so quiet windows do not dominate.
+        Units: scaled, but for losses of logarithms, which take data units; with scaling ``window`` point and pinball
+        losses are measured against the training spread of the series, so quiet windows do not dominate.
         """
         return self._parts(batch)[2]
 
@@ -226,8 +250,9 @@ class ForecastNetwork(nn.Module):
         if scaled.target is None:
             raise ModelError("a loss needs windows with a target")
         mask = torch.ones_like(scaled.target, dtype=torch.bool) if scaled.target_mask is None else scaled.target_mask
-        target = torch.where(mask, scaled.target, 0.0)
-        cells = self.likelihood.loss(self._predict_scaled(scaled).raw, target, self.scaler.unit(batch, stats[1]))
+        found = self._predict_scaled(scaled).raw
+        raw, target, unit = self._compared(batch, stats, found, scaled.target, batch.target)
+        cells = self.likelihood.loss(raw, torch.where(mask, target, 0.0), unit)
         return torch.where(mask, cells, 0.0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
 
     @torch.no_grad()
@@ -326,6 +351,17 @@ def build_network(config: NetworkConfig, spec: DataSpec, *, seed: int = 0) -> Fo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ForecastNetwork(config, spec)
+
+
+def _check_not_negative(data: TrainingSeries, likelihood: LikelihoodConfig) -> None:
+    below = (data.values < 0) & data.mask
+    if bool(below.any()):
+        loss = getattr(likelihood, "loss", likelihood.name)
+        where = ", ".join(str(int(number)) for number in below.any(0).nonzero())
+        raise ModelError(
+            f"likelihood.loss={loss} compares logarithms and needs values of at least 0; {int(below.sum())} of "
+            f"{int(data.mask.sum())} training cells are negative (variate {where} from 0): use mse, mae or huber"
+        )
 
 
 def _check_covariates(name: str, capabilities: Capabilities, spec: DataSpec) -> None:

@@ -47,6 +47,7 @@ def _draw(workspace: Workspace) -> None:
     mine = cells.filter(pl.col("layer") == layer)
     _evolution(mine)
     _weights(mine)
+    _epochs(catalog_graphs.graph_epochs(workspace, artifact).filter(layer=layer), facts)
     _stability(workspace, artifact, layer, facts)
     _forecast(facts)
     with st.expander("Table"):
@@ -94,6 +95,23 @@ def _weights(cells: pl.DataFrame) -> None:
     left.caption("What a variate takes from itself, and the sum of what it takes from others:")
     with left:
         table(rows, {"row": "variate", "itself": "from itself", "others": "from others"})
+
+
+def _epochs(cells: pl.DataFrame, facts: dict[str, Any]) -> None:
+    st.subheader("Over the epochs")
+    if cells.is_empty():
+        st.caption(
+            "This fit stored the graphs of its final weights only. To see how they came about, fit with `log_graphs=1` "
+            f"(after every epoch, or every so many), as in `tsforge fit data={facts['dataset']} model={facts['model']} "
+            "log_graphs=1`."
+        )
+        return
+    weights = cells.filter(matrix=WEIGHTS)
+    st.caption(
+        f"Evolution weights after {weights['epoch'].n_unique()} epochs (from 0), those that moved most. The final "
+        "weights are those of the best epoch, not of the last."
+    )
+    st.plotly_chart(charts.epochs_chart(weights), width="stretch", key="graph-epochs")
 
 
 def _stability(workspace: Workspace, artifact: str, layer: str, facts: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from streamlit.testing.v1 import AppTest
 
@@ -213,6 +214,16 @@ def test_graphs_page_with_too_few_seeds_says_how_to_get_more(
     page = draw("graphs", artifact=kept)
     assert not page.exception
     assert any("1 seed(s)" in note.value and "train.seed=1" in note.value for note in page.caption)
+    # graphs over epochs: none stored, then a table of three epochs
+    assert any("log_graphs=1" in note.value for note in page.caption)
+    charts = len(page.get("plotly_chart"))
+    final = pl.read_parquet(home / "artifacts" / kept / "evolution.parquet")
+    steps = [final.with_columns(pl.lit(epoch).alias("epoch"), pl.col("value") * epoch) for epoch in (0, 1, 2)]
+    pl.concat(steps).write_parquet(home / "artifacts" / kept / "evolution_epochs.parquet")
+    page = draw("graphs", artifact=kept)
+    assert not page.exception
+    assert len(page.get("plotly_chart")) == charts + 1
+    assert any("after 3 epochs" in note.value for note in page.caption)
 
 
 def test_kernel_of_the_autoregression_is_drawn_on_the_forecast_page(filled: Path) -> None:

@@ -14,8 +14,9 @@ from tsforge.core.errors import ArtifactError, listing
 from tsforge.core.workspace import Workspace
 
 TABLE = "evolution.parquet"
+EPOCHS = "evolution_epochs.parquet"
 WEIGHTS = "evolution_weights"
-_APART = ("tracking", "calibration")  # parts of a config that do not decide the weights
+_APART = ("tracking", "calibration", "log_graphs")  # parts of a config that do not decide the weights
 _COLUMNS = {"run", "layer", "matrix", "row", "column", "value"}
 
 
@@ -34,11 +35,29 @@ def graph_table(workspace: Workspace, artifact: str) -> pl.DataFrame:
     if not place.is_file():
         known = [record["id"] for record in list_graphs(workspace)]
         raise ArtifactError(f"artifact '{artifact}' has no graph (with one: {listing(known) or 'none'})")
+    return _read(place, _COLUMNS)
+
+
+def graph_epochs(workspace: Workspace, artifact: str) -> pl.DataFrame:
+    """Return the graphs of a model as they were after epochs of its training, ``run, epoch, layer, matrix, row, column,
+    value``; empty where the fit kept none (``log_graphs``).
+
+    Raises:
+        ArtifactError: the table cannot be read.
+    """
+    place = workspace.artifacts / artifact / EPOCHS
+    columns = {**dict.fromkeys(("run", "layer", "matrix", "row", "column"), pl.String), "epoch": pl.Int64}
+    if not place.is_file():
+        return pl.DataFrame(schema={**columns, "value": pl.Float64})
+    return _read(place, _COLUMNS | {"epoch"})
+
+
+def _read(place: Path, columns: set[str]) -> pl.DataFrame:
     try:
         table = pl.read_parquet(place)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise ArtifactError(f"{place} cannot be read ({error}); fit again") from error
-    lacking = _COLUMNS - set(table.columns)
+    lacking = columns - set(table.columns)
     if lacking:
         raise ArtifactError(f"{place} lacks the column(s) {listing(sorted(lacking))}; fit again")
     return table

@@ -24,7 +24,10 @@ import torch
 from pydantic import Field, SerializeAsAny, field_validator
 
 from tsforge.app.auto import AUTO, RaceData, race
+from tsforge.app.graph_log import NAME as GRAPH_TABLE
+from tsforge.app.graph_log import GraphLog
 from tsforge.app.ingest import load_history
+from tsforge.app.warm_start import WarmStartConfig, check_blind, earlier_fit, starting_weights
 from tsforge.artifact import Artifact, collect_provenance, create_artifact, save_artifact
 from tsforge.contracts.model import ModelConfig
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
@@ -116,6 +119,9 @@ class FitConfig(Config):
     calibration: CalibrationConfig = CalibrationConfig()
     covariates: Literal["usable", "all"] = "usable"
     """``usable`` leaves out, with a warning, the kinds of covariates that the model cannot take; ``all`` refuses."""
+    warm_start: WarmStartConfig = WarmStartConfig()
+    log_graphs: int = Field(0, ge=0)
+    """Keep the graphs of a model that learns some after every so many epochs, in the artifact; 0 = only the last."""
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("model", mode="before")
@@ -249,6 +255,9 @@ def _race(
     """Choose among all models; what calibrates is not looked at."""
     if config.entities.watch != "seen_valid":
         raise ConfigError(f"entities.watch={config.entities.watch} has no effect with model=auto; leave it out")
+    if config.log_graphs or config.warm_start.artifact is not None:
+        name = "log_graphs" if config.log_graphs else "warm_start.artifact"
+        raise ConfigError(f"{name} has no effect with model=auto, which tries many models; leave it out")
     select = _choosing_span(splits, config.window.horizon)
     data = RaceData(
         final_stop=_fitted_rows(config, splits)[1],
@@ -262,6 +271,35 @@ def _race(
         only=~held_out if held_out.any() else None,
     )
     return race(data, progress=progress)
+
+
+def _start(
+    network: ForecastNetwork,
+    config: FitConfig,
+    earlier: Artifact | None,
+    panel: Panel,
+    held_out: tuple[str, ...],
+) -> dict[str, torch.Tensor] | None:
+    """Return the weights that training begins at, None for fresh ones."""
+    if earlier is None:
+        if config.warm_start.artifact is not None:
+            raise ConfigError(
+                f"warm_start.artifact={config.warm_start.artifact} works with tsforge fit and retrain only: "
+                "elsewhere it would know rows that are forecast; leave it out"
+            )
+        return None
+    check_blind(earlier, panel, make_splits(panel, config.split).train[1], held_out)
+    return starting_weights(network, earlier, config.warm_start.dropout, seed=config.train.seed)
+
+
+def _graph_log(
+    network: ForecastNetwork, config: FitConfig, checkpoint_dir: Path | None, *, resume: bool
+) -> GraphLog | None:
+    """Return what keeps the graphs of a training, None where nobody asked."""
+    if not config.log_graphs:
+        return None
+    epochs = config.train.max_epochs
+    return GraphLog(network, every=config.log_graphs, epochs=epochs, folder=checkpoint_dir, resume=resume)
 
 
 def _check_held_out(network: ForecastNetwork, held_out: tuple[str, ...]) -> None:
@@ -351,6 +389,7 @@ def fit_frame(
     resume: bool = False,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
     progress: bool = False,
+    earlier: Artifact | None = None,
 ) -> tuple[Artifact, TrainResult]:
     """Fit on data and return the unsaved artifact and the training's record; nothing is tracked or stored.
 
@@ -362,15 +401,15 @@ def fit_frame(
         checkpoint_dir, resume: where an interrupted training goes on from.
         on_epoch: called after each epoch with its number and metrics.
         progress: show a bar.
+        earlier: what ``config.warm_start`` names.
 
     Raises:
         DataError: too few rows for one window in a part (the message says how many are needed), or no series to hold
             out or to fit on.
         ConfigError, ModelError: model and data do not fit each other, held-out series that the model or its scaling
-            cannot forecast, or the training failed.
+            cannot forecast, weights to start from that do not fit or know too much, or the training failed.
     """
-    seed = config.train.seed
-    seed_everything(seed)
+    seed_everything(seed := config.train.seed)
     frame = newest(history)
     if config.covariates == "usable":
         frame = _usable(frame, config.model.name)
@@ -383,6 +422,7 @@ def fit_frame(
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
     spans = _make_spans(panel, config, splits, held_out, aligned=network.capabilities.rows_coupled)
     raced, fitted_rows = config.model.name == AUTO, _fitted_rows(config, splits)
+    log: GraphLog | None = None
     if raced:
         if resume:
             raise ConfigError("--resume has no effect with model=auto; run it again without")
@@ -391,6 +431,8 @@ def fit_frame(
         if fitted_rows != splits.train:  # the other rows of the valid span are no longer held out
             spans = replace(spans, graded={**spans.graded, "valid": spans.calibration})
     else:
+        start = _start(network, config, earlier, panel, names)
+        log = _graph_log(network, config, checkpoint_dir, resume=resume)
         training = fit_network(
             network,
             spans.train,
@@ -399,8 +441,9 @@ def fit_frame(
             series=series,
             checkpoint_dir=checkpoint_dir,
             resume=resume,
-            on_epoch=on_epoch,
+            on_epoch=on_epoch if log is None else log.then(on_epoch),
             progress=progress,
+            start_from=start,
         )
     if training.epochs == 0 and config.entities.watch != "seen_valid" and not raced:
         _LOG.warning(
@@ -430,16 +473,26 @@ def fit_frame(
             "spans": {name: _span_times(panel, span) for name, span in rows.items()},
             "span_rows": rows,
             "entities": {"held_out": list(names), "watch": config.entities.watch},
-            "training": {
-                "epochs": training.epochs,
-                "best_epoch": training.best_epoch,
-                "stopped_by": training.stopped_by,
-                "seconds": round(training.seconds, 3),
-                "windows_per_second": round(training.windows_per_second, 1),
-            },
+            "training": _training_facts(training, earlier, config),
         },
     )
+    if log is not None:
+        table = log.table(artifact.id, panel.schema.targets, training.epochs)
+        artifact = replace(artifact, tables={GRAPH_TABLE: table})
     return _with_dependence(artifact, calibration, config.calibration, device), training
+
+
+def _training_facts(training: TrainResult, earlier: Artifact | None, config: FitConfig) -> dict[str, Any]:
+    """Return what provenance says about a training."""
+    start = {} if earlier is None else {"started_from": earlier.id, "start_dropout": config.warm_start.dropout}
+    return {
+        "epochs": training.epochs,
+        "best_epoch": training.best_epoch,
+        "stopped_by": training.stopped_by,
+        "seconds": round(training.seconds, 3),
+        "windows_per_second": round(training.windows_per_second, 1),
+        **start,
+    }
 
 
 def _with_dependence(
@@ -497,7 +550,13 @@ def fit(
                 on_epoch(epoch, metrics)
 
         artifact, training = fit_frame(
-            history, config, checkpoint_dir=checkpoint_dir, resume=resume, on_epoch=after_epoch, progress=progress
+            history,
+            config,
+            checkpoint_dir=checkpoint_dir,
+            resume=resume,
+            on_epoch=after_epoch,
+            progress=progress,
+            earlier=earlier_fit(config.warm_start, workspace),
         )
         artifact = save_artifact(artifact, workspace.artifacts)
         # names of their own: the curves of the epochs carry the plain ones, in scaled units

@@ -147,8 +147,8 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
         is_new = config.reset or not (folder / STATE).exists()
         live = _begin(config, artifact, dataset, workspace) if is_new else _resume(config, artifact, dataset, folder)
         taken, scores, added, waiting = _catch_up(live, dataset, workspace)
-        blind = live.buffer.blind() if live.mode == "window" else ()
-        awake = tuple(series for series in live.series if series not in blind)
+        blind = live.blind()
+        awake = [name for name in live.ends()["series_id"] if name not in blind]
         if not awake:
             raise DataError(f"none of the {len(blind)} series of stream '{name}' has a value in its whole context")
         forecast = live.forecast(config.quantile_levels, series=awake if blind else None)

@@ -146,6 +146,26 @@ def published_windows(artifact: Artifact, panel: Panel, forecasts: WindowForecas
     stop, length = low + cutoff - panel.offset[series], artifact.window.context_length
     running = np.concatenate([[0], np.cumsum(panel.target_observed.any(axis=1))])
     seen: NDArray[np.bool_] = running[np.clip(stop, low, high)] > running[np.clip(stop - length, low, high)]
+    return without_blind(artifact, present, seen, series, panel.series_ids)
+
+
+def without_blind(
+    artifact: Artifact,
+    present: NDArray[np.bool_],
+    seen: NDArray[np.bool_],
+    series: NDArray[np.int64],
+    ids: Sequence[str],
+) -> NDArray[np.bool_]:
+    """Return which of the windows that are ``present`` [N] get a forecast: not those of a model that couples series in
+    which nothing of their own series was ``seen`` [N]; a warning names these.
+
+    Args:
+        artifact, present, seen: see above.
+        series: [N], number of the series of each window among ``ids``.
+        ids: names of series.
+    """
+    if not artifact.network.capabilities.rows_coupled:
+        return present
     blind = present & ~seen
     if blind.any():
         _LOG.warning(
@@ -153,10 +173,11 @@ def published_windows(artifact: Artifact, panel: Panel, forecasts: WindowForecas
             int(blind.sum()),
             int(present.sum()),
             len(np.unique(series[blind])),
-            listing([panel.series_ids[index] for index in np.unique(series[blind])]),
-            length,
+            listing([ids[index] for index in np.unique(series[blind])]),
+            artifact.window.context_length,
         )
-    return present & seen
+    kept: NDArray[np.bool_] = present & seen
+    return kept
 
 
 def network_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:

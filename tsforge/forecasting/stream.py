@@ -35,6 +35,7 @@ from tsforge.forecasting.predict import (
     network_levels,
     offered_levels,
     published_quantiles,
+    without_blind,
 )
 from tsforge.forecasting.stream_buffer import Buffer
 from tsforge.forecasting.stream_carried import Carried, Carrier
@@ -166,7 +167,8 @@ class Stream:
         Returns:
             ``series_id, time, variate, value, expected`` (forecast before the row was taken), ``low, high`` (interval
             at ``levels``), ``score`` (distance from ``expected`` in standard deviations of a normal law with
-            that interval) and ``outside``; null where the artifact has no interval.
+            that interval) and ``outside``; null where the artifact has no interval, and where the model couples
+            series and nothing of this one was observed in the rows before.
 
         Raises:
             DataError: see ``collect_rows``.
@@ -181,6 +183,8 @@ class Stream:
                 self._expect(new, levels, expected)
             else:
                 carried = self._carrier(levels).carry(self.carried, new, expected)
+        if self.buffer.coupled:
+            expected[~self.buffer.seen_before(new)] = np.nan  # what the other series suggest is no expectation of it
         owner = new.owner
         times = self.buffer.last[owner] + 1 + new.done
         table = score_table(
@@ -232,20 +236,24 @@ class Stream:
     ) -> Forecast:
         """Return the forecast of the H steps after the last row of every series; the state stays as it is.
 
+        As in ``predict``, a model that couples series gives none for a series with nothing observed in the rows kept; a
+        warning says how many these are.
+
         Args:
             quantile_levels: default every level the artifact offers, as in ``predict``; () for none.
             known: ``series_id, time`` and known covariates of the steps, over what the stream was told before.
             series: only these; default all.
 
         Raises:
-            DataError: unknown series, known covariates missing, or (mode ``window``) nothing observed in a context.
+            DataError: unknown series, known covariates missing, or nothing observed in a context (mode ``window``; of a
+                model that couples series in any mode, and in all contexts).
             ConfigError: levels that the artifact does not offer.
             ModelError: a forecast is not finite.
         """
         artifact, network = self.artifact, self.artifact.network
         levels = offered_levels(artifact) if quantile_levels is None else checked_levels(artifact, quantile_levels)
         chosen = self.buffer.chosen(series)
-        if self.carried is None:
+        if self.carried is None or self.buffer.coupled:
             self.buffer.check_sight(chosen)
         ahead = overlay_known(known, self.buffer.place)
         self.buffer.check_known(chosen, ahead)
@@ -256,7 +264,8 @@ class Stream:
         asked = network_levels(artifact, levels)
         with evaluating(network), torch.no_grad():
             found = concatenate([self._forecast(told, part, asked) for part in parts])
-        keep = np.isin(found.series_index, chosen)
+        places = found.series_index
+        keep = without_blind(artifact, np.isin(places, chosen), self.buffer.seen()[places], places, self.series)
         quantiles = published_quantiles(artifact, found, levels)
         table = forecast_table(replace(found, quantiles=quantiles), told.names(), levels, keep=keep)
         metadata = {
@@ -269,6 +278,13 @@ class Stream:
             "stream": self.mode,
         }
         return Forecast(table=table, quantile_levels=levels, metadata=metadata)
+
+    def blind(self) -> tuple[str, ...]:
+        """Return the series that ``forecast`` refuses or leaves out: no observed target in the rows kept.
+
+        None of a model that is carried series by series: its state remembers what came before.
+        """
+        return () if self.carried is not None and not self.buffer.coupled else self.buffer.blind()
 
     def _forecast(self, buffer: Buffer, series: Tensor, levels: tuple[float, ...]) -> WindowForecasts:
         if self.carried is None:

@@ -232,11 +232,28 @@ class Buffer:
         table = pl.DataFrame([ids, self.artifact.grid.time_at(self.last.numpy())])
         return table.filter(pl.Series(self.started.numpy()))
 
+    def seen(self) -> NDArray[np.bool_]:
+        """Return whether a target was observed in the rows kept of each series [S]."""
+        targets = self.rows[..., : self.artifact.network.spec.num_variates].numpy()
+        found: NDArray[np.bool_] = ~np.isnan(targets).all(axis=(1, 2))
+        return found
+
+    def seen_before(self, new: NewRows) -> NDArray[np.bool_]:
+        """Return whether a target was observed in the L rows before each new row [N]; of series on one clock."""
+        variates, length = self.artifact.network.spec.num_variates, self.rows.shape[1]
+        kept = self.last.numpy()[:, None] + np.arange(1 - length, 1)
+        old = self.cells(self.everyone, torch.from_numpy(kept), None).numpy()[..., :variates]
+        fresh = new.values.numpy()[:, :variates].reshape(len(kept), -1, variates)  # as many rows of every series
+        index = self.last.numpy()[:, None] + 1 + np.arange(fresh.shape[1])
+        observed = ~np.isnan(np.concatenate([old, fresh], axis=1)).all(axis=2)
+        newest = np.where(observed, np.concatenate([kept, index], axis=1), np.iinfo(np.int64).min)
+        before = np.maximum.accumulate(newest, axis=1)[:, length - 1 : -1]
+        return (before >= index - length).ravel()
+
     def blind(self) -> tuple[str, ...]:
-        """Return the series without any observed target in the rows kept."""
-        targets = self.rows[..., : self.artifact.network.spec.num_variates]
-        unseen = torch.isnan(targets).flatten(1).all(dim=1)
-        return tuple(self.series[int(place)] for place in unseen.nonzero())
+        """Return the series that have begun and have no observed target in the rows kept."""
+        unseen = self.started.numpy() & ~self.seen()
+        return tuple(self.series[place] for place in np.flatnonzero(unseen))
 
     def chosen(self, series: Sequence[str] | None) -> list[int]:
         """Return the positions of series by name, default all that have begun.

@@ -29,7 +29,9 @@ class Point(Config):
     """Only a location, no distribution; intervals come from conformal calibration."""
 
     name: Literal["point"] = "point"
-    loss: Literal["mse", "mae", "huber"] = "mse"
+    loss: Literal["mse", "mae", "huber", "msle", "male"] = "mse"
+    """``msle`` and ``male`` are squared and absolute differences of log(1 + y), y in data units: for values of at least
+    0. Where a forecast is below 0 its logarithm goes on as the straight line y."""
     huber_delta: float = Field(default=1.0, gt=0)
     """Error, in scaled units, from which the Huber loss grows linearly."""
 
@@ -72,6 +74,11 @@ def inverse_softplus(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return value + torch.log(-torch.expm1(-value))
 
 
+def log_or_line(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return log(1 + x) for x >= 0 and x itself below, its tangent at 0: finite and increasing everywhere."""
+    return torch.where(values > 0, values.clamp(min=0).log1p(), values)
+
+
 def masked_mean(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None) -> Float[Tensor, ""]:
     """Return the mean over observed cells; 0 with zero gradient where nothing is observed."""
     if mask is None:
@@ -84,6 +91,7 @@ class Likelihood(nn.Module):
 
     num_params: int
     has_distribution: bool = True
+    in_data_units: bool = False  # ``loss`` takes locations and targets in data units, at least 0, and no ``unit``
 
     def initial_raw(self, residual_scale: Float[Tensor, "horizon variate"]) -> Float[Tensor, "horizon variate param"]:
         """Return the constant to add to raw outputs so that zeros mean "spread = residual_scale"; location part 0."""
@@ -145,17 +153,18 @@ class PointLikelihood(Likelihood):
     def __init__(self, config: Point) -> None:
         super().__init__()
         self.config = config
+        self.in_data_units = config.loss in ("msle", "male")
 
     def loss(
         self, raw: Float[Tensor, "*shape param"], target: Float[Tensor, "*shape"], unit: Tensor | None
     ) -> Float[Tensor, "*shape"]:
-        """Return squared, absolute or Huber error."""
-        error = raw[..., 0] - target
+        """Return squared, absolute or Huber error, or the first two of logarithms."""
+        error = log_or_line(raw[..., 0]) - log_or_line(target) if self.in_data_units else raw[..., 0] - target
         if unit is not None:
             error = error * unit
-        if self.config.loss == "mse":
+        if self.config.loss in ("mse", "msle"):
             return error.square()
-        if self.config.loss == "mae":
+        if self.config.loss in ("mae", "male"):
             return error.abs()
         return huber_loss(error, torch.zeros_like(error), reduction="none", delta=self.config.huber_delta)
 

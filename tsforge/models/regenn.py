@@ -43,7 +43,7 @@ from tsforge.core.errors import ConfigError, ModelError
 from tsforge.core.logs import get_logger
 from tsforge.layers.regenn import Activation, GraphEvolution
 from tsforge.models._ar_windows import residual_scale
-from tsforge.models._regenn_explain import evolution_records, kernel_records
+from tsforge.models._regenn_explain import evolution_matrices, evolution_records, kernel_records
 from tsforge.models._regenn_fit import count_graph, drift_weights, least_squares_weights
 from tsforge.models.registry import register
 
@@ -424,6 +424,10 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         rows = self._encoder_input(batch, self.normalise(batch).x)[0]
         shares: Tensor = self.encoder.self_attn(rows, rows, rows, need_weights=True)[1]
         return shares
+
+    def evolution(self) -> dict[tuple[str, str], Tensor]:
+        """Return (layer, matrix) -> [V, V], as ``evolution_matrices`` names them."""
+        return evolution_matrices(self)
 
     def explain(self) -> dict[str, Any]:
         """Return every cell of the graphs and evolution weights, and the kernel of the autoregression."""

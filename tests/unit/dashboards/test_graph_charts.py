@@ -72,3 +72,19 @@ def test_kernel_has_lags_across_and_steps_down() -> None:
     assert list(heat.x) == [2, 1, 0]
     assert [list(row) for row in heat.z] == [[0.2, 0.1, 1.0], [0.4, 0.3, -3.0]]
     assert heat.zmax == 3.0
+
+
+def test_epochs_are_lines_of_the_cells_that_moved_most() -> None:
+    values = {("a", "b"): [0.0, 1.0, 5.0], ("b", "a"): [2.0, 2.5, 2.0], ("b", "b"): [3.0, -1.0, -4.0]}
+    table = pl.DataFrame(
+        [
+            {"epoch": epoch, "row": row, "column": column, "value": found[place]}
+            for place, epoch in ((2, 8), (0, 0), (1, 4))
+            for (row, column), found in values.items()
+        ]
+    )
+    figure = charts.epochs_chart(table, most=2)
+    assert [trace.name for trace in figure.data] == ["b from itself", "a from b"]
+    assert list(figure.data[1].x) == [0, 4, 8]
+    assert list(figure.data[1].y) == [0.0, 1.0, 5.0]
+    assert len(charts.epochs_chart(table).data) == 3

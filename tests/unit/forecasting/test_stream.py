@@ -28,6 +28,7 @@ from tsforge.forecasting.conformal import calibrate
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.rolling import rolling_forecasts
 from tsforge.forecasting.stream import Stream
+from tsforge.forecasting.stream_rows import collect_rows
 from tsforge.models.registry import MODELS
 from tsforge.network import NetworkConfig, build_network
 
@@ -146,9 +147,27 @@ class Coupled(ForecastModel[CoupledConfig]):
         return Prediction(mean[:, None, :, None].expand(-1, self.spec.horizon, -1, 1))
 
 
+class CoupledSmootherConfig(SmootherConfig):
+    name: Literal["coupled_smoother"] = "coupled_smoother"  # type: ignore[assignment]
+
+
+class CoupledSmoother(Smoother):
+    """Adds the mean of all series to each."""
+
+    config_class = CoupledSmootherConfig
+    capabilities = Capabilities(rows_coupled=True, trainable=False, probabilistic=False, scaling=("none",))
+
+    def free_run(self, state: dict[str, Tensor], known: Tensor | None = None) -> Prediction:
+        return Prediction(super().free_run(state).raw + state["level"].mean())
+
+
 @pytest.fixture(autouse=True)
 def _models() -> Iterator[None]:
-    with MODELS.borrowed("smoother", Smoother), MODELS.borrowed("coupled", Coupled):
+    with (
+        MODELS.borrowed("smoother", Smoother),
+        MODELS.borrowed("coupled", Coupled),
+        MODELS.borrowed("coupled_smoother", CoupledSmoother),
+    ):
         yield
 
 
@@ -490,6 +509,58 @@ def test_coupled_series_share_one_clock(frame) -> None:
     assert np.allclose(both["expected"], both["mean"], atol=1e-5)
     with pytest.raises(ModelError, match="couples series"):
         stream.add(frame)
+
+
+def silenced(frame: SeriesFrame, series: str, start: int, stop: int) -> SeriesFrame:
+    """Return the frame with a series that shows nothing in hours [start, stop)."""
+    there = (pl.col("series_id") != series) | ~pl.col("time").is_between(hours(start), hours(stop - 1))
+    return SeriesFrame(
+        frame.table.with_columns(pl.when(there).then(pl.col(n)).alias(n) for n in ("y", "z")), frame.schema
+    )
+
+
+@pytest.mark.parametrize("model", ["coupled", "coupled_smoother"])
+def test_a_coupled_series_with_nothing_observed_gets_no_forecast(frame, caplog, model: str) -> None:
+    artifact = untrained(frame, {"name": model})
+    silent = silenced(frame, "b", BEGIN - 48, BEGIN + 60)
+    stream = Stream.start(artifact, silent, cutoff=hours(BEGIN - 1))
+    assert stream.blind() == ("b",)
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="tsforge"):
+        found = stream.forecast().table
+    assert found["series_id"].unique().sort().to_list() == ["a", "c"]
+    message = "no forecast for 1 of 3 windows (1 series: b): no observed target in the 48 rows up to the cutoff"
+    assert caplog.messages == [message]
+    same(stream, artifact, silent, BEGIN - 1)
+    assert stream.forecast(series=["b", "c"]).table["series_id"].unique().to_list() == ["c"]
+    with pytest.raises(DataError, match=r"1 of 1 series have no observed target in the last 48 rows \(b\)"):
+        stream.forecast(series=["b"])
+    parts = [stream.update(rows(silent, BEGIN + at, BEGIN + at + count)) for at, count in ((0, 1), (1, 59), (60, 20))]
+    scores = pl.concat(parts).filter(series_id="b")
+    assert scores["time"].min() == hours(BEGIN + 60)
+    first = scores.filter(time=hours(BEGIN + 60))
+    assert first["expected"].null_count() == first.height == 2  # the row that ends the silence is not judged by others
+    assert scores.filter(pl.col("time") > hours(BEGIN + 60))["expected"].null_count() == 0
+    assert pl.concat(parts).filter(pl.col("series_id") != "b")["expected"].null_count() == 0
+    assert stream.blind() == ()
+    assert stream.forecast().table["series_id"].n_unique() == 3
+
+
+def test_what_was_seen_before_a_row_by_a_loop(frame) -> None:
+    artifact = untrained(frame, {"name": "coupled"})
+    holed = silenced(silenced(frame, "b", BEGIN - 30, BEGIN + 40), "c", BEGIN - 90, BEGIN - 2)
+    stream = Stream.start(artifact, holed, cutoff=hours(BEGIN - 1))
+    new = rows(silenced(holed, "c", BEGIN + 5, BEGIN + 80), BEGIN, BEGIN + 70)
+    taken = collect_rows(new, stream.buffer.place)
+    found = stream.buffer.seen_before(taken)
+    both = pl.concat([rows(holed, BEGIN - 60, BEGIN), new])
+    expected = []
+    for owner, done in zip(taken.owner.tolist(), taken.done.tolist(), strict=True):
+        mine = both.filter(series_id=stream.series[owner])
+        span = mine.filter(pl.col("time").is_between(hours(BEGIN + done - 48), hours(BEGIN + done - 1)))
+        expected.append(span["y"].count() + span["z"].count() > 0)
+    assert found.tolist() == expected
+    assert 0 < sum(expected) < len(expected)
 
 
 def test_judged_values_are_scored_though_the_model_does_not_see_them(frame, make_artifact) -> None:

@@ -1,0 +1,132 @@
+"""Warm start: a training that begins at the weights of an earlier fit, passed through dropout if asked.
+
+Source: the released training of ReGENN (Spadon et al. 2022, IEEE TPAMI 44(9), arXiv 2008.12833) goes from a shorter to
+a longer span of an epidemic this way, with dropout of 0.2. Deviation: trained weights only. Statistics, graphs and what
+else is read off the data are those of the new training span, so nothing is scaled by what it was long ago.
+
+Weights know the data they were fitted on. An earlier fit that has seen anything at or after the end of the new training
+span, or a series that is held out now, is refused: errors on the later spans would look better than they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tsforge.app.forecast import find_artifact
+from tsforge.artifact import Artifact, load_artifact
+from tsforge.core.config import Config
+from tsforge.core.errors import ConfigError, listing
+from tsforge.core.seeding import derive_seed
+from tsforge.core.workspace import Workspace
+from tsforge.data.grid import show_time
+from tsforge.data.panel import Panel
+from tsforge.network import ForecastNetwork
+
+
+class WarmStartConfig(Config):
+    """Which weights a training begins at."""
+
+    artifact: str | None = None
+    """An earlier fit: an artifact id, a folder, NAME@champion, NAME/VERSION, or ``latest``; null = fresh weights."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of its weights, of every tensor, that is set to 0; the others are divided by 1 - dropout."""
+
+    def model_post_init(self, context: object, /) -> None:
+        """Refuse dropout of nothing."""
+        if self.dropout and self.artifact is None:
+            raise ConfigError("warm_start.dropout has no effect without warm_start.artifact, the fit to start from")
+
+
+def earlier_fit(config: WarmStartConfig, workspace: Workspace) -> Artifact | None:
+    """Return the artifact whose weights a fit begins at, None for fresh ones.
+
+    Raises:
+        ArtifactError: there is no such artifact. BackendError: the registry does not answer.
+    """
+    return None if config.artifact is None else load_artifact(find_artifact(config.artifact, workspace))
+
+
+def starting_weights(network: ForecastNetwork, earlier: Artifact, dropout: float, *, seed: int) -> dict[str, Tensor]:
+    """Return what a training of ``network`` begins at, named as in its ``state_dict``: parameters of the model of
+    ``earlier`` after dropout, and the offset of the likelihood's parameters as it is.
+
+    Args:
+        network: to be trained; only names and shapes are read.
+        earlier: fitted with the same model and sizes.
+        dropout: share of the cells of every tensor that becomes 0; the others are divided by 1 - dropout.
+        seed: of the choice of cells.
+
+    Raises:
+        ConfigError: another model, or tensors of other names or shapes.
+    """
+    model = network.config.model.name
+    if earlier.model_name != model:
+        raise ConfigError(f"warm_start.artifact {earlier.id} is a '{earlier.model_name}', not a '{model}'")
+    found = {f"model.{name}": value.detach() for name, value in earlier.network.model.named_parameters()}
+    wanted = {f"model.{name}": value for name, value in network.model.named_parameters()}
+    odd = [
+        f"{name} {_shape(found.get(name))}, wanted {_shape(wanted.get(name))}"
+        for name in sorted(found.keys() | wanted.keys())
+        if _shape(found.get(name)) != _shape(wanted.get(name))
+    ]
+    if odd or earlier.network.param_offset.shape != network.param_offset.shape:
+        raise ConfigError(
+            f"warm_start.artifact {earlier.id} was fitted with other sizes or settings: {len(odd)} of {len(wanted)} "
+            f"tensors differ ({listing(odd) or 'parameters of the likelihood'}); use the settings of its config.yaml"
+        )
+    generator = torch.Generator().manual_seed(derive_seed(seed, "warm_start"))
+    result = {name: _dropped(value, dropout, generator) for name, value in found.items()}
+    return {**result, "param_offset": earlier.network.param_offset.clone()}
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _dropped(value: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Return a copy with a share of the cells at 0 and the others divided by the share kept."""
+    kept = torch.rand(value.shape, generator=generator) >= share
+    return torch.where(kept, value / (1.0 - share), 0.0)
+
+
+def check_blind(earlier: Artifact, panel: Panel, train_stop: int, held_out: tuple[str, ...]) -> None:
+    """Refuse weights that know what the new fit is graded on.
+
+    Args:
+        earlier: the fit to start from.
+        panel: the data of the new fit.
+        train_stop: row after its training span.
+        held_out: series it does not train on.
+
+    Raises:
+        ConfigError: other variates or another grid, rows at or after ``train_stop`` seen, a held-out series seen, or an
+            artifact that does not say what it has seen.
+    """
+    name = f"warm_start.artifact {earlier.id}"
+    if (earlier.schema.targets, earlier.schema.freq) != (panel.schema.targets, panel.schema.freq):
+        raise ConfigError(
+            f"{name} was fitted on {listing(earlier.schema.targets, 10)} at freq {earlier.schema.freq}, the data has "
+            f"{listing(panel.schema.targets, 10)} at {panel.schema.freq}"
+        )
+    spans = earlier.provenance.get("span_rows")
+    if not spans:
+        raise ConfigError(
+            f"{name} does not say which rows it has seen, and might know the future; use one of tsforge fit"
+        )
+    seen = earlier.grid.time_at(max(int(stop) for start, stop in (spans["train"], spans["valid"]) if stop > start) - 1)
+    end = panel.grid.time_at(train_stop - 1)
+    if panel.grid.floor(seen) >= train_stop:
+        raise ConfigError(
+            f"{name} was fitted and stopped on data up to {show_time(seen)}, the training span ends at "
+            f"{show_time(end)}: it knows rows that this fit is graded on. Start from a fit whose validation span "
+            "ends by then, or lengthen split.train"
+        )
+    known = set(earlier.series_ids) - set(earlier.provenance.get("entities", {}).get("held_out", ()))
+    told = sorted(known & set(held_out))
+    if told:
+        raise ConfigError(
+            f"{name} was fitted on {len(told)} of {len(held_out)} series that are held out now ({listing(told)}); hold "
+            "them out of it too"
+        )
