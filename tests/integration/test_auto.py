@@ -251,6 +251,14 @@ def test_nothing_is_begun_that_cannot_end_in_time(frame: SeriesFrame) -> None:
     assert all("time is spent" in record["why"] for record in trained)
 
 
+def test_an_experimental_model_is_tried_only_where_it_is_named(frame: SeriesFrame) -> None:
+    usual = fit_frame(frame, config({"minutes": 1e-4, "candidates": None}))[0]
+    named = fit_frame(frame, config({"minutes": 1e-4, "candidates": ["last_value", "pvrnn"]}))[0]
+    assert any(name.startswith("gru ") for name in race_of(usual))
+    assert not any(name.startswith("pvrnn") for name in race_of(usual))
+    assert any(name.startswith("pvrnn ") for name in race_of(named))
+
+
 def test_a_failing_candidate_is_reported_and_skipped(frame: SeriesFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = auto_candidates.solve
 
