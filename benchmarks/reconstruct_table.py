@@ -61,9 +61,10 @@ SETS: dict[str, dict[str, Any]] = {
     "burstingneuron": {
         "data": {"path": "burstingneuron_train.parquet", "test": "burstingneuron_test.parquet"},
         "model": {"kind": "clipped_shallow", "hidden": 200},
-        "train": {"estimate_every": 4},
+        "forcing": {"estimator": "arithmetic_mean"},
+        "train": {"sequence_length": 300, "estimate_every": 4},
         "evaluation": {"expected": "oscillation"},
-        "note": "own settings",
+        "note": "own settings: estimator and length of roessler",
     },
     "lorenz63_noise05": {
         "data": {"path": "lorenz63_noise05_train.parquet", "test": "lorenz63_test.parquet"},
