@@ -31,8 +31,9 @@ FEWEST_SERIES = 10  # below, no claim of significance
 BEATS, NOT_BETTER = "beats the best baseline", "does not beat the best baseline"
 _AREAS = ("auc_pr", "vus_pr")
 RULES_NOTE = (
-    "The same scores under other rules; rules.parquet has all methods. Alarms on normal rows beside the share that a "
-    "rule aims at; within 2x: the share of series on which alarms are at most twice that."
+    "The same scores under other rules; rules.parquet has all methods. Normal rows inside events beside the share of "
+    "alarms that a rule aims at (an event goes on after its last alarm); within 2x: on which share of series they are "
+    "at most twice that."
 )
 _HEAD = (
     "method",

@@ -17,7 +17,7 @@ EVENT_FACTS = (
     *("median_delay_rows", "normal_alarm_rate"),
 )
 RULES_HEAD = (
-    *("method", "rule", "event P", "R", "F", "false events / day", "delay (rows)", "alarms on normal rows", "aimed at"),
+    *("method", "rule", "event P", "R", "F", "false events / day", "delay (rows)", "normal rows in events", "aimed at"),
     "within 2x",
     "failed",
 )
