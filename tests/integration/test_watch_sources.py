@@ -391,7 +391,7 @@ def test_settings_that_cannot_work_say_so(plant: Watched) -> None:
             plant.watch(**changes)
         assert watch_names(plant.workspace) == []  # nothing was begun that a corrected setting would contradict
     for changes, words in (
-        ({"detector": {"events": {"group_by": "all"}}}, "a watch tells single events"),
+        ({"detector": {"events": {"group_by": "all"}}}, "none of the sinks is one: add sinks.store"),
         ({"source": table_source(plant.root) | {"table": None, "query": "SELECT 1"}}, "polls a table or view"),
         ({"sinks": {"x": {"kind": "webhook", "url": "ftp://host"}}}, "no address"),
         ({"sinks": {"x": {"kind": "webhook", "url": "https://me:pass@host"}}}, "holds a user or password"),
