@@ -132,9 +132,16 @@ def ratio_cell(stat: dict[str, Any]) -> str:
 # ---- the shell
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """Read the options every benchmark has, set the threads and resolve ``device`` to a device that is there."""
+def arguments(description: str | None, *, data: bool = False) -> argparse.Namespace:
+    """Read the options every benchmark has, set the threads and resolve ``device`` to a device that is there.
+
+    Args:
+        description: shown by ``--help``.
+        data: also read ``data``, the folder of the shared data, which must be given.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if data:
+        parser.add_argument("--data", type=Path, required=True, help="folder of the shared data")
     parser.add_argument("--out", type=Path, help="result path without ending; default: print only")
     parser.add_argument("--quick", action="store_true", help="toy sizes, three rounds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

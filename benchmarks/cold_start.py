@@ -12,9 +12,7 @@ forecast is the mean over the others.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +111,11 @@ def page(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, write and print."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--data", type=Path, required=True)
-    own, rest = parser.parse_known_args()
-    sys.argv[1:] = rest
-    given = _measure.arguments(__doc__)
+    given = _measure.arguments(__doc__, data=True)
     load = os.getloadavg()[0]
     rows = []
     for name, read in (("beijing", beijing), ("los_speed", speeds)):
-        rows += measure(name, read(own.data), given.quick)
+        rows += measure(name, read(given.data), given.quick)
     about = _measure.describe(given, load)
     _measure.write(given.out, {**about, "rows": rows}, page(rows, about))
 

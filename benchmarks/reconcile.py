@@ -16,9 +16,7 @@ bottoms ours is timed alone: the dense formula would hold several matrices of 80
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,15 +174,11 @@ def speed(bottoms: int, method: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, write and print."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--data", type=Path, required=True)
-    own, rest = parser.parse_known_args()
-    sys.argv[1:] = rest
-    given = _measure.arguments(__doc__)
+    given = _measure.arguments(__doc__, data=True)
     load = os.getloadavg()[0]
     rows = []
     for name, read in (("household", household), ("beijing", beijing)):
-        rows += accuracy(name, *read(own.data), given.quick)
+        rows += accuracy(name, *read(given.data), given.quick)
     sizes = (200, 400) if given.quick else (1000, 3000, ALONE)
     paces = [speed(size, method, 3) for size in sizes for method in ("wls_variance", "mint")]
     about = _measure.describe(given, load)

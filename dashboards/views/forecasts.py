@@ -346,7 +346,9 @@ def _explanation(facts: dict[str, Any], variate: str) -> None:
             return
         training = facts["provenance"].get("training") or {}
         if training.get("epochs") and training.get("best_epoch", 0) < 0:
-            st.info("This fit kept its closed-form start: training did not clearly improve on it, and was taken back.")
+            earlier = training.get("started_from")
+            start = f"the weights of {earlier} that it began at" if earlier else "its closed-form start"
+            st.info(f"This fit kept {start}: training did not clearly improve on that, and was taken back.")
         tabs = st.tabs([name.replace("_", " ") for name in found])
         for tab, (name, records) in zip(tabs, found.items(), strict=True):
             with tab:

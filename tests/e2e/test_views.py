@@ -160,7 +160,7 @@ def test_chimera_shows_time_scales_coupling_and_parts(filled: Path) -> None:
     assert any("not drawn: offset" in note.value for note in page.caption)
 
 
-def explained(home: Path, tmp_path: Path, monkeypatch: Any, change: Any, **training: int) -> Any:
+def explained(home: Path, tmp_path: Path, monkeypatch: Any, change: Any, **training: Any) -> Any:
     """The forecast page of the chimera after ``change`` of its explanation."""
     copy = tmp_path / "changed"
     shutil.copytree(home, copy)
@@ -265,6 +265,13 @@ def test_a_network_that_was_taken_back_is_said_to_be(filled: Path, tmp_path: Pat
     assert not page.exception
     assert any("closed-form start" in note.value for note in page.info)
     assert any("No variate moves another" in note.value for note in page.caption)
+
+
+def test_a_warm_start_that_was_kept_is_named(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    page = explained(filled, tmp_path, monkeypatch, lambda found: None, best_epoch=-1, started_from="chimera-earlier")
+    assert not page.exception
+    assert any("the weights of chimera-earlier" in note.value for note in page.info)
+    assert not any("closed-form start" in note.value for note in page.info)
 
 
 def test_published_forecast_is_shown_as_it_was_published(filled: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from pydantic import Field, SerializeAsAny, field_validator
 
 from tsforge.app.auto import AUTO, RaceData, race
+from tsforge.app.fit_spans import Spans, choosing_span, make_spans, span_times
 from tsforge.app.graph_log import NAME as GRAPH_TABLE
 from tsforge.app.graph_log import GraphLog
 from tsforge.app.ingest import load_history
@@ -177,74 +178,9 @@ class FitResult:
         return records
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Spans:
-    """Windows by span. None = no rows, or too few.
-
-    Attributes:
-        graded: by name of the metrics: ``train``, ``valid`` and ``test`` of the series of the fit, ``train_unseen`` ...
-            of those held out.
-        watched: what stops the training; the first half of the valid span, unless ``entities.watch`` says otherwise.
-        calibration: what is left of the valid span for that.
-    """
-
-    train: WindowDataset
-    graded: dict[str, WindowDataset | None]
-    watched: WindowDataset | None
-    calibration: WindowDataset | None
-
-
-def _make_spans(panel: Panel, config: FitConfig, splits: Splits, held_out: Bools, *, aligned: bool) -> _Spans:
-    spec, watch = config.window_spec, config.entities.watch
-    dense = replace(spec, stride=1)
-    seen, unseen = (~held_out, held_out) if held_out.any() else (None, None)
-
-    def part(span: tuple[int, int], name: str, only: Bools | None, spec: WindowSpec = dense) -> WindowDataset | None:
-        if span[1] <= span[0]:
-            return None
-        try:
-            return WindowDataset(panel, spec, *span, aligned=aligned, only=only)
-        except DataError as error:
-            whose = "" if only is None or only is seen else " of the held-out series"
-            raise DataError(f"the {name} span{whose}: {error}") from error
-
-    def unseen_part(span: tuple[int, int], name: str, spec: WindowSpec = dense) -> WindowDataset | None:
-        try:
-            return part(span, name, unseen, spec)
-        except DataError as error:  # they may begin late or end early; the fit does not rest on them
-            _LOG.warning("not graded: %s", error)
-            return None
-
-    train = WindowDataset(panel, spec, *splits.train, aligned=aligned, only=seen)
-    graded = {"valid": part(splits.valid, "valid", seen), "test": part(splits.test, "test", seen)}
-    if unseen is not None:
-        graded |= {"train": train, "train_unseen": unseen_part(splits.train, "train", spec)}
-        graded |= {f"{name}_unseen": unseen_part(getattr(splits, name), name) for name in ("valid", "test")}
-    half = _choosing_span(splits, spec.horizon)
-    middle, last = half[1], splits.valid[1]
-    halves = middle < last
-    if watch in ("seen_train", "unseen_train"):
-        watched = train if watch == "seen_train" else graded["train_unseen"]
-        calibration = graded["valid"]
-    else:
-        watched = part(half, "valid", seen if watch == "seen_valid" else unseen)
-        calibration = part((middle, last), "valid", seen) if halves else None
-    if watched is None and watch != "seen_valid":
-        raise ConfigError(
-            f"entities.watch is '{watch}', but there is no window of that kind; change watch or the split"
-        )
-    return _Spans(train=train, graded=graded, watched=watched, calibration=calibration)
-
-
-def _choosing_span(splits: Splits, horizon: int) -> tuple[int, int]:
-    """Return the rows that stop a training: the first half of the valid span, all of it where that is too short."""
-    first, last = splits.valid
-    return (first, first + (last - first) // 2) if last - first >= 2 * horizon else splits.valid
-
-
 def _fitted_rows(config: FitConfig, splits: Splits) -> tuple[int, int]:
     """Return the rows that weights rest on: the training span; with ``model=auto`` also what chose, if more is left."""
-    chose = _choosing_span(splits, config.window.horizon)
+    chose = choosing_span(splits, config.window.horizon)
     whole = isinstance(config.model, AutoConfig) and config.model.refit == "all" and chose[1] < splits.valid[1]
     return (splits.train[0], chose[1]) if whole else splits.train
 
@@ -258,7 +194,7 @@ def _race(
     if config.log_graphs or config.warm_start.artifact is not None:
         name = "log_graphs" if config.log_graphs else "warm_start.artifact"
         raise ConfigError(f"{name} has no effect with model=auto, which tries many models; leave it out")
-    select = _choosing_span(splits, config.window.horizon)
+    select = choosing_span(splits, config.window.horizon)
     data = RaceData(
         final_stop=_fitted_rows(config, splits)[1],
         panel=panel,
@@ -345,14 +281,7 @@ def _data_spec(panel: Panel, config: FitConfig, splits: Splits) -> DataSpec:
     )
 
 
-def _span_times(panel: Panel, span: list[int]) -> list[str] | None:
-    """Return first and last time of a span of rows as text, None when it is empty."""
-    if span[1] <= span[0]:
-        return None
-    return [str(panel.grid.time_at(row)) for row in (span[0], span[1] - 1)]
-
-
-def _grade(network: ForecastNetwork, spans: _Spans, series: TrainingSeries) -> dict[str, float]:
+def _grade(network: ForecastNetwork, spans: Spans, series: TrainingSeries) -> dict[str, float]:
     """Return errors of every graded part, in standard deviations of each variate over the training span.
 
     The unit is the same for every model, scaling and likelihood, so that fits can be compared and tuned.
@@ -420,7 +349,14 @@ def fit_frame(
     _check_held_out(network, names)
     held_out = np.isin(panel.series_ids, names)
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
-    spans = _make_spans(panel, config, splits, held_out, aligned=network.capabilities.rows_coupled)
+    spans = make_spans(
+        panel,
+        config.window_spec,
+        config.entities.watch,
+        splits,
+        held_out,
+        aligned=network.capabilities.rows_coupled,
+    )
     raced, fitted_rows = config.model.name == AUTO, _fitted_rows(config, splits)
     log: GraphLog | None = None
     if raced:
@@ -470,7 +406,7 @@ def fit_frame(
         provenance={
             **collect_provenance(data_fingerprint=frame.fingerprint(), seeds={"train": seed}),
             "dataset": config.data.name,
-            "spans": {name: _span_times(panel, span) for name, span in rows.items()},
+            "spans": {name: span_times(panel, span) for name, span in rows.items()},
             "span_rows": rows,
             "entities": {"held_out": list(names), "watch": config.entities.watch},
             "training": _training_facts(training, earlier, config),

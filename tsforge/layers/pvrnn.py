@@ -206,11 +206,12 @@ class PredictiveCodingNetwork(nn.Module):
 
     def read_out(self, fast: Tensor) -> Tensor:
         """Return parameters [B, T, V, K] of activities [B, T, D]."""
-        return self.read(fast).unflatten(-1, (self.variates, self.params))  # type: ignore[no-any-return]
+        read: Tensor = self.read(fast)
+        return read.reshape(*read.shape[:-1], self.variates, self.params)
 
     @property
     def _levels(self) -> list[Level]:
-        return list(self.levels)  # type: ignore[arg-type]
+        return [level for level in self.levels if isinstance(level, Level)]
 
     def _noise(self, windows: int, steps: int, sample: bool) -> list[tuple[Tensor | None, ...]]:
         """Return by level the standard normal noise [B, Z] of every step, None where the mean is followed."""

@@ -148,7 +148,7 @@ class Coupled(ForecastModel[CoupledConfig]):
 
 
 class CoupledSmootherConfig(SmootherConfig):
-    name: Literal["coupled_smoother"] = "coupled_smoother"  # type: ignore[assignment]
+    name: Literal["coupled_smoother"] = "coupled_smoother"
 
 
 class CoupledSmoother(Smoother):

@@ -53,8 +53,8 @@ def free_of(net: PredictiveCodingNetwork, seed: int = 2, *, size: int = B, steps
 # ---- the oracle: numpy, one window, one step, one level at a time
 
 
-def weights(linear: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    return linear.weight.detach().numpy(), linear.bias.detach().numpy()  # type: ignore[operator,union-attr]
+def weights(linear: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
+    return linear.weight.detach().numpy(), linear.bias.detach().numpy()
 
 
 class Naive:
