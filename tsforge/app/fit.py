@@ -178,6 +178,11 @@ class FitResult:
         return records
 
 
+def _spans_of(panel: Panel, config: FitConfig, splits: Splits, held_out: Bools, network: ForecastNetwork) -> Spans:
+    aligned = network.capabilities.rows_coupled
+    return make_spans(panel, config.window_spec, config.entities.watch, splits, held_out, aligned=aligned)
+
+
 def _fitted_rows(config: FitConfig, splits: Splits) -> tuple[int, int]:
     """Return the rows that weights rest on: the training span; with ``model=auto`` also what chose, if more is left."""
     chose = choosing_span(splits, config.window.horizon)
@@ -349,14 +354,7 @@ def fit_frame(
     _check_held_out(network, names)
     held_out = np.isin(panel.series_ids, names)
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
-    spans = make_spans(
-        panel,
-        config.window_spec,
-        config.entities.watch,
-        splits,
-        held_out,
-        aligned=network.capabilities.rows_coupled,
-    )
+    spans = _spans_of(panel, config, splits, held_out, network)
     raced, fitted_rows = config.model.name == AUTO, _fitted_rows(config, splits)
     log: GraphLog | None = None
     if raced:
