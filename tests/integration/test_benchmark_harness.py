@@ -281,6 +281,20 @@ def test_unknown_columns_and_models_stop_before_anything_is_measured(workspace: 
     assert not list(workspace.reports.rglob("*.json"))
 
 
+def test_an_entry_for_another_known_set_is_left_out_and_said(workspace: Workspace, table: Path, caplog) -> None:
+    """Parts of a larger table can be measured; a name that means nothing stays an error."""
+    other = {"name": "last_value", "label": "elsewhere", "data": ["national_illness"]}
+    with caplog.at_level("WARNING", logger="tsforge"):
+        result = run(workspace, table, models=["linear", other])
+    assert "'elsewhere' is for national_illness only and left out" in caplog.text
+    assert "elsewhere" not in result.table["model"].to_list()
+    assert result.failed == 0
+    both = {**other, "data": ["national_illness", table.stem]}
+    assert "elsewhere" in run(workspace, table, models=["linear", both]).table["model"].to_list()
+    with pytest.raises(ConfigError, match="'elsewhere' is for national_ilness, but measured are unseen"):
+        run(workspace, table, models=["linear", {**other, "data": ["national_ilness"]}])
+
+
 def test_model_entries_parse_to_their_groups() -> None:
     entry = parse_entry("dlinear:kernel=5:train.max_epochs=2:scaling.kind=window")
     assert entry == {

@@ -10,15 +10,17 @@ from typing import Literal
 from tsforge.app.benchmark_config import BenchmarkConfig, ModelEntry, parse_entry
 from tsforge.app.benchmark_data import BenchmarkData, drift_steps, read_benchmark_data, stored_benchmark_data
 from tsforge.app.benchmark_run import FITTERS, Setting, network_config
-from tsforge.app.benchmark_sets import KnownSet, locate, unknown_set
+from tsforge.app.benchmark_sets import KnownSet, known_sets, locate, unknown_set
 from tsforge.app.catalog import list_datasets
 from tsforge.app.ingest import load_dataset
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError
+from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
 from tsforge.models.registry import MODELS
 from tsforge.training.config import TrainConfig
 
+_LOG = get_logger(__name__)
 OLS_IN, RIDGE_IN = "OLS+IN", "ridge+IN"
 LINEAR_BASELINES = {OLS_IN: "linear:ridge=1e-5:offset=window_scale", RIDGE_IN: "linear:ridge=null"}
 HIDDEN = "candidate"  # look-back of a baseline that only its best row may show
@@ -58,11 +60,14 @@ def prepare(config: BenchmarkConfig, workspace: Workspace) -> list[Prepared]:
     if twice:
         raise ConfigError(f"datasets: {', '.join(twice)} names two data sets; rename a file or measure them apart")
     for entry in config.models:
-        strange = [name for name in entry.data or () if name not in names]
+        elsewhere = [name for name in entry.data or () if name not in names]
+        strange = [name for name in elsewhere if name not in known_sets()]
         if strange:
             raise ConfigError(
                 f"models: '{entry.title}' is for {', '.join(strange)}, but measured are {', '.join(names)}"
             )
+        if entry.data and len(elsewhere) == len(entry.data):  # part of a larger table
+            _LOG.warning("'%s' is for %s only and left out", entry.title, ", ".join(elsewhere))
     return found
 
 
