@@ -15,9 +15,10 @@ import pytest
 from tsforge.app import benchmark as module
 from tsforge.app import benchmark_peers
 from tsforge.app.benchmark import BenchmarkConfig, BenchmarkResult, benchmark
+from tsforge.app.benchmark_html import page
 from tsforge.app.benchmark_peers import RUNNER, PeerHost
 from tsforge.app.benchmark_pool import Job, JobQueue
-from tsforge.app.benchmark_report import NOT_BETTER, build_report, rank_note
+from tsforge.app.benchmark_report import NOT_BETTER, build_report, markdown, rank_note
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.peers import runner
 from tsforge.core.config import validate
@@ -52,9 +53,11 @@ def run(workspace: Workspace, *datasets: Path | str, **settings: Any) -> Benchma
 # ---- ranks and verdicts
 
 
-def report_of(losses: dict[str, list[float | None]], *, skipped: tuple[str, int] | None = None) -> Any:
-    """Return the report about made-up losses of models over 8 data sets."""
-    roles = {"ridge+IN, best look-back": "baseline", "last_value": "baseline"}
+def report_of(
+    losses: dict[str, list[float | None]], *, skipped: tuple[str, int] | None = None, spread: float = 0.0
+) -> Any:
+    """Return the report about made-up losses of models over 8 data sets, seeds ``spread`` below and above."""
+    roles = {"ridge+IN, best look-back": "baseline", "last_value": "baseline", "peer": "peer"}
     rows = [
         {
             "data": f"set{place}",
@@ -66,6 +69,8 @@ def report_of(losses: dict[str, list[float | None]], *, skipped: tuple[str, int]
             "mse": mse,
             "mae": mse,
             "mse_sd": None,
+            "mse_min": None if mse is None else mse - spread,
+            "mse_max": None if mse is None else mse + spread,
             "runs": 1,
             "fit_seconds": 1.0,
             "status": "failed" if mse is None else "ok",
@@ -105,6 +110,30 @@ def test_the_lowest_error_has_rank_one_and_only_it_beats_ridge() -> None:
     assert ranks["last_value"].verdict == ""
     assert [rank.wins for rank in ranks.values()] == [8, 0, 0, 0]
     assert [round(rank.ratio, 6) for rank in ranks.values()] == [0.5, 1.0, 1.25, 2.0]
+
+
+def test_firsts_are_counted_and_level_are_those_whose_seeds_reach_the_first() -> None:
+    """Losses 0.5, 1 and 1.25 times 1, 2, ... 8; seeds 0.2 to each side: only on the first set do two ranges meet."""
+    exact = {rank.name: (rank.firsts, rank.level) for rank in report_of(MADE_UP).ranks}
+    assert exact == {"better": (8, 8), "ridge+IN, best look-back": (0, 0), "worse": (0, 0), "last_value": (0, 0)}
+    close = {rank.name: (rank.firsts, rank.level) for rank in report_of(MADE_UP, spread=0.26).ranks}
+    assert close == {"better": (8, 8), "ridge+IN, best look-back": (0, 1), "worse": (0, 0), "last_value": (0, 0)}
+    late = {rank.name: (rank.firsts, rank.level) for rank in report_of(MADE_UP, skipped=("worse", 3)).ranks}
+    assert late["better"] == (7, 7)
+
+
+def test_peers_stand_beside_the_best_model_of_each_pair() -> None:
+    report = report_of({**MADE_UP, "peer": [0.25, *RIDGE[1:]]}, spread=0.1)
+    text = markdown(report)
+    assert "| set0, h=6 | peer | better 0.5000 (0.4000 to 0.6000) | peer 0.2500 (0.1500 to 0.3500) | 2.000 |  |" in text
+    assert (
+        "| set1, h=6 | better | better 1.0000 (0.9000 to 1.1000) | peer 2.0000 (1.9000 to 2.1000) | 0.500 |  |" in text
+    )
+    assert text.count("| peer 2.0000") == 1
+    assert page(report).count("<td>set") == 8
+    alone = markdown(report_of(MADE_UP))
+    assert "Against peers" not in alone
+    assert "| better | 1.00 | 8 / 8 |" in alone
 
 
 def test_as_good_as_ridge_is_not_better() -> None:

@@ -123,6 +123,8 @@ class BenchmarkResult(PassResult):
         grouped = self.table.group_by(keys, maintain_order=True).agg(
             *means,
             pl.col("mse").filter(ok).std().alias("mse_sd"),
+            pl.col("mse").filter(ok).min().alias("mse_min"),
+            pl.col("mse").filter(ok).max().alias("mse_max"),
             pl.col("peak_memory_mb").filter(ok).max(),
             pl.col("parameters").filter(ok).first(),
             ok.sum().alias("runs"),
@@ -140,8 +142,9 @@ class BenchmarkResult(PassResult):
             .sort("data", "horizon", "mse", nulls_last=True, maintain_order=True)
             .with_columns(pl.col("data").cast(pl.String))
         )
-        columns = [*keys, "mse", "mae", "mse_sd", "skill", "runs", "fit_seconds", "eval_seconds", "peak_memory_mb"]
-        return ordered.select(*columns, "parameters", "role", "lookback", "note", "status", "error").to_dicts()
+        columns = [*keys, "mse", "mae", "mse_sd", "mse_min", "mse_max", "skill", "runs", "fit_seconds", "eval_seconds"]
+        rest = ["peak_memory_mb", "parameters", "role", "lookback", "note", "status", "error"]
+        return ordered.select(*columns, *rest).to_dicts()
 
 
 def benchmark(config: BenchmarkConfig, workspace: Workspace, *, progress: bool = False) -> BenchmarkResult:

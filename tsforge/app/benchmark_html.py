@@ -10,6 +10,8 @@ import numpy as np
 from tsforge.app.benchmark_report import (
     BEST,
     NOT_BETTER,
+    PLACE_HEAD,
+    RANK_HEAD,
     Line,
     Rank,
     Report,
@@ -19,6 +21,7 @@ from tsforge.app.benchmark_report import (
     left_out_text,
     lowest,
     number,
+    place_rows,
     rank_note,
     verdicts,
 )
@@ -98,12 +101,16 @@ def _ranks(report: Report) -> str:
         caption = "Mean rank of every model measured on all pairs." + (bars if report.difference is not None else "")
         parts.append(f"<figure>{rank_plot(ranked, report.difference)}<figcaption>{caption}</figcaption></figure>")
     if report.ranks:
-        head = ("model", "mean rank", "pairs", "MSE / ridge+IN", "wins", "p", "s (fit)", "verdict")
-        parts.append(table(head, [_rank_row(rank) for rank in report.ranks], last_is_text=True))
+        parts.append(table(RANK_HEAD, [_rank_row(rank) for rank in report.ranks], last_is_text=True))
         parts.append(
             '<p class="soft">MSE / ridge+IN: geometric mean over pairs against ridge+IN at its best look-back; wins: '
             "pairs below it; p: Wilcoxon over pairs against it, adjusted for the number of models (Holm).</p>"
         )
+    against = place_rows(report)
+    if against:
+        parts.append("<h3>Against peers</h3>")
+        cells = [("model", [escape(text) for text in row]) for row in against]
+        parts.append(table(PLACE_HEAD, cells, last_is_text=True))
     points = [
         (rank.name, rank.role, rank.seconds, rank.ratio)
         for rank in report.ranks
@@ -126,6 +133,7 @@ def _rank_row(rank: Rank) -> tuple[str, list[str]]:
     cells = [
         escape(rank.name),
         number(rank.mean_rank, 2),
+        f"{rank.firsts} / {rank.level}",
         pairs,
         number(rank.ratio),
         str(rank.wins),

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from tsforge.app.benchmark_config import BenchmarkConfig
+from tsforge.app.benchmark_places import Place, places
 from tsforge.app.benchmark_plan import HIDDEN, RIDGE_IN, Prepared
 from tsforge.app.benchmark_sets import published_results
 from tsforge.artifact import collect_provenance
@@ -27,6 +28,8 @@ from tsforge.metrics.significance import holm, wilcoxon
 
 BEST = "best"
 NOT_BETTER = "does not beat ridge+IN"
+RANK_HEAD = ("model", "mean rank", "first / level", "pairs", "MSE / ridge+IN", "wins", "p", "s (fit)", "verdict")
+PLACE_HEAD = ("pair", "first", "best model (seeds)", "best peer (seeds)", "model / peer", "level with the first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class Rank:
         mean_rank: among the models that have every cell, plus this one where it lacks some.
         cells, complete: (data set, horizon) pairs it was measured on, and whether these are all.
         wins: pairs where its MSE is below that of ridge+IN at its best look-back.
+        firsts, level: pairs where it is first, and where it is or its seeds do not tell it from the first.
         p_value: of a Wilcoxon test against ridge+IN over the pairs, adjusted for the number of models (Holm), NaN where
             undecidable.
         ratio: geometric mean of MSE / MSE of ridge+IN.
@@ -85,6 +89,8 @@ class Rank:
     cells: int
     complete: bool
     wins: int
+    firsts: int
+    level: int
     p_value: float
     ratio: float
     seconds: float
@@ -99,6 +105,7 @@ class Report:
     environment: dict[str, Any]
     sections: tuple[Section, ...]
     ranks: tuple[Rank, ...]
+    places: tuple[Place, ...]
     num_cells: int
     friedman_p: float
     difference: float | None
@@ -170,6 +177,7 @@ def build_report(
         environment=about,
         sections=tuple(_section(item, usable) for item in prepared),
         ranks=tuple(ranks),
+        places=places(usable, [ranked_name(row) for row in usable]),
         num_cells=num_cells,
         friedman_p=friedman_p,
         difference=difference,
@@ -199,6 +207,15 @@ def write_report(
 def display(row: Mapping[str, Any]) -> str:
     """Return how a model is called over several data sets: with its look-back where one was stated."""
     return f"{row['model']}, L={row['lookback']}" if str(row["lookback"]).isdigit() else str(row["model"])
+
+
+def ranked_name(row: Mapping[str, Any]) -> str:
+    """Return how a model is called among the ranks: naive rows carry settings of their data set, one name over all."""
+    if row["role"] == "baseline":
+        naive = next((name for name in ("seasonal_naive", "drift") if row["model"].startswith(name)), None)
+        if naive is not None:
+            return naive
+    return display(row)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -236,6 +253,9 @@ def rank_note(report: Report) -> str:
         lines.append(
             f"Two mean ranks closer than {report.difference:.2f} (Nemenyi, 5 %) are not told apart by these data."
         )
+    lines.append(
+        "First / level: pairs where a model has the lowest mean / or a seed not above the highest of the first."
+    )
     return " ".join(lines)
 
 
@@ -246,14 +266,15 @@ def markdown(report: Report) -> str:
     lines[-1] += "seeds / MAE; the lowest measured MSE of a column is bold. Published numbers are for orientation only."
     lines += ["", "## Ranks", "", rank_note(report), ""]
     if report.ranks:
-        lines += ["| model | mean rank | pairs | MSE / ridge+IN | wins | p | s (fit) | verdict |", "|" + "---|" * 8]
+        lines += [f"| {' | '.join(RANK_HEAD)} |", "|" + "---|" * len(RANK_HEAD)]
         for rank in report.ranks:
             pairs = f"{rank.cells}{'' if rank.complete else ' (some only)'}"
             lines.append(
-                f"| {rank.name} | {number(rank.mean_rank, 2)} | {pairs} | "
+                f"| {rank.name} | {number(rank.mean_rank, 2)} | {rank.firsts} / {rank.level} | {pairs} | "
                 f"{number(rank.ratio)} | {rank.wins} | {number(rank.p_value)} | {number(rank.seconds, 1)} | "
                 f"{rank.verdict} |"
             )
+    lines += _markdown_places(report)
     for section in report.sections:
         lines += ["", f"## {section.name}", "", *[f"- {name}: {text}" for name, text in section.facts], ""]
         if section.left_out:
@@ -278,6 +299,31 @@ def markdown(report: Report) -> str:
     if report.notes or report.defects:
         lines += ["", "## Notes", "", *[f"- {note}" for note in (*report.notes, *report.defects)]]
     return "\n".join(lines) + "\n"
+
+
+def place_rows(report: Report) -> list[tuple[str, ...]]:
+    """Return a row of ``PLACE_HEAD`` for each pair that peers were measured on."""
+    found = []
+    for place in report.places:
+        ours, peer = place.best("model"), place.best("peer")
+        if ours is None or peer is None:
+            continue
+        level = [name for name in place.level if name != place.first.name]
+        shown = [
+            f"{item.name} {number(item.mse, 4)} ({number(item.low, 4)} to {number(item.high, 4)})"
+            for item in (ours, peer)
+        ]
+        ratio = number(ours.mse / peer.mse)
+        found.append((f"{place.data}, h={place.horizon}", place.first.name, *shown, ratio, ", ".join(level)))
+    return found
+
+
+def _markdown_places(report: Report) -> list[str]:
+    rows = place_rows(report)
+    if not rows:
+        return []
+    table = [f"| {' | '.join(PLACE_HEAD)} |", "|" + "---|" * len(PLACE_HEAD)]
+    return ["", "## Against peers", "", *table, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def lowest(section: Section) -> list[float]:
@@ -389,14 +435,13 @@ def _ranking(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Rank], int, float,
     for row in rows:
         if row["status"] != "ok" or row["mse"] is None or (row["data"], row["horizon"]) in late:
             continue
-        # the naive rows of a data set carry its own season: one name over all data sets
-        name = "seasonal_naive" if row["role"] == "baseline" and row["model"].startswith("seasonal") else display(row)
-        name = "drift" if row["role"] == "baseline" and row["model"].startswith("drift") else name
+        name = ranked_name(row)
         roles[name] = row["role"]
         losses.setdefault(name, {})[row["data"], row["horizon"]] = row["mse"]
         seconds.setdefault(name, []).append(row["fit_seconds"])
     complete = [name for name, values in losses.items() if len(values) == len(pairs)]
     ridge = next((name for name in (f"{RIDGE_IN}, best look-back", RIDGE_IN) if name in losses), None)
+    standing = places(rows, [ranked_name(row) for row in rows])
     found = []
     for name, values in losses.items():
         own = [pair for pair in pairs if pair in values]
@@ -418,6 +463,8 @@ def _ranking(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Rank], int, float,
                 cells=len(own),
                 complete=len(own) == len(pairs),
                 wins=wins,
+                firsts=sum(place.first.name == name for place in standing),
+                level=sum(name in place.level for place in standing),
                 p_value=p_value,
                 ratio=ratio,
                 seconds=float(np.mean(seconds[name])),
