@@ -95,6 +95,8 @@ SETS: dict[str, PanelSet] = {
     ),
 }  # fmt: skip
 TRAINED = {"learning_rate": 2e-3, "schedule": "cosine", "gradient_clip": 10.0, "patience": None, "start_margin": 0.0}
+# as the product trains: the start, which is the drift here, is left only where the dev span clearly improves on it
+KEPT = {name: value for name, value in TRAINED.items() if name != "start_margin"}
 S4 = {"learning_rate": 1e-3, "schedule": "cosine", "patience": None, "start_margin": 0.0}
 
 
@@ -124,6 +126,7 @@ MODELS = {
     "regenn without graph": Entry(text="regenn:ablate_gse=true", training=TRAINED, dev=True),
     "regenn": Entry(text="regenn", training=TRAINED, dev=True),
     "regenn, more dev": Entry(text="regenn", training=TRAINED, dev=True, more_dev=True),
+    "regenn, start kept": Entry(text="regenn", training=KEPT, dev=True),
     "autoregression only, all rows": Entry(text="regenn:paths=autoregression", training=TRAINED),
 }
 
@@ -337,6 +340,7 @@ def _pairs(records: list[dict[str, Any]], data: str) -> list[str]:
         ("regenn without graph", "autoregression only"),
         ("regenn", "autoregression only"),
         ("regenn, more dev", "drift"),
+        ("regenn, start kept", "drift"),
         ("regenn", "linear"),
         ("regenn", "s4"),
     ):
