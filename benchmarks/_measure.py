@@ -132,12 +132,15 @@ def ratio_cell(stat: dict[str, Any]) -> str:
 # ---- the shell
 
 
-def arguments(description: str | None, *, data: bool = False) -> argparse.Namespace:
+def arguments(
+    description: str | None, *, data: bool = False, numbers: dict[str, int] | None = None
+) -> argparse.Namespace:
     """Read the options every benchmark has, set the threads and resolve ``device`` to a device that is there.
 
     Args:
         description: shown by ``--help``.
         data: also read ``data``, the folder of the shared data, which must be given.
+        numbers: further options with a whole number each, and their defaults.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if data:
@@ -146,6 +149,8 @@ def arguments(description: str | None, *, data: bool = False) -> argparse.Namesp
     parser.add_argument("--quick", action="store_true", help="toy sizes, three rounds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=1)
+    for name, default in (numbers or {}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.device == "auto":

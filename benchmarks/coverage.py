@@ -1,6 +1,7 @@
 """Coverage of nominal 80 % and 95 % intervals of the closed-form ``linear``, static and online, set by set.
 
     python benchmarks/coverage.py --out benchmarks/results/coverage_cpu2_2026-11-28
+    python benchmarks/coverage.py --cutoffs 1000 --out ...   # a forecast every second row instead of every eleventh
 
 Each set is fitted once on its first 80 % (the last quarter of that calibrates) and forecast from cutoffs over its last
 20 %; online intervals are the same forecasts adapted in time order. Then the same with a drift planted into the second
@@ -38,7 +39,6 @@ from tsforge.network import NetworkConfig, build_network
 
 LEVELS = (0.025, 0.1, 0.5, 0.9, 0.975)
 NOMINAL = ((80, "q0.1", "q0.9"), (95, "q0.025", "q0.975"))
-MOST_CUTOFFS = 200
 START = 20
 VARIATES = 4
 # name: context, horizon
@@ -133,8 +133,8 @@ def coverage(table: pl.DataFrame) -> dict[str, float]:
     return found
 
 
-def measure(name: str, folder: Path, quick: bool) -> list[dict[str, Any]]:
-    """Return one record for the set as it is and for each drift."""
+def measure(name: str, folder: Path, quick: bool, most: int) -> list[dict[str, Any]]:
+    """Return one record for the set as it is and for each drift, from at least ``most`` cutoffs if there are."""
     context, horizon = SETS[name]
     frame = read(name, folder, quick)
     rows = frame.num_rows
@@ -142,7 +142,7 @@ def measure(name: str, folder: Path, quick: bool) -> list[dict[str, Any]]:
     spans = (int(0.6 * rows), int(0.8 * rows))
     began = time.perf_counter()
     artifact = fit(frame, spans, window)
-    stride = max(1, (rows - spans[1] - horizon) // (50 if quick else MOST_CUTOFFS))
+    stride = max(1, (rows - spans[1] - horizon) // (50 if quick else most))
     cutoffs = np.arange(spans[1] - 1, rows - horizon, stride)
     middle = (spans[1] + rows) // 2
     plain = forecasts_at(artifact, frame, cutoffs, steps=horizon, levels=LEVELS)
@@ -178,7 +178,7 @@ def measure(name: str, folder: Path, quick: bool) -> list[dict[str, Any]]:
 def page(result: dict[str, Any]) -> str:
     """Return the tables as a page."""
     lines = heading("Coverage of conformal intervals, static and online", result["about"])
-    lines += ["", *(__doc__ or "").strip().splitlines()[4:], ""]
+    lines += ["", *(__doc__ or "").strip().splitlines()[5:], ""]
     for kind in ("none", *DRIFTS):
         lines += ["", f"## {'As the data is' if kind == 'none' else 'Planted: ' + kind}", ""]
         title = ["set", "cutoffs", *(f"static {n} %" for n, _, _ in NOMINAL)]
@@ -206,12 +206,12 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the benchmark."""
-    given = arguments(__doc__)
+    given = arguments(__doc__, numbers={"cutoffs": 200})
     before = os.getloadavg()[0]
     folder = Path(os.environ.get("TSFORGE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "forecast"
     if not folder.is_dir():
         raise SystemExit("real data sets not found: set TSFORGE_DATA to the folder that holds forecast/")
-    records = [record for name in SETS for record in measure(name, folder, given.quick)]
+    records = [record for name in SETS for record in measure(name, folder, given.quick, given.cutoffs)]
     result = {"about": describe(given, before), "records": records}
     write(given.out, result, page(result))
 
