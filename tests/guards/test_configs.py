@@ -22,6 +22,7 @@ CLASSES = {
     "benchmark": "tsforge.app.benchmark:BenchmarkConfig",
     "detect": "tsforge.app.detect:DetectJobConfig",
     "stream": "tsforge.app.stream:StreamConfig",
+    "stream_online": "tsforge.app.stream:StreamConfig",
     "watch": "tsforge.app.watch.settings:WatchConfig",
     "reconstruct": "tsforge.app.reconstruct:ReconstructConfig",
     "tune": "tsforge.app.tune:TuneJobConfig",

@@ -58,7 +58,8 @@ def test_each_batch_learns_from_what_came_since_the_one_before(site: Any) -> Non
     assert online is not None
     assert cells is not None
     assert cells["count"].unique().to_list() == [5]
-    assert online["status_80"].unique().to_list() == ["adapted"]
+    # one miss among four scores leaves alpha at 0.16, and five scores hold no more than 1/6
+    assert set(online["status_80"]) == {"adapted", "infinite"}
     static = online.select("q0.1", "q0.9").to_numpy()
     assert not np.allclose(forecast.select("q0.1", "q0.9").to_numpy(), static)
     assert forecast["q0.5"].equals(online["q0.5"])

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.forecast import PredictConfig, predict
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.stream import StreamConfig, StreamResult, read_scores, stream
+from tsforge.artifact import load_tensor_file
 from tsforge.cli import main
 from tsforge.core.config import load, validate
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
+from tsforge.forecasting.online_conformal import OnlineConfig
 from tsforge.forecasting.stream import Stream
 
 FIRST = datetime(2026, 1, 1, tzinfo=UTC)
@@ -237,6 +240,80 @@ def test_calendar_of_the_horizon_comes_with_the_rows(site: Any) -> None:
     same_as_predict(stream(StreamConfig(), workspace), workspace)
 
 
+ONLINE = {"rates": [0.05], "window": 40, "start": 10}
+
+
+def adapting(**settings: Any) -> StreamConfig:
+    return validate(StreamConfig, {"name": "learns", "online": ONLINE, **settings})
+
+
+def learned(result: StreamResult) -> dict[str, torch.Tensor]:
+    tensors = load_tensor_file(result.path / "state.safetensors")[0]
+    return {name: value for name, value in tensors.items() if name.startswith("online.")}
+
+
+def test_intervals_that_learn_go_on_from_run_to_run_as_in_one(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace.open(site.home)
+    first = stream(adapting(start="2026-03-08", online_every=2), workspace)
+    assert first.online is not None
+    assert first.online["judged"] > 0
+    static = stream(StreamConfig(name="static", start="2026-03-08"), workspace)
+    assert static.online is None
+    both = first.scores.join(static.scores, on=["series_id", "time", "variate"])
+    assert both["expected"].equals(both["expected_right"].alias("expected"))
+    assert (both["high"] != both["high_right"]).any()
+    grow(site, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "save", lambda self, path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stream(adapting(), workspace)
+    second = stream(StreamConfig(name="learns"), workspace)  # settings stay with the stream
+    grow(site, 7)
+    third = stream(adapting(online_every=2), workspace)
+    assert (second.rows_taken, third.rows_taken) == (40, 14)
+    assert third.online is not None
+    assert third.online["every"] == 2
+    whole = stream(adapting(name="whole", start="2026-03-08", online_every=2), workspace)
+    assert whole.online == third.online
+    assert whole.scores.equals(read_scores(workspace, "learns"))
+    assert whole.forecast.table.equals(third.forecast.table)
+    mine, theirs = learned(whole), learned(third)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+    statuses = {name: count for name, count in third.online.items() if name.startswith("forecast_")}
+    assert sum(statuses.values()) == 2 * 2 * 12 * (len(third.forecast.quantile_levels) // 2)
+
+
+def test_settings_of_intervals_that_learn(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    workspace = Workspace.open(site.home)
+    config = load(StreamConfig, "stream_online")
+    assert config.online == OnlineConfig()
+    assert stream(StreamConfig(name="learns"), workspace).online is None
+    with pytest.raises(ConfigError, match="online_every is for online intervals, and the stream has static ones"):
+        stream(StreamConfig(name="learns", online_every=3), workspace)
+    with pytest.raises(ConfigError, match="online_every is for online intervals"):
+        stream(StreamConfig(name="fresh", online_every=3), workspace)
+    with pytest.raises(ConfigError, match=r"online: leave it out to keep what the stream has; reset=true"):
+        validate(StreamConfig, {"online": False})
+    assert validate(StreamConfig, {"online": True}).online == OnlineConfig()
+    begun = stream(adapting(), workspace)  # no new rows: the choice is kept all the same
+    assert (begun.is_new, begun.rows_taken) == (False, 0)
+    grow(site, 30)
+    later = stream(StreamConfig(name="learns"), workspace)
+    assert later.online is not None
+    assert later.online["judged"] > 0
+    assert stream(StreamConfig(name="learns", online_every=3), workspace).online == {**later.online, "every": 3}
+    assert stream(StreamConfig(name="learns"), workspace).online == {**later.online, "every": 3}
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="tsforge"):
+        anew = stream(adapting(online={**ONLINE, "rates": [0.1]}), workspace)
+    assert "the online intervals of stream 'learns' start anew: they were made with other settings" in caplog.text
+    assert anew.online is not None
+    assert (anew.online["judged"], anew.online["every"]) == (0, 3)
+    assert stream(StreamConfig(name="learns", reset=True), workspace).online is None
+
+
 def test_the_command_line(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tsforge", *arguments])
@@ -257,12 +334,20 @@ def test_the_command_line(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     code, text, _ = run("stream")
     assert code == 0
     assert "rows_taken" in text
+    code, text, _ = run("stream", "name=learns", "start=2026-03-10", "online=true", "online_every=4", "--json")
+    assert code == 0
+    told = json.loads(text)
+    assert (told["online_every"], told["online_forecast_static"]) == (4, 2 * 2 * 12 * 3)
+    assert told["online_judged"] > 0
+    assert "online_judged" not in facts
     state = (Path(facts["path"]) / "state.safetensors").read_bytes()
     grow(site, 3)
     for arguments, status, fragment in (
         (["stream", "--output", "x.xlsx"], 2, ".parquet or .csv"),
         (["stream", "moode=window"], 2, "did you mean 'mode'"),
         (["stream", "restart_every=5"], 2, "for mode 'carried'"),
+        (["stream", "online_every=5"], 2, "add online=true"),
+        (["stream", "online.rates=[2]"], 2, "rates must be different numbers between 0 and 1"),
         (["stream", "artifact=ghost"], 5, "ghost"),
     ):
         code, text, error = run(*arguments)

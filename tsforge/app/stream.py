@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tsforge.app.exclusive import alone
 from tsforge.app.forecast import LATEST, find_artifact
@@ -32,12 +32,14 @@ from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.store import SeriesStore
+from tsforge.forecasting.online_conformal import OnlineConfig
 from tsforge.forecasting.stream import Mode, Stream, long_enough
 from tsforge.forecasting.stream_scores import SCORE_COLUMNS
 
 _LOG = get_logger(__name__)
 FOLDER = "streams"
 STATE = "state.safetensors"
+_NO_ONLINE = "online_every is for online intervals, and the stream has static ones; add online=true"
 SHOWN = 50  # scored values that a summary lists, strangest first
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -56,12 +58,24 @@ class StreamConfig(Config):
     where it can. A stream keeps the mode it was started with."""
     restart_every: int | None = Field(None, ge=1)
     """Warm a carried state up again every so many rows; null keeps what the stream has, or never."""
+    online: OnlineConfig | None = None
+    """Let intervals learn from what comes; ``true`` takes the defaults, null keeps what the stream has, or static
+    intervals. Other settings than the stream has begin anew."""
+    online_every: int | None = Field(None, ge=1)
+    """Grid rows between forecasts that online intervals learn from; null keeps what the stream has, or 1."""
     start: str | int | None = None
     """A new stream: last time that counts as seen, rows after it are scored; default the end of the stored data."""
     reset: bool = False
     """Start the stream anew from the stored data (after corrections of old rows, or for another artifact)."""
     quantile_levels: tuple[float, ...] | None = None
     """Of the forecast; default every level the artifact offers."""
+
+    @field_validator("online", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        if value is False:
+            raise ValueError("leave it out to keep what the stream has; reset=true without it starts with static ones")
+        return {} if value is True else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +89,8 @@ class StreamResult:
         rows_taken: grid rows taken by this run. scores: see ``Stream.update``.
         forecast: from the end of every series that can be forecast.
         added, waiting, blind: series taken in, too short to be taken in, and without a value in their whole context.
+        online: of intervals that learn, how many were issued with which status, judged, given up and wait, and those of
+            this forecast by status; None where they are static.
         seconds: wall time.
     """
 
@@ -91,6 +107,7 @@ class StreamResult:
     added: tuple[str, ...]
     waiting: tuple[str, ...]
     blind: tuple[str, ...]
+    online: Mapping[str, int] | None
     seconds: float
 
     def summary(self) -> dict[str, Any]:
@@ -112,6 +129,7 @@ class StreamResult:
             "series_added": list(self.added),
             "series_waiting": list(self.waiting),
             "series_blind": list(self.blind),
+            **{f"online_{name}": value for name, value in (self.online or {}).items()},
             "path": str(self.path),
             "seconds": round(self.seconds, 2),
         }
@@ -145,14 +163,17 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
     folder = workspace.root / FOLDER / name
     with alone(folder, f"stream '{name}' is being brought up to date"):
         is_new = config.reset or not (folder / STATE).exists()
-        live = _begin(config, artifact, dataset, workspace) if is_new else _resume(config, artifact, dataset, folder)
+        if is_new:
+            live, changed = _begin(config, artifact, dataset, workspace), True
+        else:
+            live, changed = _resume(config, artifact, dataset, folder)
         taken, scores, added, waiting = _catch_up(live, dataset, workspace)
         blind = live.blind()
         awake = [name for name in live.ends()["series_id"] if name not in blind]
         if not awake:
             raise DataError(f"none of the {len(blind)} series of stream '{name}' has a value in its whole context")
         forecast = live.forecast(config.quantile_levels, series=awake if blind else None)
-        if is_new or taken or added:
+        if changed or taken or added:
             _keep(live, scores, folder, took_rows=taken > 0)
     facts = {"dataset": dataset, "stream": name}
     result = StreamResult(
@@ -171,6 +192,7 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
         added=added,
         waiting=waiting,
         blind=blind,
+        online=_online_facts(live, forecast),
         seconds=time.monotonic() - started,
     )
     log_event(_LOG, "streamed", stream=name, rows=taken, scored=scores.height, revision=result.revision)
@@ -182,12 +204,23 @@ def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Wo
     names = long_enough(artifact, frame, config.start)
     if names and not artifact.network.capabilities.rows_coupled:
         frame = frame.select_series(names)
-    live = Stream.start(artifact, frame, mode=config.mode, restart_every=config.restart_every, cutoff=config.start)
+    if config.online is None and config.online_every is not None:
+        raise ConfigError(_NO_ONLINE)
+    live = Stream.start(
+        artifact,
+        frame,
+        mode=config.mode,
+        restart_every=config.restart_every,
+        cutoff=config.start,
+        online=config.online,
+        online_every=config.online_every or 1,
+    )
     live.about = {"dataset": dataset, "revision": 0, "scores": f"scores-{datetime.now(UTC):%Y%m%dT%H%M%S%f}Z"}
     return live
 
 
-def _resume(config: StreamConfig, artifact: Artifact, dataset: str, folder: Path) -> Stream:
+def _resume(config: StreamConfig, artifact: Artifact, dataset: str, folder: Path) -> tuple[Stream, bool]:
+    """Return the stored stream, and whether settings of its own were changed."""
     live = Stream.load(folder / STATE, artifact)
     if live.about.get("dataset") != dataset:
         raise ConfigError(
@@ -196,9 +229,34 @@ def _resume(config: StreamConfig, artifact: Artifact, dataset: str, folder: Path
         )
     if config.mode not in ("auto", live.mode):
         raise ConfigError(f"stream '{folder.name}' was started in mode '{live.mode}'; change it with reset=true")
-    if config.restart_every is not None:
+    changed = _set_online(live, config, folder.name)
+    if config.restart_every not in (None, live.restart_every):
         live.set_restart(config.restart_every)
-    return live
+        changed = True
+    return live, changed
+
+
+def _set_online(live: Stream, config: StreamConfig, name: str) -> bool:
+    """Bring the online intervals to what the config asks for; return whether that changed anything."""
+    has = live.online
+    if config.online is None or (has is not None and has.state.config == config.online):
+        if config.online_every is None or (has is not None and has.every == config.online_every):
+            return False
+        if has is None:
+            raise ConfigError(_NO_ONLINE)
+        has.every = config.online_every
+        return True
+    if has is not None:
+        _LOG.warning("the online intervals of stream '%s' start anew: they were made with other settings", name)
+    live.set_online(config.online, config.online_every or (1 if has is None else has.every))
+    return True
+
+
+def _online_facts(live: Stream, forecast: Forecast) -> dict[str, int] | None:
+    if live.online is None:
+        return None
+    shown = {f"forecast_{status}": count for status, count in (forecast.metadata["online"] or {}).items()}
+    return {"every": live.online.every, **live.online.summary(), **shown}
 
 
 def _catch_up(

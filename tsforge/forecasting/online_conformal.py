@@ -23,10 +23,11 @@ keeps alpha in [0, 1]; the bound above is lost. (4) Bounds that would cross betw
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -149,12 +150,13 @@ class OnlineConformal:
 
     # ---- learning
 
-    def update(self, actuals: pl.DataFrame, now: Any) -> int:
+    def update(self, actuals: pl.DataFrame, now: Any, *, series: Sequence[str] | None = None) -> int:
         """Judge the waiting intervals whose target is there and return how many.
 
         Args:
             actuals: ``series_id, variate, time, actual``; missing values are null.
             now: last time that is known; targets not there a while after their time are given up.
+            series: those whose clock shows ``now``; the intervals of others are left alone. Default all.
 
         Raises:
             DataError: ``actuals`` holds values later than ``now``.
@@ -165,7 +167,11 @@ class OnlineConformal:
         if self.pending is None or not self.pending.height:
             return 0
         known = actuals.drop_nulls("actual").filter(pl.col("actual").is_finite())
-        found = self.pending.join(
+        concerned, others = self.pending, self.pending.clear()
+        if series is not None:
+            mine = pl.col("series_id").is_in(list(series))
+            concerned, others = self.pending.filter(mine), self.pending.filter(~mine)
+        found = concerned.join(
             known.select("series_id", "variate", "time", "actual").unique(["series_id", "variate", "time"]),
             on=["series_id", "variate", "time"],
             how="left",
@@ -174,8 +180,9 @@ class OnlineConformal:
         arrived = found.filter(pl.col("actual").is_not_null())
         self._make_room(arrived["cell"].to_numpy())
         waiting = found.filter(pl.col("actual").is_null()).drop("actual")
-        self.pending = waiting.filter(pl.col("expires") >= now)
-        self.tally["given_up"] += waiting.height - self.pending.height
+        kept = waiting.filter(pl.col("expires") >= now)
+        self.pending = pl.concat([others, kept])
+        self.tally["given_up"] += waiting.height - kept.height
         for part in arrived.sort("cutoff", "cell", "series_id").partition_by("cutoff", maintain_order=True):
             self._learn(part)
         self.tally["judged"] += arrived.height
@@ -203,8 +210,9 @@ class OnlineConformal:
         for rows in _chunks(len(cell), self.config.window):
             sample = self._samples(cell[rows], seen[rows])
             at_least[rows] = ((sample >= score[rows, None]) & np.isfinite(sample)).sum(axis=1)
-        beta = ((1 + at_least) / (size + 1))[:, None]  # y is missed exactly by alpha >= beta
-        missed = alpha >= beta
+        beta = ((1 + at_least) / (size + 1))[:, None]
+        # alpha >= beta, with the rounding of the rank, so that what is judged is the interval that was issued
+        missed = _place(size[:, None], alpha) <= (size - at_least)[:, None]
         if self.config.cap:
             missed |= (at_least == 0)[:, None]
         wanted = (1.0 - self.cells["level"].to_numpy()[cell])[:, None]
@@ -249,12 +257,14 @@ class OnlineConformal:
 
     # ---- issuing
 
-    def issue(self, forecasts: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    def issue(self, forecasts: pl.DataFrame, *, wait: bool = True) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Return the forecasts with adapted quantiles, and the status of every interval; their targets are waited for.
 
         Args:
             forecasts: ``series_id, cutoff, step, time, variate`` and quantile columns in pairs; rows with a missing
                 quantile stay as they are.
+            wait: False for intervals that nothing is learned from: their targets are not waited for, and the tally
+                does not count them.
 
         Returns:
             The table, and ``series_id, cutoff, step, time, variate`` with a column ``status_C`` for each central
@@ -282,12 +292,15 @@ class OnlineConformal:
             changed = status != STATUSES.index("static")
             bounds[use[changed], place] = (low[use, place] - margin * width)[changed]
             bounds[use[changed], -1 - place] = (high[use, place] + margin * width)[changed]
+            if not wait:
+                continue
             waiting.append(self._waiting(forecasts[use], coverage, cell, low[use, place], high[use, place], used))
             for code, name in enumerate(STATUSES):
                 self.tally[name] += int((found == code).sum())
         whole = ~np.isnan(bounds).any(axis=1)
         bounds[whole] = nested(bounds[whole])
-        self._wait(pl.concat(waiting))
+        if wait:
+            self._wait(pl.concat(waiting))
         adapted = forecasts.with_columns(
             pl.Series(name, bounds[:, place]).fill_nan(None) for place, name in enumerate(levels.columns)
         )
@@ -300,7 +313,7 @@ class OnlineConformal:
         size = np.minimum(seen, self.config.window)
         adapted = size >= max(self.config.start, _least(coverage))
         alpha = (self.weight[cell] * self.alpha[cell]).sum(axis=1)
-        rank = np.ceil(np.round((size + 1) * (1.0 - alpha), 9)).astype(np.int64)
+        rank = np.ceil(_place(size, alpha)).astype(np.int64)
         margin = np.empty(len(cell))
         for rows in _chunks(len(cell), self.config.window):
             ordered = np.sort(self._samples(cell[rows], seen[rows]), axis=1)
@@ -375,6 +388,14 @@ class OnlineConformal:
         self.pending = pl.concat([self.pending, fresh])
 
     # ---- keeping
+
+    def copy(self) -> OnlineConformal:
+        """Return a state that goes on from here and leaves this one as it is."""
+        other = copy.copy(self)  # tables are never changed in place
+        other.alpha, other.weight = self.alpha.copy(), self.weight.copy()
+        other.scores, other.count = self.scores.copy(), self.count.copy()
+        other.tally = dict(self.tally)
+        return other
 
     def tables(self) -> dict[str, pl.DataFrame]:
         """Return the whole state as two long tables, ``cells`` and ``pending``; ``from_tables`` takes them back."""
@@ -475,6 +496,11 @@ def _least(coverage: float) -> int:
     """Return the fewest scores that give a finite interval of this coverage."""
     count = max(1, math.ceil(coverage / (1.0 - coverage) - 1e-9))
     return count if conformal_rank(count, coverage) <= count else count + 1
+
+
+def _place(size: IntArray, alpha: FloatArray) -> FloatArray:
+    """Return (n + 1)(1 - alpha), whose ceiling is the rank of a margin; without the last digits of a sum of steps."""
+    return np.asarray(np.round((size + 1) * (1.0 - alpha), 9))
 
 
 def _learning_rate(miss: FloatArray, config: OnlineConfig) -> FloatArray:

@@ -6,12 +6,14 @@ and memory of a row depend neither on the context length nor on how long the str
 of batch prediction right after warming up and from then on remember more than a window holds. ``restart_every`` warms
 it up again from the kept rows every so many steps, which bounds the drift of normalisation frozen at the warm-up.
 
+Intervals are those of the artifact, or go on learning from the rows that come (``online``, see ``stream_online``).
+
 An update is all or nothing: it is computed beside the old state, which is replaced at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +22,16 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tsforge.artifact import Artifact, load_tensor_file, match_frame, save_tensor_file
-from tsforge.contracts.tables import Forecast
-from tsforge.core.errors import ArtifactError, ConfigError, ModelError
+from tsforge.contracts.tables import Forecast, quantile_column
+from tsforge.core.errors import ArtifactError, ConfigError, ModelError, listing
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
 from tsforge.forecasting import stream_carried
+from tsforge.forecasting.online_conformal import OnlineConfig
 from tsforge.forecasting.predict import (
     artifact_panel,
     checked_levels,
@@ -38,8 +42,9 @@ from tsforge.forecasting.predict import (
     without_blind,
 )
 from tsforge.forecasting.stream_buffer import Buffer
-from tsforge.forecasting.stream_carried import Carried, Carrier
-from tsforge.forecasting.stream_rows import NewRows, collect_rows, overlay_known
+from tsforge.forecasting.stream_carried import Carried, Carrier, pick
+from tsforge.forecasting.stream_online import Learner, OnlineIntervals
+from tsforge.forecasting.stream_rows import Ints, NewRows, collect_rows, overlay_known
 from tsforge.forecasting.stream_scores import asked_of_network, expectations, interval_levels, score_table
 from tsforge.forecasting.window_forecasts import (
     FloatArray,
@@ -52,8 +57,10 @@ from tsforge.forecasting.window_forecasts import (
 
 Mode = Literal["auto", "carried", "window"]
 FORMAT = "tsforge-stream"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: online intervals; files without any are still written as 1
 _STATE = "carried."
+_ONLINE = "online."
+Judge = Callable[[WindowForecasts, Ints, Ints], FloatArray]
 
 
 @dataclass(eq=False)
@@ -67,12 +74,14 @@ class Stream:
         carried: state of a recurrent model, None in mode ``window``.
         restart_every: grid rows after which a carried state is warmed up again, None = never.
         about: plain facts of the owner, stored along.
+        online: what the intervals have learned, None where they are those of the artifact.
     """
 
     buffer: Buffer
     carried: Carried | None = None
     restart_every: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    online: OnlineIntervals | None = None
 
     @classmethod
     def start(
@@ -83,24 +92,29 @@ class Stream:
         mode: Mode = "auto",
         restart_every: int | None = None,
         cutoff: TimeLike | None = None,
+        online: OnlineConfig | None = None,
+        online_every: int = 1,
     ) -> Stream:
         """Return a stream that has seen the last ``context_length`` rows of every series of the frame.
 
         Args:
             artifact: what forecasts.
             frame: history, and known covariates of later rows where there are any.
-            mode: ``auto`` carries the state of a recurrent model and keeps windows for any other.
+            mode: ``auto`` carries the state of a recurrent model and keeps windows for any other; with ``online`` also
+                for one that jumps over rows without values.
             restart_every: see the class; only for ``carried``.
             cutoff: last time that counts as seen; default each series' last row with an observed target.
+            online, online_every: see ``set_online``; None keeps the intervals of the artifact.
 
         Raises:
             ArtifactError: the frame does not fit the artifact.
             DataError: too short a history, or nothing observed in it.
             ModelError: ``carried`` with a model that is not recurrent.
-            ConfigError: ``restart_every`` below 1, or without a carried state.
+            ConfigError: ``restart_every`` below 1, or without a carried state; see also ``set_online``.
         """
         network = artifact.network
-        carry = network.model.recurrent if mode == "auto" else mode == "carried"
+        jumps = online is not None and stream_carried.takes_elapsed(network)
+        carry = network.model.recurrent and not jumps if mode == "auto" else mode == "carried"
         if carry:
             stream_carried.recurrent_model(network)
         stream = cls(buffer=Buffer.of_frame(artifact, frame, cutoff))
@@ -108,6 +122,8 @@ class Stream:
             with evaluating(network), torch.no_grad():
                 stream.carried = stream_carried.warm_up(network, stream.buffer.contexts(stream.buffer.everyone))
         stream.set_restart(restart_every)
+        if online is not None:
+            stream.set_online(online, online_every)
         return stream
 
     def set_restart(self, restart_every: int | None) -> None:
@@ -121,6 +137,23 @@ class Stream:
         if restart_every is not None and self.carried is None:
             raise ConfigError("restart_every is for mode 'carried'; mode 'window' starts afresh at every row")
         self.restart_every = restart_every
+
+    def set_online(self, config: OnlineConfig, every: int = 1) -> None:
+        """Let intervals learn from the rows that come from now on; what they learned before is forgotten.
+
+        Args:
+            config: how they learn.
+            every: grid rows between forecasts that they learn from, counted on the artifact's grid.
+
+        Raises:
+            ConfigError: see ``OnlineIntervals.begin``; or the carried model jumps over rows without values.
+        """
+        if self.carried is not None and stream_carried.takes_elapsed(self.artifact.network):
+            raise ConfigError(
+                f"online intervals need a forecast at every row, and model '{self.artifact.model_name}' is carried in "
+                "jumps over rows without values; start the stream with mode=window"
+            )
+        self.online = OnlineIntervals.begin(self.artifact, config, every)
 
     @property
     def artifact(self) -> Artifact:
@@ -168,21 +201,26 @@ class Stream:
             ``series_id, time, variate, value, expected`` (forecast before the row was taken), ``low, high`` (interval
             at ``levels``), ``score`` (distance from ``expected`` in standard deviations of a normal law with
             that interval) and ``outside``; null where the artifact has no interval, and where the model couples
-            series and nothing of this one was observed in the rows before.
+            series and nothing of this one was observed in the rows before. With ``online`` the interval is adapted,
+            and infinite (without a score) where it has to be.
 
         Raises:
-            DataError: see ``collect_rows``.
+            DataError: see ``collect_rows``; with ``online`` also known covariates missing over a horizon.
             ModelError: a forecast is not finite.
         """
         new = collect_rows(rows, self.buffer.place, known=known, judged=judged)
         levels = self.levels
         expected = np.full((len(new.judged), 3, new.judged.shape[1]), np.nan)
+        learner = None
+        if self.online is not None:
+            learner = Learner(online=self.online.copy(), buffer=self.buffer, new=new, shown=levels)
         carried = None
         with evaluating(self.artifact.network), torch.no_grad():
             if self.carried is None:
-                self._expect(new, levels, expected)
+                self._expect(new, learner, expected)
             else:
-                carried = self._carrier(levels).carry(self.carried, new, expected)
+                carried = self._carrier(new, learner).carry(self.carried, new, expected)
+        online = None if learner is None else learner.finish()
         if self.buffer.coupled:
             expected[~self.buffer.seen_before(new)] = np.nan  # what the other series suggest is no expectation of it
         owner = new.owner
@@ -196,35 +234,52 @@ class Stream:
             levels[1] - levels[0] if levels else 0.0,
         )
         self.buffer.take(new)
-        self.carried = carried
+        self.carried, self.online = carried, online
         return table
 
-    def _expect(self, new: NewRows, levels: tuple[float, ...], result: FloatArray) -> None:
-        """Put mean and interval [3, V] of every row to judge, from the window before it, into ``result`` [N, 3, V]."""
-        network = self.artifact.network
+    def _asked(self) -> tuple[float, ...]:
+        """Return the levels to ask of the network for the intervals of the score table."""
+        return asked_of_network(self.artifact, self.levels if self.online is None else self.online.levels)
+
+    def _judging(self, new: NewRows, learner: Learner | None) -> tuple[NDArray[np.bool_], Judge]:
+        """Return the new rows [N] to forecast before they are taken, and what makes bands of these forecasts."""
+        if learner is not None:
+            return learner.wanted, learner
+        artifact, levels = self.artifact, self.levels
+        judged = np.asarray(~np.isnan(new.judged).all(axis=1))
+        return judged, lambda found, _, steps: expectations(artifact, found, levels, steps)
+
+    def _expect(self, new: NewRows, learner: Learner | None, result: FloatArray) -> None:
+        """Put mean and interval [3, V] of every wanted row, from the window before it, into ``result`` [N, 3, V]."""
+        network, levels = self.artifact.network, self._asked()
         owner, done = new.owner, new.done
-        wanted = torch.from_numpy(np.flatnonzero(~np.isnan(new.judged).all(axis=1)))
+        wanted, judge = self._judging(new, learner)
+        chosen = torch.from_numpy(np.flatnonzero(wanted))
+        chosen = chosen[torch.argsort(done[chosen], stable=True)]  # in the order of time within every series
         if self.buffer.coupled:  # one cutoff at a time, a window of every series
-            parts = [wanted[done[wanted] == turn] for turn in np.unique(done[wanted].numpy())]
+            parts = [chosen[done[chosen] == turn] for turn in np.unique(done[chosen].numpy())]
         else:
-            parts = list(torch.split(wanted, default_batch_size(network))) if len(wanted) else []
+            parts = list(torch.split(chosen, default_batch_size(network))) if len(chosen) else []
         for rows in parts:
             who = self.buffer.everyone if self.buffer.coupled else owner[rows]
             batch = self.buffer.contexts(
                 who, done[rows[:1]].expand(len(who)) if self.buffer.coupled else done[rows], new
             )
-            found = forecast_batch(network, batch, asked_of_network(self.artifact, levels))
-            band = expectations(self.artifact, found, levels, np.zeros(len(who), dtype=np.int64))
-            result[rows.numpy()] = band[owner[rows].numpy()] if self.buffer.coupled else band
+            found = forecast_batch(network, batch, levels)
+            if self.buffer.coupled:
+                found = pick(found, owner[rows].numpy())
+            result[rows.numpy()] = judge(found, rows.numpy(), np.zeros(len(rows), dtype=np.int64))
 
-    def _carrier(self, levels: tuple[float, ...]) -> Carrier:
+    def _carrier(self, new: NewRows, learner: Learner | None) -> Carrier:
+        wanted, judge = self._judging(new, learner)
         return Carrier(
             network=self.artifact.network,
             last=self.buffer.last,
             restart_every=self.restart_every,
             contexts=self.buffer.contexts,
-            judge=lambda found, steps: expectations(self.artifact, found, levels, steps),
-            levels=asked_of_network(self.artifact, levels),
+            wanted=wanted,
+            judge=judge,
+            levels=self._asked(),
         )
 
     def forecast(
@@ -240,7 +295,8 @@ class Stream:
         warning says how many these are.
 
         Args:
-            quantile_levels: default every level the artifact offers, as in ``predict``; () for none.
+            quantile_levels: default every level the artifact offers, as in ``predict``; () for none. With ``online``
+                they are adapted by what is known now.
             known: ``series_id, time`` and known covariates of the steps, over what the stream was told before.
             series: only these; default all.
 
@@ -261,13 +317,22 @@ class Stream:
         parts = (
             [told.everyone] if told.coupled else list(torch.split(torch.tensor(chosen), default_batch_size(network)))
         )
-        asked = network_levels(artifact, levels)
+        given = levels if self.online is None or not levels else self.online.levels
+        if unknown := set(levels) - set(given):
+            raise ConfigError(
+                f"quantile level(s) {listing(sorted(unknown))} are not adapted online; choose among {listing(given)}"
+            )
+        asked = network_levels(artifact, given)
         with evaluating(network), torch.no_grad():
             found = concatenate([self._forecast(told, part, asked) for part in parts])
         places = found.series_index
         keep = without_blind(artifact, np.isin(places, chosen), self.buffer.seen()[places], places, self.series)
-        quantiles = published_quantiles(artifact, found, levels)
-        table = forecast_table(replace(found, quantiles=quantiles), told.names(), levels, keep=keep)
+        quantiles = published_quantiles(artifact, found, given)
+        table = forecast_table(replace(found, quantiles=quantiles), told.names(), given, keep=keep)
+        statuses = None
+        if self.online is not None and given:
+            table, statuses = self.online.adapted(table)
+            table = table.drop(quantile_column(level) for level in given if level not in levels)
         metadata = {
             "model": artifact.model_name,
             "artifact_id": artifact.id,
@@ -276,6 +341,7 @@ class Stream:
             "calibrated": artifact.calibration is not None and bool(levels),
             "rolled_from_step": None,
             "stream": self.mode,
+            "online": statuses,
         }
         return Forecast(table=table, quantile_levels=levels, metadata=metadata)
 
@@ -314,9 +380,14 @@ class Stream:
         return tuple(names)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the whole state by name, series along the first axis."""
+        """Return the whole state by name, series along the first axis but for what the intervals have learned."""
         carried = {} if self.carried is None else self.carried.tensors()
-        return self.buffer.tensors() | {_STATE + name: value for name, value in carried.items()}
+        online = {} if self.online is None else self.online.tensors(self.series)
+        return (
+            self.buffer.tensors()
+            | {_STATE + name: value for name, value in carried.items()}
+            | {_ONLINE + name: value for name, value in online.items()}
+        )
 
     def save(self, path: Path) -> None:
         """Write the state as one file, whole or not at all; an older one is replaced.
@@ -326,12 +397,13 @@ class Stream:
         """
         facts = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": 1 if self.online is None else FORMAT_VERSION,
             "artifact_id": self.artifact.id,
             "mode": self.mode,
             "restart_every": self.restart_every,
             "series": list(self.series),
             "about": self.about,
+            **({} if self.online is None else {"online": self.online.facts()}),
         }
         save_tensor_file(path, self.tensors(), facts)
 
@@ -356,19 +428,23 @@ class Stream:
                 f"{path} holds the stream of artifact {facts['artifact_id']}, not of {artifact.id}; a state fits only "
                 "the weights that made it: name that artifact, or start the stream anew"
             )
-        parts = {name: value for name, value in tensors.items() if not name.startswith(_STATE)}
+        parts = {name: value for name, value in tensors.items() if not name.startswith((_STATE, _ONLINE))}
         state = {name.removeprefix(_STATE): value for name, value in tensors.items() if name.startswith(_STATE)}
+        learned = {name.removeprefix(_ONLINE): value for name, value in tensors.items() if name.startswith(_ONLINE)}
+        online = None
         try:
             buffer = Buffer(artifact, tuple(facts["series"]), **parts)
             carried = Carried.of(state) if facts["mode"] == "carried" else None
             buffer.check()
             if carried is not None:
                 stream_carried.check_state(artifact.network, carried, len(buffer.series))
+            if "online" in facts:
+                online = OnlineIntervals.of(artifact, buffer.series, learned, facts["online"])
         except (KeyError, TypeError, ModelError, ArtifactError) as error:
             raise ArtifactError(
                 f"{path} does not fit artifact {artifact.id} ({error}); start the stream anew"
             ) from error
-        return cls(buffer, carried, facts["restart_every"], dict(facts["about"]))
+        return cls(buffer, carried, facts["restart_every"], dict(facts["about"]), online)
 
 
 def long_enough(artifact: Artifact, frame: SeriesFrame, cutoff: TimeLike | None = None) -> list[str]:

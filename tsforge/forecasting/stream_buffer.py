@@ -239,16 +239,18 @@ class Buffer:
         return found
 
     def seen_before(self, new: NewRows) -> NDArray[np.bool_]:
-        """Return whether a target was observed in the L rows before each new row [N]; of series on one clock."""
+        """Return whether a target was observed in the L rows before each new row [N]."""
         variates, length = self.artifact.network.spec.num_variates, self.rows.shape[1]
-        kept = self.last.numpy()[:, None] + np.arange(1 - length, 1)
+        last, owner, place = self.last.numpy(), new.owner.numpy(), np.arange(len(new.values))
+        kept = last[:, None] + np.arange(1 - length, 1)
         old = self.cells(self.everyone, torch.from_numpy(kept), None).numpy()[..., :variates]
-        fresh = new.values.numpy()[:, :variates].reshape(len(kept), -1, variates)  # as many rows of every series
-        index = self.last.numpy()[:, None] + 1 + np.arange(fresh.shape[1])
-        observed = ~np.isnan(np.concatenate([old, fresh], axis=1)).all(axis=2)
-        newest = np.where(observed, np.concatenate([kept, index], axis=1), np.iinfo(np.int64).min)
-        before = np.maximum.accumulate(newest, axis=1)[:, length - 1 : -1]
-        return (before >= index - length).ravel()
+        newest = np.where(np.isnan(old).all(axis=2), kept.min() - 1, kept).max(axis=1)
+        fresh = np.where(np.isnan(new.values.numpy()[:, :variates]).all(axis=1), -1, place)
+        before = np.concatenate([[-1], np.maximum.accumulate(fresh)[:-1]]) if len(place) else place
+        index = last[owner] + 1 + new.done.numpy()
+        seen = np.where(before >= new.start.numpy()[owner], index - (place - before), newest[owner])
+        found: NDArray[np.bool_] = seen >= index - length
+        return found
 
     def blind(self) -> tuple[str, ...]:
         """Return the series that have begun and have no observed target in the rows kept."""

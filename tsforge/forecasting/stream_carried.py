@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Recurrent, State
@@ -170,7 +171,8 @@ class Carrier:
         last: [S] absolute row of each series before the new ones.
         restart_every: grid rows after which a series is warmed up again, None = never.
         contexts: (series, rows done, new rows) -> their windows, for warming up.
-        judge: (forecasts, step of each) -> what is kept of them [B, ...].
+        wanted: [N] new rows to forecast before they are taken.
+        judge: (forecasts, new row that each is for, step of each) -> what is kept of them [B, ...].
         levels: quantiles to ask of the network.
     """
 
@@ -178,25 +180,27 @@ class Carrier:
     last: Tensor
     restart_every: int | None
     contexts: Callable[[Tensor, Tensor, NewRows], Batch]
-    judge: Callable[[WindowForecasts, Ints], FloatArray]
+    wanted: NDArray[np.bool_]
+    judge: Callable[[WindowForecasts, Ints, Ints], FloatArray]
     levels: tuple[float, ...]
 
     def carry(self, carried: Carried, new: NewRows, result: FloatArray) -> Carried:
         """Return the state after all new rows, taken in grid order, all series with a k-th row at once.
 
-        What ``judge`` makes of the forecast before each judged row goes into ``result`` [N, ...].
+        What ``judge`` makes of the forecast before each wanted row goes into ``result`` [N, ...].
         """
         rows, series, elapsed, turns = self._turns(new)
         carried = carried.take(torch.arange(len(self.last)))  # a model may step in place
-        judged = torch.from_numpy(~np.isnan(new.judged).all(axis=1))
+        wanted = torch.from_numpy(self.wanted)
         for turn in turns:
             place, who, steps = rows[turn], series[turn], elapsed[turn]
             done = place - new.start[who]
             everyone = len(who) == len(self.last)
             part = carried if everyone else carried.take(who)
-            if bool(judged[place].any()):
-                found = self._expect(part, who, done + 1 - steps, new, judged[place])
-                result[place[judged[place]].numpy()] = self.judge(found, (steps[judged[place]] - 1).numpy())
+            if bool((asked := wanted[place]).any()):
+                found = self._expect(part, who, done + 1 - steps, new, asked)
+                here = place[asked].numpy()
+                result[here] = self.judge(found, here, (steps[asked] - 1).numpy())
             part = step(self.network, part, new.values[place], steps)
             if self.restart_every is not None and bool((due := part.since >= self.restart_every).any()):
                 fresh = warm_up(self.network, self.contexts(who[due], done[due] + 1, new))
@@ -210,7 +214,7 @@ class Carrier:
             part, who, before = part.take(wanted.nonzero()[:, 0]), who[wanted], before[wanted]
         known = new.known_from(who, before, self.network.spec.horizon)
         found = forecast(self.network, part, known, self.levels, self.last[who] + before + 1)
-        return found if len(found.mean) == int(wanted.sum()) else _pick(found, wanted.nonzero()[:, 0].numpy())
+        return found if len(found.mean) == int(wanted.sum()) else pick(found, wanted.nonzero()[:, 0].numpy())
 
     def _turns(self, new: NewRows) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Return rows to step, their series, the grid steps each takes, and the turns in which they are taken."""
@@ -232,7 +236,8 @@ class Carrier:
         return rows, series, elapsed, list(torch.split(order, torch.bincount(rank).tolist())) if len(rows) else []
 
 
-def _pick(found: WindowForecasts, rows: Ints) -> WindowForecasts:
+def pick(found: WindowForecasts, rows: Ints) -> WindowForecasts:
+    """Return some windows without a future, in the given order."""
     quantiles = None if found.quantiles is None else found.quantiles[rows]
     return WindowForecasts(
         mean=found.mean[rows],

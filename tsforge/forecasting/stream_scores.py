@@ -7,6 +7,7 @@ scale, threshold and p-values on rows of their own and remains the detector to a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -52,19 +53,39 @@ def expectations(
     """
     horizon = forecasts.mean.shape[1]
     reach = int(np.minimum(steps, horizon - 1).max(initial=0)) + 1
-    mean = forecasts.mean[:, :reach]
-    bounds = np.full((*mean.shape, 2), np.nan)
-    if levels:
-        quantiles = None if forecasts.quantiles is None else forecasts.quantiles[:, :reach]
-        if artifact.calibration is not None:
-            bounds = apply_calibration(
-                artifact.calibration, mean, quantiles, levels, forecasts.scale, artifact.schema.targets
-            )
-        elif quantiles is not None:
-            bounds = quantiles
-    found = np.stack([mean, bounds[..., 0], bounds[..., 1]], axis=2)  # [B, reach, 3, V]
+    near = first_steps(forecasts, reach)
+    bounds = interval_bounds(artifact, near, levels) if levels else np.full((*near.mean.shape, 2), np.nan)
+    found = np.stack([near.mean, bounds[..., 0], bounds[..., 1]], axis=2)  # [B, reach, 3, V]
     picked = found[np.arange(len(found)), np.minimum(steps, reach - 1)]
     return np.where((np.isfinite(picked)) & (steps < horizon)[:, None, None], picked, np.nan)
+
+
+def interval_bounds(artifact: Artifact, forecasts: WindowForecasts, levels: Sequence[float]) -> FloatArray:
+    """Return the quantiles [B, H, V, Q] that are published of windows, calibrated where the artifact is.
+
+    Args:
+        artifact, forecasts: as in ``expectations``.
+        levels: ascending; each with its mirror image where the artifact is calibrated.
+
+    Raises:
+        ConfigError: the calibration looks at the windows themselves.
+    """
+    if artifact.calibration is not None:
+        return apply_calibration(
+            artifact.calibration,
+            forecasts.mean,
+            forecasts.quantiles,
+            levels,
+            forecasts.scale,
+            artifact.schema.targets,
+        )
+    return np.full((*forecasts.mean.shape, len(levels)), np.nan) if forecasts.quantiles is None else forecasts.quantiles
+
+
+def first_steps(forecasts: WindowForecasts, count: int) -> WindowForecasts:
+    """Return the first ``count`` steps of windows without a future."""
+    quantiles = None if forecasts.quantiles is None else forecasts.quantiles[:, :count]
+    return replace(forecasts, mean=forecasts.mean[:, :count], quantiles=quantiles)
 
 
 def asked_of_network(artifact: Artifact, levels: Sequence[float]) -> tuple[float, ...]:
@@ -78,7 +99,7 @@ def score_table(
     """Return one row a judged cell, in the order of rows and variates; columns ``SCORE_COLUMNS``.
 
     ``score`` = |value - expected| / (half the interval / normal quantile of its coverage): about |z| of a normal law.
-    Zero width scores 0 where value and expectation are equal, else infinity.
+    Zero width scores 0 where value and expectation are equal, else infinity; infinite width gives no score.
 
     Args:
         ids, times: of the rows [N].
@@ -93,6 +114,7 @@ def score_table(
     distance = np.abs(value - mean)
     with np.errstate(divide="ignore", invalid="ignore"):
         score = np.where((unit == 0) & (distance == 0), 0.0, distance / unit)
+    score[np.isinf(unit)] = np.nan
     numbers = {"value": value, "expected": mean, "low": low, "high": high, "score": score}
     columns = [
         ids.gather(row).alias("series_id"),
