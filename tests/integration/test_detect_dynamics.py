@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tsforge.anomaly.config import DetectConfig, ScoreConfig
+from tsforge.anomaly.contexts import context_traces
 from tsforge.anomaly.detector import detect
-from tsforge.anomaly.regions import visited_regions
+from tsforge.anomaly.regions import region_function
 from tsforge.anomaly.residuals import TrainingRange
 from tsforge.anomaly.scoring import fit_score_model
 from tsforge.app.fit import FitConfig, fit_frame
@@ -120,7 +121,7 @@ def test_innovations_of_one_and_several_steps(plrnn: Artifact) -> None:
 
 def test_a_region_belongs_to_the_last_row_of_its_context(plrnn: Artifact) -> None:
     frame = as_frame(made())
-    found = visited_regions(plrnn, frame, 1200, 1230)["a"]
+    found = context_traces(plrnn, frame, (1200, 1230), region_function(plrnn))["a"][:, 0]
     network, panel = plrnn.network.eval(), Panel.from_frame(frame)
     for row in (1200, 1217, 1229):
         values = torch.from_numpy(panel.values[row - 23 : row + 1]).float().unsqueeze(0)

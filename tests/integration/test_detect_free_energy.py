@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from test_detect_scores import (
     FAULT,
     NOW,
     ROWS,
-    START,
     TRAIN,
     VALID,
     as_frame,
@@ -25,9 +23,9 @@ from test_detect_scores import (
 )
 
 from tsforge.anomaly import deviations as module
-from tsforge.anomaly.config import DetectConfig, ScoreConfig
-from tsforge.anomaly.free_energy import RowEnergies, free_energies
-from tsforge.anomaly.online import OnlineDetector
+from tsforge.anomaly.config import ScoreConfig
+from tsforge.anomaly.contexts import context_traces
+from tsforge.anomaly.free_energy import RowEnergies, energy_function
 from tsforge.artifact import Artifact, match_frame
 from tsforge.contracts.tables import JOINT
 from tsforge.contracts.tensors import Batch
@@ -66,12 +64,12 @@ def test_the_fault_is_found_and_no_later_row_is_read(pvrnn: Artifact) -> None:
 
 def test_a_score_of_the_next_row_is_caught(pvrnn: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """The saboteur: every row gets what the row after it costs."""
-    honest = module.free_energies
+    honest = module.context_traces
 
-    def peeking(artifact: Artifact, frame: Any, rows: tuple[int, int]) -> dict[str, RowEnergies]:
-        return honest(artifact, frame, (rows[0] + 1, rows[1] + 1))
+    def peeking(artifact: Artifact, frame: Any, rows: tuple[int, int], function: Any) -> dict[str, np.ndarray]:
+        return honest(artifact, frame, (rows[0] + 1, rows[1] + 1), function)
 
-    monkeypatch.setattr(module, "free_energies", peeking)
+    monkeypatch.setattr(module, "context_traces", peeking)
     with pytest.raises(AssertionError, match="score"):
         test_the_fault_is_found_and_no_later_row_is_read(pvrnn)
 
@@ -80,7 +78,7 @@ def test_rows_cost_what_the_model_says_of_the_context_that_ends_with_them(pvrnn:
     data = made()
     frame = match_frame(pvrnn, as_frame(data))
     rows = (695, 712)
-    found = free_energies(pvrnn, frame, rows)["a"]
+    found = RowEnergies.of(context_traces(pvrnn, frame, rows, energy_function(pvrnn))["a"])
     table = data.select("x", "y").to_numpy()
     for place, row in enumerate(range(*rows)):
         batch = one_context(table[row - 23 : row + 1][None])
@@ -133,9 +131,6 @@ def test_what_cannot_do_it_says_so(pvrnn: Artifact) -> None:
     linear = fitted({"name": "linear"})
     with pytest.raises(ModelError, match="'linear' has no free energy.*needs an artifact of pvrnn"):
         scored(linear, made(), SCORE)
-    settings = validate(DetectConfig, {"score": SCORE, "calibration": {"min_scale_rows": 100}})
-    with pytest.raises(ConfigError, match="score.kind=free_energy cannot be watched row by row"):
-        OnlineDetector.start(pvrnn, as_frame(made()), settings, start=START + timedelta(hours=VALID))
     for changes, message in (
         ({"steps": [1]}, "steps and horizon_reduction are for forecasts"),
         ({"window": 20}, "window has no effect with kind 'free_energy'"),

@@ -11,8 +11,9 @@ import pytest
 
 from tsforge.anomaly import deviations as module
 from tsforge.anomaly.config import DetectConfig, ScoreConfig
+from tsforge.anomaly.contexts import context_traces
 from tsforge.anomaly.detector import detect
-from tsforge.anomaly.latent import fit_latent, hidden_states, latent_distances
+from tsforge.anomaly.latent import fit_latent, hidden_function
 from tsforge.anomaly.reconstruction import WindowPca
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.artifact import Artifact, match_frame
@@ -183,19 +184,20 @@ def test_nll_is_that_of_the_forecast_distribution_in_data_units(linear: Artifact
 
 def test_latent_distances_are_those_of_the_training_states_by_hand(s4: Artifact) -> None:
     frame, rows, training = as_frame(made()), (VALID, VALID + 40), (0, TRAIN)
-    _, before = hidden_states(s4, frame, training)
-    _, after = hidden_states(s4, frame, rows)
-    found = latent_distances(s4, frame, rows, training)["a"]
+    before, after = (context_traces(s4, frame, part, hidden_function(s4))["a"] for part in (training, rows))
+    config = validate(ScoreConfig, {"kind": "latent"})
+    panel = artifact_panel(s4, match_frame(s4, frame))
+    found = module.collect_deviations(s4, match_frame(s4, frame), config, rows, panel, training).deviations[0, :, 0]
     assert found.shape == (40, 2)  # independent variates: one state each
     for r in range(2):
-        h = before[0, :, r][~np.isnan(before[0, :, r]).any(axis=1)]
+        h = before[:, r][~np.isnan(before[:, r]).any(axis=1)]
         covariance = np.cov(h.T)
         values, directions = np.linalg.eigh(covariance)
         order = np.argsort(-values)
         count = int(np.argmax(np.cumsum(values[order]) / values.sum() >= 0.95)) + 1
         kept = directions[:, order[:count]]
         for t in range(40):
-            c = kept.T @ (after[0, t, r] - h.mean(axis=0))
+            c = kept.T @ (after[t, r] - h.mean(axis=0))
             expected = np.sqrt(c @ np.linalg.inv(kept.T @ covariance @ kept) @ c)
             assert found[t, r] == pytest.approx(expected, rel=1e-6)
 

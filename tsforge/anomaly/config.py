@@ -163,7 +163,7 @@ class ScoreConfig(Config):
 
     @property
     def latency(self) -> int:
-        """Rows after a row that its score reads; 0 for everything that can run online."""
+        """Rows after a row that its score reads: it is known that much later."""
         if self.kind != "reconstruction" or self.overlap_reduction in (None, "last"):
             return 0
         return (self.window or RECONSTRUCTED_ROWS) - 1

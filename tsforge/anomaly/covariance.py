@@ -68,7 +68,7 @@ class DenseCovariance:
 
     def solve(self, residuals: FloatArray) -> FloatArray:
         """Return S^-1 r of every row: [N, V] -> [N, V]."""
-        return _by_row(self._precision, residuals)
+        return by_row(self._precision, residuals)
 
     def subset(self, keep: NDArray[np.bool_]) -> DenseCovariance:
         """Return the covariance of the variates marked in ``keep``; the latest ones asked for are kept at hand."""
@@ -111,15 +111,15 @@ class LowRankCovariance:
         plain = residuals / self.noise
         if self._inner_precision is None:
             return plain
-        inner = _by_row(self._inner_precision, _by_row(self._weighted.T, residuals))
-        return np.asarray(plain - _by_row(self._weighted, inner))
+        inner = by_row(self._inner_precision, by_row(self._weighted.T, residuals))
+        return np.asarray(plain - by_row(self._weighted, inner))
 
     def subset(self, keep: NDArray[np.bool_]) -> LowRankCovariance:
         """Return the covariance of the variates marked in ``keep``."""
         return LowRankCovariance(self.noise[keep], self.loadings[keep])
 
 
-def _by_row(matrix: FloatArray, rows: FloatArray) -> FloatArray:
+def by_row(matrix: FloatArray, rows: FloatArray) -> FloatArray:
     """Return ``matrix @ r`` of every row: [M, V], [N, V] -> [N, M], each row by itself."""
     return np.asarray(np.matmul(matrix, rows[:, :, None])[:, :, 0])
 

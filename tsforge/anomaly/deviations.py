@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tsforge.anomaly.config import DEFAULT_WINDOW, RECONSTRUCTED_ROWS, ScoreConfig
-from tsforge.anomaly.free_energy import RowEnergies, free_energies
+from tsforge.anomaly.config import ScoreConfig
+from tsforge.anomaly.contexts import context_traces
 from tsforge.anomaly.growth import free_runs
-from tsforge.anomaly.latent import latent_distances
-from tsforge.anomaly.reconstruction import EXPLAINED, fit_window_pca
-from tsforge.anomaly.regions import visited_regions
 from tsforge.anomaly.residuals import tail_to_normal
-from tsforge.anomaly.window_scores import region_scores, spectrum_scores, state_scores
+from tsforge.anomaly.windowed import FAR_OUT, WindowJudge, fit_window_judge, trace_function, training_traces
 from tsforge.artifact import Artifact
 from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
@@ -26,7 +24,14 @@ MAX_STEPS = 8
 LONGEST_STEP = 24
 BYTES_PER_CHUNK = 256_000_000
 INTERVAL = 0.8
-FAR_OUT = 50.0  # normal deviate of a value that the declared range calls impossible
+
+
+@dataclass(frozen=True)
+class WindowedSeries:
+    """The windowed score of a series, and the traces of the last ``reach + latency`` rows before the span's end."""
+
+    judge: WindowJudge
+    trail: FloatArray
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class Deviations:
         deviations [S, T, K, V] of K steps in the units of the kind of score (residuals in data units, normal deviates
         of the predictive tail, half-widths of an interval, ...); values and expected [S, T, V] in data units, expected
         by the nearest step. NaN where not observed or not forecast.
+
+    Attributes:
+        windowed: of windowed kinds, what judges the rows of each series.
     """
 
     series_ids: tuple[str, ...]
@@ -44,6 +52,7 @@ class Deviations:
     deviations: FloatArray
     values: FloatArray
     expected: FloatArray
+    windowed: Mapping[str, WindowedSeries] = field(default_factory=dict)
 
 
 def used_steps(config: ScoreConfig, horizon: int) -> tuple[int, ...]:
@@ -192,60 +201,33 @@ def _windowed(
     values = observed_values(observed, ids, start, stop)
     expected = np.full_like(values, np.nan)
     found = np.full((len(ids), stop - start, 1, width), np.nan)
-    latent: dict[str, FloatArray] = {}
-    energies: dict[str, RowEnergies] = {}
-    symbols: dict[str, NDArray[np.int64]] = {}
-    window = config.window or (RECONSTRUCTED_ROWS if config.kind == "reconstruction" else DEFAULT_WINDOW)
-    first = start - window + 1  # rows before the span only fill its first windows
-    early = min(first, training[0])
-    if config.kind == "latent":
-        latent = latent_distances(artifact, frame, span, training, config.explained or EXPLAINED)
-    if config.kind == "free_energy":
-        energies = free_energies(artifact, frame, span)
-    if config.kind == "regions":
-        symbols = visited_regions(artifact, frame, early, stop)
+    function = trace_function(artifact, config)
+    learnt: dict[str, FloatArray] = {}
+    if function is None:
+        learnt = dict(zip(ids, observed_values(observed, ids, *training), strict=True))
+    elif config.kind != "free_energy":  # that one compares with nothing
+        learnt = training_traces(artifact, frame, config, training, function)
+    judges: dict[str, WindowJudge] = {}
     for place, name in enumerate(ids):
         try:
-            if config.kind == "latent":
-                scores = latent[name]
-            elif config.kind == "free_energy":
-                expected[place] = energies[name].expected
-                scores = energies[name].costs(values[place], config.part or "both", impossible=0.5 * FAR_OUT**2)
-            elif config.kind == "reconstruction":
-                rows = observed_values(observed, (name,), first, stop)[0]
-                model = fit_window_pca(
-                    observed_values(observed, (name,), *training)[0], window, config.explained or EXPLAINED
-                )
-                expected[place] = model.expected(rows, config.overlap_reduction or "last")[window - 1 :]
-                scores = values[place] - expected[place]
-            elif config.kind == "regions":
-                known = symbols[name]
-                sizes = _sizes(config, window)
-                scores = region_scores(
-                    known[first - early :], known[training[0] - early : training[1] - early], **sizes
-                )
-                scores = scores[window - 1 :, None]
-            else:
-                scores = _dynamics(config, observed, name, (first, stop), training)[window - 1 :]
+            judges[name] = fit_window_judge(config, learnt.get(name, np.empty((0, 1))))
         except DataError as error:
-            raise DataError(f"series '{name}': {error}") from error
-        found[place, :, 0] = scores
-    return Deviations(ids, start, found, values, expected)
-
-
-def _sizes(config: ScoreConfig, window: int) -> dict[str, int]:
-    return {"window": window, "stride": config.stride or max(window // 50, 1)}
-
-
-def _dynamics(
-    config: ScoreConfig, observed: Panel, name: str, rows: tuple[int, int], training: tuple[int, int]
-) -> FloatArray:
-    """Return the scores [T, V] of spectra or visited states."""
-    values, reference = (observed_values(observed, (name,), *part)[0] for part in (rows, training))
-    sizes = _sizes(config, config.window or DEFAULT_WINDOW)
-    if config.kind == "spectrum":
-        return spectrum_scores(values, reference, **sizes)
-    return state_scores(values, reference, **sizes, bins=config.bins or 12, lag=config.lag)
+            if not np.isnan(values[place]).all():  # nobody asks for rows that are not there
+                raise DataError(f"series '{name}': {error}") from error
+    reach = max((judge.reach + judge.latency for judge in judges.values()), default=0)
+    if function is None:
+        traces = dict(zip(ids, observed_values(observed, ids, start - reach, stop), strict=True))
+    else:
+        traces = context_traces(artifact, frame, (start - reach, stop), function)
+    windowed: dict[str, WindowedSeries] = {}
+    for place, name in enumerate(ids):
+        if name in judges:
+            judge, of_rows = judges[name], traces[name]
+            until = max(stop - start - judge.latency, 0)  # the last rows have no score yet
+            scored = judge.judge(of_rows[reach - judge.reach :], values[place, :until], start)
+            found[place, :until, 0], expected[place, :until] = scored
+            windowed[name] = WindowedSeries(judge, of_rows[len(of_rows) - judge.reach - judge.latency :])
+    return Deviations(ids, start, found, values, expected, windowed)
 
 
 def observed_values(panel: Panel, series_ids: tuple[str, ...], start: int, stop: int) -> FloatArray:

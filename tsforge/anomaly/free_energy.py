@@ -12,7 +12,7 @@ Source: free energy of the PV-RNN (Ahmadi, Tani 2019, arXiv 1811.01339), see :mo
 row's part of it as a score is this project's. Costs are in nats and scaled units, so that only differences mean
 something; the pipeline takes them about their median.
 
-Legend: T rows, V variates.
+Legend: N rows, V variates.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from tsforge.anomaly.contexts import FloatArray, context_outputs
+from tsforge.anomaly.contexts import ContextFunction, FloatArray
 from tsforge.artifact import Artifact
 from tsforge.contracts.tensors import Batch
 from tsforge.core.errors import ModelError
-from tsforge.data.frame import SeriesFrame
 
 Part = Literal["both", "reconstruction", "divergence"]
 
@@ -44,7 +43,7 @@ class Explaining(Protocol):
 
 @dataclass(frozen=True)
 class RowEnergies:
-    """Costs of rows [start, stop) of a series: reconstruction [T, V], divergence [T], expected [T, V] in data units.
+    """Costs of rows: reconstruction [N, V], divergence [N], expected [N, V] in data units.
 
     NaN where no whole context ends with a row; reconstruction also where the model saw no value.
     """
@@ -53,8 +52,16 @@ class RowEnergies:
     divergence: FloatArray
     expected: FloatArray
 
+    @classmethod
+    def of(cls, traces: FloatArray) -> RowEnergies:
+        """Return the costs that ``energy_function`` told, side by side [N, 2 V + 1]; [N, 1] where it told none."""
+        if traces.shape[1] == 1:
+            return cls(traces, traces[:, 0], traces)
+        width = traces.shape[1] // 2
+        return cls(traces[:, :width], traces[:, width], traces[:, width + 1 :])
+
     def costs(self, values: FloatArray, part: Part, *, impossible: float) -> FloatArray:
-        """Return the cost [T, V] of each cell of ``values`` [T, V]; NaN where not observed.
+        """Return the cost [N, V] of each cell of ``values`` [N, V]; NaN where not observed.
 
         Args:
             values: what is judged; NaN where not observed.
@@ -67,8 +74,9 @@ class RowEnergies:
         return np.where(np.isnan(values) | np.isnan(shared), np.nan, parts[part])
 
 
-def free_energies(artifact: Artifact, frame: SeriesFrame, rows: tuple[int, int]) -> dict[str, RowEnergies]:
-    """Return by series what absolute rows [start, stop) cost the model; row t is explained by rows up to t alone.
+def energy_function(artifact: Artifact) -> ContextFunction:
+    """Return what tells what the last row of a context costs the model: reconstruction [B, V], divergence [B], and the
+    row as explained [B, V] in data units; by rows up to it alone.
 
     Raises:
         ModelError: the model has no free energy.
@@ -87,14 +95,4 @@ def free_energies(artifact: Artifact, frame: SeriesFrame, rows: tuple[int, int])
         last = reconstruction.masked_fill(~batch.context_mask[:, -1], np.nan)
         return last, divergence, expected * scale[:, 0] + loc[:, 0]
 
-    names, batches = context_outputs(artifact, frame, rows, compute)
-    shape = (len(names), rows[1] - rows[0], len(artifact.schema.targets))
-    reconstruction, divergence, expected = np.full(shape, np.nan), np.full(shape[:2], np.nan), np.full(shape, np.nan)
-    for part in batches:
-        place = (part.series, part.row - rows[0])
-        for found, output in zip((reconstruction, divergence, expected), part.outputs, strict=True):
-            found[place] = output.double().cpu().numpy()
-    return {
-        name: RowEnergies(reconstruction[number], divergence[number], expected[number])
-        for number, name in enumerate(names)
-    }
+    return ContextFunction("free energy", compute)

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from tsforge.anomaly.contexts import FloatArray, context_outputs
+from tsforge.anomaly.contexts import ContextFunction, FloatArray, context_outputs
 from tsforge.artifact import Artifact
 from tsforge.contracts.tensors import Batch
 from tsforge.core.errors import ModelError
@@ -29,13 +29,8 @@ class Growing(Protocol):
         ...
 
 
-def free_runs(
-    artifact: Artifact, frame: SeriesFrame, rows: tuple[int, int], steps: tuple[int, ...]
-) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """Return by series what free runs told of absolute rows [start, stop), and how far they were expected to be off.
-
-    Entry ``[t, k]`` of both, [T, K, V] in data units, is of the run that began ``steps[k]`` rows before row
-    ``start + t``; NaN where no whole context reaches.
+def growth_function(artifact: Artifact, steps: int) -> ContextFunction:
+    """Return what tells the free run [B, steps, V] after a context and how far it is expected to be off, in data units.
 
     Raises:
         ModelError: the model does not tell.
@@ -48,20 +43,34 @@ def free_runs(
         )
 
     def compute(batch: Batch, scaled: Batch) -> tuple[Tensor, ...]:
-        told, spread = model.growth(scaled, max(steps))
+        told, spread = model.growth(scaled, steps)
         loc, scale = network.scaler.stats(batch)
         return told * scale + loc, spread * scale
 
+    return ContextFunction(f"growth of {steps} steps", compute)
+
+
+def free_runs(
+    artifact: Artifact, frame: SeriesFrame, rows: tuple[int, int], steps: tuple[int, ...]
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """Return by series what free runs told of absolute rows [start, stop), and how far they were expected to be off.
+
+    Entry ``[t, k]`` of both, [T, K, V] in data units, is of the run that began ``steps[k]`` rows before row
+    ``start + t``; NaN where no whole context reaches.
+
+    Raises:
+        ModelError: the model does not tell.
+    """
     start, stop = rows
-    names, batches = context_outputs(artifact, frame, (start - max(steps), stop - min(steps)), compute)
+    function = growth_function(artifact, max(steps))
+    names, blocks = context_outputs(artifact, frame, (start - max(steps), stop - min(steps)), function)
     shape = (len(names), stop - start, len(steps), len(artifact.schema.targets))
     told, spread = np.full(shape, np.nan), np.full(shape, np.nan)
-    for part in batches:
-        outputs = [output.double().cpu().numpy() for output in part.outputs]
+    for part in blocks:
         for place, step in enumerate(steps):
             row = part.row + step - start
             inside = (row >= 0) & (row < stop - start)
-            for found, output in zip((told, spread), outputs, strict=True):
+            for found, output in zip((told, spread), part.outputs, strict=True):
                 found[part.series[inside], row[inside], place] = output[inside, step - 1]
     by_name = [{name: found[number] for number, name in enumerate(names)} for found in (told, spread)]
     return by_name[0], by_name[1]

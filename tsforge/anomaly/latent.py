@@ -9,7 +9,7 @@ A model with one state a variate (independent variates, Chimera) gives a distanc
 Source: spec of latent scores; a Mahalanobis distance in principal components is Hotelling's T^2 (Jackson, Mudholkar
 1979, Technometrics 21), of which this is the root. Deviation: at most 5,000 training states, spread evenly, are taken.
 
-Legend: S series, T rows, R states a row (V or 1), D width of a state, k components.
+Legend: N rows, R states a row (V or 1), D width of a state, k components.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tsforge.anomaly.contexts import FloatArray, context_outputs
+from tsforge.anomaly.contexts import ContextFunction, FloatArray
+from tsforge.anomaly.covariance import by_row
 from tsforge.artifact import Artifact
 from tsforge.contracts.tensors import Batch
 from tsforge.core.errors import DataError, ModelError
-from tsforge.data.frame import SeriesFrame
 
 EXPLAINED = 0.95
 MOST_STATES = 5_000
@@ -49,8 +48,10 @@ class LatentScale:
     whitening: tuple[FloatArray, ...]
 
     def distances(self, states: FloatArray) -> FloatArray:
-        """Return the distance [N, R] of states [N, R, D]; NaN where a state is."""
-        parts = [(states[:, r] - self.mean[r]) @ white.T for r, white in enumerate(self.whitening)]
+        """Return the distance [N, R] of states [N, R, D], each by itself; NaN where a state is, or all are ([N, 1])."""
+        if states.ndim < 3:
+            return np.full((len(states), len(self.mean)), np.nan)
+        parts = [by_row(white, states[:, r] - self.mean[r]) for r, white in enumerate(self.whitening)]
         return np.stack([np.sqrt(np.square(part).sum(axis=1)) for part in parts], axis=1)
 
 
@@ -74,15 +75,12 @@ def fit_latent(states: FloatArray, explained: float = EXPLAINED) -> LatentScale:
             raise DataError("the hidden state of the model never moves in training; latent scores mean nothing for it")
         share = np.cumsum(values) / values.sum()
         count = int(np.searchsorted(share, explained * (1.0 - 1e-12))) + 1
-        whitening.append((directions[:, :count] / np.sqrt(values[:count])).T)
+        whitening.append(np.ascontiguousarray((directions[:, :count] / np.sqrt(values[:count])).T))
     return LatentScale(mean=mean, whitening=tuple(whitening))
 
 
-def hidden_states(
-    artifact: Artifact, frame: SeriesFrame, rows: tuple[int, int], *, stride: int = 1
-) -> tuple[tuple[str, ...], FloatArray]:
-    """Return the names of the series and the states [S, T, R, D] at absolute rows [start, stop); NaN where nothing was
-    observed in the row, or no whole context ends with it, or ``stride`` passes it over.
+def hidden_function(artifact: Artifact) -> ContextFunction:
+    """Return what tells the states [B, R, D] after a context.
 
     Raises:
         ModelError: the model has no hidden state.
@@ -93,39 +91,4 @@ def hidden_states(
             f"model '{artifact.model_name}' has no hidden state that its forecast is read from; score.kind=latent "
             "needs an artifact of s4, lssl, chimera or a recurrent model"
         )
-    names, batches = context_outputs(artifact, frame, rows, lambda _, scaled: (model.hidden(scaled),), stride=stride)
-    found: NDArray[np.float64] | None = None
-    for part in batches:
-        states = part.outputs[0].double().cpu().numpy()
-        if found is None:
-            found = np.full((len(names), rows[1] - rows[0], *states.shape[1:]), np.nan)
-        found[part.series, part.row - rows[0]] = np.where(part.is_seen[:, None, None], states, np.nan)
-    return names, np.full((len(names), rows[1] - rows[0], 1, 1), np.nan) if found is None else found
-
-
-def latent_distances(
-    artifact: Artifact,
-    frame: SeriesFrame,
-    rows: tuple[int, int],
-    training: tuple[int, int],
-    explained: float = EXPLAINED,
-) -> dict[str, FloatArray]:
-    """Return the distance [T, R] of absolute rows [start, stop) from the states of the training rows, by series.
-
-    Raises:
-        ModelError: the model has no hidden state.
-        DataError: too few training rows; the message names the series.
-    """
-    stride = max((training[1] - training[0]) // MOST_STATES, 1)
-    names, before = hidden_states(artifact, frame, training, stride=stride)
-    _, states = hidden_states(artifact, frame, rows)
-    found = {}
-    for place, name in enumerate(names):
-        if np.isnan(states[place]).all():
-            found[name] = states[place, :, :, 0]
-            continue
-        try:
-            found[name] = fit_latent(before[place], explained).distances(states[place])
-        except DataError as error:
-            raise DataError(f"series '{name}': {error}") from error
-    return found
+    return ContextFunction("hidden", lambda _, scaled: (model.hidden(scaled),), needs_row=True)

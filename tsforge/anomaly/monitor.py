@@ -57,11 +57,17 @@ class Judged:
     closed: list[EventRow]
 
     @classmethod
-    def nothing(cls, width: int) -> Judged:
-        """Return no rows of ``width`` variates."""
-        none, wide = np.empty(0), np.empty((0, width))
-        decisions = Decisions(np.zeros(0, dtype=bool), none, none)
-        return cls(joint=none, z=wide, p_values=none, variate_p_values=wide, decisions=decisions, closed=[])
+    def nothing(cls, width: int, rows: int = 0, *, by_variate: bool = True) -> Judged:
+        """Return rows (default none) of ``width`` variates of which nothing is known yet."""
+        none, wide = np.full(rows, np.nan), np.full((rows, width), np.nan)
+        return cls(
+            joint=none,
+            z=wide,
+            p_values=none,
+            variate_p_values=wide if by_variate else None,
+            decisions=Decisions(np.zeros(rows, dtype=bool), none, none),
+            closed=[],
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Judged]) -> Judged:

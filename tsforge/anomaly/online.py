@@ -2,8 +2,9 @@
 
 ``OnlineDetector.start`` fits scale, calibration and rule on the rows before the first one to score, by the functions
 that ``detect`` uses. ``update`` takes new rows, any number of any series. However rows are cut into updates, scores and
-events are the same to the last bit, and those of ``detect`` over the same rows: forecasts come in passes of one shape
-(``forecasting.fixed_blocks``), everything after them looks at single rows or advances a state (``Monitor``).
+events are the same to the last bit, and those of ``detect`` over the same rows: networks see passes of one shape
+(``forecasting.fixed_blocks``), all after them looks at single rows or windows, or advances a state (``Monitor``). A
+score that reads ``latency`` later rows is told when these have come.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tsforge.anomaly.buckets import HOUR_OF_WEEK, hour_of_week
+from tsforge.anomaly.buckets import HOUR_OF_WEEK, bucket_notice, hour_of_week
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.confirmed import confirmed_rows
 from tsforge.anomaly.deviations import MAX_STEPS
 from tsforge.anomaly.health import alarm_health, health_window
 from tsforge.anomaly.monitor import EventRow, Judged, Monitor
 from tsforge.anomaly.online_intake import plain_rows
-from tsforge.anomaly.online_rows import Compared, RecentRows
+from tsforge.anomaly.online_rows import Compared, Recent, RecentRows
+from tsforge.anomaly.online_windows import RecentWindows
 from tsforge.anomaly.preparation import points_per_day, prepare
 from tsforge.anomaly.segments import Segment
 from tsforge.anomaly.series import fit_monitor
 from tsforge.anomaly.spans import ScoredSpan, first_row_from, training_rows
 from tsforge.anomaly.tables import ScoredRows, event_table, score_table
 from tsforge.artifact import Artifact, match_frame
-from tsforge.core.errors import ConfigError, DataError, ModelError
+from tsforge.core.errors import DataError, ModelError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid, TimeLike
 from tsforge.forecasting.predict import artifact_panel
@@ -42,7 +44,6 @@ from tsforge.forecasting.window_forecasts import FloatArray
 
 CELLS_AT_ONCE = 4_000_000  # deviations held while many rows are taken at once
 Event: TypeAlias = tuple[str, str, EventRow]  # series, rule, event
-ONLINE_KINDS = ("normalised", "tail", "interval", "nll")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,8 @@ class OnlineResult:
 
     @cached_property
     def scores(self) -> pl.DataFrame:
-        """The rows taken of watched series, columns of ``AnomalyReport.scores.table``."""
+        """The rows judged of watched series, columns of ``AnomalyReport.scores.table``: those taken, or as many from
+        ``latency`` rows before."""
         rows = self.scored or [ScoredRows.nothing(len(self.names))]
         return pl.concat([score_table(part, self.grid, self.names, by_variate=self.by_variate) for part in rows])
 
@@ -98,12 +100,13 @@ class OnlineDetector:
         recent: the last rows of every series.
         monitors: state of every watched series.
         announced: first row of the open event that each series has reported.
-        notices: what ``start`` found: series that cannot be calibrated and are taken without being scored.
+        notices: what ``start`` found: series that cannot be calibrated and are taken without being scored, buckets too
+            small for a calibration of their own.
         is_torn: an update failed half-way; the state is no longer that of any row.
     """
 
     config: DetectConfig
-    recent: RecentRows
+    recent: Recent
     monitors: dict[str, Monitor]
     announced: dict[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
@@ -137,14 +140,8 @@ class OnlineDetector:
 
         Raises:
             ArtifactError, ConfigError, DataError, ModelError: as ``detect``.
-            ConfigError: a kind of score that needs more than the last rows (``growth`` and those of windows).
         """
         settings = config or DetectConfig()
-        if settings.score.kind not in ONLINE_KINDS:
-            raise ConfigError(
-                f"score.kind={settings.score.kind} cannot be watched row by row; choose {', '.join(ONLINE_KINDS)}, or "
-                "run detect over a span from time to time"
-            )
         judged = match_frame(artifact, frame if values is None else values)
         frame = match_frame(artifact, frame)
         grid = artifact.grid
@@ -166,13 +163,19 @@ class OnlineDetector:
             rows.series_id: fit_monitor(rows, spans, begin, settings, ready.new_rule, names, recent=recent)
             for rows, spans in ready.calibrated
         }
-        notices = (*ready.notices, *spared.notices())
-        return cls(settings, RecentRows.of_frame(artifact, past, begin, settings.score), monitors, notices=notices)
+        notices = (*ready.notices, *spared.notices(), *_small_buckets(monitors, settings.calibration.by))
+        kept: Recent
+        if settings.score.is_windowed:
+            windowed = {name: ready.windowed[name] for name in monitors}
+            kept = RecentWindows.of_frame(artifact, past, begin, settings.score, windowed)
+        else:
+            kept = RecentRows.of_frame(artifact, past, begin, settings.score)
+        return cls(settings, kept, monitors, notices=notices)
 
     @property
     def artifact(self) -> Artifact:
         """What forecasts."""
-        return self.recent.artifact
+        return self.recent.buffer.artifact
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -217,25 +220,25 @@ class OnlineDetector:
         return result
 
     def _judge(self, new: NewRows) -> tuple[list[ScoredRows], dict[str, Segment | None]]:
-        """Return the rows of every watched series that got any, judged, and the event each was in before.
+        """Return the rows of every watched series that can be judged now, judged, and the event each was in before.
 
         A long update goes in stretches.
         """
         series, watched = self.recent.buffer.series, self._watched
         longest = int(new.count.numpy()[watched].max(initial=0))
         size = max(CELLS_AT_ONCE // self._cells_a_turn, 64)
-        owner = new.owner.numpy()
+        modes = self._modes(new)
         parts: dict[str, list[tuple[Compared, slice, Judged]]] = {}
         before: dict[str, Segment | None] = {}
         for low in range(0, longest, size):
-            found = self.recent.compare(new, range(low, min(low + size, longest)), watched)
-            places = owner[found.place]
-            edges = [0, *(np.flatnonzero(places[1:] != places[:-1]) + 1).tolist(), len(places)]
+            found = self.recent.compare(new, range(low, min(low + size, longest)), watched, modes)
+            places = found.series
+            edges = [*np.flatnonzero(np.diff(places, prepend=-1)).tolist(), len(places)]
             for start, stop in pairwise(edges):
                 name, part = series[places[start]], slice(start, stop)
                 monitor = self.monitors[name]
                 before.setdefault(name, monitor.tracker.current)
-                buckets = self._buckets(new, found, part, monitor)
+                buckets = self._buckets(found, part, monitor)
                 judged = monitor.run(found.deviations[part], found.values[part], buckets)
                 parts.setdefault(name, []).append((found, part, judged))
         return [self._joined(name, pieces) for name, pieces in parts.items()], before
@@ -258,19 +261,20 @@ class OnlineDetector:
             expected=expected[0] if len(pieces) == 1 else np.concatenate(expected),
         )
 
-    def _buckets(self, new: NewRows, found: Compared, part: slice, monitor: Monitor) -> FloatArray | None:
-        """Return the bucket of each row of one series, None where scores are not compared by bucket."""
-        by = self.config.calibration.by
-        if by is None:
+    def _modes(self, new: NewRows) -> FloatArray | None:
+        """Return the operating mode of every new row, None where scores are not compared by one."""
+        by, schema = self.config.calibration.by, self.artifact.schema
+        if by is None or by == HOUR_OF_WEEK:
             return None
-        size = part.stop - part.start
-        if by == HOUR_OF_WEEK:
-            return hour_of_week(self.artifact.grid, monitor.row, monitor.row + size)
-        schema = self.artifact.schema
-        single = new.values.numpy()[found.place[part], schema.columns.index(by)]
         if by in schema.targets:
-            single = found.values[part, schema.targets.index(by)].astype(np.float32)
-        return np.asarray(single, dtype=np.float64)
+            return new.judged[:, schema.targets.index(by)].astype(np.float32).astype(np.float64)
+        return new.values.numpy()[:, schema.columns.index(by)].astype(np.float64)
+
+    def _buckets(self, found: Compared, part: slice, monitor: Monitor) -> FloatArray | None:
+        """Return the bucket of each row of one series, None where scores are not compared by bucket."""
+        if self.config.calibration.by == HOUR_OF_WEEK:
+            return hour_of_week(self.artifact.grid, monitor.row, monitor.row + part.stop - part.start)
+        return None if found.modes is None else found.modes[part]
 
     def _result(self, scored: Sequence[ScoredRows], before: dict[str, Segment | None]) -> OnlineResult:
         opened: list[Event] = []
@@ -343,3 +347,10 @@ class OnlineDetector:
         from tsforge.anomaly.online_state import load_detector
 
         return load_detector(stored, artifact)
+
+
+def _small_buckets(monitors: dict[str, Monitor], by: str | None) -> list[str]:
+    """Return a notice on buckets of series that were too small, empty when none was."""
+    scales = {name: monitor.buckets for name, monitor in monitors.items() if monitor.buckets is not None}
+    alpha = next((monitor.rule.alpha for monitor in monitors.values()), None)
+    return bucket_notice(str(by), scales, alpha) if scales and alpha is not None else []

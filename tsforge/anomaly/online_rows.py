@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from tsforge.anomaly.config import ScoreConfig
+from tsforge.anomaly.contexts import ContextFunction, block_context_outputs, context_block
 from tsforge.anomaly.deviations import compared, forecast_outputs, used_steps
+from tsforge.anomaly.growth import growth_function
 from tsforge.artifact import Artifact
 from tsforge.contracts.tensors import Batch
 from tsforge.data.frame import SeriesFrame
@@ -28,15 +31,41 @@ MOST_KEPT = 32_000_000  # numbers of forecasts kept for the next rows: 256 MB
 
 @dataclass(frozen=True)
 class Compared:
-    """New rows against their forecasts, one series after another.
+    """Rows to judge now, one series after another.
 
-    Shapes: place [N], where each stands among the new rows; deviations [N, K, V]; values, expected [N, V].
+    Shapes: series [N], whose they are; deviations [N, K, V]; values, expected [N, V]; modes [N], as they were given.
     """
 
-    place: Ints
+    series: Ints
     deviations: FloatArray
     values: FloatArray
     expected: FloatArray
+    modes: FloatArray | None
+
+
+class Recent(Protocol):
+    """What an online detector keeps of the last rows of every series."""
+
+    buffer: Buffer
+    first: Ints
+    config: ScoreConfig
+
+    def compare(
+        self, new: NewRows, turns: range, watched: NDArray[np.bool_], modes: FloatArray | None = None
+    ) -> Compared:
+        """Return the rows that can be judged now that new ones are there.
+
+        Args:
+            new: checked rows; turns of one update come in order.
+            turns: which rows of each series, counted from 0.
+            watched: [S] series that are judged; others only inform coupled models.
+            modes: operating mode of every new row, where scores are compared by it.
+        """
+        ...
+
+    def take(self, new: NewRows) -> None:
+        """Take new rows into the ring."""
+        ...
 
 
 @dataclass(eq=False)
@@ -56,46 +85,8 @@ class RecentRows:
 
     @classmethod
     def of_frame(cls, artifact: Artifact, frame: SeriesFrame, stop: int, config: ScoreConfig) -> RecentRows:
-        """Return the rows before absolute row ``stop`` of every series that has any.
-
-        Args:
-            artifact: columns, grid and sizes.
-            frame: matched to the artifact; known covariates of later rows are taken along.
-            stop: the row that comes next.
-            config: kind and steps of the score.
-        """
-        visible = frame.until(artifact.grid.time_at(stop - 1), keep_known=True)
-        panel = artifact_panel(artifact, visible)
-        coupled = artifact.network.capabilities.rows_coupled
-        series = np.arange(panel.num_series) if coupled else np.flatnonzero((panel.lengths > 0) & (panel.offset < stop))
-        size = ring_size(artifact, config)
-        data, width = panel.resident(), len(artifact.schema.columns)
-        parts = [torch.where(data.mask, data.target, torch.nan), data.past, data.known]
-        cells = torch.cat([part for part in parts if part is not None], dim=1)
-        rows = torch.full((len(series), size, width), torch.nan)
-        for place, number in enumerate(series):
-            low, high = (
-                max(int(panel.offset[number]), stop - size),
-                min(stop, int((panel.offset + panel.lengths)[number])),
-            )
-            if low < high:
-                start = int(panel.indptr[number]) + low - int(panel.offset[number])
-                rows[place, torch.arange(low, high) % size] = cells[start : start + high - low]
-        buffer = Buffer(
-            artifact=artifact,
-            series=tuple(panel.series_ids[number] for number in series),
-            rows=rows,
-            last=torch.full((len(series),), stop - 1, dtype=torch.int64),
-            started=torch.from_numpy((panel.lengths > 0)[series]),
-            static=None if data.static is None else data.static[torch.from_numpy(series)],
-        )
-        if artifact.schema.known:
-            buffer.ahead = torch.full((len(series), artifact.window.horizon, len(artifact.schema.known)), torch.nan)
-            buffer.ahead = overlay_known(
-                visible.table.select("series_id", "time", *artifact.schema.known), buffer.place
-            )
-        never = np.iinfo(np.int64).max // 2
-        return cls(buffer, np.where(panel.lengths > 0, panel.offset, never)[series].astype(np.int64), config)
+        """Return the rows before absolute row ``stop``; arguments as of ``kept_rows``."""
+        return cls(*kept_rows(artifact, frame, stop, ring_size(artifact, config)), config)
 
     @property
     def artifact(self) -> Artifact:
@@ -119,24 +110,30 @@ class RecentRows:
     def _outputs(self) -> tuple[tuple[Output, ...], tuple[float, ...]]:
         return forecast_outputs(self.config)
 
-    def compare(self, new: NewRows, turns: range, watched: NDArray[np.bool_]) -> Compared:
-        """Return how new rows compare with their forecasts; nothing is taken yet.
+    @cached_property
+    def _growth(self) -> ContextFunction | None:
+        """What makes free runs in place of forecasts, where these are what is judged."""
+        return growth_function(self.artifact, int(self._steps[-1])) if self.config.kind == "growth" else None
 
-        Args:
-            new: checked rows.
-            turns: which rows of each series, counted from 0.
-            watched: [S] series that are compared; others only inform coupled models.
-        """
+    @cached_property
+    def _told(self) -> dict[str, tuple[int, ...]]:
+        """What is told of a row, and its shape after steps and variates."""
+        outputs, levels = self._outputs
+        plain = ("mean", *outputs, *(("spread",) if self._growth else ()))
+        return dict.fromkeys(plain, ()) | ({"quantiles": (len(levels),)} if levels else {})
+
+    def compare(
+        self, new: NewRows, turns: range, watched: NDArray[np.bool_], modes: FloatArray | None = None
+    ) -> Compared:
+        """Return how new rows compare with their forecasts; nothing is taken yet."""
         if self._keeps and turns.start == 0 and new.count.numpy().max() == 1:
-            return self._compare_next(new, np.flatnonzero(watched & (new.count.numpy() == 1)))
-        steps, (outputs, levels) = self._steps, self._outputs
+            return self._compare_next(new, np.flatnonzero(watched & (new.count.numpy() == 1)), modes)
+        steps = self._steps
         owner, done = new.owner.numpy(), new.done.numpy()
         place = np.flatnonzero((done >= turns.start) & (done < turns.stop) & watched[owner])
         values = new.judged[place]
         shape = (1, len(place), len(steps), values.shape[1])
-        found = {name: np.full(shape, np.nan) for name in ("mean", *outputs)}
-        if levels:
-            found["quantiles"] = np.full((*shape, len(levels)), np.nan)
+        found = {name: np.full((*shape, *size), np.nan) for name, size in self._told.items()}
         row_of = np.full(len(new.values), -1)
         row_of[place] = np.arange(len(place))
         start, stop = new.start.numpy(), np.minimum(turns.stop, new.count.numpy())
@@ -158,9 +155,9 @@ class RecentRows:
             put(who, when, told)
             if self._keeps:
                 self._remember(who, when, told, stop)
-        return self._compared(place, new, {name: part[0] for name, part in found.items()})
+        return self._compared(place, new, {name: part[0] for name, part in found.items()}, modes)
 
-    def _compare_next(self, new: NewRows, series: Ints) -> Compared:
+    def _compare_next(self, new: NewRows, series: Ints, modes: FloatArray | None) -> Compared:
         """Return what ``compare`` does where no series gets more than one row: those of ``series``, all watched.
 
         Forecasts that are lacking are made and kept; then all of them are at hand. A fraction of the array operations.
@@ -178,33 +175,45 @@ class RecentRows:
         if not whole.all():
             for part in found.values():
                 part[~whole] = np.nan
-        return self._compared(new.start.numpy()[series], new, found)
+        return self._compared(new.start.numpy()[series], new, found, modes)
 
     def _forecasts(
         self, series: Ints, before: Ints, new: NewRows
     ) -> Iterator[tuple[Ints, Ints, dict[str, FloatArray]]]:
         """Yield series and new rows before the cutoff, both [B], and forecasts at the steps used [B, K, ...]."""
-        steps, wanted, network = self._steps, self._outputs, self.artifact.network
-        size = block_size(network, self._together) * self._together
+        steps, wanted, network, growth = self._steps, self._outputs, self.artifact.network, self._growth
+        size = context_block(network, growth) if growth else block_size(network, self._together) * self._together
         for low in range(0, len(series), size):
             who, when = series[low : low + size], before[low : low + size]
             batch = self._block(who, when, new, with_target=bool(wanted[0]))
             if not self.buffer.coupled:
                 batch = self._filler.filled(batch, size)
-            with evaluating(network), torch.no_grad():
-                told = block_outputs(network, batch, int(steps[-1]), wanted[::-1], self._together)
+            if growth:
+                told = dict(zip(self._told, block_context_outputs(network, batch, growth), strict=True))
+            else:
+                with evaluating(network), torch.no_grad():
+                    told = block_outputs(network, batch, int(steps[-1]), wanted[::-1], self._together)
             yield who, when, {name: part[: len(who), steps - 1] for name, part in told.items()}
 
-    def _compared(self, place: Ints, new: NewRows, found: dict[str, FloatArray]) -> Compared:
+    def _compared(self, place: Ints, new: NewRows, found: dict[str, FloatArray], modes: FloatArray | None) -> Compared:
         """Return the rows at ``place`` [N] among the new ones against their forecasts [N, K, V, ...]."""
-        values, whole = new.judged[place], {name: part[None] for name, part in found.items()}
+        values = new.judged[place]
+        deviations = self._deviations(new.values.numpy()[place, : values.shape[1]], values, found)
+        series = new.owner.numpy()[place]
+        return Compared(series, deviations, values, found["mean"][:, 0], None if modes is None else modes[place])
+
+    def _deviations(self, seen: NDArray[np.float32], values: FloatArray, found: dict[str, FloatArray]) -> FloatArray:
+        """Return deviations [N, K, V] of ``values`` [N, V], of which the network sees ``seen``, from forecasts."""
+        if self._growth:
+            return np.asarray((values[:, None] - found["mean"]) / found["spread"])
+        whole = {name: part[None] for name, part in found.items()}
         forecasts = RollingForecasts(
             series_ids=(),
             variates=self.artifact.schema.targets,
             grid=self.artifact.grid,
             start=0,
-            stop=len(place),
-            target=new.values.numpy()[None, place, : values.shape[1]].astype(np.float64),
+            stop=len(values),
+            target=seen[None].astype(np.float64),
             mean=whole["mean"],
             scale=np.broadcast_to(np.nan, whole["mean"].shape),
             quantile_levels=self._outputs[1],
@@ -213,8 +222,7 @@ class RecentRows:
             log_tail=whole.get("log_tail"),
             log_density=whole.get("log_density"),
         )
-        deviations = compared(forecasts, values[None], self._place, self.config.kind)[0]
-        return Compared(place, deviations, values, found["mean"][:, 0])
+        return np.asarray(compared(forecasts, values[None], self._place, self.config.kind)[0])
 
     def _windows(self, new: NewRows, turns: range, watched: NDArray[np.bool_]) -> tuple[Ints, Ints]:
         """Return series and new rows before the cutoff, both [M], of the windows that forecast any of the rows.
@@ -240,19 +248,15 @@ class RecentRows:
 
         Not where they would depend on the rows they are for, or on what is told of later ones.
         """
-        outputs, levels = self._outputs
         cells = len(self.first) * int(self._steps[-1]) * len(self._steps) * len(self.artifact.schema.targets)
-        return (
-            not (outputs or self.buffer.coupled or self.artifact.schema.known) and cells * (1 + len(levels)) < MOST_KEPT
-        )
+        cells *= sum(int(np.prod(size)) for size in self._told.values())
+        return not (self._outputs[0] or self.buffer.coupled or self.artifact.schema.known) and cells < MOST_KEPT
 
     @cached_property
     def _memory(self) -> tuple[Ints, dict[str, FloatArray]]:
         """Cutoffs [S, R] of the forecasts kept, -1 for none, and these [S, R, K, V, ...]; R = the farthest step."""
         shape = (len(self.first), int(self._steps[-1]), len(self._steps), len(self.artifact.schema.targets))
-        levels = self._outputs[1]
-        kept = {"mean": np.zeros(shape)} | ({"quantiles": np.zeros((*shape, len(levels)))} if levels else {})
-        return np.full(shape[:2], -1), kept
+        return np.full(shape[:2], -1), {name: np.zeros((*shape, *size)) for name, size in self._told.items()}
 
     def _remembered(self, series: Ints, before: Ints) -> tuple[NDArray[np.bool_], dict[str, FloatArray]]:
         """Return which of the windows [M] were forecast before, and these forecasts."""
@@ -290,6 +294,46 @@ class RecentRows:
         self.buffer.take(new)
 
 
+def kept_rows(artifact: Artifact, frame: SeriesFrame, stop: int, size: int) -> tuple[Buffer, Ints]:
+    """Return the rows before absolute row ``stop`` of every series that has any, and where their histories begin [S].
+
+    Args:
+        artifact: columns, grid and sizes.
+        frame: matched to the artifact; known covariates of later rows are taken along.
+        stop: the row that comes next.
+        size: rows kept of each series.
+    """
+    visible = frame.until(artifact.grid.time_at(stop - 1), keep_known=True)
+    panel = artifact_panel(artifact, visible)
+    coupled = artifact.network.capabilities.rows_coupled
+    series = np.arange(panel.num_series) if coupled else np.flatnonzero((panel.lengths > 0) & (panel.offset < stop))
+    data, width = panel.resident(), len(artifact.schema.columns)
+    parts = [torch.where(data.mask, data.target, torch.nan), data.past, data.known]
+    cells = torch.cat([part for part in parts if part is not None], dim=1)
+    rows = torch.full((len(series), size, width), torch.nan)
+    for place, number in enumerate(series):
+        low, high = (
+            max(int(panel.offset[number]), stop - size),
+            min(stop, int((panel.offset + panel.lengths)[number])),
+        )
+        if low < high:
+            start = int(panel.indptr[number]) + low - int(panel.offset[number])
+            rows[place, torch.arange(low, high) % size] = cells[start : start + high - low]
+    buffer = Buffer(
+        artifact=artifact,
+        series=tuple(panel.series_ids[number] for number in series),
+        rows=rows,
+        last=torch.full((len(series),), stop - 1, dtype=torch.int64),
+        started=torch.from_numpy((panel.lengths > 0)[series]),
+        static=None if data.static is None else data.static[torch.from_numpy(series)],
+    )
+    if artifact.schema.known:
+        buffer.ahead = torch.full((len(series), artifact.window.horizon, len(artifact.schema.known)), torch.nan)
+        buffer.ahead = overlay_known(visible.table.select("series_id", "time", *artifact.schema.known), buffer.place)
+    never = np.iinfo(np.int64).max // 2
+    return buffer, np.where(panel.lengths > 0, panel.offset, never)[series].astype(np.int64)
+
+
 def ring_size(artifact: Artifact, config: ScoreConfig) -> int:
-    """Return the rows a series keeps."""
-    return artifact.window.context_length + max(used_steps(config, artifact.window.horizon)) - 1
+    """Return the rows of the network's columns that a series keeps."""
+    return artifact.window.context_length + max(used_steps(config, artifact.window.horizon), default=1) - 1

@@ -22,19 +22,21 @@ from tsforge.anomaly.covariance import Covariance, DenseCovariance, LowRankCovar
 from tsforge.anomaly.gpd import ParetoTail
 from tsforge.anomaly.monitor import Ended, Monitor, Under
 from tsforge.anomaly.online import OnlineDetector
-from tsforge.anomaly.online_rows import RecentRows, ring_size
+from tsforge.anomaly.online_rows import Recent, RecentRows, ring_size
+from tsforge.anomaly.online_windows import KeptWindows, RecentWindows
 from tsforge.anomaly.residuals import ResidualScale
 from tsforge.anomaly.scoring import ScoreModel
 from tsforge.anomaly.segments import SegmentTracker
 from tsforge.anomaly.smoothing import restore_smoother
 from tsforge.anomaly.thresholds import restore_rule
+from tsforge.anomaly.windowed import WindowJudge
 from tsforge.artifact import Artifact, load_tensor_file, read_tensor_bytes, save_tensor_file, tensor_file_bytes
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, ModelError, TsforgeError
 from tsforge.forecasting.stream_buffer import Buffer
 
 FORMAT = "tsforge-online-detector"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: scores of windows and free runs
 _ARRAY, _LIST = "$array", "$list"
 _SHORT = 16  # lists up to this length stay among the facts
 
@@ -92,6 +94,7 @@ def _packed(detector: OnlineDetector) -> tuple[dict[str, torch.Tensor], dict[str
         "series": list(recent.buffer.series),
         "buffer": {name: value.numpy() for name, value in recent.buffer.tensors().items()},
         "first": recent.first,
+        "windows": _windows_state(recent) if isinstance(recent, RecentWindows) else None,
         "monitors": [_monitor_state(monitor) for monitor in detector.monitors.values()],
     }
     folded = _fold(state, "state", tensors)
@@ -104,7 +107,11 @@ def _restored(state: dict[str, Any], artifact: Artifact) -> OnlineDetector:
     parts = {name: torch.from_numpy(value) for name, value in state["buffer"].items()}
     buffer = Buffer(artifact, tuple(state["series"]), **parts)
     buffer.check(ring_size(artifact, config.score))
-    recent = RecentRows(buffer, state["first"], config.score)
+    recent: Recent
+    if config.score.is_windowed:
+        recent = _windows(buffer, state["first"], config, state["windows"])
+    else:
+        recent = RecentRows(buffer, state["first"], config.score)
     monitors = [_monitor(stored, config, artifact.schema.targets) for stored in state["monitors"]]
     return OnlineDetector(
         config,
@@ -113,6 +120,22 @@ def _restored(state: dict[str, Any], artifact: Artifact) -> OnlineDetector:
         announced={name: int(row) for name, row in state["announced"].items()},
         notices=tuple(state["notices"]),
     )
+
+
+def _windows_state(recent: RecentWindows) -> dict[str, Any]:
+    kept = {
+        name: {"judge": one.judge.state(), "trail": one.trail, "values": one.values, "modes": one.modes}
+        for name, one in recent.kept.items()
+    }
+    return {"begin": recent.begin, "names": list(kept), "kept": list(kept.values())}
+
+
+def _windows(buffer: Buffer, first: Any, config: DetectConfig, state: dict[str, Any]) -> RecentWindows:
+    kept = {
+        name: KeptWindows(WindowJudge.restored(config.score, one["judge"]), one["trail"], one["values"], one["modes"])
+        for name, one in zip(state["names"], state["kept"], strict=True)
+    }
+    return RecentWindows(buffer, first, config.score, state["begin"], kept)
 
 
 def _monitor_state(monitor: Monitor) -> dict[str, Any]:
@@ -224,7 +247,8 @@ def _fold(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         return {str(key): _fold(part, f"{name}.{key}", tensors) for key, part in value.items()}
     if isinstance(value, np.ndarray):
-        tensors[name] = torch.from_numpy(np.array(value))
+        tensor = torch.from_numpy(np.array(value))
+        tensors[name] = tensor if value.size else tensor.new_zeros(value.shape)  # numpy's empty ones have odd strides
         return {_ARRAY: name}
     if isinstance(value, list | tuple):
         if len(value) > _SHORT and all(type(part) is float for part in value):

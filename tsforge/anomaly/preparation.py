@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from tsforge.anomaly.buckets import row_buckets
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.confirmed import ConfirmedRows
-from tsforge.anomaly.deviations import collect_deviations, observed_values
+from tsforge.anomaly.deviations import WindowedSeries, collect_deviations, observed_values
 from tsforge.anomaly.residuals import TrainingRange
 from tsforge.anomaly.series import SeriesRows
 from tsforge.anomaly.spans import ScoredSpan, SeriesSpans, series_spans
@@ -33,11 +33,13 @@ class Prepared:
         calibrated: rows of a series, and which of them scale and calibrate.
         new_rule: makes an unfitted threshold rule.
         notices: series left out.
+        windowed: of windowed kinds of score, what judges the rows of each series.
     """
 
     calibrated: list[tuple[SeriesRows, SeriesSpans]]
     new_rule: Callable[[], ThresholdRule]
     notices: list[str]
+    windowed: Mapping[str, WindowedSeries]
 
 
 def prepare(
@@ -109,7 +111,7 @@ def prepare(
         else:
             calibrated.append((rows, spans))
     notices = _lacking(panel.grid, span, lacking, len(found.series_ids))
-    return Prepared(calibrated=calibrated, new_rule=new_rule, notices=notices)
+    return Prepared(calibrated=calibrated, new_rule=new_rule, notices=notices, windowed=found.windowed)
 
 
 def points_per_day(grid: TimeGrid) -> float | None:

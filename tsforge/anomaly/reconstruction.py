@@ -10,6 +10,8 @@ so that a map that hands its input on scores nothing: its own row is never in it
 o, nothing is filled in. ``last`` tells a row from the rows before it (latency 0). ``mean`` and ``median`` join the
 errors of all windows that hold the row and read up to w - 1 later rows.
 
+Every window is told by itself, so that its bits do not depend on how many are told together.
+
 Source: Tipping, Bishop (1999), Probabilistic principal component analysis, eqs. (7)-(8) for W and sigma^2; the
 conditional mean is that of a joint normal with the hidden row integrated out. Deviations: 95 % of the variance picks
 the number of components; at most 5,000 training windows, spread evenly, are taken.
@@ -21,11 +23,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tsforge.anomaly.covariance import by_row
 from tsforge.core.errors import DataError
 
 FloatArray = NDArray[np.float64]
@@ -57,37 +61,47 @@ class WindowPca:
 
         In data units; NaN where less than half of the other cells are observed.
         """
-        w, width, k = self.loadings.shape
+        w, width, _ = self.loadings.shape
         z = (values - self.center) / self.scale
         if len(z) < w:
             return np.empty((0, width))
         others = np.delete(np.arange(w), place)
         seen = ~np.isnan(z)
-        loadings = self.loadings[others].reshape(-1, k)
-        full = self.noise * np.eye(k) + loadings.T @ loadings
-        hand_over = np.linalg.solve(full, loadings.T).T @ self.loadings[place].T  # complete windows: one product
+        hand_over = self._hand_overs[place]
         found = np.empty((len(z) - w + 1, width))
-        size = max(_BLOCK // len(loadings), 1)
+        size = max(_BLOCK // hand_over.shape[1], 1)
         for start in range(0, len(found), size):
             rows = np.arange(start, min(start + size, len(found)))
             cells = z[rows[:, None] + others].reshape(len(rows), -1)
             known = seen[rows[:, None] + others].reshape(len(rows), -1)
             complete = known.all(axis=1)
-            found[rows[complete]] = cells[complete] @ hand_over
+            found[rows[complete]] = by_row(hand_over, cells[complete])
             if not complete.all():
-                found[rows[~complete]] = self._told_partly(cells[~complete], known[~complete], loadings, place)
+                found[rows[~complete]] = self._told_partly(cells[~complete], known[~complete], place)
         return found * self.scale + self.center
 
-    def _told_partly(self, cells: FloatArray, known: NDArray[np.bool_], loadings: FloatArray, place: int) -> FloatArray:
+    @cached_property
+    def _hand_overs(self) -> tuple[FloatArray, ...]:
+        """What tells each place [V, (w - 1) V] from complete other rows."""
+        w, width, _ = self.loadings.shape
+        everything = np.ones((w - 1) * width, dtype=bool)
+        return tuple(self._hand_over(place, everything) for place in range(w))
+
+    def _hand_over(self, place: int, known: NDArray[np.bool_]) -> FloatArray:
+        """Return what tells the row at ``place`` from the known ones [(w - 1) V] of the other cells: [V, n]."""
+        own = np.delete(self.loadings, place, axis=0).reshape(-1, self.loadings.shape[2])[known]
+        inner = self.noise * np.eye(own.shape[1]) + own.T @ own
+        return np.ascontiguousarray(self.loadings[place] @ np.linalg.solve(inner, own.T))
+
+    def _told_partly(self, cells: FloatArray, known: NDArray[np.bool_], place: int) -> FloatArray:
         """Return the row told from the known ones of ``cells`` [n, (w - 1) V], solved once for each pattern of them."""
         found = np.full((len(cells), self.loadings.shape[1]), np.nan)
         patterns, which = np.unique(known, axis=0, return_inverse=True)
         for number, pattern in enumerate(patterns):
             if pattern.mean() < FEWEST_SEEN:
                 continue
-            rows, own = which.ravel() == number, loadings[pattern]
-            inner = self.noise * np.eye(own.shape[1]) + own.T @ own
-            found[rows] = cells[np.ix_(rows, pattern)] @ np.linalg.solve(inner, own.T).T @ self.loadings[place].T
+            rows = which.ravel() == number
+            found[rows] = by_row(self._hand_over(place, pattern), cells[np.ix_(rows, pattern)])
         return found
 
     def expected(self, values: FloatArray, overlap: Overlap = "last") -> FloatArray:
@@ -105,12 +119,38 @@ class WindowPca:
         if count <= 0:
             return found
         # window n tells row n + place at its place: row r is told by windows r - place
-        parts = np.stack([self.told(values, place)[w - 1 - place :][:count] for place in range(w)])
+        parts = np.stack([self.told(values, place)[w - 1 - place :][:count] for place in range(w)], axis=-1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # rows that no window tells stay NaN, as documented
-            joined = np.nanmedian(parts, axis=0) if overlap == "median" else np.nanmean(parts, axis=0)
+            joined = np.nanmedian(parts, axis=-1) if overlap == "median" else np.nanmean(parts, axis=-1)
         found[w - 1 : w - 1 + count] = joined
         return found
+
+
+@dataclass(frozen=True)
+class ReconstructionScore:
+    """Rows told from the rest of their windows, as ``overlap`` says."""
+
+    pca: WindowPca
+    overlap: Overlap
+
+    @property
+    def reach(self) -> int:
+        """Rows before a row that its score reads."""
+        return self.pca.window - 1
+
+    @property
+    def latency(self) -> int:
+        """Rows after a row that its score reads."""
+        return 0 if self.overlap == "last" else self.pca.window - 1
+
+    def expected(self, values: FloatArray) -> FloatArray:
+        """Return what each row should have been, [N, V].
+
+        Args:
+            values: [reach + N + latency, V] in time order, NaN where not observed.
+        """
+        return self.pca.expected(values, self.overlap)[self.reach : len(values) - self.latency]
 
 
 def fit_window_pca(training: FloatArray, window: int, explained: float = EXPLAINED) -> WindowPca:
@@ -151,7 +191,8 @@ def fit_window_pca(training: FloatArray, window: int, explained: float = EXPLAIN
     count = min(count, len(values) - 1)
     noise = max(float(values[count:].mean()), _FLOOR * total / len(values), np.finfo(np.float64).tiny)
     loadings = directions[:, :count] * np.sqrt(np.maximum(values[:count] - noise, 0.0))
-    return WindowPca(center, scale, loadings.reshape(window, width, count), noise)
+    # products round by the order in memory: that of what is stored and read again
+    return WindowPca(center, scale, np.ascontiguousarray(loadings).reshape(window, width, count), noise)
 
 
 def _complete(seen: NDArray[np.bool_], window: int) -> NDArray[np.bool_]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tsforge.anomaly.contexts import context_outputs
+from tsforge.anomaly.contexts import ContextFunction
 from tsforge.artifact import Artifact
 from tsforge.contracts.tensors import Batch
 from tsforge.core.errors import ModelError
-from tsforge.data.frame import SeriesFrame
 
 
 @runtime_checkable
@@ -24,11 +21,8 @@ class Symbolic(Protocol):
         ...
 
 
-def visited_regions(artifact: Artifact, frame: SeriesFrame, start: int, stop: int) -> dict[str, NDArray[np.int64]]:
-    """Return the region [stop - start] of each absolute row by series; -1 where nothing was observed in the row, or no
-    whole context ends with it.
-
-    Each row has the context that ends with it, so that nothing after the row takes part.
+def region_function(artifact: Artifact) -> ContextFunction:
+    """Return what tells the region [B, 1] at the last row of a context.
 
     Raises:
         ModelError: the model has no regions that can be told apart.
@@ -39,8 +33,4 @@ def visited_regions(artifact: Artifact, frame: SeriesFrame, start: int, stop: in
             f"model '{artifact.model_name}' has no linear regions; score.kind=regions needs an artifact of model=plrnn "
             "model.kind=almost_linear"
         )
-    names, batches = context_outputs(artifact, frame, (start, stop), lambda _, scaled: (model.symbols(scaled)[:, -1],))
-    found = np.full((len(names), stop - start), -1, dtype=np.int64)
-    for part in batches:
-        found[part.series, part.row - start] = np.where(part.is_seen, part.outputs[0].cpu().numpy(), -1)
-    return {name: found[place] for place, name in enumerate(names)}
+    return ContextFunction("regions", lambda _, scaled: (model.symbols(scaled)[:, -1:],), needs_row=True)

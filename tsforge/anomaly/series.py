@@ -166,10 +166,17 @@ def detect_series(
     new_rule: Callable[[], ThresholdRule],
     names: tuple[str, ...],
 ) -> SeriesResult:
-    """Return scores and events of the rows from absolute row ``start`` on; arguments as of ``fit_monitor``."""
+    """Return scores and events of the rows from absolute row ``start`` on; arguments as of ``fit_monitor``.
+
+    The last rows of a score with latency are not judged yet: they end no event, as they end none in a stream.
+    """
     monitor = fit_monitor(rows, spans, start, config, new_rule, names)
     first = start - rows.start
-    found = monitor.run(*_inputs(rows, slice(first, None)))
+    judged = max(len(rows.values) - config.score.latency, first)
+    found = monitor.run(*_inputs(rows, slice(first, judged)))
+    if judged < len(rows.values):
+        waiting = Judged.nothing(len(names), len(rows.values) - judged, by_variate=monitor.samples is not None)
+        found = Judged.join([found, waiting])
     current = monitor.current()
     parts = {
         "scale": slice(spans.scale[0] - rows.start, spans.scale[1] - rows.start),

@@ -8,6 +8,8 @@ must give the same bits, else each window gets a pass of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,10 +21,14 @@ from tsforge.network import ForecastNetwork
 
 CELLS = 65_536  # context and horizon cells of a pass: fast for many rows and still quick for one
 SMALLEST, LARGEST = 8, 64
-_SIZES: WeakKeyDictionary[ForecastNetwork, dict[int, int]] = WeakKeyDictionary()
+FORECAST = "forecast"
+Compute: TypeAlias = Callable[[Batch], Sequence[Tensor]]
+_SIZES: WeakKeyDictionary[ForecastNetwork, dict[tuple[str, int], int]] = WeakKeyDictionary()
 
 
-def block_size(network: ForecastNetwork, together: int = 1) -> int:
+def block_size(
+    network: ForecastNetwork, together: int = 1, *, of: str = FORECAST, compute: Compute | None = None
+) -> int:
     """Return the items of one pass: windows, or cutoffs with a window of every series where a model couples series.
 
     A power of two, 8 to 64 (from 1 on where series are coupled), by the cells of an item; 1 where the place of an item
@@ -31,25 +37,28 @@ def block_size(network: ForecastNetwork, together: int = 1) -> int:
     Args:
         network: in any mode.
         together: windows an item, the number of series for models that couple them.
+        of: name of what a pass computes.
+        compute: what it computes of a batch, windows along the first axis; default: forecasts.
     """
-    sizes = _SIZES.setdefault(network, {})
-    if together not in sizes:
-        sizes[together] = _found_size(network, together)
-    return sizes[together]
+    sizes, key = _SIZES.setdefault(network, {}), (of, together)
+    if key not in sizes:
+        sizes[key] = _found_size(network, together, compute)
+    return sizes[key]
 
 
-def _found_size(network: ForecastNetwork, together: int) -> int:
+def _found_size(network: ForecastNetwork, together: int, compute: Compute | None) -> int:
     spec = network.spec
     fitting = CELLS // ((spec.context_length + spec.horizon) * spec.num_variates * together)
     smallest = SMALLEST if together == 1 else 1
     first = min(max(1 << max(fitting.bit_length() - 1, 0), smallest), LARGEST)
     sizes = dict.fromkeys((first, LARGEST) if together == 1 else (first,))
-    return next((size for size in sizes if is_steady(network, size, together)), 1)
+    return next((size for size in sizes if is_steady(network, size, together, compute)), 1)
 
 
 @torch.no_grad()
-def is_steady(network: ForecastNetwork, size: int, together: int = 1) -> bool:
-    """Return whether items keep every bit of their forecasts wherever in a block and beside whatever they stand."""
+def is_steady(network: ForecastNetwork, size: int, together: int = 1, compute: Compute | None = None) -> bool:
+    """Return whether items keep every bit of what is computed of them (default: forecasts) wherever in a block and
+    beside whatever they stand."""
     batch = to_device(_random_windows(network, size, together), network.param_offset.device)
     places = torch.arange(size)
 
@@ -57,16 +66,25 @@ def is_steady(network: ForecastNetwork, size: int, together: int = 1) -> bool:
         found = [network.predict(one).mean]
         if network.likelihood.has_distribution and one.target is not None:
             found.append(network.log_tail(one, one.target))
-        return [part.view(size, together, *part.shape[1:]) for part in found]
+        return found
+
+    def of_items(one: Batch) -> list[Tensor]:
+        found = (compute or forecast)(one)
+        return [part.reshape(size, together, *part.shape[1:]) for part in found]
 
     with evaluating(network):
-        first = forecast(batch)
+        first = of_items(batch)
         for order in (places.roll(1), places.roll(size // 2), places.flip(0)):
-            moved = forecast(_taken(batch, order, together))
-            if not all(torch.equal(a, b[order]) for a, b in zip(moved, first, strict=True)):
+            moved = of_items(_taken(batch, order, together))
+            if not all(_same(a, b[order]) for a, b in zip(moved, first, strict=True)):
                 return False
-        last = forecast(padded(_taken(batch, places[-1:], together), size, together))
-        return all(torch.equal(a[0], b[-1]) for a, b in zip(last, first, strict=True))
+        last = of_items(padded(_taken(batch, places[-1:], together), size, together))
+        return all(_same(a[0], b[-1]) for a, b in zip(last, first, strict=True))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether numbers are equal; what is missing on both sides is."""
+    return bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
 
 
 def _random_windows(network: ForecastNetwork, size: int, together: int) -> Batch:

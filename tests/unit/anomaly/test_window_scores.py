@@ -5,17 +5,47 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tsforge.anomaly import window_scores as module
-from tsforge.anomaly.window_scores import memory, region_scores, spectrum_scores, state_scores
+from tsforge.anomaly.window_scores import (
+    RegionsScore,
+    SpectrumScore,
+    StatesScore,
+    fit_regions,
+    fit_spectrum,
+    fit_states,
+    memory,
+)
 from tsforge.core.errors import DataError
 from tsforge.metrics.power_spectrum import smoothed_spectrum
 
 W = 128
 Scores = Callable[..., np.ndarray]
+
+
+def of_all_rows(score: SpectrumScore | StatesScore | RegionsScore, values: np.ndarray) -> np.ndarray:
+    """Return the scores [T, V] of all rows, the first of which is absolute row 0, with nothing before it."""
+    before = np.full((score.reach, values.shape[1]), np.nan)
+    return score.scores(np.concatenate([before, values]), 0)
+
+
+def spectrum_scores(values: np.ndarray, reference: np.ndarray, **settings: int) -> np.ndarray:
+    return of_all_rows(fit_spectrum(reference, **settings), values)
+
+
+def state_scores(values: np.ndarray, reference: np.ndarray, **settings: int) -> np.ndarray:
+    return of_all_rows(fit_states(reference, **settings), values)
+
+
+def region_scores(regions: np.ndarray, reference: np.ndarray, **settings: int) -> np.ndarray:
+    """Return scores [T] of regions that are whole numbers, negative where unknown."""
+    known, trained = (np.where(part < 0, np.nan, part)[:, None] for part in (regions, reference))
+    return of_all_rows(fit_regions(trained, **settings), known)[:, 0]
 
 
 def walk(rows: int, seed: int = 0, variates: int = 2) -> np.ndarray:
@@ -36,7 +66,9 @@ def test_spectrum_is_the_hellinger_distance_of_the_metrics_room() -> None:
         p = smoothed_spectrum(values[row - W + 1 : row + 1], W / 64)
         expected = np.sqrt(0.5 * ((np.sqrt(p) - np.sqrt(mean / mean.sum(axis=0))) ** 2).sum(axis=0))
         np.testing.assert_allclose(found[row], expected, atol=1e-7)
-    assert np.isnan(found[: W - 1]).all()
+    few = math.ceil(0.9 * W) - 1  # rows before the first that its window is observed to 90 %
+    assert np.isnan(found[:few]).all()
+    assert np.isfinite(found[few:]).all()
 
 
 def test_states_are_the_divergence_counted_by_hand() -> None:
@@ -94,9 +126,27 @@ def test_scores_do_not_see_the_future_and_hold_between_strides(scores: Scores) -
     np.testing.assert_array_equal(whole[:300], other[:300])
     assert not np.array_equal(whole[310:], other[310:])
     every = scores(values, reference, window=W, stride=1)
-    for row in (W - 1, W + 4, W + 8, W + 9, 399):
-        at = W - 1 + (row - W + 1) // 10 * 10
-        np.testing.assert_array_equal(whole[row], every[at])
+    for row in (W + 4, W + 8, W + 9, W + 12, 389, 390, 399):
+        np.testing.assert_array_equal(whole[row], every[row // 10 * 10])
+
+
+@pytest.mark.parametrize("fit", [fit_spectrum, fit_states, fit_regions])
+@pytest.mark.parametrize("stride", [1, 7])
+def test_a_row_has_the_same_bits_whatever_rows_are_scored_with_it(fit: Callable[..., Any], stride: int) -> None:
+    """A score reads ``reach`` rows before its row; how many are worked out at once, and from where, shows nowhere."""
+    values, reference = walk(300), walk(600, seed=1)
+    if fit is fit_regions:
+        values, reference = (np.round(part[:, :1]) for part in (values, reference))
+    values[80:90, 0] = values[200, 0] = np.nan
+    score = fit(reference, window=40, stride=stride)
+    whole = score.scores(values[20:], 20 + score.reach)
+    assert np.isfinite(whole).sum() > whole.size / 2
+    edges = [20 + score.reach, *range(150, 175), 181, 299, 300]
+    parts = [score.scores(values[a - score.reach : b], a) for a, b in pairwise(edges)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    blinded = values.copy()
+    blinded[: 170 - score.reach] = 1e3  # nothing before the reach is read
+    np.testing.assert_array_equal(score.scores(blinded[20:], 20 + score.reach)[170 - 300 :], whole[170 - 300 :])
 
 
 @pytest.mark.parametrize("scores", [spectrum_scores, state_scores])

@@ -1,0 +1,26 @@
+"""A watch that judges windows: stopped between two rows of one window, and the same as batch detection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from watching import Watched, assert_told, new_rows
+
+from tsforge.core.workspace import Workspace
+
+
+@pytest.mark.parametrize("overlap", ["last", "median"])
+def test_a_watch_that_reconstructs_rows_goes_on_where_it_was_stopped(site: Any, tmp_path: Path, overlap: str) -> None:
+    (tmp_path / "incoming").mkdir()
+    plant = Watched(tmp_path, Workspace.open(site.home))
+    score = {"kind": "reconstruction", "window": 6, "overlap_reduction": overlap, "joint": "max_abs"}
+    detector = {"rule": {"kind": "quantile", "alpha": 0.002}, "score": score}
+    rows = new_rows()
+    for number, (start, stop) in enumerate(((0, 41), (41, 43), (43, 202), (202, rows.height))):
+        plant.write(f"{number}.csv", rows[start:stop])
+        plant.watch(detector=detector)  # a process of its own each time: all it knows is the stored state
+    truth = plant.truth(rows, detector)
+    assert truth.height > 5
+    assert_told(plant.told(), truth)
