@@ -1,6 +1,6 @@
 """Coverage of nominal 80 % and 95 % intervals of the closed-form ``linear``, static and online, set by set.
 
-    python benchmarks/coverage.py --out benchmarks/results/coverage_cpu2_2026-11-28
+    python benchmarks/coverage.py --out benchmarks/results/coverage_cpu2_2026-11-29
     python benchmarks/coverage.py --cutoffs 1000 --out ...   # a forecast every second row instead of every eleventh
 
 Each set is fitted once on its first 80 % (the last quarter of that calibrates) and forecast from cutoffs over its last

@@ -21,7 +21,8 @@ import torch
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
 from tsforge.anomaly.online import OnlineDetector
-from tsforge.artifact import Artifact, collect_provenance, create_artifact
+from tsforge.anomaly.online_state import FORMAT_VERSION
+from tsforge.artifact import Artifact, collect_provenance, create_artifact, read_tensor_bytes, tensor_file_bytes
 from tsforge.contracts.tables import AnomalyReport
 from tsforge.contracts.tensors import DataSpec
 from tsforge.core.config import validate
@@ -427,6 +428,19 @@ def test_a_damaged_foreign_or_newer_state_is_one_clear_error(
         OnlineDetector.load(tmp_path / "nothing", linear)
     with pytest.raises(ArtifactError, match="not of other"):
         OnlineDetector.load(whole, replace(linear, id="other"))
+    tensors, facts = read_tensor_bytes(whole, "the state")
+    with pytest.raises(ArtifactError, match="newer tsforge"):
+        OnlineDetector.load(tensor_file_bytes(tensors, {**facts, "format_version": FORMAT_VERSION + 1}), linear)
+
+
+def test_a_state_from_before_scores_of_windows_goes_on(linear: Artifact, table: pl.DataFrame) -> None:
+    """Format 1 had no entry for the traces of windows."""
+    detector = OnlineDetector.start(linear, as_frame(table), settings(), start=hours(BEGIN))
+    tensors, facts = read_tensor_bytes(detector.to_bytes(), "the state")
+    state = {name: value for name, value in facts["state"].items() if name != "windows"}
+    old = OnlineDetector.load(tensor_file_bytes(tensors, {**facts, "format_version": 1, "state": state}), linear)
+    rows = between(table, BEGIN, BEGIN + 30)
+    assert old.update(rows).scores.equals(detector.update(rows).scores)
 
 
 def test_a_failure_half_way_leaves_a_state_that_refuses_to_go_on(

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 from tsforge.app.benchmark_config import BenchmarkConfig
-from tsforge.app.benchmark_places import Place, places
+from tsforge.app.benchmark_places import Entry, Place, places
 from tsforge.app.benchmark_plan import HIDDEN, RIDGE_IN, Prepared
 from tsforge.app.benchmark_sets import published_results
 from tsforge.artifact import collect_provenance
@@ -309,13 +309,15 @@ def place_rows(report: Report) -> list[tuple[str, ...]]:
         if ours is None or peer is None:
             continue
         level = [name for name in place.level if name != place.first.name]
-        shown = [
-            f"{item.name} {number(item.mse, 4)} ({number(item.low, 4)} to {number(item.high, 4)})"
-            for item in (ours, peer)
-        ]
+        shown = [_with_seeds(item) for item in (ours, peer)]
         ratio = number(ours.mse / peer.mse)
         found.append((f"{place.data}, h={place.horizon}", place.first.name, *shown, ratio, ", ".join(level)))
     return found
+
+
+def _with_seeds(entry: Entry) -> str:
+    spread = "" if entry.low == entry.high else f" ({number(entry.low, 4)} to {number(entry.high, 4)})"
+    return f"{entry.name} {number(entry.mse, 4)}{spread}"
 
 
 def _markdown_places(report: Report) -> list[str]:
