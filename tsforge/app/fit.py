@@ -92,7 +92,7 @@ class CalibrationConfig(Config):
     method: Method = "auto"
     """What a margin is added to, and its unit: ``auto`` is ``cqr`` for a distribution and ``absolute`` for points;
     ``cqr_asymmetric`` gives each side its own margin, ``scaled`` stretches the network's own spread (points: that of
-    the context)."""
+    the context), ``recent`` the errors of forecasts from shortly before."""
     pool: Pool = "step"
     """``step``: margins of their own for every step ahead; ``horizon``: one over all steps, where windows are few."""
     bucket: BucketKind = "none"

@@ -348,6 +348,38 @@ def last_windows(
     return WindowDataset._of(panel, spec, index, has_target=False, device=device, dtype=dtype)
 
 
+def windows_at(
+    panel: Panel,
+    spec: WindowSpec,
+    series: Ints | None,
+    cutoff: Ints,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> WindowDataset:
+    """Return windows without target that end where the caller says, in his order, masked where there are no rows.
+
+    Args:
+        panel: the data.
+        spec: sizes; stride and min_observed play no part.
+        series: [N] series of each window; None: aligned, every cutoff gives a window of every series.
+        cutoff: [N] absolute row of the first forecast step.
+        device, dtype: where and how the tensors live.
+    """
+    owner = np.zeros(len(cutoff), dtype=np.int64) if series is None else series
+    runs = 1 if series is None else panel.num_series
+    first = np.full(runs, np.iinfo(np.int64).max)
+    last = np.full(runs, np.iinfo(np.int64).min)
+    np.minimum.at(first, owner, cutoff)
+    np.maximum.at(last, owner, cutoff)
+    used = first <= last
+    first, counts = np.where(used, first, 0), np.where(used, last - np.where(used, first, 0) + 1, 0)
+    ends = np.cumsum(counts)
+    index = WindowIndex(first, ends, 1, panel.num_series, aligned=series is None)
+    index = index.select((ends - counts)[owner] + cutoff - first[owner])
+    return WindowDataset._of(panel, spec, index, has_target=False, device=device, dtype=dtype)
+
+
 def _cutoffs(panel: Panel, cutoffs: TimeLike | Mapping[str, TimeLike] | None, *, aligned: bool) -> tuple[Ints, Ints]:
     """Return series and absolute index of the first forecast row."""
     present = np.arange(panel.num_series) if aligned else np.flatnonzero(panel.lengths)

@@ -35,12 +35,13 @@ from tsforge.forecasting.conformal_scores import (
     nested,
     paired_levels,
 )
+from tsforge.forecasting.recent_errors import earlier_cutoffs, recent_errors, recent_unit
 from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.network import ForecastNetwork
 
 _LOG = get_logger(__name__)
 
-Method = Literal["auto", "absolute", "cqr", "cqr_asymmetric", "scaled"]
+Method = Literal["auto", "absolute", "cqr", "cqr_asymmetric", "scaled", "recent"]
 Pool = Literal["step", "horizon"]
 CALIBRATION_SCHEMA: dict[str, type[pl.DataType]] = {
     "step": pl.Int32,
@@ -54,6 +55,8 @@ CALIBRATION_SCHEMA: dict[str, type[pl.DataType]] = {
 }
 BUCKET_SCHEMA: dict[str, type[pl.DataType]] = {"by": pl.String, "bucket": pl.String, "above": pl.Float64}
 """Further columns of a bucketed table; ``bucket`` is null in the rows that hold for all other labels."""
+RECENT_SCHEMA: dict[str, type[pl.DataType]] = {"expected": pl.Float64}
+"""Further column of a table of ``recent`` scores: mean absolute error of the held-out windows, in units of a window."""
 DEFAULT_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 MAX_WINDOWS = 2000  # evenly spaced; more overlapping windows add memory, not evidence
 MAX_BUCKET_CELLS = 50_000_000  # scores kept when every bucket needs windows of its own
@@ -239,24 +242,36 @@ def calibrate(
     choices = choices or Choices()
     pairs = paired_levels(levels)
     score = score_kind(choices.method, has_distribution=network.likelihood.has_distribution)
+    if score == "recent" and windows.panel.versions is not None:
+        raise ConfigError(
+            "calibration.method=recent reads what came of earlier forecasts, and this data was published late or "
+            "revised: what was known when is not at hand there; choose another method"
+        )
     asked = tuple(levels) if score in QUANTILE_SCORES else ()
-    chosen = _chosen(windows, len(pairs), max_windows, bucketed=choices.bucket != "none")
-    parts, masks, places = [], [], []
+    chosen = _chosen(windows, len(pairs), max_windows, bucketed=choices.bucket != "none", settled=score == "recent")
+    parts, masks, places, scales = [], [], [], []
     for part in forecast_batches(network, windows, asked, indices=chosen):
         if part.target is None or part.mask is None:
             raise DataError("calibration needs windows with targets; these are for prediction only")
-        origins = _origins(windows, part.series_index, part.cutoff_index)
-        volatility = origins.volatility() if score == "scaled_volatility" else None
-        found = interval_scores(
-            part.target, part.mean, part.quantiles, levels, part.scale, score=score, volatility=volatility
-        )
+        if score == "recent":  # the unit needs all windows
+            found = np.where(part.mask, np.abs(part.target - part.mean), 0.0)
+        else:
+            origins = _origins(windows, part.series_index, part.cutoff_index)
+            local = origins.volatility()[:, None] if score == "scaled_volatility" else None
+            found = interval_scores(
+                part.target, part.mean, part.quantiles, levels, part.scale, score=score, local=local
+            )
         parts.append(found.astype(np.float32))
         masks.append(part.mask)
         places.append((part.series_index, part.cutoff_index))
+        scales.append(part.scale)
     if not parts:
         raise DataError("calibration needs at least one held-out window; shorten the horizon or widen the valid span")
     scores, mask = np.concatenate(parts), np.concatenate(masks)
     origins = _origins(windows, *(np.concatenate(found) for found in zip(*places, strict=True)))
+    usual = None
+    if score == "recent":
+        usual, scores = _relative(network, windows, origins, scores, mask, np.concatenate(scales), len(pairs))
     table = calibration_table(
         scores,
         mask,
@@ -267,12 +282,56 @@ def calibrate(
         weights=_recency(origins.cutoff_index, choices.half_life),
         buckets=make_buckets(choices.bucket, origins, mask.shape[1]),
     )
+    if usual is not None:
+        step, variate = np.indices(usual.shape)
+        names = pl.Series(windows.panel.schema.targets, dtype=pl.String).gather(variate.ravel())
+        keys = {"step": pl.Series(step.ravel() + 1, dtype=pl.Int32), "variate": names}
+        extra = pl.DataFrame(keys | {"expected": usual.ravel()})
+        table = table.join(extra, on=["step", "variate"], how="left", maintain_order="left")
     _tell(table)
     return table
 
 
-def _chosen(windows: WindowDataset, pairs: int, most: int | None, *, bucketed: bool) -> IntArray:
-    count = len(windows)
+def _relative(
+    network: ForecastNetwork,
+    windows: WindowDataset,
+    origins: Origins,
+    errors: ScoreArray,
+    mask: NDArray[np.bool_],
+    scale: FloatArray,
+    pairs: int,
+) -> tuple[FloatArray, ScoreArray]:
+    """Return the usual error [H, V] in units of a window, and errors [N, H, V] over recent ones as scores [N, H, V, P].
+
+    Only errors of the held-out span count as recent: those on rows the network was fitted on may be too small.
+    """
+    count = np.maximum(mask.sum(axis=0), 1)
+    usual = (np.where(mask, errors, 0.0) / scale[:, None]).sum(axis=0, dtype=np.float64) / count
+    total, weight = recent_errors(
+        network,
+        windows.panel,
+        windows.spec,
+        origins.series_index,
+        origins.cutoff_index,
+        first_row=int(windows.cutoff_index.min()),
+    )
+    scores = (errors / recent_unit(total, weight, usual, scale)).astype(np.float32)
+    return usual, np.broadcast_to(scores[..., None], (*scores.shape, pairs))
+
+
+def _chosen(windows: WindowDataset, pairs: int, most: int | None, *, bucketed: bool, settled: bool) -> IntArray:
+    """Return the items to calibrate on; ``settled``: not those too early in the span to look back within it."""
+    if settled:
+        cutoff = windows.cutoff_index[:: windows.rows_per_item]
+        reach = int(earlier_cutoffs(windows.spec.horizon)[0][-1])
+        late = cutoff >= cutoff.min() + min(reach, int(np.ptp(cutoff)) // 4)
+        items: IntArray = np.flatnonzero(late)
+        return items[_spread(len(items), windows, pairs, most, bucketed=bucketed)]
+    return _spread(len(windows), windows, pairs, most, bucketed=bucketed)
+
+
+def _spread(count: int, windows: WindowDataset, pairs: int, most: int | None, *, bucketed: bool) -> IntArray:
+    """Return which of so many items to take."""
     if most is None:
         cells = windows.spec.horizon * windows.panel.num_targets * max(pairs, 1) * windows.rows_per_item
         most = max(MAX_WINDOWS, MAX_BUCKET_CELLS // cells) if bucketed else MAX_WINDOWS
@@ -342,6 +401,7 @@ def apply_calibration(
     variates: Sequence[str],
     *,
     origins: Origins | None = None,
+    recent: FloatArray | None = None,
 ) -> FloatArray:
     """Return calibrated quantiles; they never cross.
 
@@ -356,9 +416,10 @@ def apply_calibration(
         scale: unit of each window and variate.
         variates: names along V.
         origins: of the windows, for tables that look at the context, the calendar or the series.
+        recent: unit of each cell, for tables of ``recent`` scores.
 
     Shapes:
-        mean [N, H, V], quantiles [N, H, V, Q], scale [N, V] -> [N, H, V, Q].
+        mean, recent [N, H, V], quantiles [N, H, V, Q], scale [N, V] -> [N, H, V, Q].
     Raises:
         ConfigError: a level is not calibrated, the kind of score does not fit the quantiles given, or ``origins`` is
             needed.
@@ -367,14 +428,16 @@ def apply_calibration(
     steps = mean.shape[1]
     score = str(calibration["score"][0]) if calibration.height else "absolute"
     by = str(calibration["by"][0]) if "by" in calibration.columns else "none"
-    if origins is None and (by != "none" or score == "scaled_volatility"):
-        what = f"bucket={by}" if by != "none" else "method=scaled"
+    if (origins is None and (by != "none" or score == "scaled_volatility")) or (recent is None and score == "recent"):
+        what = f"bucket={by}" if by != "none" else f"method={'scaled' if score == 'scaled_volatility' else score}"
         raise ConfigError(
             f"calibration.{what} looks at the windows themselves, which streams and plain arrays do not hold; fit "
             "without it for this use"
         )
-    volatility = None if origins is None or score != "scaled_volatility" else origins.volatility()
-    base = anchors(score, mean, quantiles, levels, scale, volatility)
+    local = recent
+    if score == "scaled_volatility" and origins is not None:
+        local = origins.volatility()[:, None]
+    base = anchors(score, mean, quantiles, levels, scale, local)
     codes = None if origins is None or by == "none" else _codes(calibration, origins, steps)
     result = np.repeat(mean[..., None], len(levels), axis=-1)
     if quantiles is not None and len(levels) % 2 and score != "scaled":

@@ -11,6 +11,7 @@ score                 base (low, high)   unit                                   
 ``cqr_asymmetric``    forecast quantiles scale of the window                      one for each side
 ``scaled``            mean               mean to forecast quantile, on each side  one for both sides
 ``scaled_volatility`` mean               root mean square step of the context     one for both sides
+``recent``            mean               recent errors of the network             one for both sides
 ===================== ================== ======================================== ==================
 
 Source: Papadopoulos et al. (2002), ECML; Lei et al. (2018), JASA 113:1094-1111, Eq. (split conformal) and section 5.2
@@ -35,6 +36,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 ScoreArray = NDArray[np.floating[Any]]
 QUANTILE_SCORES = ("cqr", "cqr_asymmetric", "scaled")
+LOCAL_UNIT = {"scaled_volatility": "volatility of the context", "recent": "recent errors of the network"}
 TWO_SIDED = ("asymmetric", "cqr_asymmetric")
 
 
@@ -138,12 +140,12 @@ def anchors(
     quantiles: FloatArray | None,
     levels: Sequence[float],
     scale: FloatArray,
-    volatility: FloatArray | None,
+    local: FloatArray | None,
 ) -> Anchors:
     """Return base and unit of every central interval; arguments as for ``interval_scores``.
 
     Raises:
-        ConfigError: the score needs quantiles or a volatility that are not given.
+        ConfigError: the score needs quantiles or a unit that are not given.
     """
     pairs = paired_levels(levels)
     shape = (*mean.shape, len(pairs))
@@ -152,11 +154,11 @@ def anchors(
     if score in ("absolute", "asymmetric"):
         return Anchors(middle, middle, unit, unit)
     least = unit * 1e-3  # a spread of nothing would make every score infinite
-    if score == "scaled_volatility":
-        if volatility is None:
-            raise ConfigError("the calibration scales by the volatility of the context, which is not at hand here")
-        spread = np.maximum(np.nan_to_num(volatility)[:, None, :, None], least)
-        return Anchors(middle, middle, spread, spread)
+    if score in LOCAL_UNIT:
+        if local is None:
+            raise ConfigError(f"the calibration scales by the {LOCAL_UNIT[score]}, not at hand here")
+        spread = np.maximum(np.nan_to_num(local)[..., None], least)
+        return Anchors(middle, middle, np.broadcast_to(spread, shape), np.broadcast_to(spread, shape))
     if quantiles is None:
         raise ConfigError(f"'{score}' scores need the quantiles of a distribution, this network gives points")
     low, high = quantiles[..., [i for _, i, _ in pairs]], quantiles[..., [j for _, _, j in pairs]]
@@ -173,7 +175,7 @@ def interval_scores(
     scale: FloatArray,
     *,
     score: str | None = None,
-    volatility: FloatArray | None = None,
+    local: FloatArray | None = None,
 ) -> FloatArray:
     """Return the conformity score of every cell and central interval: how many units the target lies outside the base.
 
@@ -183,14 +185,14 @@ def interval_scores(
         levels: closed under mirroring at 0.5.
         scale: unit of each window.
         score: see the module; default ``cqr`` with quantiles, else ``absolute``.
-        volatility: for ``scaled_volatility``.
+        local: unit of each window or cell, for ``scaled_volatility`` and ``recent``.
 
     Shapes:
-        target, mean [N, H, V], quantiles [N, H, V, Q], scale, volatility [N, V] -> [N, H, V, P]; for scores with a
-        margin for each side [N, H, V, P, 2]: below the base, above it.
+        target, mean [N, H, V], quantiles [N, H, V, Q], scale [N, V], local [N, H or 1, V] -> [N, H, V, P]; for scores
+        with a margin for each side [N, H, V, P, 2]: below the base, above it.
     """
     score = score or ("absolute" if quantiles is None else "cqr")
-    base = anchors(score, mean, quantiles, levels, scale, volatility)
+    base = anchors(score, mean, quantiles, levels, scale, local)
     below = (base.low - target[..., None]) / base.unit_low
     above = (target[..., None] - base.high) / base.unit_high
     if score in TWO_SIDED:

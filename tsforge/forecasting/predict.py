@@ -19,6 +19,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, last_windows
 from tsforge.forecasting.conformal import apply_calibration, calibrated_levels, check_calibration, needs_quantiles
 from tsforge.forecasting.conformal_buckets import Origins
+from tsforge.forecasting.recent_errors import calibrated_unit
 from tsforge.forecasting.rollout import check_rollout, roll
 from tsforge.forecasting.window_forecasts import (
     FloatArray,
@@ -198,7 +199,7 @@ def published_quantiles(
         artifact: its calibration applies.
         forecasts: of the artifact's network, with quantiles at ``network_levels(artifact, levels)``.
         levels: ascending, checked.
-        panel: what the windows were cut from, for a calibration that depends on calendar, series or context.
+        panel: what the windows were cut from, for a calibration that depends on calendar, series, context or errors.
 
     Raises:
         ConfigError: there is such a calibration, and no panel.
@@ -208,7 +209,7 @@ def published_quantiles(
     if artifact.calibration is None:
         return forecasts.quantiles
     both = mirrored_levels(levels)
-    origins = None
+    origins = recent = None
     if panel is not None:
         origins = Origins(
             panel=panel,
@@ -216,6 +217,17 @@ def published_quantiles(
             cutoff_index=forecasts.cutoff_index,
             context_length=artifact.window.context_length,
         )
+        if artifact.calibration.height and artifact.calibration["score"][0] == "recent":
+            unit = calibrated_unit(
+                artifact.network,
+                panel,
+                artifact.window,
+                forecasts.series_index,
+                forecasts.cutoff_index,
+                forecasts.scale,
+                artifact.calibration,
+            )
+            recent = unit[:, : forecasts.mean.shape[1]]
     calibrated = apply_calibration(
         artifact.calibration,
         forecasts.mean,
@@ -224,6 +236,7 @@ def published_quantiles(
         forecasts.scale,
         artifact.schema.targets,
         origins=origins,
+        recent=recent,
     )
     chosen = calibrated[..., [both.index(round(level, 9)) for level in levels]]
     infinite = float(np.isinf(chosen).mean())

@@ -1,0 +1,99 @@
+"""Coverage of stored intervals over the whole test part, method by method and set by set.
+
+    python benchmarks/coverage_static.py --out benchmarks/results/coverage_static_cpu2_2026-11-29
+
+``linear`` is fitted on the first 60 % of each set, calibrated once on the next 20 % and forecast from every row of the
+last 20 %; nothing is adapted there. Methods are those of ``calibration.method`` for points, and ``absolute`` with
+labels by volatility. A variate that keeps one value in more than half of the rows (rain) has no central interval of
+80 %: the closed interval covers more than asked. Means without such variates stand in brackets.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from _measure import arguments, describe, heading, write
+from coverage import LEVELS, NOMINAL, SETS, coverage, fit, read
+
+from tsforge.data.windows import WindowSpec
+from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.conformal import Choices
+
+METHODS = {
+    "absolute": Choices(method="absolute"),
+    "by volatility": Choices(method="absolute", bucket="volatility"),
+    "scaled": Choices(method="scaled"),
+    "recent": Choices(method="recent"),
+}
+
+
+def measure(name: str, folder: Path, quick: bool) -> dict[str, Any]:
+    """Return coverage and width of a set by method."""
+    context, horizon = SETS[name]
+    frame = read(name, folder, quick)
+    rows, table = frame.num_rows, frame.table
+    spans = (int(0.6 * rows), int(0.8 * rows))
+    cutoffs = np.arange(spans[1] - 1, rows - horizon)
+    most = {variate: int(table[variate].value_counts()["count"].max()) for variate in frame.schema.targets}  # type: ignore[arg-type]
+    whole = [variate for variate, count in most.items() if count <= rows / 2]
+    record: dict[str, Any] = {"set": name, "cutoffs": len(cutoffs), "atoms": sorted(set(most) - set(whole))}
+    for label, choices in METHODS.items():
+        artifact = fit(frame, spans, WindowSpec(context_length=context, horizon=horizon), choices)
+        began = time.perf_counter()
+        found = forecasts_at(artifact, frame, cutoffs, steps=horizon, levels=LEVELS)
+        record[label] = coverage(found) | {"seconds": round(time.perf_counter() - began, 2)}
+        record[f"{label}, whole"] = coverage(found.filter(pl.col("variate").is_in(whole)))
+    print(name, {label: round(record[label]["cover_80"], 1) for label in METHODS}, flush=True)
+    return record
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return the tables as a page."""
+    lines = heading("Coverage of stored intervals over the whole test part", result["about"])
+    lines += ["", *(__doc__ or "").strip().splitlines()[4:]]
+    for nominal, _, _ in NOMINAL:
+        lines += ["", f"## Nominal {nominal} %", ""]
+        title = ["set", "cutoffs", *METHODS, "width recent/absolute"]
+        lines += ["| " + " | ".join(title) + " |", "|---" * len(title) + "|"]
+        for record in result["records"]:
+            cells = [record["set"], str(record["cutoffs"])]
+            for label in METHODS:
+                text = f"{record[label][f'cover_{nominal}']:.1f}"
+                if record["atoms"]:
+                    text += f" ({record[f'{label}, whole'][f'cover_{nominal}']:.1f})"
+                cells.append(text)
+            width = record["recent"][f"width_{nominal}"] / record["absolute"][f"width_{nominal}"]
+            lines.append("| " + " | ".join([*cells, f"{width:.2f}"]) + " |")
+        lines.append("")
+        for label in METHODS:
+            for kind in ("", ", whole"):
+                off = [abs(record[label + kind][f"cover_{nominal}"] - nominal) for record in result["records"]]
+                lines.append(
+                    f"- {label}{' (without atoms)' if kind else ''}: median {np.median(off):.2f} points off, worst "
+                    f"{max(off):.1f}, within 2 on {sum(x <= 2 for x in off)} of {len(off)}"
+                )
+    seconds = {label: sum(record[label]["seconds"] for record in result["records"]) for label in METHODS}
+    lines += ["", "Seconds of all forecasts: " + ", ".join(f"{label} {s:.0f}" for label, s in seconds.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    given = arguments(__doc__)
+    before = os.getloadavg()[0]
+    folder = Path(os.environ.get("TSFORGE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "forecast"
+    if not folder.is_dir():
+        raise SystemExit("real data sets not found: set TSFORGE_DATA to the folder that holds forecast/")
+    records = [measure(name, folder, given.quick) for name in SETS]
+    result = {"about": describe(given, before), "records": records}
+    write(given.out, result, page(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
