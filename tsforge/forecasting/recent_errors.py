@@ -5,7 +5,7 @@ averaged, step by step, newer ones counting more. Divided by that, errors of a q
 so margins counted on one serve the other. It is the local scale of Papadopoulos et al. (2002), ECML, and Lei et al.
 (2018), JASA 113:1094-1111, section 5.2, with a running mean of past errors in place of a second model.
 
-Earlier cutoffs reach back four horizons (32 rows at least), 32 of them at most, evenly spaced; a weight halves over a
+Earlier cutoffs reach back eight horizons (64 rows at least), 32 of them at most, evenly spaced; a weight halves over a
 quarter of that. Of the forecast from k rows back only the first k steps are known. The mean leans, with the weight
 ``PRIOR``, towards the error of the step in held-out windows (in units of each window): without any known error that
 is the whole unit, and where errors vanish it keeps the unit above zero.
@@ -31,7 +31,7 @@ _LOG = get_logger(__name__)
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 PRIOR = 0.2
-_HORIZONS, _LEAST_ROWS, _MOST = 4, 32, 32
+_HORIZONS, _LEAST_ROWS, _MOST = 8, 64, 32
 _CELLS = 16_000_000  # errors held at a time
 
 
@@ -128,7 +128,7 @@ def calibrated_unit(
     bare = int((weight == 0).all(axis=(1, 2)).sum())
     if bare:
         _LOG.warning(
-            "%d of %d windows have no forecasts before them to measure recent errors on (it takes more than %d rows of "
+            "%d of %d windows have no forecasts before them to measure recent errors on (it takes %d rows of "
             "history up to the cutoff); their intervals rest on the usual error of the held-out windows",
             bare,
             len(series),

@@ -48,7 +48,7 @@ def loop_of_forecasts(
     actual = {(row["time"].replace(tzinfo=None), name): row[name] for row in mine.to_dicts() for name in ("y", "z")}
     begin = min(time for time, _ in actual)
     total, weight = np.zeros((6, 2)), np.zeros((6, 2))
-    for back in range(1, 33):  # four horizons of 6 are fewer than 32 rows
+    for back in range(2, 65, 2):  # eight horizons of 6 are fewer than 64 rows
         last = hours(cutoff - back - 1)
         context = [last - timedelta(hours=k) for k in range(48)]
         if context[-1] < begin or all(actual.get((time, name)) is None for time in context for name in "yz"):
@@ -58,7 +58,7 @@ def loop_of_forecasts(
             at, step, place = row["time"].replace(tzinfo=None), row["step"], "yz".index(row["variate"])
             value = actual.get((at, row["variate"]))
             if at < hours(cutoff) and at >= hours(first_row) and value is not None:
-                share = 0.5 ** (back / 8)
+                share = 0.5 ** (back / 16)
                 total[step - 1, place] += share * abs(value - row["mean"])
                 weight[step - 1, place] += share
     return total, weight
@@ -108,9 +108,9 @@ def test_work_in_parts_changes_nothing(frame, make_artifact, monkeypatch: pytest
 
 def test_earlier_cutoffs_and_the_unit_have_closed_forms() -> None:
     back, weight = earlier_cutoffs(24)
-    assert back.tolist() == list(range(3, 97, 3))
-    assert weight == pytest.approx(0.5 ** (back / 24))
-    assert earlier_cutoffs(1)[0].tolist() == list(range(1, 33))
+    assert back.tolist() == list(range(6, 193, 6))
+    assert weight == pytest.approx(0.5 ** (back / 48))
+    assert earlier_cutoffs(1)[0].tolist() == list(range(2, 65, 2))
     assert len(earlier_cutoffs(720)[0]) == 32
     assert [known_steps(3, 24), known_steps(96, 24)] == [3, 24]
     expected, scale = np.array([[2.0]]), np.array([[3.0], [5.0]])
@@ -142,7 +142,7 @@ def calibrated(make_artifact: Callable[..., Artifact], frame: SeriesFrame, **cho
 
 def test_margins_in_units_of_recent_errors_cover_what_fixed_ones_miss(make_artifact) -> None:
     frame = stormy()
-    cutoffs = np.arange(1199, 1780, 3)
+    cutoffs = np.arange(1199 + 64, 1780, 3)  # the storm has been felt
     cover = {}
     for method in ("absolute", "recent"):
         table = forecasts_at(calibrated(make_artifact, frame, method=method), frame, cutoffs, steps=6, levels=LEVELS)
@@ -159,10 +159,10 @@ def test_margins_are_ranks_of_errors_over_units(make_artifact) -> None:
     assert table["score"].unique().to_list() == ["recent"]
     assert (table["low"] == -table["high"]).all()
     panel = artifact_panel(artifact, frame)
-    # the span of 785 cutoffs loses the first 32, whose earlier cutoffs lie before it
-    series = np.repeat([0, 1], 785 - 32)
-    cutoff = np.tile(np.arange(400 + 32, 1185), 2)
-    found = predict_means(artifact, frame, cutoff[: 785 - 32])
+    # the span of 785 cutoffs loses the first 64, whose earlier cutoffs lie before it
+    series = np.repeat([0, 1], 785 - 64)
+    cutoff = np.tile(np.arange(400 + 64, 1185), 2)
+    found = predict_means(artifact, frame, cutoff[: 785 - 64])
     actual = np.stack([panel.values[panel.indptr[series] + cutoff + h, 0] for h in range(6)], axis=1)[..., None]
     errors = np.abs(actual - found)
     _, scale = artifact.network.scaler.stats(next(WindowDataset(panel, artifact.window, 400, 1190).batches(1)))
@@ -228,13 +228,15 @@ def test_without_history_before_the_context_the_usual_error_stands_and_a_warning
     with caplog.at_level(logging.WARNING, logger="tsforge"):
         table = predict(artifact, short).table
     assert "2 of 2 windows have no forecasts before them" in caplog.text
-    assert "more than 49 rows" in caplog.text
+    assert "it takes 50 rows of history" in caplog.text
     assert artifact.calibration is not None
     usual = artifact.calibration.sort("step").select(pl.col("high") * pl.col("expected")).to_series()
+    enough = SeriesFrame(frame.table.filter(pl.col("time").dt.replace_time_zone(None) < hours(50)), frame.schema)
     half = (table.filter(series_id="a")["q0.9"] - table.filter(series_id="a")["mean"]) / usual
     assert half.to_numpy() == pytest.approx(float(half[0]), rel=1e-5)  # the scale of the series, at every step
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="tsforge"):
+        predict(artifact, enough)
         predict(artifact, frame)
     assert caplog.text == ""
 
