@@ -17,7 +17,7 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.gather import take_by_index, take_padded, take_slices
 from tsforge.data.panel import Panel
 from tsforge.data.schema import SeriesSchema
-from tsforge.data.windows import WindowDataset, WindowSpec, last_windows
+from tsforge.data.windows import WindowDataset, WindowSpec, last_windows, windows_at
 
 START = datetime(2023, 1, 1, tzinfo=UTC)
 LENGTHS = {"a": (0, 40), "b": (7, 25), "c": (3, 9)}  # first hour, rows
@@ -279,6 +279,20 @@ def test_last_windows_take_cutoffs_for_all_or_for_some() -> None:
     check(panel, spec, some, [(0, 11), (1, 20)], target=False)
     with pytest.raises(DataError, match="unknown series bb; did you mean 'b'"):
         last_windows(panel, spec, {"bb": at})
+
+
+def test_windows_end_wherever_the_caller_says_in_his_order() -> None:
+    panel = make_panel(future=4)
+    spec = WindowSpec(context_length=6, horizon=4)
+    places = [(1, 20), (0, 30), (1, 9), (0, 30), (2, 12), (0, 5)]  # out of order, twice, beyond the front of the series
+    series, cutoff = (np.array(part) for part in zip(*places, strict=True))
+    windows = windows_at(panel, spec, series, cutoff)
+    assert len(windows) == len(places)
+    check(panel, spec, next(windows.batches(10)), places, target=False)
+    aligned = windows_at(panel, spec, None, np.array([30, 11, 30]))
+    assert (len(aligned), aligned.rows_per_item) == (3, 3)
+    together = [(series, cutoff) for cutoff in (30, 11, 30) for series in range(3)]
+    check(panel, spec, next(aligned.batches(3)), together, target=False)
 
 
 def test_short_series_are_refused_or_padded() -> None:
