@@ -125,13 +125,14 @@ def calibrated_unit(
     A warning tells of windows before which no error is known: their unit is the usual error.
     """
     total, weight = recent_errors(network, panel, window, series, cutoff)
-    bare = int((weight == 0).all(axis=(1, 2)).sum())
+    present = panel.lengths[series] > 0  # a model that couples series has windows of others too
+    bare = int((present & (weight == 0).all(axis=(1, 2))).sum())
     if bare:
         _LOG.warning(
             "%d of %d windows have no forecasts before them to measure recent errors on (it takes %d rows of "
             "history up to the cutoff); their intervals rest on the usual error of the held-out windows",
             bare,
-            len(series),
+            int(present.sum()),
             window.context_length + earlier_cutoffs(window.horizon)[0][0],
         )
     names = list(panel.schema.targets)

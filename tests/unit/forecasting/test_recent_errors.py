@@ -134,9 +134,11 @@ def stormy(seed: int = 0, rows: int = 24 * 75) -> SeriesFrame:
     return SeriesFrame.from_long(pl.concat(parts), time="time", series_id="series_id", targets=["y"])
 
 
-def calibrated(make_artifact: Callable[..., Artifact], frame: SeriesFrame, **choices: Any) -> Artifact:
+def calibrated(
+    make_artifact: Callable[..., Artifact], frame: SeriesFrame, stop: int = 1190, **choices: Any
+) -> Artifact:
     artifact = make_artifact("linear", scaling="global", data=frame.until(hours(399)))
-    windows = WindowDataset(Panel.from_frame(frame), artifact.window, 400, 1190)
+    windows = WindowDataset(Panel.from_frame(frame), artifact.window, 400, stop)
     return replace(artifact, calibration=calibrate(artifact.network, windows, LEVELS, choices=Choices(**choices)))
 
 
@@ -151,18 +153,20 @@ def test_margins_in_units_of_recent_errors_cover_what_fixed_ones_miss(make_artif
     assert abs(cover["recent"] - 0.8) < 0.03
 
 
-def test_margins_are_ranks_of_errors_over_units(make_artifact) -> None:
+@pytest.mark.parametrize("stop", [1190, 520])
+def test_margins_are_ranks_of_errors_over_units(make_artifact, stop: int) -> None:
     frame = stormy()
-    artifact = calibrated(make_artifact, frame, method="recent")
+    artifact = calibrated(make_artifact, frame, stop, method="recent")
     table = artifact.calibration
     assert table is not None
     assert table["score"].unique().to_list() == ["recent"]
     assert (table["low"] == -table["high"]).all()
     panel = artifact_panel(artifact, frame)
-    # the span of 785 cutoffs loses the first 64, whose earlier cutoffs lie before it
-    series = np.repeat([0, 1], 785 - 64)
-    cutoff = np.tile(np.arange(400 + 64, 1185), 2)
-    found = predict_means(artifact, frame, cutoff[: 785 - 64])
+    # without the first cutoffs of the span, whose earlier ones lie before it: 64 of 785, but no more than a quarter
+    cutoff = np.arange(400 + {1190: 64, 520: 28}[stop], stop - 5)
+    series = np.repeat([0, 1], len(cutoff))
+    found = predict_means(artifact, frame, cutoff)
+    cutoff = np.tile(cutoff, 2)
     actual = np.stack([panel.values[panel.indptr[series] + cutoff + h, 0] for h in range(6)], axis=1)[..., None]
     errors = np.abs(actual - found)
     _, scale = artifact.network.scaler.stats(next(WindowDataset(panel, artifact.window, 400, 1190).batches(1)))
@@ -239,6 +243,21 @@ def test_without_history_before_the_context_the_usual_error_stands_and_a_warning
         predict(artifact, enough)
         predict(artifact, frame)
     assert caplog.text == ""
+
+
+def test_a_coupled_forecast_counts_only_series_with_rows(frame, caplog: pytest.LogCaptureFixture) -> None:
+    artifact = untrained(frame, {"name": "regenn", "attend": "entities", "ff_dim": 8})
+    panel = artifact_panel(artifact, frame)
+    windows = WindowDataset(panel, artifact.window, 200, 300, aligned=True)
+    table = calibrate(artifact.network, windows, LEVELS, choices=Choices(method="recent"))
+    artifact = replace(artifact, calibration=table)
+    some = frame.select_series(["a", "c"])
+    with caplog.at_level(logging.WARNING, logger="tsforge"):
+        found = predict(artifact, some).table
+    assert found["series_id"].unique().sort().to_list() == ["a", "c"]
+    assert found["q0.9"].is_finite().all()
+    assert (found["q0.9"] > found["q0.1"]).all()
+    assert "forecasts before them" not in caplog.text
 
 
 def test_streams_and_revised_data_refuse_it(make_artifact) -> None:
