@@ -13,7 +13,8 @@ xLSTM, NeurIPS, arXiv 2405.04517 (Eq. 8-17, App. A); heads, layout and the clamp
 Deviations: the reset gate of the GRU acts after the product with R (the cuDNN variant); m of the sLSTM starts at -inf,
 which is ``m' = i`` at the first step of every row. With that start n >= 1 holds by itself, even in rounding: one of
 the two summands of n' has the factor 1, and n was at least 1. The forget gate of the sLSTM is a sigmoid (the paper
-allows an exponential too). One head of LSTM or GRU runs through torch (cuDNN, oneDNN).
+allows an exponential too). One head of LSTM or GRU runs through torch (cuDNN, oneDNN),
+on a CPU never in bf16.
 
 Legend: B rows, T steps, I inputs, D width, N heads, E = D / N, G gates.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,21 @@ States: TypeAlias = list[Tensor]
 _GATES: dict[Cell, int] = {"lstm": 4, "gru": 3, "slstm": 4}
 _PARTS: dict[Cell, int] = {"lstm": 2, "gru": 1, "slstm": 4}  # tensors of a state; the first is the output
 _FORGET_BIAS = 1.0
+
+
+def run_torch_cell(cell: nn.Module, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """Return what an LSTM, GRU or RNN of torch gives for x and a state (a tensor or a pair of them, None = zeros).
+
+    Never in bf16 on a CPU: oneDNN refuses such an LSTM where the processor lacks AVX-512, with an error of its own.
+    """
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        found: tuple[Tensor, Any] = cell(x, state)
+        return found
+    if state is not None:
+        state = tuple(part.float() for part in state) if isinstance(state, tuple) else state.float()
+    with torch.autocast("cpu", enabled=False):
+        found = cell(x.float(), state)
+    return found
 
 
 class RecurrentLayer(nn.Module):
@@ -106,9 +122,9 @@ class RecurrentLayer(nn.Module):
     def _by_torch(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         given = None if state is None else [part.unsqueeze(0).contiguous() for part in state.unbind(1)]
         if self.cell == "gru":
-            y, after = self.inner(x, None if given is None else given[0])
+            y, after = run_torch_cell(self.inner, x, None if given is None else given[0])
             return y, after.transpose(0, 1)
-        y, pair = self.inner(x, None if given is None else tuple(given))
+        y, pair = run_torch_cell(self.inner, x, None if given is None else tuple(given))
         return y, torch.cat(pair).transpose(0, 1)
 
     def _loop(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, 
 from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.core.logs import get_logger
+from tsforge.layers.recurrent import run_torch_cell
 from tsforge.layers.regenn import Activation, GraphEvolution
 from tsforge.models._ar_windows import residual_scale
 from tsforge.models._regenn_explain import evolution_matrices, evolution_records, kernel_records
@@ -356,11 +357,12 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         rows, evolved = self._encoder_input(batch, x)
         if self.encoder is not None:
             rows = self.encoder(rows) if self.config.attend == "variables" else self._across_entities(batch, rows)
-        gated = _directions(self.gate(rows)[0], self.spec.horizon)  # [B, V, H]
+        gated = _directions(run_torch_cell(self.gate, rows)[0], self.spec.horizon)  # [B, V, H]
         ahead = self.drop(gated.transpose(1, 2))
         if self.sequencer is None:
             return ahead, evolved
-        return self.drop(_directions(self.sequencer(ahead)[0], self.spec.num_variates)) + ahead, evolved
+        mixed = _directions(run_torch_cell(self.sequencer, ahead)[0], self.spec.num_variates)
+        return self.drop(mixed) + ahead, evolved
 
     def _across_entities(self, batch: Batch, rows: Tensor) -> Tensor:
         """Return rows [B, V, D] after attention among the entities of each cutoff, for every variate apart."""

@@ -43,6 +43,23 @@ def test_heads_must_divide_the_width(heads: int) -> None:
             make()
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_cells_of_torch_stay_in_single_precision_on_a_cpu(cell: Cell, with_state: bool) -> None:
+    """A processor without AVX-512 has no LSTM in bf16: torch's own call fails there, and rounds elsewhere."""
+    torch.manual_seed(0)
+    layer, x = RecurrentLayer(cell, 3, 4), torch.randn(2, 5, 3)
+    state = torch.randn(2, layer.parts, 4) if with_state else None
+    exact = layer(x, state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(x, state)
+        rough = layer(x.bfloat16(), None if state is None else state.bfloat16())
+    for part, wanted, near in zip(found, exact, rough, strict=True):
+        assert torch.equal(part, wanted)
+        assert near.dtype == torch.float32
+        torch.testing.assert_close(near, wanted, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("name", stacks())
 @torch.no_grad()
 def test_stacks_run_whole_in_chunks_and_step_by_step(name: str) -> None:
