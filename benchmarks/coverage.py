@@ -106,6 +106,16 @@ def fit(frame: SeriesFrame, spans: tuple[int, int], window: WindowSpec, choices:
     )
 
 
+def without_atoms(frame: SeriesFrame) -> list[str]:
+    """Return the variates that keep no value in more than half of the rows."""
+    values = frame.table
+    return [
+        name
+        for name in frame.schema.targets
+        if values[name].value_counts()["count"].to_numpy().max() <= values.height / 2
+    ]
+
+
 def planted(frame: SeriesFrame, kind: str, first: int, stop: int, errors: dict[str, float]) -> SeriesFrame:
     """Return the frame with a drift from row ``first`` on; ``errors``: standard deviation of one-step errors."""
     rows = frame.num_rows
@@ -147,8 +157,7 @@ def measure(name: str, folder: Path, quick: bool, most: int) -> list[dict[str, A
     spans = (int(0.6 * rows), int(0.8 * rows))
     began = time.perf_counter()
     artifact, relative = (fit(frame, spans, window, Choices(method=method)) for method in ("absolute", "recent"))
-    table = frame.table
-    whole = [name for name in frame.schema.targets if table[name].value_counts()["count"].max() <= table.height / 2]  # type: ignore[operator]
+    whole = without_atoms(frame)
     stride = max(1, (rows - spans[1] - horizon) // (50 if quick else most))
     cutoffs = np.arange(spans[1] - 1, rows - horizon, stride)
     middle = (spans[1] + rows) // 2
