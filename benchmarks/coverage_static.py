@@ -6,8 +6,8 @@
 last 20 %; nothing is adapted there. Methods are those of ``calibration.method`` for points, and ``absolute`` with
 labels by volatility. A variate that keeps one value in more than half of the rows (rain) has no central interval of
 80 %: the closed interval covers more than asked. Means without such variates stand in brackets. Reach, half-life and
-prior weight of ``recent`` were chosen on the twelve sets of the first tables; the sets of the second ones chose nothing,
-though they had been read once with half the reach.
+prior weight of ``recent`` were chosen on the twelve sets of the first tables; the sets of the second ones chose
+nothing, though they had been read once with half the reach.
 
 The interval score (Gneiting and Raftery 2007, JASA 102:359-378, Eq. 43) adds to the width what a miss costs: the lower
 the better. Its ratio to that of ``absolute`` is a geometric mean over variates.
