@@ -21,7 +21,7 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.forecasting.fixed_blocks import Block, block_size
 from tsforge.forecasting.predict import artifact_panel
 from tsforge.forecasting.rolling import Output, RollingForecasts, block_outputs
-from tsforge.forecasting.stream_buffer import Buffer
+from tsforge.forecasting.stream_buffer import NEVER, Buffer, ring_of_rows
 from tsforge.forecasting.stream_rows import NewRows, overlay_known
 from tsforge.forecasting.window_forecasts import FloatArray, evaluating
 
@@ -307,31 +307,19 @@ def kept_rows(artifact: Artifact, frame: SeriesFrame, stop: int, size: int) -> t
     panel = artifact_panel(artifact, visible)
     coupled = artifact.network.capabilities.rows_coupled
     series = np.arange(panel.num_series) if coupled else np.flatnonzero((panel.lengths > 0) & (panel.offset < stop))
-    data, width = panel.resident(), len(artifact.schema.columns)
-    parts = [torch.where(data.mask, data.target, torch.nan), data.past, data.known]
-    cells = torch.cat([part for part in parts if part is not None], dim=1)
-    rows = torch.full((len(series), size, width), torch.nan)
-    for place, number in enumerate(series):
-        low, high = (
-            max(int(panel.offset[number]), stop - size),
-            min(stop, int((panel.offset + panel.lengths)[number])),
-        )
-        if low < high:
-            start = int(panel.indptr[number]) + low - int(panel.offset[number])
-            rows[place, torch.arange(low, high) % size] = cells[start : start + high - low]
+    data, last = panel.resident(), np.full(len(series), stop - 1)
     buffer = Buffer(
         artifact=artifact,
         series=tuple(panel.series_ids[number] for number in series),
-        rows=rows,
-        last=torch.full((len(series),), stop - 1, dtype=torch.int64),
+        rows=ring_of_rows(panel, series, last, size),
+        last=torch.from_numpy(last),
         started=torch.from_numpy((panel.lengths > 0)[series]),
         static=None if data.static is None else data.static[torch.from_numpy(series)],
     )
     if artifact.schema.known:
         buffer.ahead = torch.full((len(series), artifact.window.horizon, len(artifact.schema.known)), torch.nan)
         buffer.ahead = overlay_known(visible.table.select("series_id", "time", *artifact.schema.known), buffer.place)
-    never = np.iinfo(np.int64).max // 2
-    return buffer, np.where(panel.lengths > 0, panel.offset, never)[series].astype(np.int64)
+    return buffer, np.where(panel.lengths > 0, panel.offset, NEVER)[series].astype(np.int64)
 
 
 def ring_size(artifact: Artifact, config: ScoreConfig) -> int:

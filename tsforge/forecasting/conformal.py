@@ -25,6 +25,7 @@ from tsforge.core.logs import get_logger
 from tsforge.data.windows import WindowDataset
 from tsforge.forecasting.conformal_buckets import BucketKind, Origins, lower_edge, third_edges
 from tsforge.forecasting.conformal_scores import (
+    LOCAL_UNIT,
     QUANTILE_SCORES,
     FloatArray,
     IntArray,
@@ -392,6 +393,24 @@ def needs_quantiles(calibration: pl.DataFrame) -> bool:
     return calibration["score"].is_in(QUANTILE_SCORES).any()
 
 
+def needs_recent_errors(calibration: pl.DataFrame) -> bool:
+    """Whether the table's margins are in units of recent errors of the network."""
+    return _score(calibration) == "recent"
+
+
+def needs_windows(calibration: pl.DataFrame) -> bool:
+    """Whether the margins depend on more than step and variate: labels, the context, or recent errors."""
+    return _score(calibration) in LOCAL_UNIT or _label(calibration) != "none"
+
+
+def _score(calibration: pl.DataFrame) -> str:
+    return str(calibration["score"][0]) if calibration.height else "absolute"
+
+
+def _label(calibration: pl.DataFrame) -> str:
+    return str(calibration["by"][0]) if "by" in calibration.columns and calibration.height else "none"
+
+
 def apply_calibration(
     calibration: pl.DataFrame,
     mean: FloatArray,
@@ -426,13 +445,12 @@ def apply_calibration(
     """
     check_calibration(calibration, levels, has_quantiles=quantiles is not None)
     steps = mean.shape[1]
-    score = str(calibration["score"][0]) if calibration.height else "absolute"
-    by = str(calibration["by"][0]) if "by" in calibration.columns else "none"
+    score, by = _score(calibration), _label(calibration)
     if (origins is None and (by != "none" or score == "scaled_volatility")) or (recent is None and score == "recent"):
         what = f"bucket={by}" if by != "none" else f"method={'scaled' if score == 'scaled_volatility' else score}"
         raise ConfigError(
-            f"calibration.{what} looks at the windows themselves, which streams and plain arrays do not hold; fit "
-            "without it for this use"
+            f"calibration.{what} looks at the windows themselves, which plain arrays do not hold; fit without it for "
+            "this use"
         )
     local = recent
     if score == "scaled_volatility" and origins is not None:

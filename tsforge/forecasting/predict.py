@@ -17,7 +17,13 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid, TimeLike
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, last_windows
-from tsforge.forecasting.conformal import apply_calibration, calibrated_levels, check_calibration, needs_quantiles
+from tsforge.forecasting.conformal import (
+    apply_calibration,
+    calibrated_levels,
+    check_calibration,
+    needs_quantiles,
+    needs_recent_errors,
+)
 from tsforge.forecasting.conformal_buckets import Origins
 from tsforge.forecasting.recent_errors import calibrated_unit
 from tsforge.forecasting.rollout import check_rollout, roll
@@ -209,35 +215,7 @@ def published_quantiles(
     if artifact.calibration is None:
         return forecasts.quantiles
     both = mirrored_levels(levels)
-    origins = recent = None
-    if panel is not None:
-        origins = Origins(
-            panel=panel,
-            series_index=forecasts.series_index,
-            cutoff_index=forecasts.cutoff_index,
-            context_length=artifact.window.context_length,
-        )
-        if artifact.calibration.height and artifact.calibration["score"][0] == "recent":
-            unit = calibrated_unit(
-                artifact.network,
-                panel,
-                artifact.window,
-                forecasts.series_index,
-                forecasts.cutoff_index,
-                forecasts.scale,
-                artifact.calibration,
-            )
-            recent = unit[:, : forecasts.mean.shape[1]]
-    calibrated = apply_calibration(
-        artifact.calibration,
-        forecasts.mean,
-        forecasts.quantiles,
-        both,
-        forecasts.scale,
-        artifact.schema.targets,
-        origins=origins,
-        recent=recent,
-    )
+    calibrated = calibrated_quantiles(artifact, forecasts, both, panel)
     chosen = calibrated[..., [both.index(round(level, 9)) for level in levels]]
     infinite = float(np.isinf(chosen).mean())
     if infinite:
@@ -247,6 +225,58 @@ def published_quantiles(
             artifact.id,
         )
     return chosen
+
+
+def calibrated_quantiles(
+    artifact: Artifact,
+    forecasts: WindowForecasts,
+    levels: Sequence[float],
+    panel: Panel | None = None,
+    *,
+    tell: bool = True,
+) -> FloatArray:
+    """Return the quantiles [N, H, V, Q] of a calibrated artifact at ``levels``.
+
+    Args:
+        artifact, forecasts, panel: as in ``published_quantiles``.
+        levels: ascending, each with its mirror image.
+        tell: warn of windows with too short a history for the calibration.
+
+    Raises:
+        ConfigError: the artifact is not calibrated, or its calibration needs a panel and there is none.
+    """
+    if artifact.calibration is None:
+        raise ConfigError(f"artifact {artifact.id} has no calibration")
+    origins = recent = None
+    if panel is not None:
+        origins = Origins(
+            panel=panel,
+            series_index=forecasts.series_index,
+            cutoff_index=forecasts.cutoff_index,
+            context_length=artifact.window.context_length,
+        )
+        if needs_recent_errors(artifact.calibration):
+            unit = calibrated_unit(
+                artifact.network,
+                panel,
+                artifact.window,
+                forecasts.series_index,
+                forecasts.cutoff_index,
+                forecasts.scale,
+                artifact.calibration,
+                tell=tell,
+            )
+            recent = unit[:, : forecasts.mean.shape[1]]
+    return apply_calibration(
+        artifact.calibration,
+        forecasts.mean,
+        forecasts.quantiles,
+        levels,
+        forecasts.scale,
+        artifact.schema.targets,
+        origins=origins,
+        recent=recent,
+    )
 
 
 def forecast_table(

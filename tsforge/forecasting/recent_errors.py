@@ -43,6 +43,16 @@ def earlier_cutoffs(horizon: int) -> tuple[IntArray, FloatArray]:
     return back, np.exp2(-back / (reach / 4))
 
 
+def rows_needed(window: WindowSpec) -> int:
+    """Return how many rows before a cutoff its newest earlier forecast reads: fewer, and no error is known."""
+    return window.context_length + int(earlier_cutoffs(window.horizon)[0][0])
+
+
+def rows_looked_back(window: WindowSpec) -> int:
+    """Return how many rows before a cutoff the oldest of its earlier forecasts may read."""
+    return window.context_length + int(earlier_cutoffs(window.horizon)[0][-1])
+
+
 def known_steps(back: int, horizon: int) -> int:
     """Return how many steps of a forecast from ``back`` rows before a cutoff are known at it."""
     return min(back, horizon)
@@ -119,21 +129,23 @@ def calibrated_unit(
     cutoff: IntArray,
     scale: FloatArray,
     calibration: pl.DataFrame,
+    *,
+    tell: bool = True,
 ) -> FloatArray:
     """Return the units [N, H, V] of windows for a calibration table of ``recent`` scores; H = trained horizon.
 
-    A warning tells of windows before which no error is known: their unit is the usual error.
+    Windows before which no error is known have the usual one for a unit; ``tell`` warns of them.
     """
     total, weight = recent_errors(network, panel, window, series, cutoff)
     present = panel.lengths[series] > 0  # a model that couples series has windows of others too
     bare = int((present & (weight == 0).all(axis=(1, 2))).sum())
-    if bare:
+    if bare and tell:
         _LOG.warning(
             "%d of %d windows have no forecasts before them to measure recent errors on (it takes %d rows of "
             "history up to the cutoff); their intervals rest on the usual error of the held-out windows",
             bare,
             int(present.sum()),
-            window.context_length + earlier_cutoffs(window.horizon)[0][0],
+            rows_needed(window),
         )
     names = list(panel.schema.targets)
     order = pl.DataFrame({"variate": names, "place": range(len(names))})

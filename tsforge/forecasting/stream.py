@@ -28,9 +28,12 @@ from torch import Tensor
 from tsforge.artifact import Artifact, load_tensor_file, match_frame, save_tensor_file
 from tsforge.contracts.tables import Forecast, quantile_column
 from tsforge.core.errors import ArtifactError, ConfigError, ModelError, listing
+from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
+from tsforge.data.panel import Panel
 from tsforge.forecasting import stream_carried
+from tsforge.forecasting.conformal import needs_recent_errors, needs_windows
 from tsforge.forecasting.online_conformal import OnlineConfig
 from tsforge.forecasting.predict import (
     artifact_panel,
@@ -41,6 +44,7 @@ from tsforge.forecasting.predict import (
     published_quantiles,
     without_blind,
 )
+from tsforge.forecasting.recent_errors import rows_looked_back, rows_needed
 from tsforge.forecasting.stream_buffer import Buffer
 from tsforge.forecasting.stream_carried import Carried, Carrier, pick
 from tsforge.forecasting.stream_online import Learner, OnlineIntervals
@@ -55,9 +59,11 @@ from tsforge.forecasting.window_forecasts import (
     forecast_batch,
 )
 
+_LOG = get_logger(__name__)
+
 Mode = Literal["auto", "carried", "window"]
 FORMAT = "tsforge-stream"
-FORMAT_VERSION = 2  # 2: online intervals; files without any are still written as 1
+FORMAT_VERSION = 3  # 2: online intervals; 3: rows before the context; files with neither are still written as 1
 _STATE = "carried."
 _ONLINE = "online."
 Judge = Callable[[WindowForecasts, Ints, Ints], FloatArray]
@@ -101,7 +107,7 @@ class Stream:
             artifact: what forecasts.
             frame: history, and known covariates of later rows where there are any.
             mode: ``auto`` carries the state of a recurrent model and keeps windows for any other; with ``online`` also
-                for one that jumps over rows without values.
+                for one that jumps over rows without values, and for any where intervals follow recent errors.
             restart_every: see the class; only for ``carried``.
             cutoff: last time that counts as seen; default each series' last row with an observed target.
             online, online_every: see ``set_online``; None keeps the intervals of the artifact.
@@ -110,14 +116,22 @@ class Stream:
             ArtifactError: the frame does not fit the artifact.
             DataError: too short a history, or nothing observed in it.
             ModelError: ``carried`` with a model that is not recurrent.
-            ConfigError: ``restart_every`` below 1, or without a carried state; see also ``set_online``.
+            ConfigError: ``restart_every`` below 1, or without a carried state; ``carried`` where intervals follow
+                recent errors; see also ``set_online``.
         """
         network = artifact.network
         jumps = online is not None and stream_carried.takes_elapsed(network)
+        jumps |= _kept_rows(artifact) is not None
         carry = network.model.recurrent and not jumps if mode == "auto" else mode == "carried"
         if carry:
             stream_carried.recurrent_model(network)
-        stream = cls(buffer=Buffer.of_frame(artifact, frame, cutoff))
+            if _kept_rows(artifact) is not None:
+                raise ConfigError(
+                    "intervals in units of recent errors (calibration.method=recent) rest on forecasts from windows of "
+                    "earlier rows; start the stream with mode=window, or fit with another calibration.method"
+                )
+        stream = cls(buffer=Buffer.of_frame(artifact, frame, cutoff, _kept_rows(artifact)))
+        stream._tell_short()
         if carry:
             with evaluating(network), torch.no_grad():
                 stream.carried = stream_carried.warm_up(network, stream.buffer.contexts(stream.buffer.everyone))
@@ -213,7 +227,13 @@ class Stream:
         expected = np.full((len(new.judged), 3, new.judged.shape[1]), np.nan)
         learner = None
         if self.online is not None:
-            learner = Learner(online=self.online.copy(), buffer=self.buffer, new=new, shown=levels)
+            learner = Learner(
+                online=self.online.copy(),
+                buffer=self.buffer,
+                new=new,
+                shown=levels,
+                panel=self._panel(self.buffer, new),
+            )
         carried = None
         with evaluating(self.artifact.network), torch.no_grad():
             if self.carried is None:
@@ -245,9 +265,34 @@ class Stream:
         """Return the new rows [N] to forecast before they are taken, and what makes bands of these forecasts."""
         if learner is not None:
             return learner.wanted, learner
-        artifact, levels = self.artifact, self.levels
-        judged = np.asarray(~np.isnan(new.judged).all(axis=1))
-        return judged, lambda found, _, steps: expectations(artifact, found, levels, steps)
+        buffer, levels, owner = self.buffer, self.levels, new.owner.numpy()
+        panel = self._panel(buffer, new) if levels else None
+
+        def judge(found: WindowForecasts, rows: Ints, steps: Ints) -> FloatArray:
+            return expectations(buffer.artifact, buffer.located(found, owner[rows]), levels, steps, panel)
+
+        return np.asarray(~np.isnan(new.judged).all(axis=1)), judge
+
+    def _panel(self, buffer: Buffer, new: NewRows | None = None) -> Panel | None:
+        """Return the rows that intervals are looked up by, None where step and variate are enough."""
+        table = self.artifact.calibration
+        return buffer.panel(new) if table is not None and needs_windows(table) else None
+
+    def _tell_short(self) -> None:
+        """Warn of series whose history is too short for any forecast before the last row."""
+        begins = self.buffer.begins
+        if begins is None:
+            return
+        window, started = self.artifact.window, self.buffer.started
+        short = started & (self.buffer.last + 1 - begins < rows_needed(window))
+        if count := int(short.sum()):
+            _LOG.warning(
+                "%d of %d series have fewer than %d rows of history, so no recent errors are known; until then their "
+                "intervals rest on the usual error of the held-out windows",
+                count,
+                int(started.sum()),
+                rows_needed(window),
+            )
 
     def _expect(self, new: NewRows, learner: Learner | None, result: FloatArray) -> None:
         """Put mean and interval [3, V] of every wanted row, from the window before it, into ``result`` [N, 3, V]."""
@@ -327,7 +372,7 @@ class Stream:
             found = concatenate([self._forecast(told, part, asked) for part in parts])
         places = found.series_index
         keep = without_blind(artifact, np.isin(places, chosen), self.buffer.seen()[places], places, self.series)
-        quantiles = published_quantiles(artifact, found, given)
+        quantiles = published_quantiles(artifact, told.located(found, places), given, self._panel(told))
         table = forecast_table(replace(found, quantiles=quantiles), told.names(), given, keep=keep)
         statuses = None
         if self.online is not None and given:
@@ -397,7 +442,7 @@ class Stream:
         """
         facts = {
             "format": FORMAT,
-            "format_version": 1 if self.online is None else FORMAT_VERSION,
+            "format_version": 3 if self.buffer.begins is not None else 1 if self.online is None else 2,
             "artifact_id": self.artifact.id,
             "mode": self.mode,
             "restart_every": self.restart_every,
@@ -435,7 +480,8 @@ class Stream:
         try:
             buffer = Buffer(artifact, tuple(facts["series"]), **parts)
             carried = Carried.of(state) if facts["mode"] == "carried" else None
-            buffer.check()
+            kept = _kept_rows(artifact)
+            buffer.check(kept, begins=kept is not None)
             if carried is not None:
                 stream_carried.check_state(artifact.network, carried, len(buffer.series))
             if "online" in facts:
@@ -445,6 +491,12 @@ class Stream:
                 f"{path} does not fit artifact {artifact.id} ({error}); start the stream anew"
             ) from error
         return cls(buffer, carried, facts["restart_every"], dict(facts["about"]), online)
+
+
+def _kept_rows(artifact: Artifact) -> int | None:
+    """Return how many rows intervals need of each series, None where those of a context will do."""
+    table = artifact.calibration
+    return None if table is None or not needs_recent_errors(table) else rows_looked_back(artifact.window)
 
 
 def long_enough(artifact: Artifact, frame: SeriesFrame, cutoff: TimeLike | None = None) -> list[str]:

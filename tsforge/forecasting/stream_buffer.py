@@ -1,6 +1,7 @@
 """The last rows of every series of a stream in fixed memory, and the windows they make.
 
-A ring: absolute row t stands at ``t % L``, so that taking a row overwrites the oldest and moves nothing.
+A ring: absolute row t stands at ``t % R``, so that taking a row overwrites the oldest and moves nothing. R is the
+context length L, or more where intervals rest on forecasts from earlier rows.
 """
 
 from __future__ import annotations
@@ -23,20 +24,41 @@ from tsforge.data.grid import TimeLike, show_time
 from tsforge.data.panel import Panel
 from tsforge.data.windows import last_windows
 from tsforge.forecasting.predict import artifact_panel
-from tsforge.forecasting.stream_rows import NewRows, StreamPlace, overlay_known
+from tsforge.forecasting.stream_rows import Ints, NewRows, StreamPlace, overlay_known
+from tsforge.forecasting.window_forecasts import WindowForecasts
+
+NEVER = np.iinfo(np.int64).max // 2  # later than any row
+
+
+def ring_of_rows(panel: Panel, series: Ints, last: Ints, size: int) -> Tensor:
+    """Return the rows [S, R, C] up to ``last`` [S] of some series, row t at ``t % R``; NaN where there is none.
+
+    Columns are those of the panel in its order, NaN where not observed.
+    """
+    data = panel.resident()
+    parts = [torch.where(data.mask, data.target, torch.nan), data.past, data.known]
+    cells = torch.cat([part for part in parts if part is not None], dim=1)
+    index = last[:, None] + np.arange(1 - size, 1)
+    turn = index - panel.offset[series][:, None]
+    inside = torch.from_numpy((turn >= 0) & (turn < panel.lengths[series][:, None]))
+    rows = torch.from_numpy(np.clip(panel.indptr[series][:, None] + turn, 0, max(panel.num_rows - 1, 0)))
+    found = torch.where(inside[..., None], cells[rows], torch.nan)
+    slots = torch.from_numpy(index % size)[..., None].expand_as(found)
+    return torch.empty_like(found).scatter_(1, slots, found)
 
 
 @dataclass(eq=False)
 class Buffer:
-    """The last L rows of every series, and the known covariates of the H rows after them.
+    """The last R >= L rows of every series, and the known covariates of the H rows after them.
 
     Attributes:
         artifact: columns, grid and sizes.
         series: names by position.
     Shapes:
-        rows [S, L, C] float32 in the order of ``schema.columns``, NaN where not observed. last [S] int64, absolute row
+        rows [S, R, C] float32 in the order of ``schema.columns``, NaN where not observed. last [S] int64, absolute row
         of the last one. started [S] bool, False for series without data beside others that a coupled model needs them
-        for. ahead [S, H, F], NaN where not told yet, None without any. static [S, num_static] or None.
+        for. ahead [S, H, F], NaN where not told yet, None without any. static [S, num_static] or None. begins [S]
+        int64, absolute row that the history of each series begins with; None where R = L.
     """
 
     artifact: Artifact
@@ -46,10 +68,17 @@ class Buffer:
     started: Tensor
     ahead: Tensor | None = None
     static: Tensor | None = None
+    begins: Tensor | None = None
 
     @classmethod
-    def of_frame(cls, artifact: Artifact, frame: SeriesFrame, cutoff: TimeLike | None = None) -> Buffer:
+    def of_frame(
+        cls, artifact: Artifact, frame: SeriesFrame, cutoff: TimeLike | None = None, size: int | None = None
+    ) -> Buffer:
         """Return the buffer after the last row with an observed target of each series, or after ``cutoff``.
+
+        Args:
+            artifact, frame, cutoff: as in ``Stream.start``.
+            size: rows to keep, at least those of a context, which is the default; a shorter history fills fewer.
 
         Raises:
             ArtifactError: the frame does not fit the artifact.
@@ -63,18 +92,17 @@ class Buffer:
         context = SeriesFrame(visible.table, renamed, visible.static, require_targets=False)
         panel = artifact_panel(artifact, context)
         windows = last_windows(panel, artifact.window, cutoff, aligned=artifact.network.capabilities.rows_coupled)
-        batch = windows.__getitems__(np.arange(len(windows.series_index) // windows.rows_per_item))
-        cells = torch.where(batch.context_mask, batch.context, torch.nan)
-        cells = cells if batch.past is None else torch.cat([cells, batch.past], dim=2)
-        last = torch.from_numpy(windows.cutoff_index - 1)
-        slots = (last[:, None] - length + 1 + torch.arange(length)) % length
+        last, size = windows.cutoff_index - 1, size or length
+        places, history = windows.series_index, panel.lengths[windows.series_index] > 0
+        data = panel.resident()
         buffer = cls(
             artifact=artifact,
-            series=tuple(panel.series_ids[place] for place in windows.series_index),
-            rows=torch.empty_like(cells).scatter_(1, slots[..., None].expand_as(cells), cells),
-            last=last,
-            started=torch.from_numpy(panel.lengths[windows.series_index] > 0),
-            static=batch.static,
+            series=tuple(panel.series_ids[place] for place in places),
+            rows=ring_of_rows(panel, places, last, size),
+            last=torch.from_numpy(last),
+            started=torch.from_numpy(history),
+            static=None if data.static is None else data.static[torch.from_numpy(places)],
+            begins=torch.from_numpy(np.where(history, panel.offset[places], NEVER)) if size > length else None,
         )
         if schema.known:
             buffer.ahead = torch.full((len(last), artifact.window.horizon, len(schema.known)), torch.nan)
@@ -110,14 +138,15 @@ class Buffer:
     def tensors(self) -> dict[str, Tensor]:
         """Return everything by name, series along the first axis."""
         found = {"rows": self.rows, "last": self.last, "started": self.started}
-        optional = {"ahead": self.ahead, "static": self.static}
+        optional = {"ahead": self.ahead, "static": self.static, "begins": self.begins}
         return found | {name: value for name, value in optional.items() if value is not None}
 
-    def check(self, length: int | None = None) -> None:
+    def check(self, length: int | None = None, *, begins: bool = False) -> None:
         """Check that stored tensors are those of this artifact and these series, ``length`` rows each.
 
         Args:
             length: rows kept; default those of a context.
+            begins: where histories begin is kept.
 
         Raises:
             ArtifactError: one is missing, too many or of another shape.
@@ -129,6 +158,8 @@ class Buffer:
             expected["ahead"] = (count, spec.horizon, spec.num_known)
         if spec.num_static:
             expected["static"] = (count, spec.num_static)
+        if begins:
+            expected["begins"] = (count,)
         found = {name: tuple(value.shape) for name, value in self.tensors().items()}
         if found != expected:
             raise ArtifactError(f"it holds tensors of shapes {found}, expected {expected}")
@@ -154,7 +185,11 @@ class Buffer:
         if self.ahead is not None:
             self.ahead = new.known_from(self.everyone, new.count, self.ahead.shape[1])
         if not self.started.numpy().all():
-            seen = new.owner[~torch.isnan(new.values).all(dim=1)]
+            told = ~torch.isnan(new.values).all(dim=1)
+            seen = new.owner[told]
+            if self.begins is not None:
+                first = (self.last + 1)[seen] + new.done[told]
+                self.begins = self.begins.scatter_reduce(0, seen, first, "amin")
             self.started = self.started.index_fill(0, seen, True)
         self.last = self.last + new.count
 
@@ -215,8 +250,57 @@ class Buffer:
     @cached_property
     def _numbers(self) -> Tensor:
         """Number of each series [S] as in training; new ones come after."""
-        numbers = {name: number for number, name in enumerate(self.artifact.series_ids)}
-        return torch.tensor([numbers.get(name, len(numbers) + place) for place, name in enumerate(self.series)])
+        numbers = {name: number for number, name in enumerate(self._panel_ids)}
+        return torch.tensor([numbers[name] for name in self.series])
+
+    @cached_property
+    def _panel_ids(self) -> tuple[str, ...]:
+        known = set(self.artifact.series_ids)
+        return self.artifact.series_ids + tuple(name for name in self.series if name not in known)
+
+    def panel(self, new: NewRows | None = None) -> Panel:
+        """Return all rows kept, and the new ones, as a panel; where the schema has known covariates, H rows more.
+
+        Series are numbered as in training (``located`` says where they are), with no row before their history begins.
+        Values have gone through single precision.
+        """
+        schema, size = self.artifact.schema, self.rows.shape[1]
+        width, variates, horizon = len(schema.columns), len(schema.targets), self.artifact.window.horizon
+        numbers, last = self._numbers.numpy(), self.last.numpy()
+        count = np.zeros_like(last) if new is None else new.count.numpy()
+        begin = last + 1 - size
+        if self.begins is not None:
+            begin = np.maximum(begin, self.begins.numpy())
+        lengths, offset = np.zeros((2, len(self._panel_ids)), dtype=np.int64)
+        stop = last + count + 1
+        lengths[numbers] = np.maximum(stop + (horizon if schema.known else 0) - begin, 0) * (begin < stop)
+        offset[numbers] = np.where(begin < stop, begin, 0)
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        at = np.zeros(len(lengths), dtype=np.int64)  # position in the stream by number
+        at[numbers] = np.arange(len(numbers))
+        owner = np.repeat(at, lengths)
+        index = np.arange(indptr[-1]) - np.repeat(indptr[:-1] - offset, lengths)
+        step = index - stop[owner]
+        after = step >= 0
+        there = np.where(after, stop[owner] - 1, index)[:, None]
+        cells = self.cells(torch.from_numpy(owner), torch.from_numpy(there), new).numpy()[:, 0]
+        cells[after] = np.nan
+        later = self.later(self.everyone, torch.from_numpy(count), new)
+        if later is not None:
+            known = width - later.shape[2]
+            cells[after, known:] = later.numpy()[owner[after], step[after]]
+        values = cells.astype(np.float64)
+        observed = ~np.isnan(values)
+        values[:, :variates] = np.where(observed[:, :variates], values[:, :variates], 0.0)
+        static = None
+        if self.static is not None:
+            static = np.zeros((len(lengths), self.static.shape[1]))
+            static[numbers] = self.static.numpy()
+        return Panel(values, observed, indptr, offset, static, self._panel_ids, schema, self.artifact.grid)
+
+    def located(self, found: WindowForecasts, series: Ints) -> WindowForecasts:
+        """Return forecasts of series [B] of the stream as those of series of ``panel``."""
+        return replace(found, series_index=self._numbers.numpy()[series])
 
     def names(self) -> Panel:
         """Return a panel without rows: names and grid for a table."""
@@ -233,14 +317,15 @@ class Buffer:
         return table.filter(pl.Series(self.started.numpy()))
 
     def seen(self) -> NDArray[np.bool_]:
-        """Return whether a target was observed in the rows kept of each series [S]."""
-        targets = self.rows[..., : self.artifact.network.spec.num_variates].numpy()
+        """Return whether a target was observed in the last L rows of each series [S]."""
+        kept = self.last[:, None] + torch.from_numpy(self._backwards)
+        targets = self.cells(self.everyone, kept, None).numpy()[..., : self.artifact.network.spec.num_variates]
         found: NDArray[np.bool_] = ~np.isnan(targets).all(axis=(1, 2))
         return found
 
     def seen_before(self, new: NewRows) -> NDArray[np.bool_]:
         """Return whether a target was observed in the L rows before each new row [N]."""
-        variates, length = self.artifact.network.spec.num_variates, self.rows.shape[1]
+        variates, length = self.artifact.network.spec.num_variates, self.artifact.network.spec.context_length
         last, owner, place = self.last.numpy(), new.owner.numpy(), np.arange(len(new.values))
         kept = last[:, None] + np.arange(1 - length, 1)
         old = self.cells(self.everyone, torch.from_numpy(kept), None).numpy()[..., :variates]
@@ -253,7 +338,7 @@ class Buffer:
         return found
 
     def blind(self) -> tuple[str, ...]:
-        """Return the series that have begun and have no observed target in the rows kept."""
+        """Return the series that have begun and have no observed target in their last L rows."""
         unseen = self.started.numpy() & ~self.seen()
         return tuple(self.series[place] for place in np.flatnonzero(unseen))
 
@@ -273,7 +358,7 @@ class Buffer:
         return sorted({places[name] for name in series})
 
     def check_sight(self, chosen: Sequence[int]) -> None:
-        """Check that a target was observed in the rows kept of the chosen series.
+        """Check that a target was observed in the last L rows of the chosen series.
 
         Raises:
             DataError: it was not; they are named.
@@ -281,7 +366,7 @@ class Buffer:
         blind = set(self.blind()) & {self.series[place] for place in chosen}
         if blind and not (self.coupled and len(blind) < len(chosen)):
             raise DataError(
-                f"{len(blind)} of {len(chosen)} series have no observed target in the last {self.rows.shape[1]} rows "
+                f"{len(blind)} of {len(chosen)} series have no observed target in the last {len(self._backwards)} rows "
                 f"({listing(sorted(blind))}); leave them out (series=...) until they have"
             )
 

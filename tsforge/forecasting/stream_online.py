@@ -200,12 +200,14 @@ class Learner:
         online: is changed on the way.
         buffer, new: the stream before the update, and the rows to take.
         shown: low and high level of the interval of the score table.
+        panel: the rows of both, for a calibration that looks at them.
     """
 
     online: OnlineIntervals
     buffer: Buffer
     new: NewRows
     shown: tuple[float, ...]
+    panel: Panel | None = None
     _learned: Ints = field(init=False)
 
     def __post_init__(self) -> None:
@@ -277,7 +279,9 @@ class Learner:
             steps: [B], from 0; always 0, since rows are taken one by one.
         """
         assert not steps.any()  # models that jump over rows are not carried with online intervals
-        found = replace(found, quantiles=interval_bounds(self.buffer.artifact, found, self.online.levels))
+        placed = self.buffer.located(found, self.new.owner.numpy()[rows])
+        bounds = interval_bounds(self.buffer.artifact, placed, self.online.levels, self.panel)
+        found = replace(found, quantiles=bounds)
         band = np.full((len(rows), 3, self.new.judged.shape[1]), np.nan)
         for cutoff in np.unique(self.cutoff[rows]):
             here = np.flatnonzero(self.cutoff[rows] == cutoff)

@@ -15,8 +15,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tsforge.artifact import Artifact
-from tsforge.forecasting.conformal import apply_calibration
-from tsforge.forecasting.predict import network_levels, offered_levels
+from tsforge.data.panel import Panel
+from tsforge.forecasting.predict import calibrated_quantiles, network_levels, offered_levels
 from tsforge.forecasting.window_forecasts import FloatArray, WindowForecasts
 
 SCORE_COLUMNS = ("series_id", "time", "variate", "value", "expected", "low", "high", "score", "outside")
@@ -41,7 +41,11 @@ def interval_levels(artifact: Artifact) -> tuple[float, ...]:
 
 
 def expectations(
-    artifact: Artifact, forecasts: WindowForecasts, levels: Sequence[float], steps: NDArray[np.int64]
+    artifact: Artifact,
+    forecasts: WindowForecasts,
+    levels: Sequence[float],
+    steps: NDArray[np.int64],
+    panel: Panel | None = None,
 ) -> FloatArray:
     """Return mean, low and high [B, 3, V] of one step of each forecast; NaN beyond the horizon or without interval.
 
@@ -50,35 +54,31 @@ def expectations(
         forecasts: B windows, with quantiles at ``network_levels(artifact, levels)``.
         levels: low and high of ``interval_levels``, or ().
         steps: [B], from 0.
+        panel: what the windows lie in, for a calibration that looks at it.
     """
     horizon = forecasts.mean.shape[1]
     reach = int(np.minimum(steps, horizon - 1).max(initial=0)) + 1
     near = first_steps(forecasts, reach)
-    bounds = interval_bounds(artifact, near, levels) if levels else np.full((*near.mean.shape, 2), np.nan)
+    bounds = interval_bounds(artifact, near, levels, panel) if levels else np.full((*near.mean.shape, 2), np.nan)
     found = np.stack([near.mean, bounds[..., 0], bounds[..., 1]], axis=2)  # [B, reach, 3, V]
     picked = found[np.arange(len(found)), np.minimum(steps, reach - 1)]
     return np.where((np.isfinite(picked)) & (steps < horizon)[:, None, None], picked, np.nan)
 
 
-def interval_bounds(artifact: Artifact, forecasts: WindowForecasts, levels: Sequence[float]) -> FloatArray:
+def interval_bounds(
+    artifact: Artifact, forecasts: WindowForecasts, levels: Sequence[float], panel: Panel | None = None
+) -> FloatArray:
     """Return the quantiles [B, H, V, Q] that are published of windows, calibrated where the artifact is.
 
     Args:
-        artifact, forecasts: as in ``expectations``.
+        artifact, forecasts, panel: as in ``expectations``.
         levels: ascending; each with its mirror image where the artifact is calibrated.
 
     Raises:
-        ConfigError: the calibration looks at the windows themselves.
+        ConfigError: the calibration looks at the windows, and there is no panel.
     """
     if artifact.calibration is not None:
-        return apply_calibration(
-            artifact.calibration,
-            forecasts.mean,
-            forecasts.quantiles,
-            levels,
-            forecasts.scale,
-            artifact.schema.targets,
-        )
+        return calibrated_quantiles(artifact, forecasts, levels, panel, tell=False)
     return np.full((*forecasts.mean.shape, len(levels)), np.nan) if forecasts.quantiles is None else forecasts.quantiles
 
 

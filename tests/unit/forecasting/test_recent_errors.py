@@ -24,10 +24,9 @@ from tsforge.data.schema import SeriesSchema
 from tsforge.data.vintages import VintageFrame
 from tsforge.data.windows import WindowDataset
 from tsforge.forecasting.backtest import forecasts_at
-from tsforge.forecasting.conformal import Choices, calibrate
+from tsforge.forecasting.conformal import Choices, apply_calibration, calibrate
 from tsforge.forecasting.predict import artifact_panel, predict
 from tsforge.forecasting.recent_errors import PRIOR, earlier_cutoffs, known_steps, recent_errors, recent_unit
-from tsforge.forecasting.stream import Stream
 from tsforge.testing.vintages import revised_table
 
 START = datetime(2024, 1, 1)
@@ -260,11 +259,12 @@ def test_a_coupled_forecast_counts_only_series_with_rows(frame, caplog: pytest.L
     assert "forecasts before them" not in caplog.text
 
 
-def test_streams_and_revised_data_refuse_it(make_artifact) -> None:
+def test_plain_arrays_and_revised_data_refuse_it(make_artifact) -> None:
     frame = stormy()
     artifact = calibrated(make_artifact, frame, method="recent")
+    assert artifact.calibration is not None
     with pytest.raises(ConfigError, match=r"method=recent looks at the windows themselves"):
-        Stream.start(artifact, frame).forecast()
+        apply_calibration(artifact.calibration, np.zeros((1, 6, 1)), None, LEVELS, np.ones((1, 1)), ["y"])
     table = revised_table(200)
     values = {
         "data": {

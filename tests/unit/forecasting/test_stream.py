@@ -590,6 +590,6 @@ def test_a_newer_format_is_refused(frame, make_artifact, tmp_path: Path) -> None
     artifact = make_artifact("linear")
     Stream.start(artifact, frame).save(tmp_path / "state")
     tensors, facts = load_tensor_file(tmp_path / "state")
-    save_tensor_file(tmp_path / "state", tensors, {**facts, "format_version": 3})
-    with pytest.raises(ArtifactError, match=r"newer tsforge \(stream format 3, this one reads up to 2\)"):
+    save_tensor_file(tmp_path / "state", tensors, {**facts, "format_version": 4})
+    with pytest.raises(ArtifactError, match=r"newer tsforge \(stream format 4, this one reads up to 3\)"):
         Stream.load(tmp_path / "state", artifact)
