@@ -219,6 +219,32 @@ def test_any_cutting_of_the_rows_equals_the_batch_run(table: pl.DataFrame, name:
         check_equal(report, streamed(artifact, table, config, cuts(how)))
 
 
+@pytest.mark.parametrize(
+    ("name", "score"), [("seasonal_naive", {}), ("plrnn", {"kind": "growth", "steps": [2]}), ("regenn_coupled", {})]
+)
+def test_nothing_is_judged_by_a_context_in_which_its_series_was_not_seen(
+    table: pl.DataFrame, name: str, score: dict[str, Any]
+) -> None:
+    """After an outage longer than the context (24 rows), rows have no score until a forecast has seen one again."""
+    dark = (pl.col("series_id") == "a") & pl.col("time").is_between(hours(BEGIN + 40), hours(BEGIN + 69))
+    silent = table.with_columns(pl.when(~dark).then(pl.col(name)).alias(name) for name in ("x", "y", "z"))
+    artifact, config = artifact_of(as_frame(silent), MODELS[name]), settings(score=score)
+    if name == "plrnn":
+        artifact.network.model.innovation.fill_(0.3)  # what a fit measures
+    report = detect(artifact, as_frame(silent), config, start=hours(BEGIN))
+    ahead = score.get("steps", [1])[0]
+    first = silent.filter(pl.col("series_id") == "a", pl.col("time") >= hours(BEGIN + 70))
+    back = first.filter(pl.any_horizontal(pl.col("x", "y", "z").is_not_null()))["time"][0]
+    scores = report.scores.table.filter(series_id="a", variate="x").select("time", "score")
+    after = scores.filter(pl.col("time") >= back)
+    assert after["score"][:ahead].null_count() == ahead
+    assert after["score"][ahead : ahead + 10].null_count() < 10
+    other = report.scores.table.filter(series_id="b", variate="x", time=back)
+    assert other["score"].null_count() == 0
+    for how in ("one", "random"):
+        check_equal(report, streamed(artifact, silent, config, cuts(how)))
+
+
 def test_row_after_row_equals_the_batch_run_with_a_file_between(linear: Artifact, table: pl.DataFrame) -> None:
     """Checklist 7, 11: the state survives a file after every row, in the middle of events and of missing blocks."""
     report = detect(linear, as_frame(table), settings(), start=hours(BEGIN))

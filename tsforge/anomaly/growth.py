@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tsforge.anomaly.contexts import ContextFunction, FloatArray, context_outputs
@@ -45,7 +46,8 @@ def growth_function(artifact: Artifact, steps: int) -> ContextFunction:
     def compute(batch: Batch, scaled: Batch) -> tuple[Tensor, ...]:
         told, spread = model.growth(scaled, steps)
         loc, scale = network.scaler.stats(batch)
-        return told * scale + loc, spread * scale
+        blind = ~batch.context_mask.flatten(1).any(dim=1)[:, None, None]  # as for forecasts: no expectation
+        return (told * scale + loc).masked_fill(blind, torch.nan), spread * scale
 
     return ContextFunction(f"growth of {steps} steps", compute)
 

@@ -30,7 +30,8 @@ class RollingForecasts:
     """For every series n, absolute row ``start + t`` and step h: the forecast of that row made h rows earlier.
 
     Entry ``[n, t, h - 1]`` comes from the window whose last visible row is ``start + t - h``: no forecast of a row has
-    seen it. NaN where no window reaches: too little history before the cutoff, or rows the series lacks.
+    seen it. NaN where no window reaches: too little history before the cutoff, nothing observed in the context (an
+    outage longer than it), or rows the series lacks.
 
     Shapes:
         target [S, T, V] (NaN where not observed); mean [S, T, K, V] with K steps; quantiles [S, T, K, V, Q], cdf,
@@ -174,7 +175,8 @@ def block_outputs(
     """Return ``mean`` and what else is asked for, [B, K, ...], of at most one block of windows.
 
     The network, evaluating and without gradients, sees ``block_size(network)`` windows whatever B is: the same window
-    gives the same bits in any company.
+    gives the same bits in any company. NaN where nothing of a series was observed in its context: what is left, the
+    level of the training or what other series suggest, is no expectation of it.
 
     Args:
         network: on any device.
@@ -184,6 +186,7 @@ def block_outputs(
         together: windows that belong together, see ``block_size``.
     """
     count, (levels, outputs) = len(batch.context), wanted
+    blind = ~batch.context_mask.flatten(1).any(dim=1).cpu().numpy()
     batch = to_device(padded(batch, block_size(network, together), together), network.param_offset.device)
     found = network.predict(batch, tuple(levels))
     values = {"mean": as_array(found.mean[:count, :steps])}
@@ -194,4 +197,7 @@ def block_outputs(
             raise DataError(f"the {name} of targets needs windows with targets")
         score = as_array(getattr(network, name)(batch, batch.target))
         values[name] = np.where(batch.target_mask.cpu().numpy(), score, np.nan)[:count, :steps]
+    if blind.any():
+        for name, found in values.items():
+            values[name] = np.where(blind.reshape(-1, *[1] * (found.ndim - 1)), np.nan, found)
     return values

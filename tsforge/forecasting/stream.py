@@ -214,9 +214,9 @@ class Stream:
         Returns:
             ``series_id, time, variate, value, expected`` (forecast before the row was taken), ``low, high`` (interval
             at ``levels``), ``score`` (distance from ``expected`` in standard deviations of a normal law with
-            that interval) and ``outside``; null where the artifact has no interval, and where the model couples
-            series and nothing of this one was observed in the rows before. With ``online`` the interval is adapted,
-            and infinite (without a score) where it has to be.
+            that interval) and ``outside``; null where the artifact has no interval, and where nothing of the series was
+            observed in the context before (but for a state carried series by series, which remembers more). With
+            ``online`` the interval is adapted, and infinite (without a score) where it has to be.
 
         Raises:
             DataError: see ``collect_rows``; with ``online`` also known covariates missing over a horizon.
@@ -241,8 +241,8 @@ class Stream:
             else:
                 carried = self._carrier(new, learner).carry(self.carried, new, expected)
         online = None if learner is None else learner.finish()
-        if self.buffer.coupled:
-            expected[~self.buffer.seen_before(new)] = np.nan  # what the other series suggest is no expectation of it
+        if self.carried is None or self.buffer.coupled:  # only a state of its own remembers more than a context
+            expected[~self.buffer.seen_before(new)] = np.nan
         owner = new.owner
         times = self.buffer.last[owner] + 1 + new.done
         table = score_table(

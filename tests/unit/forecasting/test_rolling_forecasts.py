@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
+from streamed_data import untrained
 
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.data.frame import SeriesFrame
@@ -95,3 +96,28 @@ def test_bad_requests_are_refused(frame, make_artifact) -> None:
         rolling_forecasts(artifact, frame, 310, 310)
     with pytest.raises(ModelError, match="probabilities"):
         rolling_forecasts(artifact, frame, 300, 310, outputs=("cdf",))
+
+
+@pytest.mark.parametrize("attend", [None, "entities"])
+def test_a_context_without_a_value_of_the_series_is_no_reason_to_expect_one(frame, make_artifact, attend) -> None:
+    """An outage of 60 rows with contexts of 48: no forecast is given from where nothing is left to see."""
+    artifact = make_artifact("linear", "normal")
+    if attend:
+        artifact = untrained(frame, {"name": "regenn", "attend": attend, "ff_dim": 8}, likelihood={"name": "normal"})
+    dark = pl.col("time").is_between(
+        *(pl.lit(START + timedelta(hours=row)).dt.replace_time_zone("UTC") for row in (240, 299))
+    )
+    dark &= pl.col("series_id") == "a"
+    holed = SeriesFrame(
+        frame.table.with_columns(pl.when(~dark).then(pl.col(name)).alias(name) for name in ("y", "z")), frame.schema
+    )
+    rolled = rolling_forecasts(artifact, holed, 230, 320, steps=2, quantile_levels=(0.1,), outputs=("log_tail",))
+    for found in (rolled.mean[0, ..., 0], rolled.quantiles[0, ..., 0, 0]):
+        for step in (1, 2):
+            last_seen = np.arange(230, 320) - step
+            blind = (last_seen >= 240 + 47) & (last_seen < 300)
+            assert np.array_equal(np.isnan(found[:, step - 1]), blind)
+    assert np.isnan(rolled.log_tail[0, 70, 0]).all()  # row 300 is there, and nothing was expected of it
+    assert not np.isnan(rolled.target[0, 70]).any()
+    assert np.isfinite(rolled.log_tail[0, 71, 0]).all()
+    assert np.isfinite(rolled.mean[1, :, 0]).all()

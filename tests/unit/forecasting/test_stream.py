@@ -533,6 +533,10 @@ def test_a_blind_window_is_named_and_can_be_left_out(frame, make_artifact) -> No
     with pytest.raises(DataError, match=r"1 of 3 series have no observed target in the last 48 rows \(b\)"):
         stream.forecast()
     assert stream.forecast(series=["a", "c"]).table["series_id"].unique().sort().to_list() == ["a", "c"]
+    scores = stream.update(rows(frame, BEGIN + 61, BEGIN + 63)).filter(series_id="b", variate="y")
+    assert scores["expected"].is_not_null().to_list() == [False, True]  # the first after it compares with nothing
+    assert scores["score"].null_count() == 2  # no calibration, no interval
+    assert scores["value"].null_count() == 0
 
 
 @pytest.mark.parametrize("model", ["linear", "smoother"])
