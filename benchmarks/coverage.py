@@ -6,13 +6,13 @@
 Each set is fitted once on its first 80 % (the last quarter of that calibrates) and forecast from cutoffs over its last
 20 %; ``recent`` are static margins in units of recent errors (``calibration.method=recent``), ``static`` those of the
 default; ``online`` and ``aggregated`` are the latter adapted in time order, ``recent online`` the former. Then the same
-with a drift planted into the second half of the test part, in standard deviations of the one-step errors of each variate before it: noise that doubles the
-variance of the errors, a level shift of two errors, and a growth to three errors. The drifted values are in the
-contexts too, as they would be. Figures are means over all series, variates, steps and cutoffs; static and online alike
-leave out the first ``START`` scores of a cell, for which the static interval stands. A variate that keeps one value in
-more than half of the rows (rain) has no central interval of 80 %: its closed interval covers more; means without such
-variates stand in brackets. ``online`` and ``recent online`` have the rate 0.05,
-``recent slow`` 0.02, ``aggregated`` weighs 0.01, 0.02, 0.05 and 0.1.
+with a drift planted into the second half of the test part, in standard deviations of the one-step errors of each
+variate before it: noise that doubles the variance of the errors, a level shift of two errors, and a growth to three
+errors. The drifted values are in the contexts too, as they would be. Figures are means over all series, variates, steps
+and cutoffs; static and online alike leave out the first ``START`` scores of a cell, for which the static interval
+stands. A variate that keeps one value in more than half of the rows (rain) has no central interval of 80 %: its closed
+interval covers more; means without such variates stand in brackets. ``online`` and ``recent online`` have the rate
+0.05, ``recent slow`` 0.02, ``aggregated`` weighs 0.01, 0.02, 0.05 and 0.1.
 """
 
 from __future__ import annotations
