@@ -197,7 +197,6 @@ def block_outputs(
             raise DataError(f"the {name} of targets needs windows with targets")
         score = as_array(getattr(network, name)(batch, batch.target))
         values[name] = np.where(batch.target_mask.cpu().numpy(), score, np.nan)[:count, :steps]
-    if blind.any():
-        for name, found in values.items():
-            values[name] = np.where(blind.reshape(-1, *[1] * (found.ndim - 1)), np.nan, found)
-    return values
+    if not blind.any():
+        return values
+    return {name: np.where(blind.reshape(-1, *[1] * (part.ndim - 1)), np.nan, part) for name, part in values.items()}
