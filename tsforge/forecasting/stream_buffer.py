@@ -327,9 +327,11 @@ class Buffer:
         """Return whether a target was observed in the L rows before each new row [N]."""
         variates, length = self.artifact.network.spec.num_variates, self.artifact.network.spec.context_length
         last, owner, place = self.last.numpy(), new.owner.numpy(), np.arange(len(new.values))
-        kept = last[:, None] + np.arange(1 - length, 1)
-        old = self.cells(self.everyone, torch.from_numpy(kept), None).numpy()[..., :variates]
-        newest = np.where(np.isnan(old).all(axis=2), kept.min() - 1, kept).max(axis=1)
+        who = np.flatnonzero(new.count.numpy())  # one row of one series must not cost those of all
+        kept = last[who, None] + self._backwards
+        old = self.cells(torch.from_numpy(who), torch.from_numpy(kept), None).numpy()[..., :variates]
+        newest = last - length
+        newest[who] = np.where(np.isnan(old).all(axis=2), newest[who, None], kept).max(axis=1)
         fresh = np.where(np.isnan(new.values.numpy()[:, :variates]).all(axis=1), -1, place)
         before = np.concatenate([[-1], np.maximum.accumulate(fresh)[:-1]]) if len(place) else place
         index = last[owner] + 1 + new.done.numpy()
