@@ -336,7 +336,7 @@ class Stream:
     ) -> Forecast:
         """Return the forecast of the H steps after the last row of every series; the state stays as it is.
 
-        As in ``predict``, a model that couples series gives none for a series with nothing observed in the rows kept; a
+        As in ``predict``, a model that couples series gives none for a series with nothing observed in its context; a
         warning says how many these are.
 
         Args:
@@ -391,7 +391,7 @@ class Stream:
         return Forecast(table=table, quantile_levels=levels, metadata=metadata)
 
     def blind(self) -> tuple[str, ...]:
-        """Return the series that ``forecast`` refuses or leaves out: no observed target in the rows kept.
+        """Return the series that ``forecast`` refuses or leaves out: no observed target in the context.
 
         None of a model that is carried series by series: its state remembers what came before.
         """
