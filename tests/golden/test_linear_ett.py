@@ -6,7 +6,6 @@ independent implementation on explicit windows). Tolerance 0.001, the rounding o
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +88,3 @@ def test_table_of_baselines_long(
 ) -> None:
     found = errors(standardised(shared_data, data), name, length, horizon, **settings)
     assert found == pytest.approx((mse, mae), abs=1.0e-3)
-
-
-def test_fit_and_evaluation_take_seconds(shared_data: Path) -> None:
-    values = standardised(shared_data, "ETTh1")
-    start = time.process_time()
-    errors(values, "linear", 720, 96, **NORMALISED, ridge=5e4)
-    assert time.process_time() - start < 5.0
