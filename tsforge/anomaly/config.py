@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tsforge.anomaly.incidents import check_grouping
 from tsforge.core.config import Config
@@ -389,6 +389,27 @@ class EventConfig(Config):
         return self
 
 
+class GuardConfig(Config):
+    """Values that raised an alarm are hidden from later forecasts behind their own forecasts.
+
+    Long events then score high from one end to the other instead of at their edges.
+    """
+
+    max_rows: int | None = Field(None, ge=1)
+    """Rows hidden one after another before the guard gives way to a change that stays (null: a season, which is
+    ``season_length`` of the detector, else the shortest one that the grid implies)."""
+    min_score: float = Field(3.0, gt=0.0)
+    """Values of an alarm row whose own normal deviate is at least so large are hidden, the others are not."""
+
+
+def _on_or_off(value: Any) -> Any:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+GuardSetting = Annotated[GuardConfig | None, BeforeValidator(_on_or_off)]
+"""``true`` stands for the defaults, ``false`` for none."""
+
+
 class DetectConfig(Config):
     """Everything a detector needs besides an artifact and a frame."""
 
@@ -396,6 +417,8 @@ class DetectConfig(Config):
     calibration: CalibrationConfig = CalibrationConfig()
     rule: RuleConfig = BudgetRule()
     events: EventConfig = EventConfig()
+    guard: GuardSetting = None
+    """Keep values that raised an alarm out of later contexts; for scores of forecasts."""
     season_length: int | None = Field(None, ge=2)
     """Rows of the longest season, for the rolling window (null: a week of the grid, none where time is a number)."""
     keep_variate_scores: bool = True
@@ -406,3 +429,9 @@ class DetectConfig(Config):
     def _default_kind(cls, value: Any) -> Any:
         """Let ``rule.alarms_per_day=1`` stand alone: a rule without a kind is a budget."""
         return {"kind": "budget", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _guards_forecasts(self) -> Self:
+        if self.guard is not None and self.score.is_windowed:
+            raise ValueError(f"guard keeps alarms out of forecasts; kind '{self.score.kind}' makes none")
+        return self

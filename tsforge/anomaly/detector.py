@@ -7,16 +7,20 @@ report.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import polars as pl
 
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.confirmed import confirmed_rows
 from tsforge.anomaly.deviations import used_steps
+from tsforge.anomaly.guard import Guard
 from tsforge.anomaly.incidents import group_labels
-from tsforge.anomaly.preparation import points_per_day, prepare
+from tsforge.anomaly.online import OnlineDetector
+from tsforge.anomaly.preparation import Prepared, points_per_day, prepare
 from tsforge.anomaly.report import ReportContext, build_report
-from tsforge.anomaly.series import detect_series
-from tsforge.anomaly.spans import choose_span
+from tsforge.anomaly.series import SeriesResult, detect_series, series_result
+from tsforge.anomaly.spans import ScoredSpan, choose_span
 from tsforge.artifact import Artifact, match_frame
 from tsforge.contracts.tables import AnomalyReport
 from tsforge.core.logs import get_logger, log_event
@@ -61,6 +65,7 @@ def detect(
         ModelError: tail scores of an artifact that forecasts points only, regions of a model that has none.
     """
     settings = config or DetectConfig()
+    guard = Guard.of(settings, artifact)
     given = frame if values is None else values
     groups = group_labels(given.series_ids, given.static, settings.events.group_by)  # by columns no network need read
     judged = match_frame(artifact, given)
@@ -79,13 +84,48 @@ def detect(
         groups=groups,
         confirmed=confirmed_rows(confirmed, panel.grid, span.start),
     )
-    ready = prepare(artifact, frame, panel, settings, span, context.confirmed)
-    names = artifact.schema.targets
-    results = [
-        detect_series(rows, spans, span.start, settings, ready.new_rule, names) for rows, spans in ready.calibrated
-    ]
+    if guard is None:
+        ready = prepare(artifact, frame, panel, settings, span, context.confirmed)
+        names = artifact.schema.targets
+        results = [
+            detect_series(rows, spans, span.start, settings, ready.new_rule, names) for rows, spans in ready.calibrated
+        ]
+    else:
+        ready = prepare(artifact, frame, panel, settings, replace(span, stop=span.start), context.confirmed)
+        results = _row_by_row(artifact, frame, judged, settings, span, ready, guard)
     report = build_report(context, results, ready.notices)
     for notice in report.metadata["notices"]:
         _LOG.warning("%s", notice)
     log_event(_LOG, "detected", artifact=artifact.id, rows=report.scores.table.height, events=report.events.height)
     return report
+
+
+def _row_by_row(
+    artifact: Artifact,
+    frame: SeriesFrame,
+    judged: SeriesFrame,
+    config: DetectConfig,
+    span: ScoredSpan,
+    ready: Prepared,
+    guard: Guard,
+) -> list[SeriesResult]:
+    """Return what a stream finds: guarded contexts depend on the alarms before them."""
+    detector = OnlineDetector.prepared(artifact, frame, ready, config, span.start, guard=guard)
+    first, last = artifact.grid.time_at(span.start), artifact.grid.time_at(span.stop - 1)
+    columns, watched = artifact.schema, detector.recent.buffer.series
+
+    def part(table: pl.DataFrame, *names: str) -> pl.DataFrame:
+        ours = table.filter(pl.col("series_id").is_in(watched) & (pl.col("time") >= first))
+        return ours.select("series_id", "time", *names)
+
+    new = part(frame.table, *columns.columns).filter(pl.col("time") <= last)
+    ends = pl.DataFrame({"series_id": watched}).with_columns(pl.lit(last).cast(new.schema["time"]).alias("time"))
+    new = pl.concat([new, ends.join(new, on=["series_id", "time"], how="anti")], how="diagonal")  # all end together
+    values = part(judged.table, *columns.targets).filter(pl.col("time") <= last)
+    found = detector.update(new, judged=values, known=part(frame.table, *columns.known) if columns.known else None)
+    scored = {item.series_id: item for item in found.scored}
+    return [
+        series_result(rows, spans, detector.monitors[name], scored[name], guarded=guard.rows.get(name, 0))
+        for rows, spans in ready.calibrated
+        for name in (rows.series_id,)
+    ]

@@ -9,12 +9,13 @@ score that reads ``latency`` later rows is told when these have come.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import polars as pl
@@ -24,18 +25,20 @@ from tsforge.anomaly.buckets import HOUR_OF_WEEK, bucket_notice, hour_of_week
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.confirmed import confirmed_rows
 from tsforge.anomaly.deviations import MAX_STEPS
+from tsforge.anomaly.guard import Guard
 from tsforge.anomaly.health import alarm_health, health_window
 from tsforge.anomaly.monitor import EventRow, Judged, Monitor
 from tsforge.anomaly.online_intake import plain_rows
 from tsforge.anomaly.online_rows import Compared, Recent, RecentRows
 from tsforge.anomaly.online_windows import RecentWindows
-from tsforge.anomaly.preparation import points_per_day, prepare
+from tsforge.anomaly.preparation import Prepared, points_per_day, prepare
 from tsforge.anomaly.segments import Segment
 from tsforge.anomaly.series import fit_monitor
 from tsforge.anomaly.spans import ScoredSpan, first_row_from, training_rows
 from tsforge.anomaly.tables import ScoredRows, event_table, score_table
 from tsforge.artifact import Artifact, match_frame
 from tsforge.core.errors import DataError, ModelError
+from tsforge.core.logs import get_logger, log_event
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid, TimeLike
 from tsforge.forecasting.predict import artifact_panel
@@ -44,6 +47,16 @@ from tsforge.forecasting.window_forecasts import FloatArray
 
 CELLS_AT_ONCE = 4_000_000  # deviations held while many rows are taken at once
 Event: TypeAlias = tuple[str, str, EventRow]  # series, rule, event
+SIGN_OF_LIFE_SECONDS = 10.0  # a long update that goes row by row says so often how far it is
+_LOG = get_logger(__name__)
+
+
+class _Piece(NamedTuple):
+    """Rows of one series, judged: [N, V] values and forecasts of the nearest step."""
+
+    values: FloatArray
+    expected: FloatArray
+    judged: Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +115,7 @@ class OnlineDetector:
         announced: first row of the open event that each series has reported.
         notices: what ``start`` found: series that cannot be calibrated and are taken without being scored, buckets too
             small for a calibration of their own.
+        guard: keeps alarms out of later contexts, where they are guarded.
         is_torn: an update failed half-way; the state is no longer that of any row.
     """
 
@@ -110,6 +124,7 @@ class OnlineDetector:
     monitors: dict[str, Monitor]
     announced: dict[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    guard: Guard | None = None
     is_torn: bool = False
     _watched: NDArray[np.bool_] = field(init=False)
 
@@ -142,6 +157,7 @@ class OnlineDetector:
             ArtifactError, ConfigError, DataError, ModelError: as ``detect``.
         """
         settings = config or DetectConfig()
+        guard = Guard.of(settings, artifact)
         judged = match_frame(artifact, frame if values is None else values)
         frame = match_frame(artifact, frame)
         grid = artifact.grid
@@ -157,20 +173,47 @@ class OnlineDetector:
         span = ScoredSpan(train_start, train_stop, begin, begin)
         spared = confirmed_rows(confirmed, grid, begin)
         ready = prepare(artifact, past, artifact_panel(artifact, judged), settings, span, spared)
-        recent = health_window(points_per_day(grid))
+        return cls.prepared(artifact, past, ready, settings, begin, guard=guard, notices=spared.notices())
+
+    @classmethod
+    def prepared(
+        cls,
+        artifact: Artifact,
+        frame: SeriesFrame,
+        ready: Prepared,
+        config: DetectConfig,
+        begin: int,
+        *,
+        guard: Guard | None,
+        notices: Sequence[str] = (),
+    ) -> OnlineDetector:
+        """Return the detector of what ``prepare`` found; ``begin`` is the absolute row that comes next.
+
+        Args:
+            artifact, config: as of ``start``.
+            frame: history, matched to the artifact.
+            ready: rows before ``begin`` that scale and calibrate.
+            begin: first row to judge.
+            guard: that of the config.
+            notices: more to tell than what series and buckets lack.
+
+        Raises:
+            ConfigError, DataError, ModelError: as ``start``.
+        """
+        recent = health_window(points_per_day(artifact.grid))
         names = artifact.schema.targets
         monitors = {
-            rows.series_id: fit_monitor(rows, spans, begin, settings, ready.new_rule, names, recent=recent)
+            rows.series_id: fit_monitor(rows, spans, begin, config, ready.new_rule, names, recent=recent)
             for rows, spans in ready.calibrated
         }
-        notices = (*ready.notices, *spared.notices(), *_small_buckets(monitors, settings.calibration.by))
+        told = (*ready.notices, *notices, *_small_buckets(monitors, config.calibration.by))
         kept: Recent
-        if settings.score.is_windowed:
+        if config.score.is_windowed:
             windowed = {name: ready.windowed[name] for name in monitors}
-            kept = RecentWindows.of_frame(artifact, past, begin, settings.score, windowed)
+            kept = RecentWindows.of_frame(artifact, frame, begin, config.score, windowed)
         else:
-            kept = RecentRows.of_frame(artifact, past, begin, settings.score)
-        return cls(settings, kept, monitors, notices=notices)
+            kept = RecentRows.of_frame(artifact, frame, begin, config.score)
+        return cls(config, kept, monitors, notices=told, guard=guard)
 
     @property
     def artifact(self) -> Artifact:
@@ -213,23 +256,29 @@ class OnlineDetector:
         if new is None:
             new = collect_rows(rows, place, known=known, judged=judged)
         self.is_torn = True
-        scored, before = self._judge(new)
-        self.recent.take(new)
-        result = self._result(scored, before)
+        parts: dict[str, list[_Piece]] = {}
+        before: dict[str, Segment | None] = {}
+        if self.guard is None:
+            self._judge(new, parts, before)
+            self.recent.take(new)
+        else:
+            self._judge_guarded(new, parts, before, self.guard)
+        result = self._result([self._joined(name, pieces) for name, pieces in parts.items()], before)
         self.is_torn = False
         return result
 
-    def _judge(self, new: NewRows) -> tuple[list[ScoredRows], dict[str, Segment | None]]:
-        """Return the rows of every watched series that can be judged now, judged, and the event each was in before.
+    def _judge(
+        self, new: NewRows, parts: dict[str, list[_Piece]], before: dict[str, Segment | None]
+    ) -> list[tuple[int, _Piece]]:
+        """Judge the rows of watched series that can be judged now; return them with the positions of their series.
 
-        A long update goes in stretches.
+        A long update goes in stretches. ``parts`` gets the rows of each series, ``before`` the event it was in.
         """
         series, watched = self.recent.buffer.series, self._watched
         longest = int(new.count.numpy()[watched].max(initial=0))
         size = max(CELLS_AT_ONCE // self._cells_a_turn, 64)
         modes = self._modes(new)
-        parts: dict[str, list[tuple[Compared, slice, Judged]]] = {}
-        before: dict[str, Segment | None] = {}
+        told = []
         for low in range(0, longest, size):
             found = self.recent.compare(new, range(low, min(low + size, longest)), watched, modes)
             places = found.series
@@ -240,19 +289,41 @@ class OnlineDetector:
                 before.setdefault(name, monitor.tracker.current)
                 buckets = self._buckets(found, part, monitor)
                 judged = monitor.run(found.deviations[part], found.values[part], buckets)
-                parts.setdefault(name, []).append((found, part, judged))
-        return [self._joined(name, pieces) for name, pieces in parts.items()], before
+                piece = _Piece(found.values[part], found.expected[part], judged)
+                parts.setdefault(name, []).append(piece)
+                told.append((int(places[start]), piece))
+        return told
+
+    def _judge_guarded(
+        self, new: NewRows, parts: dict[str, list[_Piece]], before: dict[str, Segment | None], guard: Guard
+    ) -> None:
+        """Judge and take rows one of each series at a time: a forecast depends on the alarms before it."""
+        told = time.monotonic()
+        for number, turn in enumerate(new.turns()):
+            self._hide(turn, self._judge(turn, parts, before), guard)
+            self.recent.take(turn)
+            if time.monotonic() - told > SIGN_OF_LIFE_SECONDS:
+                told = time.monotonic()
+                log_event(_LOG, "rows judged one by one", done=number + 1, of=int(new.count.max()))
+
+    def _hide(self, turn: NewRows, told: Sequence[tuple[int, _Piece]], guard: Guard) -> None:
+        """Put forecasts in the place of values that later ones must not see; ``turn`` holds one row a series."""
+        start, values = turn.start.numpy(), turn.values.numpy()
+        for place, (_, forecast, judged) in told:
+            row = values[start[place], : forecast.shape[1]]
+            expected = np.where(np.isnan(row), np.nan, forecast[0])  # what the network does not see needs no hiding
+            alarm = bool(judged.decisions.alarm[0])
+            hidden = guard.hidden(self.recent.buffer.series[place], judged.z[0], expected, alarm)
+            row[hidden] = expected[hidden]
 
     @cached_property
     def _cells_a_turn(self) -> int:
         """Deviations of one row of every series."""
         return len(self.artifact.schema.targets) * MAX_STEPS * max(len(self.recent.buffer.series), 1)
 
-    def _joined(self, name: str, pieces: list[tuple[Compared, slice, Judged]]) -> ScoredRows:
-        judged = Judged.join([judged for _, _, judged in pieces])
-        values, expected = (
-            [getattr(found, what)[part] for found, part, _ in pieces] for what in ("values", "expected")
-        )
+    def _joined(self, name: str, pieces: list[_Piece]) -> ScoredRows:
+        judged = Judged.join([piece.judged for piece in pieces])
+        values, expected = [piece.values for piece in pieces], [piece.expected for piece in pieces]
         return ScoredRows(
             series_id=name,
             start=self.monitors[name].row - judged.joint.size,

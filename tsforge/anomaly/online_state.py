@@ -20,6 +20,7 @@ from tsforge.anomaly.calibration import Calibration
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.covariance import Covariance, DenseCovariance, LowRankCovariance
 from tsforge.anomaly.gpd import ParetoTail
+from tsforge.anomaly.guard import Guard
 from tsforge.anomaly.monitor import Ended, Monitor, Under
 from tsforge.anomaly.online import OnlineDetector
 from tsforge.anomaly.online_rows import Recent, RecentRows, ring_size
@@ -36,7 +37,7 @@ from tsforge.core.errors import ArtifactError, ModelError, TsforgeError
 from tsforge.forecasting.stream_buffer import Buffer
 
 FORMAT = "tsforge-online-detector"
-FORMAT_VERSION = 2  # 2: scores of windows and free runs
+FORMAT_VERSION = 3  # 2: scores of windows and free runs; 3: guarded contexts
 _ARRAY, _LIST = "$array", "$list"
 _SHORT = 16  # lists up to this length stay among the facts
 
@@ -91,6 +92,7 @@ def _packed(detector: OnlineDetector) -> tuple[dict[str, torch.Tensor], dict[str
         "config": detector.config.model_dump(mode="json"),
         "announced": detector.announced,
         "notices": list(detector.notices),
+        "guard": None if detector.guard is None else detector.guard.state(),
         "series": list(recent.buffer.series),
         "buffer": {name: value.numpy() for name, value in recent.buffer.tensors().items()},
         "first": recent.first,
@@ -113,12 +115,16 @@ def _restored(state: dict[str, Any], artifact: Artifact) -> OnlineDetector:
     else:
         recent = RecentRows(buffer, state["first"], config.score)
     monitors = [_monitor(stored, config, artifact.schema.targets) for stored in state["monitors"]]
+    guard = Guard.of(config, artifact)
+    if guard is not None:
+        guard.restore(state["guard"])
     return OnlineDetector(
         config,
         recent,
         {monitor.series_id: monitor for monitor in monitors},
         announced={name: int(row) for name, row in state["announced"].items()},
         notices=tuple(state["notices"]),
+        guard=guard,
     )
 
 

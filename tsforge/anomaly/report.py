@@ -108,6 +108,7 @@ def _facts(context: ReportContext, result: SeriesResult) -> dict[str, Any]:
         "rows_scored": int(scored.sum()),
         "rows_not_scorable": int((~scored).sum()),
         "alarm_rows": int(alarm.sum()),
+        **({} if result.guarded is None else {"rows_guarded": result.guarded}),
         **alarm_health(alarm, scored, result.rule.alpha, context.points_per_day),
     }
 

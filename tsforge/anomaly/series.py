@@ -51,6 +51,9 @@ class SeriesRows:
 class SeriesResult:
     """Everything found in the scored rows of one series, the first of which is absolute row ``start``.
 
+    Attributes:
+        guarded: rows with values hidden from later forecasts, None where contexts are not guarded.
+
     Shapes:
         values, expected [N, V].
     """
@@ -67,6 +70,7 @@ class SeriesResult:
     model: ScoreModel
     rule: ThresholdRule
     confirmed_left_out: dict[str, int]
+    guarded: int | None = None
 
     @property
     def scored(self) -> ScoredRows:
@@ -177,7 +181,25 @@ def detect_series(
     if judged < len(rows.values):
         waiting = Judged.nothing(len(names), len(rows.values) - judged, by_variate=monitor.samples is not None)
         found = Judged.join([found, waiting])
-    current = monitor.current()
+    scored = ScoredRows(
+        series_id=rows.series_id, start=start, judged=found, values=rows.values[first:], expected=rows.expected[first:]
+    )
+    return series_result(rows, spans, monitor, scored)
+
+
+def series_result(
+    rows: SeriesRows, spans: SeriesSpans, monitor: Monitor, scored: ScoredRows, *, guarded: int | None = None
+) -> SeriesResult:
+    """Return what was found in one series.
+
+    Args:
+        rows: at least those before the scored ones.
+        spans: which of them scale and calibrate.
+        monitor: that has judged the scored rows.
+        scored: these.
+        guarded: rows with values hidden from later forecasts, None where contexts are not guarded.
+    """
+    current, found, first = monitor.current(), scored.judged, scored.start - rows.start
     parts = {
         "scale": slice(spans.scale[0] - rows.start, spans.scale[1] - rows.start),
         "calibration": slice(spans.calibration[0] - rows.start, first),
@@ -185,10 +207,10 @@ def detect_series(
     usable = np.asarray((~np.isnan(rows.deviations)).any(axis=(1, 2)))
     return SeriesResult(
         series_id=rows.series_id,
-        start=start,
+        start=scored.start,
         judged=found,
-        values=rows.values[first:],
-        expected=rows.expected[first:],
+        values=scored.values,
+        expected=scored.expected,
         events=found.closed + ([] if current is None else [current]),
         spans=spans,
         calibration=monitor.calibration,
@@ -196,6 +218,7 @@ def detect_series(
         model=monitor.model,
         rule=monitor.rule,
         confirmed_left_out=left_out(rows.confirmed, usable, parts),
+        guarded=guarded,
     )
 
 

@@ -17,7 +17,15 @@ import polars as pl
 from pydantic import Field, field_validator
 
 import tsforge
-from tsforge.anomaly.config import BudgetRule, CalibrationConfig, DetectConfig, EventConfig, RuleConfig, ScoreConfig
+from tsforge.anomaly.config import (
+    BudgetRule,
+    CalibrationConfig,
+    DetectConfig,
+    EventConfig,
+    GuardSetting,
+    RuleConfig,
+    ScoreConfig,
+)
 from tsforge.anomaly.ensemble import EnsembleConfig
 from tsforge.app.anomaly_benchmark_data import LabelledFamily, LabelledSeries, read_family
 from tsforge.app.anomaly_benchmark_report import Measured, leaderboard, write_report
@@ -96,6 +104,8 @@ class AnomalyBenchmarkConfig(Config):
     """Rows ahead of which residuals are taken."""
     score: ScoreConfig | None = validate(ScoreConfig, {"joint": "mahalanobis", "smoothing": 0.1})
     """Of the residuals of a model alone; null: not graded."""
+    guard: GuardSetting = None
+    """Of the same, as in ``detect``; the ensemble has none. Rows then go through a model one at a time."""
     ensemble: EnsembleConfig | None = EnsembleConfig()
     """Of a model's residuals with plain scorers; null: not graded. Its plain members alone are a row too."""
     calibration: CalibrationConfig = CalibrationConfig(min_scale_rows=30, min_rows=50)
@@ -365,13 +375,21 @@ def _check(config: AnomalyBenchmarkConfig, names: set[str]) -> None:
         resolve_model_config({"name": entry.name, **entry.model})
     if config.models and config.score is None and config.ensemble is None:
         raise ConfigError("score and ensemble are both null, so no model would be graded; give one of them")
+    if config.guard is not None and config.score is None:
+        raise ConfigError("guard is for the residuals of a model alone, which score: null leaves out")
+    if config.guard is not None and config.guard.max_rows is None:
+        raise ConfigError("guard needs max_rows here: rows of labelled families are numbered, so no season is known")
 
 
 def _setting(entry: ModelEntry, config: AnomalyBenchmarkConfig) -> ModelSetting:
     recipes: list[tuple[str, DetectConfig | EnsembleConfig]] = []
     if config.score is not None:
         detector = DetectConfig(
-            score=config.score, calibration=config.calibration, rule=config.rule, events=config.events
+            score=config.score,
+            calibration=config.calibration,
+            rule=config.rule,
+            events=config.events,
+            guard=config.guard,
         )
         recipes.append(("residuals", detector))
     if config.ensemble is not None and config.ensemble.residual:

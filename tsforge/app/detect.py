@@ -84,6 +84,7 @@ class Detection:
             "rows_scored": sum(item["rows_scored"] for item in series.values()),
             "rows_not_scorable": sum(item["rows_not_scorable"] for item in series.values()),
             "events": self.report.events.height,
+            **({"rows_guarded": self._rows_guarded()} if facts["config"].get("guard") else {}),
             **({} if self.recorded is None else {"new_events": self.recorded.new}),
             **({} if self.recorded is None else {"suppressed": self.recorded.suppressed}),
             "confirmed_rows_left_out": facts["confirmed_rows_left_out"],
@@ -95,6 +96,9 @@ class Detection:
         kinds = [f"{row['kind']} {row['found']} of {row['labelled']}" for row in self.grade.rows()]
         overall = {f"grade_{name}": _rounded(value) for name, value in self.grade.overall.items()}
         return {**found, "found": kinds, **overall}
+
+    def _rows_guarded(self) -> int:
+        return sum(item["rows_guarded"] for item in self.report.metadata["series"].values())
 
     def _incidents(self) -> dict[str, int]:
         """Return how many incidents there are, nothing where no key groups series."""

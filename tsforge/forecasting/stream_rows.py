@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -82,6 +82,30 @@ class NewRows:
         horizon = (len(self.known) - len(self.values)) // len(self.count)
         first = self.start[series] + series * horizon + done
         return self.known[first[:, None] + torch.arange(steps)]
+
+    def turns(self) -> Iterator[NewRows]:
+        """Yield the first row of every series that has one, then the second ones, and so on, each as new rows.
+
+        Later rows tell an earlier turn nothing but known covariates, as a table of these would.
+        """
+        total, start = self.count.numpy(), self.start.numpy()
+        horizon = 0 if self.known is None else (len(self.known) - len(self.values)) // len(total)
+        for turn in range(int(total.max(initial=0))):
+            count = (total > turn).astype(np.int64)
+            rows = torch.from_numpy(start[count > 0] + turn)
+            known = self.known
+            if known is not None:
+                first = start + np.arange(len(total)) * horizon + np.minimum(turn, total)
+                size = horizon + count
+                place = np.repeat(first - (np.cumsum(size) - size), size) + np.arange(size.sum())
+                known = known[torch.from_numpy(place)]
+            yield NewRows(
+                count=torch.from_numpy(count),
+                start=torch.from_numpy(np.cumsum(count) - count),
+                values=self.values[rows],
+                known=known,
+                judged=self.judged[rows.numpy()],
+            )
 
 
 def collect_rows(
