@@ -30,11 +30,11 @@ def conformal_p_values(calibration: ArrayLike, scores: ArrayLike, *, tie_break: 
     sample = np.sort(sample[~np.isnan(sample)])
     if not sample.size:
         raise DataError("no calibration score is a number; p-values need scores of normal rows")
-    return _ranked(sample, scores, tie_break)
+    return ranked_p_values(sample, scores, tie_break)
 
 
-def _ranked(sample: FloatArray, scores: ArrayLike, tie_break: ArrayLike | None = None) -> FloatArray:
-    """Return ``conformal_p_values`` for a sample that is sorted and complete."""
+def ranked_p_values(sample: FloatArray, scores: ArrayLike, tie_break: ArrayLike | None = None) -> FloatArray:
+    """Return ``conformal_p_values`` for a sample that is sorted, complete and not empty: never looks at all of it."""
     s = np.asarray(scores, dtype=np.float64)
     at_least = sample.size - np.searchsorted(sample, s, side="left")
     if tie_break is None:
@@ -117,11 +117,11 @@ class Calibration:
         """
         s = np.asarray(scores, dtype=np.float64)
         if self.seed is None:
-            p = _ranked(self.sample, s)
+            p = ranked_p_values(self.sample, s)
         elif rows is None:
             raise DataError("calibration.ties=random: p-values need the row numbers of their scores")
         else:
-            p = _ranked(self.sample, s, row_uniforms(self.seed, rows))
+            p = ranked_p_values(self.sample, s, row_uniforms(self.seed, rows))
         if self.tail is None:
             return p
         return np.where(s > self.tail.u, self.tail.survival(s), p)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tsforge.anomaly.attribution import Extremes, contributions, leading_variates, rank_extremes
 from tsforge.anomaly.buckets import BucketScale
-from tsforge.anomaly.calibration import Calibration, conformal_p_values
+from tsforge.anomaly.calibration import Calibration, ranked_p_values
 from tsforge.anomaly.config import EventConfig
 from tsforge.anomaly.confirmed import judge
 from tsforge.anomaly.scoring import ScoreModel
@@ -265,5 +265,5 @@ class Monitor:
         size, out = np.abs(z), np.full_like(z, np.nan)
         for v, sample in enumerate(self.samples):
             if sample.size:
-                out[:, v] = conformal_p_values(sample, size[:, v])
+                out[:, v] = ranked_p_values(sample, size[:, v])
         return out
