@@ -168,6 +168,16 @@ def test_scores_are_those_of_a_table_with_the_values_hidden_by_hand(
     assert min(found.values()) > 2
 
 
+def test_covariates_known_ahead_are_those_of_the_row(table: pl.DataFrame) -> None:
+    frame = as_frame(table, known=["k"])
+    artifact = fitted(frame, "ar_net")
+    report = detect(artifact, frame, settings(guard={"max_rows": 300}), start=hours(BEGIN))
+    by_hand = hidden_by_hand(report, table, 300, 3.0)
+    assert not by_hand.equals(table)
+    plain = detect(artifact, as_frame(by_hand, known=["k"]), settings(), start=hours(BEGIN), values=frame)
+    assert report.scores.table.equals(plain.scores.table)
+
+
 @pytest.mark.parametrize("kind", ["tail", "interval", "nll"])
 def test_scores_of_distributions_are_those_of_the_hidden_table(
     linear: Artifact, table: pl.DataFrame, kind: str
