@@ -3,8 +3,8 @@
 Usage: TSFORGE_DATA=FOLDER python benchmarks/guarded_contexts.py [--out PATH] [--quick]
 
 Each series is fitted once (70 % of its training rows, as ``tsforge benchmark --task anomaly`` does) and its test rows
-are judged by ``detect`` with the default budget: as they are, and with values that raised an alarm hidden from later
-forecasts for at most so many rows. Means over series; ``rows inside`` and ``normal rows`` are shares of anomalous and
+are judged by ``detect`` under two rules: as they are, and with values that raised an alarm hidden from later forecasts
+for at most so many rows. Means over series; ``rows inside`` and ``normal rows`` are shares of anomalous and
 normal rows in alarms (events without merging); seconds are those of ``detect`` alone.
 """
 

@@ -274,6 +274,10 @@ def test_an_outage_neither_ends_nor_lengthens_a_stretch() -> None:
 def test_what_cannot_be_guarded_is_refused(linear: Artifact, table: pl.DataFrame) -> None:
     assert settings(guard=True).guard == settings(guard={}).guard
     assert settings(guard=False).guard is None
+    with pytest.raises(ConfigError, match=r"guard: give true, false, or settings .*given: 'perhaps'"):
+        settings(guard="perhaps")
+    with pytest.raises(ConfigError, match=r"guard\.max_row: unknown key; did you mean 'max_rows'"):
+        settings(guard={"max_row": 3})
     with pytest.raises(ConfigError, match="kind 'reconstruction' makes none"):
         settings(guard=True, score={"kind": "reconstruction"})
     coupled = fitted(as_frame(table), "regenn", dropout=0.0, ff_dim=16, attend="entities", graph="identity")

@@ -403,6 +403,8 @@ class GuardConfig(Config):
 
 
 def _on_or_off(value: Any) -> Any:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        raise ValueError("give true, false, or settings of its own (max_rows, min_score)")
     return ({} if value else None) if isinstance(value, bool) else value
 
 

@@ -12,7 +12,8 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -129,13 +130,15 @@ def _keys_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
             continue
         if current is None or part not in current.model_fields:
             return []
-        current = _config_class(current.model_fields[part]) or _item_class(current.model_fields[part])
+        current = _config_class(current.model_fields[part]) or _inner_class(current.model_fields[part])
     return [] if current is None else list(current.model_fields)
 
 
-def _item_class(field: FieldInfo) -> type[BaseModel] | None:
+def _inner_class(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the config class of an item of a sequence or of an optional field; None where there are several."""
     items = [item for item in get_args(field.annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
-    return items[0] if get_origin(field.annotation) in (tuple, list) and items else None
+    is_known = get_origin(field.annotation) in (tuple, list, Union, UnionType) and len(items) == 1
+    return items[0] if is_known else None
 
 
 def config_dir() -> Path:
