@@ -370,7 +370,7 @@ def test_rows_that_tsforge_ingest_stores(plant: Watched, site: Any) -> None:
         pl.concat([stored, new[:cut]]).write_parquet(site.source)
         ingest(validate(IngestConfig, {"data": site.data()}), plant.workspace)
         facts = watch(config, plant.workspace, once=True).facts
-    assert facts["rows_taken"] == rows.height
+    assert facts["rows_taken"] == facts["rows_read"] == rows.height
     assert_told(plant.told(), events)
     assert settings["source"] == {"kind": "dataset"}
 

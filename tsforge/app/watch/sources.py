@@ -191,7 +191,7 @@ class StoredRows:
             self._left = self._read(ends)
         if self._left is None:
             return None
-        table, cut = self._left.table, limit
+        table, cut = self._left.table, min(limit, self._left.table.height)
         if cut < table.height:  # rows of one time stay together
             cut = int((table["time"] <= table["time"][limit - 1]).sum())
         portion = Portion(table=table.head(cut), rows_read=cut, ahead=self._left.ahead)
