@@ -332,6 +332,15 @@ def test_seeds_of_a_trained_model_are_runs_and_of_a_closed_form_are_not(workspac
     assert next(r for r in result.records() if r["method"] == "gru, residuals")["auc_pr_sd"] is not None
 
 
+def test_a_guard_changes_the_residuals_and_nothing_else(workspace: Workspace, folder: Path) -> None:
+    rule = {"kind": "quantile", "alpha": 0.05}
+    found = []
+    for guard in (None, {"max_rows": 5}):
+        records = run(workspace, folder, series=["a"], rule=rule, guard=guard).records()
+        found.append({record["method"]: record["auc_pr"] for record in records})
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"ar_net, residuals"}
+
+
 def test_settings_without_sense_are_refused_before_anything_runs(workspace: Workspace, folder: Path) -> None:
     for settings, text in (
         ({"models": ["nothing"]}, "nothing"),
@@ -339,6 +348,8 @@ def test_settings_without_sense_are_refused_before_anything_runs(workspace: Work
         ({"models": ["neuralforecast/NHITS"]}, "peer"),
         ({"models": [{"name": "ar_net", "data": ["smd"]}]}, "is for smd"),
         ({"score": None, "ensemble": None}, "no model would be graded"),
+        ({"guard": True}, "guard needs max_rows"),
+        ({"guard": {"max_rows": 5}, "score": None}, "guard is for the residuals"),
         ({"models": [{"name": "ar_net", "context_lengths": [8, 16]}]}, "takes one"),
     ):
         with pytest.raises(ConfigError, match=text):

@@ -7,7 +7,6 @@ the untouched values are judged, it must give the same scores without any guard.
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,23 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-import torch
+from test_online_detector import START, artifact_of, as_frame, between, hours
 from typer.testing import CliRunner
 
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
 from tsforge.anomaly.guard import Guard
 from tsforge.anomaly.online import OnlineDetector
-from tsforge.artifact import Artifact, collect_provenance, create_artifact
+from tsforge.artifact import Artifact
 from tsforge.cli import app
 from tsforge.contracts.tables import AnomalyReport
-from tsforge.contracts.tensors import DataSpec
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.panel import Panel
-from tsforge.data.windows import WindowSpec
-from tsforge.network import NetworkConfig, build_network
 
-START = datetime(2024, 1, 1, tzinfo=UTC)
-TRAIN, BEGIN, ROWS = 200, 620, 800
+BEGIN, ROWS = 620, 800
 SHIFT = range(BEGIN + 60, BEGIN + 100)
 NAMES = ["x", "y", "z"]
-
-
-def hours(row: int) -> datetime:
-    return START + timedelta(hours=row)
 
 
 def made() -> pl.DataFrame:
@@ -65,32 +55,8 @@ def made() -> pl.DataFrame:
     return pl.concat(parts)
 
 
-def as_frame(table: pl.DataFrame, **roles: Any) -> SeriesFrame:
-    return SeriesFrame.from_long(table, time="time", series_id="series_id", targets=NAMES, **roles)
-
-
 def fitted(frame: SeriesFrame, name: str = "linear", **model: Any) -> Artifact:
-    """Return the artifact of a solved network, or of one with random weights where nothing solves it."""
-    window = WindowSpec(context_length=24, horizon=4)
-    config = validate(NetworkConfig, {"model": {"name": name, **model}, "likelihood": {"name": "normal"}})
-    panel = Panel.from_frame(frame)
-    spec = DataSpec(context_length=24, horizon=4, num_variates=3, num_known=len(frame.schema.known), train_length=TRAIN)
-    torch.manual_seed(0)
-    network = build_network(config, spec)
-    training = panel.training_series(None, TRAIN)
-    network.fit_scaler(training)
-    network.prepare(training)
-    network.solve(training)
-    provenance = collect_provenance(data_fingerprint="", seeds={}) | {"span_rows": {"train": [0, TRAIN]}}
-    return create_artifact(
-        network,
-        config={},
-        schema=frame.schema,
-        grid=panel.grid,
-        series_ids=panel.series_ids,
-        window=window,
-        provenance=provenance,
-    )
+    return artifact_of(frame, {"name": name, **model}, "normal", horizon=4)
 
 
 def settings(**changes: Any) -> DetectConfig:
@@ -100,10 +66,6 @@ def settings(**changes: Any) -> DetectConfig:
         "score": {"joint": "max_abs", "horizon_reduction": "first"},
     }
     return validate(DetectConfig, plain | changes)
-
-
-def between(table: pl.DataFrame, start: int, stop: int) -> pl.DataFrame:
-    return table.filter(pl.col("time").is_between(hours(start), hours(stop - 1)))
 
 
 def alarms(report: AnomalyReport, series: str = "a") -> np.ndarray:
