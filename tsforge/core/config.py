@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from tsforge.core.errors import ConfigError, listing, nearest
 
 _COMPOSE_LOCK = threading.Lock()  # Hydra's compose API is a process-wide singleton
+_NOT_A_CHOICE = ("union_tag_not_found", "union_tag_invalid", "model_attributes_type")  # pydantic, of tagged unions
 
 
 class Config(BaseModel):
@@ -115,22 +116,40 @@ def _explain(item: Any, cls: type[BaseModel], where: str) -> str:
         return f"{dotted}: unknown key{hint}"
     if item["type"] == "missing":
         return f"{dotted}: required, but not given"
-    if item["type"] == "union_tag_not_found":
-        return f"{dotted}: say which one with {dotted}.{item['ctx']['discriminator'].strip(chr(39))}"
-    message = str(item["msg"]).removeprefix("Value error, ")
     shown = item.get("input")
     given = f" (given: {shown!r})" if isinstance(shown, str | int | float | bool) else ""
+    field = _field_at(cls, path)
+    named = field.discriminator if field is not None and isinstance(field.discriminator, str) else None
+    if field is not None and named is not None and item["type"] in _NOT_A_CHOICE:
+        parts = [part for part in get_args(field.annotation) if hasattr(part, "model_fields")]  # not None
+        kinds = [str(get_args(part.model_fields[named].annotation)[0]) for part in parts]
+        wrong = shown.get(named) if isinstance(shown, Mapping) else shown
+        tell = "" if wrong is None else f" {wrong!r} is none of them{nearest(str(wrong), kinds)}"
+        return f"{dotted}: say which one with {dotted}.{named} ({listing(kinds, 20)});{tell}".rstrip(";")
+    if field is not None and item["type"] == "model_type":
+        keys = listing(_keys_at(cls, path), 20)
+        return f"{dotted}: it holds several settings; write {dotted}.KEY=VALUE (keys: {keys}){given}"
+    message = str(item["msg"]).removeprefix("Value error, ")
     return f"{dotted}: {message}{given}"
 
 
-def _keys_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+def _field_at(cls: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
+    """Return the field at a path of keys, None where it leads to none or through a choice of several classes."""
+    field: FieldInfo | None = None
     current: type[BaseModel] | None = cls
     for part in path:
         if part.isdigit():  # an item of a sequence; the step before already led to its class
             continue
         if current is None or part not in current.model_fields:
-            return []
-        current = _config_class(current.model_fields[part]) or _inner_class(current.model_fields[part])
+            return None
+        field = current.model_fields[part]
+        current = _config_class(field) or _inner_class(field)
+    return field
+
+
+def _keys_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+    field = _field_at(cls, path)
+    current = _config_class(field) or _inner_class(field) if field is not None else None if path else cls
     return [] if current is None else list(current.model_fields)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -171,9 +171,29 @@ def test_a_group_choice_goes_where_the_file_placed_the_group(tree: Path) -> None
         compose("job", ["inner=larg"], tree)
 
 
-def test_a_choice_without_its_name_says_which_setting_names_it() -> None:
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"likelihood": {"loss": "mae"}}, r"likelihood: say which one with likelihood\.name \(point, .*, quantiles\)$"),
+        (
+            {"likelihood": "quantile"},
+            r"likelihood\.name \(.*\); 'quantile' is none of them; did you mean 'quantiles'\?$",
+        ),
+        (
+            {"likelihood": {"name": "norml"}},
+            r"likelihood\.name \(.*\); 'norml' is none of them; did you mean 'normal'\?$",
+        ),
+        ({"likelihood": 3}, r"^likelihood: say which one with likelihood\.name \(.*\); 3 is none of them$"),
+        (
+            {"calibration": "recent"},
+            r"^calibration: .* write calibration\.KEY=VALUE \(keys.*'recent'\)$",
+        ),
+        ({"window": 3}, r"^window: .*; write window\.KEY=VALUE \(keys: .*context_length"),
+    ],
+)
+def test_a_group_of_settings_given_wrongly_says_what_to_write(setting: dict[str, Any], message: str) -> None:
     from tsforge.app.fit import FitConfig
 
-    plain = {"data": {"name": "x", "source": {"kind": "embedded"}}, "model": "linear", "likelihood": {"loss": "mae"}}
-    with pytest.raises(ConfigError, match=r"^likelihood: say which one with likelihood\.name$"):
+    plain = {"data": {"name": "x", "source": {"kind": "embedded"}}, "model": "linear", **setting}
+    with pytest.raises(ConfigError, match=message):
         validate(FitConfig, plain)
