@@ -1,6 +1,6 @@
 """kill -9 at chosen moments of a watch: is an event lost, told twice, or told differently?
 
-    python benchmarks/kill_watch.py --kills 60 [--source folder|sql] [--sink-url postgresql+psycopg://...]
+    python benchmarks/kill_watch.py --kills 60 [--source folder|sql] [--sink-url postgresql+psycopg://...] [--guard]
 
 A watch takes new rows in small chunks and tells its events to four sinks at once: a file of JSON lines, a SQL table,
 the event store, and a webhook on a real HTTP server that now and then takes a delivery and answers nothing. Each run of
@@ -127,6 +127,11 @@ def set_up(home: Path) -> None:
     connection.close()
 
 
+def detector(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the detector, as in YAML."""
+    return DETECTOR | ({"guard": True} if given.guard else {})
+
+
 def settings(home: Path, given: argparse.Namespace, port: int) -> dict[str, Any]:
     """Return the watch, as in YAML."""
     mapping = {"time": "ts", "series": "machine"}
@@ -139,7 +144,7 @@ def settings(home: Path, given: argparse.Namespace, port: int) -> dict[str, Any]
     return {
         "source": source,
         "chunk_rows": CHUNK,
-        "detector": DETECTOR,
+        "detector": detector(given),
         "sinks": {
             "file": {"kind": "jsonl", "path": str(home / "events.jsonl")},
             "table": {"kind": "sql", **table},
@@ -228,8 +233,8 @@ def run_watch(config: dict[str, Any], home: Path, deadly: tuple[str, int], sabot
     watch(validate(WatchConfig, config), workspace(home), once=True)
 
 
-def truth(home: Path) -> None:
-    """Write what batch detection finds over the same rows."""
+def truth(home: Path, detection: dict[str, Any]) -> None:
+    """Write what batch detection finds over the same rows, and how many rows its guard hid."""
     import polars as pl
 
     from tsforge.anomaly.config import DetectConfig
@@ -243,9 +248,11 @@ def truth(home: Path) -> None:
     table = rows(0, HISTORY + NEW).rename({"machine": "series_id", "ts": "time"})
     frame = SeriesFrame(table.with_columns(pl.col("time").cast(pl.Datetime("us", "UTC"))), artifact.schema)
     start = FIRST + timedelta(hours=HISTORY)
-    report = detect(artifact, frame, validate(DetectConfig, DETECTOR), start=start)
+    report = detect(artifact, frame, validate(DetectConfig, detection), start=start)
     names = ("event_id", "series_id", "start", "end", "peak_score", "length", "state", "incident_id")
     found = [{name: row[name] for name in names} for row in report.events.iter_rows(named=True)]
+    hidden = sum(facts.get("rows_guarded", 0) for facts in report.metadata["series"].values())
+    (home / "rows_guarded").write_text(str(hidden))
     (home / "truth.json").write_text(json.dumps(found, default=lambda value: value.isoformat()))
 
 
@@ -443,7 +450,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     generator = random.Random(given.seed)
     log, origin = folder / "log", folder / "origin"
     must(lambda: set_up(origin), log)
-    must(lambda: truth(origin), log)
+    must(lambda: truth(origin, detector(given)), log)
     flaws: list[str] = []
     moments: Counter[str] = Counter()
     rounds, seen = 0, {}
@@ -462,6 +469,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "kills": moments.total(),
         "rounds": rounds,
+        "rows_guarded": int((origin / "rows_guarded").read_text()),
         "killed": dict(moments.most_common()),
         "of_the_last_round": seen,
         "flaws": flaws,
@@ -474,6 +482,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--source", choices=("folder", "sql"), default="folder")
     parser.add_argument("--sink-url", help="database of the SQL sink (default SQLite); then one round")
+    parser.add_argument("--guard", action="store_true", help="hide the values of alarms from later forecasts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--saboteur", choices=("late_outbox",), help="break the watch; the judge must notice")
     parser.add_argument("--output", type=Path)
@@ -485,6 +494,7 @@ def main() -> None:
         "question": "does a watch killed at any moment lose an event, tell it twice, or tell it differently?",
         "source": given.source,
         "sink": "postgresql" if given.sink_url else "sqlite",
+        "guard": given.guard,
         "seed": given.seed,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -494,7 +504,8 @@ def main() -> None:
     text = json.dumps(record, indent=1)
     if given.output is not None:
         given.output.mkdir(parents=True, exist_ok=True)
-        name = f"kill_watch_{given.source}_cpu{os.cpu_count()}_{record['date']}.json"
+        kind = given.source + ("_guard" if given.guard else "") + ("_postgresql" if given.sink_url else "")
+        name = f"kill_watch_{kind}_cpu{os.cpu_count()}_{record['date']}.json"
         (given.output / name).write_text(text + "\n", encoding="utf-8")
     print(text)
     sys.exit(1 if result["flaws"] else 0)
