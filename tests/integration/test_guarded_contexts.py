@@ -7,6 +7,7 @@ the untouched values are judged, it must give the same scores without any guard.
 from __future__ import annotations
 
 import json
+import logging
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,23 @@ def test_later_rows_change_nothing_before_them(linear: Artifact, table: pl.DataF
         for data in (table, other)
     ]
     assert found[0].equals(found[1])
+
+
+def test_a_long_run_says_how_far_it_is(
+    linear: Artifact, table: pl.DataFrame, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a clock that jumps seven seconds whenever it is looked at, so that every second row is ten seconds later."""
+    clock = iter(range(0, 10**6, 7))
+    monkeypatch.setattr("tsforge.anomaly.online.time.monotonic", lambda: float(next(clock)))
+    stop = hours(BEGIN + 40)
+    with caplog.at_level(logging.INFO, logger="tsforge.anomaly.online"):
+        detect(linear, as_frame(table), settings(guard=True), start=hours(BEGIN), stop=stop)
+    told = [record.fields for record in caplog.records if record.getMessage() == "rows judged one by one"]  # type: ignore[attr-defined]
+    assert len(told) > 10
+    done = [line["done"] for line in told]
+    assert done == sorted(set(done))
+    assert {line["of"] for line in told} == {told[0]["of"]}
+    assert told[0]["of"] >= done[-1] >= told[0]["of"] - 2
 
 
 def test_an_outage_neither_ends_nor_lengthens_a_stretch() -> None:
