@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -133,7 +133,11 @@ def ratio_cell(stat: dict[str, Any]) -> str:
 
 
 def arguments(
-    description: str | None, *, data: bool = False, numbers: dict[str, int] | None = None
+    description: str | None,
+    *,
+    data: bool = False,
+    numbers: dict[str, int] | None = None,
+    parts: dict[str, Iterable[str]] | None = None,
 ) -> argparse.Namespace:
     """Read the options every benchmark has, set the threads and resolve ``device`` to a device that is there.
 
@@ -141,6 +145,7 @@ def arguments(
         description: shown by ``--help``.
         data: also read ``data``, the folder of the shared data, which must be given.
         numbers: further options with a whole number each, and their defaults.
+        parts: further options with some of these names, separated by commas; default: all.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if data:
@@ -151,7 +156,14 @@ def arguments(
     parser.add_argument("--threads", type=int, default=1)
     for name, default in (numbers or {}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    for name, known in (parts or {}).items():
+        parser.add_argument(f"--{name}", default=",".join(known), help="some of the default, separated by commas")
     given = parser.parse_args()
+    for name, known in (parts or {}).items():
+        chosen = getattr(given, name).split(",")
+        if strangers := set(chosen) - set(known):
+            parser.error(f"--{name}: unknown {', '.join(sorted(strangers))} (known: {', '.join(known)})")
+        setattr(given, name, chosen)
     torch.set_num_threads(given.threads)
     if given.device == "auto":
         given.device = "cuda" if torch.cuda.is_available() else "cpu"

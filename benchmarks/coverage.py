@@ -2,6 +2,7 @@
 
     python benchmarks/coverage.py --out benchmarks/results/coverage_cpu2_2026-11-29
     python benchmarks/coverage.py --cutoffs 1000 --out ...   # a forecast every second row instead of every eleventh
+    python benchmarks/coverage.py --sets bike_sharing,vic_electricity --out ...
 
 Each set is fitted once on its first 80 % (the last quarter of that calibrates) and forecast from cutoffs over its last
 20 %; ``recent`` are static margins in units of recent errors (``calibration.method=recent``), ``static`` those of the
@@ -205,7 +206,7 @@ def measure(name: str, folder: Path, quick: bool, most: int) -> list[dict[str, A
 def page(result: dict[str, Any]) -> str:
     """Return the tables as a page."""
     lines = heading("Coverage of conformal intervals, static and online", result["about"])
-    lines += ["", *(__doc__ or "").strip().splitlines()[5:], ""]
+    lines += ["", *(__doc__ or "").strip().splitlines()[6:], ""]
     for kind in ("none", *DRIFTS):
         lines += ["", f"## {'As the data is' if kind == 'none' else 'Planted: ' + kind}", ""]
         title = ["set", "cutoffs", *(f"static {n} %" for n, _, _ in NOMINAL)]
@@ -241,13 +242,13 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the benchmark."""
-    given = arguments(__doc__, numbers={"cutoffs": 200})
+    given = arguments(__doc__, numbers={"cutoffs": 200}, parts={"sets": SETS})
     before = os.getloadavg()[0]
     folder = Path(os.environ.get("TSFORGE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "forecast"
     if not folder.is_dir():
         raise SystemExit("real data sets not found: set TSFORGE_DATA to the folder that holds forecast/")
     records: list[dict[str, Any]] = []
-    for name in SETS:  # written after every set: a run of hours that is stopped leaves what it has
+    for name in given.sets:  # written after every set: a run of hours that is stopped leaves what it has
         records += measure(name, folder, given.quick, given.cutoffs)
         result = {"about": describe(given, before), "records": records}
         write(given.out, result, page(result))
