@@ -445,9 +445,23 @@ def one_round(home: Path, given: argparse.Namespace, generator: random.Random, m
         wait(receiver)
 
 
+def in_schema(url: str, name: str, log: Path) -> str:
+    """Return the address of a new schema of a PostgreSQL database, so that a round finds no table of another one."""
+
+    def create() -> None:
+        from sqlalchemy import create_engine
+        from sqlalchemy.schema import CreateSchema
+
+        with create_engine(url).begin() as connection:
+            connection.execute(CreateSchema(name))
+
+    must(create, log)
+    return f"{url}{'&' if '?' in url else '?'}options=-csearch_path%3D{name}"
+
+
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Kill a watch until it is through, start over with fresh state until there were enough kills; judge each."""
-    generator = random.Random(given.seed)
+    generator, database = random.Random(given.seed), given.sink_url
     log, origin = folder / "log", folder / "origin"
     must(lambda: set_up(origin), log)
     must(lambda: truth(origin, detector(given)), log)
@@ -458,14 +472,14 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         home = folder / f"round{rounds}"
         shutil.copytree(origin, home)
         rounds += 1
+        if database is not None:
+            given.sink_url = in_schema(database, f"kills_{os.getpid()}_{rounds}", log)
         status = one_round(home, given, generator, moments, log)
         if status != 0:
             flaws.append(f"round {rounds}: a run ended with {status}: {log.read_text()[-1500:]}")
             break
         found, seen = judge(home, given.sink_url)
         flaws += [f"round {rounds}: {flaw}" for flaw in found]
-        if given.sink_url:
-            break  # one table, one round
     return {
         "kills": moments.total(),
         "rounds": rounds,
@@ -481,7 +495,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--source", choices=("folder", "sql"), default="folder")
-    parser.add_argument("--sink-url", help="database of the SQL sink (default SQLite); then one round")
+    parser.add_argument("--sink-url", help="PostgreSQL of the SQL sink, a schema a round (default: SQLite)")
     parser.add_argument("--guard", action="store_true", help="hide the values of alarms from later forecasts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--saboteur", choices=("late_outbox",), help="break the watch; the judge must notice")

@@ -47,7 +47,14 @@ def test_killed_while_it_polls_a_table() -> None:
 
 @pytest.mark.slow
 def test_killed_while_it_writes_to_postgresql(postgres_url: str) -> None:
-    assert attack("--kills", "12", "--seed", "8", "--sink-url", postgres_url)["kills"] >= 5
+    assert attack("--kills", "12", "--seed", "8", "--sink-url", postgres_url)["kills"] == 12
+
+
+@pytest.mark.slow
+def test_killed_while_it_hides_alarms_from_later_forecasts() -> None:
+    record = attack("--kills", "10", "--guard", "--seed", "10")
+    assert record["kills"] == 10
+    assert record["rows_guarded"] > 50
 
 
 @pytest.mark.slow
