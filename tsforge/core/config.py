@@ -112,7 +112,10 @@ def _explain(item: Any, cls: type[BaseModel], where: str) -> str:
     dotted = ".".join(filter(None, [where, *path])) or cls.__name__
     if item["type"] == "extra_forbidden":
         known = _keys_at(cls, path[:-1])
-        hint = nearest(path[-1], known) or (f" (known: {listing(known, 20)})" if known else "")
+        below = {f"{key}.{name}": name for key in known for name in _keys_at(cls, [*path[:-1], key])}
+        same = next((place for place, name in below.items() if name == path[-1]), "")
+        hint = f"; did you mean '{same}'?" if same else nearest(path[-1], known)
+        hint = hint or nearest(path[-1], below) or (f" (known: {listing(known, 20)})" if known else "")
         return f"{dotted}: unknown key{hint}"
     if item["type"] == "missing":
         return f"{dotted}: required, but not given"

@@ -171,6 +171,18 @@ def test_a_group_choice_goes_where_the_file_placed_the_group(tree: Path) -> None
         compose("job", ["inner=larg"], tree)
 
 
+def test_a_key_that_belongs_one_level_deeper_is_named_there() -> None:
+    from tsforge.app.tune import TuneJobConfig
+
+    for wrong, meant in (
+        ("window", "fit.window"),
+        ("num_trials", "study.num_trials"),
+        ("study_trials", "study.num_trials"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{wrong}: unknown key; did you mean '{meant}'\?"):
+            validate(TuneJobConfig, {wrong: 3})
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
