@@ -36,7 +36,7 @@ from tsforge.models._ar_windows import residual_scale, series_bounds
 from tsforge.models.registry import register
 
 ORDERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 168)
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 5
 CHOSEN_FEATURES = 512  # orders with more features are not considered: a second of work at 30,000 rows
 MOST_FEATURES = 4_096
@@ -52,7 +52,7 @@ class VarConfig(ModelConfig):
     name: Literal["var"] = "var"
     lags: int | None = tunable(None, choices=[None, 1, 2, 4, 8, 16], ge=1)
     """Rows that a row is told from; null chooses by cross-validation, as many as 512 features allow."""
-    ridge: float | None = tunable(None, choices=[None, 1e-4, 1e-3, 1e-2, 1e-1], ge=0.0)
+    ridge: float | None = tunable(None, choices=[None, 1e-3, 1e-2, 1e-1, 1.0], ge=0.0)
     """Penalty on squared coefficients, a row of the training span, in scaled units; null chooses it with the lags."""
 
 
