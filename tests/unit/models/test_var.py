@@ -163,7 +163,7 @@ def test_what_is_told_adds_up() -> None:
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(ModelError, match="lags is 13, but context_length is 12"):
         model(lags=13)
-    with pytest.raises(ModelError, match=r"4 lags of 1200 variates are 4800 features.* at most 4096"):
+    with pytest.raises(ModelError, match=r"4 lags of 1200 variates are 4800 features.* at most 2048"):
         model(1200, lags=4)
     with pytest.raises(ModelError, match="longest series has 4 training rows; model.lags 6 needs more"):
         model(lags=6).solve(series(planted(4), planted(3)))
