@@ -259,6 +259,20 @@ def test_an_experimental_model_is_tried_only_where_it_is_named(frame: SeriesFram
     assert any(name.startswith("pvrnn ") for name in race_of(named))
 
 
+def test_variates_that_tell_of_each_other_are_given_to_var() -> None:
+    """y follows x of the row before; alone, neither can be told."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=ROWS)
+    y = np.concatenate([[0.0], x[:-1]]) + 0.1 * rng.normal(size=ROWS)
+    times = [START + timedelta(hours=4 * row) for row in range(ROWS)]
+    data = as_frame(pl.DataFrame({"time": times, "series_id": ["a"] * ROWS, "x": x, "y": y}))
+    window = {"context_length": 12, "horizon": 1}
+    race = race_of(fit_frame(data, config({"candidates": [*QUICK, "var"]}, window=window))[0])
+    assert race["var L=12"]["weight"] > 0.9
+    assert race["var L=12"]["error"] < 0.7 * min(part["error"] for name, part in race.items() if "var" not in name)
+    assert not any(name.startswith("var") for name in race_of(fit_frame(data, config(window=window))[0]))
+
+
 def test_a_failing_candidate_is_reported_and_skipped(frame: SeriesFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = auto_candidates.solve
 

@@ -177,6 +177,8 @@ def closed_forms(data: RaceData) -> list[Candidate]:
         wanted.append(({"name": "ar_net"}, length))
         if seasons:
             wanted.append(({"name": "ar_net", "season_lengths": [float(season) for season in seasons]}, length))
+    if 1 < data.panel.num_targets <= _MANY_VARIATES:  # once: its lags are far fewer than a look-back
+        wanted.append(({"name": "var"}, longest))
     return [found for settings, length in wanted if (found := _candidate(data, settings, length, trained=False))]
 
 
