@@ -269,14 +269,16 @@ class Var(ForecastModel[VarConfig]):
         return [fold for fold in folds if fold is not None]
 
     def _filled(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Return rows [N, V] in float64 with gaps filled, in stretches of some hundred rows."""
-        rows, count = values.double(), len(values) // _GAP_ROWS * _GAP_ROWS
-        parts = []
-        for part, size in ((slice(0, count), _GAP_ROWS), (slice(count, len(values)), len(values) - count)):
-            if size and len(rows[part]):
-                shape = (-1, size, rows.shape[1])
-                parts.append(self.gaps(rows[part].reshape(shape), mask[part].reshape(shape)).reshape(-1, rows.shape[1]))
-        return torch.cat(parts)
+        """Return rows [N, V] in float64 with gaps filled, in stretches of some hundred rows; the first one begins with
+        rows that nobody observed, which are dropped again."""
+        if bool(mask.all()):
+            return values.double()
+        more = -len(values) % _GAP_ROWS
+        rows = torch.cat([values.new_zeros(more, values.shape[1], dtype=torch.float64), values.double()])
+        seen = torch.cat([mask.new_zeros(more, mask.shape[1]), mask])
+        shape = (-1, _GAP_ROWS, rows.shape[1])
+        filled: Tensor = self.gaps(rows.view(shape), seen.view(shape))
+        return filled.reshape(-1, rows.shape[1])[more:]
 
     def _chosen(self, folds: list[Sums], total: Sums, orders: list[int]) -> tuple[int, float]:
         """Return the order and penalty of the least error on stretches that did not take part in the fit."""

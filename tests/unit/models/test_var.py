@@ -133,6 +133,24 @@ def test_rows_with_gaps_do_not_count_and_forecasts_are_finite() -> None:
     assert bool(found.isfinite().all())
 
 
+@pytest.mark.parametrize("rows", [4, 30, 256, 269, 600])
+def test_series_of_any_length_have_their_gaps_filled(rows: int) -> None:
+    """By what the same autoregression makes of the whole series, where one stretch holds it."""
+    y = planted(rows, 10)
+    mask = np.random.default_rng(11).random(y.shape) > 0.1
+    mask[-1] = True
+    fitted = model(lags=1, ridge=1e-2, context=40)
+    data = series(planted(400, 12), y, mask=np.concatenate([np.ones((400, VARIATES), dtype=bool), mask]))
+    fitted.solve(data)
+    found = fitted._filled(data.values[400:], data.mask[400:])
+    assert found.shape == y.shape
+    assert bool(found.isfinite().all())
+    np.testing.assert_array_equal(found.numpy()[mask], y[mask])
+    if 24 <= rows <= 256:
+        whole = fitted.gaps(data.values[400:][None], data.mask[400:][None])[0]
+        torch.testing.assert_close(found, whole, atol=1e-9, rtol=0.0)
+
+
 def test_mostly_incomplete_rows_count_filled() -> None:
     y = planted(900, 8)
     mask = np.random.default_rng(9).random(y.shape) > 0.4  # 22 % of the rows are complete
