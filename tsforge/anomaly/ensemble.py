@@ -280,6 +280,11 @@ def ensemble_scores(
             if not training.any():
                 raise DataError(f"series '{series}' has no training rows, on which plain members are fitted")
             varying = np.ptp(values[training], axis=0) > 0.0
+            if not varying.any():
+                raise DataError(
+                    f"every variate of series '{series}' is constant over its {int(training.sum())} training rows, "
+                    f"which plain members cannot score; keep to the members {', '.join(RESIDUAL_NAMES)}"
+                )
             scored = rows >= middle
             plain = plain_members(settings.plain, values[training][:, varying], values[:, varying])
             members |= {name: scores[scored][: joint.height] for name, scores in plain.items()}

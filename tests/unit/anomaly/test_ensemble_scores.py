@@ -218,6 +218,13 @@ def test_an_artifact_and_plain_scorers_judge_the_same_rows(artifact: Artifact) -
     assert np.array_equal(found.scores, expected)
 
 
+def test_a_series_that_never_moved_in_training_is_refused_by_name(artifact: Artifact) -> None:
+    values = rows()
+    values[:FIT] = 1.0
+    with pytest.raises(DataError, match=rf"'s' is constant over its {FIT} training rows.*residual_mahalanobis"):
+        ensemble_scores(artifact, frame_of(values), start=KNOWN)
+
+
 def test_what_comes_later_changes_no_earlier_score(artifact: Artifact) -> None:
     """Checklist 5: perturb the future; a sum smoothed from the other end is caught by the same comparison."""
     values = rows()
