@@ -129,6 +129,8 @@ def _explain(item: Any, cls: type[BaseModel], where: str) -> str:
         wrong = shown.get(named) if isinstance(shown, Mapping) else shown
         tell = "" if wrong is None else f" {wrong!r} is none of them{nearest(str(wrong), kinds)}"
         return f"{dotted}: say which one with {dotted}.{named} ({listing(kinds, 20)});{tell}".rstrip(";")
+    if item["type"] == "union_tag_not_found":  # below a mapping or a list, where kinds are not looked up
+        return f"{dotted}: say which one with {dotted}.{item['ctx']['discriminator'].strip(chr(39))}"
     if field is not None and item["type"] == "model_type":
         keys = listing(_keys_at(cls, path), 20)
         return f"{dotted}: it holds several settings; write {dotted}.KEY=VALUE (keys: {keys}){given}"

@@ -171,6 +171,14 @@ def test_a_group_choice_goes_where_the_file_placed_the_group(tree: Path) -> None
         compose("job", ["inner=larg"], tree)
 
 
+def test_a_choice_below_a_mapping_says_which_setting_names_it() -> None:
+    from tsforge.app.watch.settings import WatchConfig
+
+    plain = {"sinks": {"file": {"path": "events.jsonl"}}}
+    with pytest.raises(ConfigError, match=r"sinks\.file: say which one with sinks\.file\.kind(;|$)"):
+        validate(WatchConfig, plain)
+
+
 def test_a_key_that_belongs_one_level_deeper_is_named_there() -> None:
     from tsforge.app.tune import TuneJobConfig
 
