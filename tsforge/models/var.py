@@ -261,9 +261,7 @@ class Var(ForecastModel[VarConfig]):
             for number in range(start // size, (stop - 1) // size + 1):
                 first, last = max(start, number * size), min(stop, (number + 1) * size)
                 begin = max(first - lags, start)
-                kept = counts[begin:last].clone()
-                kept[: first - begin] = False
-                part = sums_of(rows[begin - start : last - start], kept, lags)
+                part = sums_of(rows[begin - start : last - start], counts[begin:last], lags)
                 before = folds[number]
                 folds[number] = part if before is None else before + part
         return [fold for fold in folds if fold is not None]
