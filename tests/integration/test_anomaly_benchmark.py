@@ -323,6 +323,26 @@ def test_a_failed_job_is_a_row_with_its_reason_and_never_a_zero(workspace: Works
     assert "2 series failed" in (result.path / "report.md").read_text()
 
 
+def test_a_recipe_that_cannot_score_a_series_fails_alone(
+    workspace: Workspace, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = pl.read_parquet(folder / "b_train.parquet")
+    still = pl.int_range(pl.len()) < 500  # more than the rows that fit: nothing for plain members to learn
+    train.with_columns(
+        pl.when(still).then(1.0).otherwise(pl.col(f"v{v}")).alias(f"v{v}") for v in range(3)
+    ).write_parquet(folder / "b_train.parquet")
+    result = run(workspace, folder)
+    failed = result.table.filter(status="failed")
+    assert sorted(failed.select("series", "method").iter_rows()) == [("b", "ar_net, ensemble"), ("b", "plain ensemble")]
+    assert all("constant over" in str(error) for error in failed["error"])
+    assert "plant b ar_net, ensemble failed: every variate" in caplog.text
+    scored = result.table.filter(status="ok", series="b")["method"].to_list()
+    assert {"ar_net, residuals", "mean_abs", "var1_mahalanobis, smoothed"} <= set(scored)
+    record = next(r for r in result.records() if r["method"] == "ar_net, ensemble")
+    assert (record["series"], record["failed"]) == (1, 1)
+    assert run(workspace, folder).table.filter(status="failed")["cached"].all()
+
+
 def test_seeds_of_a_trained_model_are_runs_and_of_a_closed_form_are_not(workspace: Workspace, folder: Path) -> None:
     train = {"max_epochs": 1, "max_steps_per_epoch": 2}
     models = ["ar_net", {"name": "gru", "model": {"d_model": 8}}]

@@ -328,8 +328,10 @@ class _Run(Pass):
             found = {**about, "method": job.setting.label, "role": "", **shared}
             self._rows.append((order, found))
         for item in row.get("rows", []):
-            self._rows.append((order, {**about, **item, **shared}))
-            if self._compares_rules:
+            self._rows.append((order, {**about, **shared, **item}))
+            if item.get("status") == "failed" and not row["cached"]:
+                _LOG.warning("%s %s %s failed: %s", job.data.family, job.data.name, item["method"], item["error"])
+            if self._compares_rules and item.get("status", "ok") == "ok":
                 self._ruled.append((order, {**about, **item, "rule": DEPLOYED, "status": "ok"}))
         self._ruled += [(order, {**about, **item}) for item in row.get("rules", [])]
         progress.advance({**about, "data": job.data.name, "model": job.setting.label, **row})

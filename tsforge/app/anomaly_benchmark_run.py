@@ -146,6 +146,10 @@ class BaselineSetting:
         for label, config in self.ensembles:
             started = time.perf_counter()
             moving = np.ptp(fit, axis=0) > 0.0
+            if not moving.any():
+                error = f"every variate of series '{data.name}' is constant over its {len(fit)} rows that fit"
+                found.append({"method": label, "role": "model", "status": "failed", "error": error})
+                continue
             members = plain_members(config.plain, fit[:, moving], later[:, moving])
             scores = combine(
                 members, calibrating, join=config.join, smoothing=config.smoothing, recentre=config.recentre
@@ -181,7 +185,7 @@ class ModelSetting:
         }
 
     def measure(self, data: LabelledSeries, *, progress: bool) -> dict[str, Any]:
-        """Return one row a recipe, and one a recipe and further rule."""
+        """Return one row a recipe, which may say why it failed, and one a recipe and further rule."""
         started = time.perf_counter()
         artifact, closed_form = fit_series(data, self.fit, self.judgement, seed=self.seed, progress=progress)
         fitted = time.perf_counter() - started
@@ -189,9 +193,13 @@ class ModelSetting:
         ruled: list[dict[str, Any]] = []
         for recipe, config in self.recipes:
             started = time.perf_counter()
-            scored = run_recipe(artifact, data, config, self.judgement)
-            seconds = fitted + time.perf_counter() - started
             about = {"method": f"{self.label}, {recipe}", "role": "model"}
+            try:
+                scored = run_recipe(artifact, data, config, self.judgement)
+            except DataError as error:  # this recipe cannot score the series; the others can
+                found.append({**about, "status": "failed", "error": str(error)})
+                continue
+            seconds = fitted + time.perf_counter() - started
             graded = grade_scores(scored, data, self.judgement.width)
             found.append({**about, "seconds": seconds, "closed_form": closed_form, **graded})
             judged = partial(run_recipe, artifact, data, config)
