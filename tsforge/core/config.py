@@ -12,16 +12,14 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 
+from tsforge.core.config_errors import config_class, explain
 from tsforge.core.errors import ConfigError, listing, nearest
 
 _COMPOSE_LOCK = threading.Lock()  # Hydra's compose API is a process-wide singleton
-_NOT_A_CHOICE = ("union_tag_not_found", "union_tag_invalid", "model_attributes_type")  # pydantic, of tagged unions
 
 
 class Config(BaseModel):
@@ -79,15 +77,10 @@ def search_space(config: type[BaseModel] | BaseModel) -> dict[str, dict[str, Any
             spaces[name] = space
             continue
         value = getattr(config, name, None) if not isinstance(config, type) else None
-        nested = value if isinstance(value, BaseModel) else _config_class(field)
+        nested = value if isinstance(value, BaseModel) else config_class(field)
         if nested is not None:
             spaces.update({f"{name}.{key}": space for key, space in search_space(nested).items()})
     return spaces
-
-
-def _config_class(field: FieldInfo) -> type[BaseModel] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def validate(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
@@ -104,65 +97,7 @@ def validate(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item, cls, where) for item in error.errors())) from error
-
-
-def _explain(item: Any, cls: type[BaseModel], where: str) -> str:
-    path = [str(part) for part in item["loc"]]
-    dotted = ".".join(filter(None, [where, *path])) or cls.__name__
-    if item["type"] == "extra_forbidden":
-        known = _keys_at(cls, path[:-1])
-        below = {f"{key}.{name}": name for key in known for name in _keys_at(cls, [*path[:-1], key])}
-        same = next((place for place, name in below.items() if name == path[-1]), "")
-        hint = f"; did you mean '{same}'?" if same else nearest(path[-1], known)
-        hint = hint or nearest(path[-1], below) or (f" (known: {listing(known, 20)})" if known else "")
-        return f"{dotted}: unknown key{hint}"
-    if item["type"] == "missing":
-        return f"{dotted}: required, but not given"
-    shown = item.get("input")
-    given = f" (given: {shown!r})" if isinstance(shown, str | int | float | bool) else ""
-    field = _field_at(cls, path)
-    named = field.discriminator if field is not None and isinstance(field.discriminator, str) else None
-    if field is not None and named is not None and item["type"] in _NOT_A_CHOICE:
-        parts = [part for part in get_args(field.annotation) if hasattr(part, "model_fields")]  # not None
-        kinds = [str(get_args(part.model_fields[named].annotation)[0]) for part in parts]
-        wrong = shown.get(named) if isinstance(shown, Mapping) else shown
-        tell = "" if wrong is None else f" {wrong!r} is none of them{nearest(str(wrong), kinds)}"
-        return f"{dotted}: say which one with {dotted}.{named} ({listing(kinds, 20)});{tell}".rstrip(";")
-    if item["type"] == "union_tag_not_found":  # below a mapping or a list, where kinds are not looked up
-        return f"{dotted}: say which one with {dotted}.{item['ctx']['discriminator'].strip(chr(39))}"
-    if field is not None and item["type"] == "model_type":
-        keys = listing(_keys_at(cls, path), 20)
-        return f"{dotted}: it holds several settings; write {dotted}.KEY=VALUE (keys: {keys}){given}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{dotted}: {message}{given}"
-
-
-def _field_at(cls: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
-    """Return the field at a path of keys, None where it leads to none or through a choice of several classes."""
-    field: FieldInfo | None = None
-    current: type[BaseModel] | None = cls
-    for part in path:
-        if part.isdigit():  # an item of a sequence; the step before already led to its class
-            continue
-        if current is None or part not in current.model_fields:
-            return None
-        field = current.model_fields[part]
-        current = _config_class(field) or _inner_class(field)
-    return field
-
-
-def _keys_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
-    field = _field_at(cls, path)
-    current = _config_class(field) or _inner_class(field) if field is not None else None if path else cls
-    return [] if current is None else list(current.model_fields)
-
-
-def _inner_class(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the config class of an item of a sequence or of an optional field; None where there are several."""
-    items = [item for item in get_args(field.annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
-    is_known = get_origin(field.annotation) in (tuple, list, Union, UnionType) and len(items) == 1
-    return items[0] if is_known else None
+        raise ConfigError("; ".join(explain(item, cls, where) for item in error.errors())) from error
 
 
 def config_dir() -> Path:

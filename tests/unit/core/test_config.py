@@ -175,7 +175,32 @@ def test_a_choice_below_a_mapping_says_which_setting_names_it() -> None:
     from tsforge.app.watch.settings import WatchConfig
 
     plain = {"sinks": {"file": {"path": "events.jsonl"}}}
-    with pytest.raises(ConfigError, match=r"sinks\.file: say which one with sinks\.file\.kind(;|$)"):
+    with pytest.raises(ConfigError, match=r"sinks\.file: say which one with sinks\.file\.kind \(jsonl, .*\)(;|$)"):
+        validate(WatchConfig, plain)
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        (
+            {"source": {"kind": "folder", "path": "in", "patern": "*.csv"}},
+            r"source\.patern: unknown key; did you mean 'pattern'\?",
+        ),
+        ({"sinks": {"a": {"kind": "jsonl"}}}, r"sinks\.a\.path: required, but not given"),
+        ({"sinks": {"a": {"kind": "jsonl", "pat": "x"}}}, r"sinks\.a\.pat: unknown key; did you mean 'path'\?"),
+        ({"sinks": {"a": {"kind": "jsonll"}}}, r"kind \(jsonl, .*\); 'jsonll' is none of them; did you mean 'jsonl'\?"),
+        (
+            {"detector": {"score": {"smoothing": {"kind": "median", "windw": 3}}}},
+            r"detector\.score\.smoothing\.windw: unknown key; did you mean 'window'\?",
+        ),
+        ({"detector": {"rule": {"kind": "quantile", "alpha": 7}}}, r"(^|; )detector\.rule\.alpha: "),
+        ({"detector": {"score": {"kind": {}}}}, r"detector\.score\.kind: "),
+    ],
+)
+def test_paths_are_those_a_user_writes_below_a_choice_too(plain: dict[str, Any], message: str) -> None:
+    from tsforge.app.watch.settings import WatchConfig
+
+    with pytest.raises(ConfigError, match=message):
         validate(WatchConfig, plain)
 
 
