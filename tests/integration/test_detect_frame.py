@@ -135,9 +135,12 @@ def test_a_missing_block_has_no_score_and_no_event_spans_it(report: AnomalyRepor
         assert found.filter((pl.col("series_id") == "a") & across).height == expected
 
 
+@pytest.mark.parametrize("memory", [{"smoothing": 0.3}, {"ewma": 0.1}], ids=["smoothing", "ewma"])
 @pytest.mark.parametrize("name", ["mahalanobis", "mean_abs", "fisher"])
-def test_changing_the_future_changes_no_score_up_to_now(artifact: Artifact, data: pl.DataFrame, name: str) -> None:
-    settings = config(score={"joint": name, "smoothing": 0.3})
+def test_changing_the_future_changes_no_score_up_to_now(
+    artifact: Artifact, data: pl.DataFrame, name: str, memory: dict[str, float]
+) -> None:
+    settings = config(score={"joint": name, **memory})
     now = 1150
     after = changed(data, "a", "x", slice(now + 1, ROWS), 25.0)
     one, two = (joint(detect(artifact, as_frame(part), settings), "a") for part in (data, after))

@@ -289,6 +289,8 @@ def test_every_rule_goes_on_where_it_stopped(linear: Artifact, table: pl.DataFra
         {"score": {"kind": "nll", "steps": [1, 2, 5], "horizon_reduction": "last"}},
         {"score": {"joint": "fisher", "steps": [1]}},
         {"score": {"joint": "top_k", "top_k": 2, "horizon_reduction": "first", "smoothing": 0.2}},
+        {"score": {"ewma": 0.1}},
+        {"score": {"ewma": 0.3, "kind": "tail", "joint": "fisher", "smoothing": 0.2}},
         {"score": {"smoothing": {"kind": "exponential", "weight": 0.3, "gaps": "decay"}}},
         {"score": {"smoothing": {"kind": "median", "window": 5}}},
         {"score": {"smoothing": {"kind": "cusum", "shift": 2.0}}},

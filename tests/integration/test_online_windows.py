@@ -65,6 +65,8 @@ SCORES: list[tuple[str, dict[str, Any]]] = [
     ("plrnn", {"kind": "growth", "steps": [1, 3, 5]}),
     ("pvrnn", {"kind": "free_energy", "joint": "mean_abs"}),
     ("pvrnn", {"kind": "free_energy", "part": "divergence", "joint": "mean_abs"}),
+    ("linear", {"kind": "reconstruction", "window": 5, "overlap_reduction": "mean", "ewma": 0.2}),
+    ("plrnn", {"kind": "growth", "steps": [1, 3], "ewma": 0.1}),
 ]
 IDS = [f"{kind['kind']} of {name} {number}" for number, (name, kind) in enumerate(SCORES)]
 

@@ -92,6 +92,9 @@ class ScoreConfig(Config):
     """Normalised residuals are cut here before variates are joined: one broken sensor must not hide the rest."""
     constant_score: float = Field(10.0, gt=0.0)
     """Score given to a variate that was constant in training and now differs from that constant."""
+    ewma: float | None = Field(None, gt=0.0, lt=1.0)
+    """Weight of the newest row in an exponential mean of each variate's residual, sign and all, before variates are
+    joined: pushes in one direction add up, noise cancels. Needs residuals with a sign; 0.1 suits faults that last."""
     smoothing: SmoothingConfig | None = None
     """A number is the weight of exponential smoothing: 0.1 suits sustained faults, null suits spikes. Other kinds:
     ``{kind: median, window: 9}``, ``{kind: cusum, shift: 1.0}``."""
@@ -140,6 +143,8 @@ class ScoreConfig(Config):
         for name, kinds in of_kind.items():
             if getattr(self, name) is not None and self.kind not in kinds:
                 raise ValueError(f"{name} has no effect with kind '{self.kind}'")
+        if self.ewma is not None and self.is_one_sided:
+            raise ValueError(f"ewma adds up residuals with their sign, and kind '{self.kind}' has none; use smoothing")
         if self.window is not None and self.window < 16 and self.kind in DYNAMIC_KINDS:
             raise ValueError(f"window {self.window} is too short for kind '{self.kind}'; give at least 16 rows")
         if self.is_windowed and (self.steps is not None or self.horizon_reduction != "median"):
@@ -436,4 +441,6 @@ class DetectConfig(Config):
     def _guards_forecasts(self) -> Self:
         if self.guard is not None and self.score.is_windowed:
             raise ValueError(f"guard keeps alarms out of forecasts; kind '{self.score.kind}' makes none")
+        if self.guard is not None and self.score.ewma is not None:
+            raise ValueError("guard hides values by the residual of their own row, which score.ewma joins with others")
         return self

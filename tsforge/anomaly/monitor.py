@@ -1,8 +1,8 @@
 """One series under watch: from deviations to scores, alarms and events, row after row, in memory that does not grow.
 
 A batch run is one call of ``Monitor.run``, a stream many: cutting the rows differently changes no bit. Every stage
-either looks at one row at a time (score model, p-values, contributions) or advances a state of its own (smoother, rule,
-segments, the event under way).
+either looks at one row at a time (score model, p-values, contributions) or advances a state of its own (memory of
+residuals, smoother, rule, segments, the event under way).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tsforge.anomaly.buckets import BucketScale
 from tsforge.anomaly.calibration import Calibration, ranked_p_values
 from tsforge.anomaly.config import EventConfig
 from tsforge.anomaly.confirmed import judge
+from tsforge.anomaly.ewma import Ewma
 from tsforge.anomaly.scoring import ScoreModel
 from tsforge.anomaly.segments import Segment, SegmentTracker, is_continuation
 from tsforge.anomaly.smoothing import Smoother, smooth_and_judge
@@ -125,7 +126,7 @@ class Monitor:
         names: of the variates.
         config: of events.
         model, buckets, calibration: fitted, never changed again.
-        smoother, rule: advance with every row.
+        memory, smoother, rule: advance with every row.
         samples: sorted sizes of normal deviates a variate, for its p-values; None where they are not kept.
         row: absolute row that comes next. start: first row that counts; events that end before it are nobody's.
         tracker, under, ended: of events.
@@ -136,6 +137,7 @@ class Monitor:
     names: tuple[str, ...]
     config: EventConfig
     model: ScoreModel
+    memory: Ewma | None = None
     buckets: BucketScale | None
     calibration: Calibration
     smoother: Smoother | None
@@ -168,7 +170,7 @@ class Monitor:
             buckets: [N], where scores are compared within buckets.
             confirmed: [N] rows that a rule must not learn from; none by default.
         """
-        found = self.model.raw(deviations, values)
+        found = self.model.raw(deviations, values, self.memory)
         raw = found.joint
         if self.buckets is not None and buckets is not None:
             raw = self.buckets.apply(raw, buckets)

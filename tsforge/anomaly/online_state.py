@@ -19,6 +19,7 @@ from tsforge.anomaly.buckets import BucketScale
 from tsforge.anomaly.calibration import Calibration
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.covariance import Covariance, DenseCovariance, LowRankCovariance
+from tsforge.anomaly.ewma import Ewma
 from tsforge.anomaly.gpd import ParetoTail
 from tsforge.anomaly.guard import Guard
 from tsforge.anomaly.monitor import Ended, Monitor, Under
@@ -37,7 +38,7 @@ from tsforge.core.errors import ArtifactError, ModelError, TsforgeError
 from tsforge.forecasting.stream_buffer import Buffer
 
 FORMAT = "tsforge-online-detector"
-FORMAT_VERSION = 3  # 2: scores of windows and free runs; 3: guarded contexts
+FORMAT_VERSION = 4  # 2: scores of windows and free runs; 3: guarded contexts; 4: residuals that add up
 _ARRAY, _LIST = "$array", "$list"
 _SHORT = 16  # lists up to this length stay among the facts
 
@@ -151,6 +152,7 @@ def _monitor_state(monitor: Monitor) -> dict[str, Any]:
         "model": _model_state(monitor.model),
         "buckets": None if monitor.buckets is None else _bucket_state(monitor.buckets),
         "calibration": _calibration_state(monitor.calibration),
+        "memory": None if monitor.memory is None else monitor.memory.level,
         "smoother": None if monitor.smoother is None else monitor.smoother.state(),
         "rule": monitor.rule.state(),
         "samples": None if monitor.samples is None else list(monitor.samples),
@@ -170,11 +172,16 @@ def _monitor_state(monitor: Monitor) -> dict[str, Any]:
 
 def _monitor(state: dict[str, Any], config: DetectConfig, names: tuple[str, ...]) -> Monitor:
     ended, smoother, samples = state["ended"], state["smoother"], state["samples"]
+    model = _model(state["model"], config)
+    memory = model.memory()
+    if memory is not None:
+        memory.level = state["memory"]
     monitor = Monitor(
         series_id=state["series_id"],
         names=names,
         config=config.events,
-        model=_model(state["model"], config),
+        model=model,
+        memory=memory,
         buckets=None if state["buckets"] is None else _buckets(state["buckets"]),
         calibration=_calibration(state["calibration"]),
         smoother=None if smoother is None else restore_smoother(smoother),
@@ -200,16 +207,19 @@ def _model_state(model: ScoreModel) -> dict[str, Any]:
         "used": model.used,
         "covariance": None if model.covariance is None else _covariance_state(model.covariance),
         "variate_calibrations": calibrations,
+        "ewma": None if model.ewma is None else model.ewma.spread,
     }
 
 
 def _model(state: dict[str, Any], config: DetectConfig) -> ScoreModel:
+    weight = config.score.ewma
     return ScoreModel(
         config=config.score,
         scale=ResidualScale(**state["scale"]),
         used=state["used"],
         covariance=None if state["covariance"] is None else _covariance(state["covariance"]),
         variate_calibrations=tuple(None if one is None else _calibration(one) for one in state["variate_calibrations"]),
+        ewma=None if weight is None else Ewma(weight=weight, spread=state["ewma"]),
     )
 
 

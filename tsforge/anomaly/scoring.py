@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from tsforge.anomaly.calibration import Calibration, fit_calibration
 from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.covariance import Covariance, fit_covariance
+from tsforge.anomaly.ewma import Ewma, fit_ewma
 from tsforge.anomaly.residuals import ResidualScale, TrainingRange, fit_residual_scale, reduce_horizon
 from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, top_k, winsorise
 from tsforge.anomaly.smoothing import build_smoother
@@ -32,10 +33,11 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreModel:
-    """Fitted scale, covariance and, for ``fisher``, one calibration a variate.
+    """Fitted scale, covariance and, for ``fisher``, one calibration a variate; never changed again.
 
     Attributes:
         used: [V] variates inside the covariance: neither constant in training nor without a scale.
+        ewma: how far residuals add up over normal rows, with no row behind it; None where they do not.
     """
 
     config: ScoreConfig
@@ -43,6 +45,7 @@ class ScoreModel:
     used: NDArray[np.bool_]
     covariance: Covariance | None
     variate_calibrations: tuple[Calibration | None, ...] = ()
+    ewma: Ewma | None = None
 
     def score(self, deviations: ArrayLike, values: ArrayLike) -> Scores:
         """Return the scores of rows in time order, smoothed from the first row on; row t depends on rows up to t only.
@@ -53,12 +56,22 @@ class ScoreModel:
         Raises:
             DataError: ``smoothing.kind: cusum``, which needs calibration scores: smooth the scores of ``raw``.
         """
-        scores, smoother = self.raw(deviations, values), build_smoother(self.config)
+        scores, smoother = self.raw(deviations, values, self.memory()), build_smoother(self.config)
         return scores if smoother is None else Scores(z=scores.z, joint=smoother.run(scores.joint))
 
-    def raw(self, deviations: ArrayLike, values: ArrayLike) -> Scores:
-        """Return the scores before smoothing, each row by itself; shapes as in ``score``."""
+    def memory(self) -> Ewma | None:
+        """Return what ``raw`` remembers from row to row, with no row behind it; None where each stands by itself."""
+        return None if self.ewma is None else self.ewma.fresh()
+
+    def raw(self, deviations: ArrayLike, values: ArrayLike, memory: Ewma | None) -> Scores:
+        """Return the scores before smoothing; shapes as in ``score``.
+
+        Args:
+            memory: of the rows before these, moved on by them; from ``memory``.
+        """
         z = _deviates(self.scale, deviations, values, self.config)
+        if memory is not None:
+            z = _added_up(memory, z, self.scale.constant, self.config)
         return Scores(z=z, joint=self._joint(winsorise(z, self.config.winsor)))
 
     @property
@@ -97,6 +110,11 @@ def _deviates(scale: ResidualScale, deviations: ArrayLike, values: ArrayLike, co
     return np.where(scale.constant, z, np.maximum(z, 0.0)) if config.is_one_sided else z
 
 
+def _added_up(memory: Ewma, z: FloatArray, constant: NDArray[np.bool_], config: ScoreConfig) -> FloatArray:
+    """Return z [N, V] after the memory; variates that were constant in training stay as they are."""
+    return np.where(constant, z, memory.run(winsorise(z, config.winsor)))
+
+
 def fit_score_model(
     deviations: ArrayLike,
     values: ArrayLike,
@@ -111,12 +129,15 @@ def fit_score_model(
         config: which scores.
 
     Raises:
-        DataError: too few residuals to set any scale.
+        DataError: too few residuals to set any scale, or for the memory of ``ewma``.
     """
     unit = training.high - training.low if config.has_data_units else 1.0
     floor = TAIL_FLOOR if config.kind in ("tail", "growth") else config.scale_floor * unit
     scale = fit_residual_scale(deviations, training, smallest=floor, constant_score=config.constant_score)
     z = winsorise(_deviates(scale, deviations, values, config), config.winsor)
+    ewma = None if config.ewma is None else fit_ewma(config.ewma, z)
+    if ewma is not None:
+        z = winsorise(_added_up(ewma.fresh(), z, scale.constant, config), config.winsor)
     used = ~scale.constant & ((~np.isnan(z)).sum(axis=0) >= 2)
     covariance = fit_covariance(z[:, used]) if used.any() else None
     calibrations: tuple[Calibration | None, ...] = ()
@@ -124,4 +145,6 @@ def fit_score_model(
         calibrations = tuple(
             fit_calibration(np.abs(z[:, v])) if (~np.isnan(z[:, v])).any() else None for v in range(z.shape[1])
         )
-    return ScoreModel(config=config, scale=scale, used=used, covariance=covariance, variate_calibrations=calibrations)
+    return ScoreModel(
+        config=config, scale=scale, used=used, covariance=covariance, variate_calibrations=calibrations, ewma=ewma
+    )

@@ -16,7 +16,7 @@ from tsforge.anomaly.confirmed import left_out
 from tsforge.anomaly.health import HEALTH_ROWS
 from tsforge.anomaly.monitor import EventRow, Judged, Monitor
 from tsforge.anomaly.residuals import TrainingRange
-from tsforge.anomaly.scoring import ScoreModel, fit_score_model
+from tsforge.anomaly.scoring import ScoreModel, Scores, fit_score_model
 from tsforge.anomaly.smoothing import build_smoother
 from tsforge.anomaly.spans import SeriesSpans
 from tsforge.anomaly.tables import ScoredRows
@@ -120,7 +120,15 @@ def fit_monitor(
     model = fit_score_model(rows.deviations[scale][normal], rows.values[scale][normal], rows.training, config.score)
     known = slice(spans.calibration[0] - rows.start, start - rows.start)
     confirmed = rows.confirmed[known]
-    scores = model.raw(rows.deviations[known], rows.values[known])
+    size = known.stop - known.start
+    lead = min(LEAD_ROWS, size // 2)
+    before = size - lead
+    early, leading = slice(known.start, known.stop - lead), slice(known.stop - lead, known.stop)
+    memory = model.memory()
+    parts = [model.raw(rows.deviations[early], rows.values[early], memory)]
+    kept = copy.deepcopy(memory)  # of the monitor, which judges the leading rows again
+    parts.append(model.raw(rows.deviations[leading], rows.values[leading], memory))
+    scores = Scores(*(np.concatenate(each) for each in zip(*((p.z, p.joint) for p in parts), strict=True)))
     rule, smoother, settings = new_rule(), build_smoother(config.score), config.calibration
     joint, buckets = scores.joint, None
     if rows.buckets is not None:
@@ -128,12 +136,10 @@ def fit_monitor(
             raise ConfigError(f"calibration.by has no effect with rule {rule.describe()}: it promises no alarm rate")
         buckets = fit_buckets(np.where(confirmed, np.nan, joint), rows.buckets[known], rule.alpha)
         joint = buckets.apply(joint, rows.buckets[known])
-    lead = min(LEAD_ROWS, joint.size // 2)
-    before = joint.size - lead
     if smoother is not None:
         smoother.fit(np.where(confirmed, np.nan, joint))
-        early = smoother.run(joint[:before])
-        joint = np.concatenate([early, copy.deepcopy(smoother).run(joint[before:])])
+        smoothed = smoother.run(joint[:before])
+        joint = np.concatenate([smoothed, copy.deepcopy(smoother).run(joint[before:])])
     sample = np.where(confirmed, np.nan, joint)
     calibration = fit_calibration(
         sample,
@@ -148,6 +154,7 @@ def fit_monitor(
         names=names,
         config=config.events,
         model=model,
+        memory=kept,
         buckets=buckets,
         calibration=calibration,
         smoother=smoother,
@@ -157,8 +164,7 @@ def fit_monitor(
         start=start,
         recent=recent,
     )
-    part = slice(known.stop - lead, known.stop)
-    monitor.run(*_inputs(rows, part), confirmed=rows.confirmed[part])
+    monitor.run(*_inputs(rows, leading), confirmed=rows.confirmed[leading])
     return monitor
 
 

@@ -46,7 +46,7 @@ def monitor_of(deviations: np.ndarray, config: EventConfig, start: int) -> Monit
     values = np.zeros((len(deviations), 4))
     training = TrainingRange(low=np.zeros(4), high=np.ones(4))
     model = fit_score_model(deviations[:200], values[:200], training, ScoreConfig())
-    scores = model.raw(deviations[:200], values[:200]).joint
+    scores = model.raw(deviations[:200], values[:200], None).joint
     return Monitor(
         series_id="one",
         names=NAMES,
@@ -75,7 +75,7 @@ def chained(segments: list[Segment], leading: list[frozenset[str]], cooldown: in
 
 def expected_events(monitor: Monitor, deviations: np.ndarray, skipped: int) -> list[EventRow]:
     """Return the events of all rows at once: segments of the whole span, contributions of their rows, chains."""
-    found = monitor.model.raw(deviations, np.zeros((len(deviations), 4)))
+    found = monitor.model.raw(deviations, np.zeros((len(deviations), 4)), None)
     decisions, p = monitor.rule.run(found.joint), monitor.calibration.p_values(found.joint)
     segments = [one for one in find_segments(found.joint, decisions, monitor.config) if one.end >= skipped]
     ranked = []
