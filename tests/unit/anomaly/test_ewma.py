@@ -11,7 +11,10 @@ from tsforge.anomaly.config import DetectConfig, ScoreConfig
 from tsforge.anomaly.ewma import Ewma, fit_ewma
 from tsforge.anomaly.residuals import TrainingRange
 from tsforge.anomaly.scoring import fit_score_model
+from tsforge.anomaly.series import SeriesRows, fit_monitor
 from tsforge.anomaly.smoothing import Exponential
+from tsforge.anomaly.spans import SeriesSpans
+from tsforge.anomaly.thresholds import Quantile
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError
 from tsforge.metrics.anomaly import auc_pr
@@ -157,3 +160,26 @@ def test_a_memory_without_rows_behind_it_begins_at_nothing() -> None:
     assert memory.run(np.empty((0, 2))).shape == (0, 2)
     assert memory.level.tolist() == [2.0, 0.0]
     assert memory.fresh().level.tolist() == [0.0, 0.0]
+
+
+def test_a_monitor_knows_the_rows_before_the_first_one_to_judge_once() -> None:
+    """The last of them are judged twice, for events under way; the second time from where the first began."""
+    deviations = np.random.default_rng(6).normal(size=(160, 2)).cumsum(axis=0) * 0.3
+    values, start = np.zeros((160, 2)), 120
+    training = TrainingRange(low=np.full(2, -1.0), high=np.ones(2))
+    rows = SeriesRows(
+        series_id="one",
+        start=0,
+        deviations=deviations[:, None],
+        values=values,
+        expected=values,
+        training=training,
+        confirmed=np.zeros(160, dtype=bool),
+    )
+    spans = SeriesSpans(scale=(0, 100), calibration=(100, 120), is_shared=False)
+    config = validate(DetectConfig, {"score": {"ewma": 0.05}, "rule": {"kind": "quantile", "alpha": 0.1}})
+    monitor = fit_monitor(rows, spans, start, config, lambda: Quantile(0.1, low_factor=2.0), ("x", "y"))
+    told = monitor.run(deviations[start:, None], values[start:]).z
+    model = fit_score_model(deviations[:100, None], values[:100], training, config.score)
+    whole = model.raw(deviations[100:, None], values[100:], model.memory()).z
+    assert np.array_equal(told, whole[20:])
