@@ -361,6 +361,22 @@ def test_a_guard_changes_the_residuals_and_nothing_else(workspace: Workspace, fo
     assert {name for name in found[0] if found[0][name] != found[1][name]} == {"ar_net, residuals"}
 
 
+def test_further_scores_are_rows_of_the_same_model(workspace: Workspace, folder: Path) -> None:
+    chart = {"joint": "mean_abs", "ewma": 0.1}
+    both = run(workspace, folder, scores={"chart": chart}, series=["a"])
+    alone = run(workspace, folder, score=chart, series=["a"])
+    areas = [{record["method"]: record["auc_pr"] for record in each.records()} for each in (both, alone)]
+    assert set(areas[0]) - set(areas[1]) == {"ar_net, chart"}
+    assert areas[0]["ar_net, chart"] == areas[1]["ar_net, residuals"] != areas[0]["ar_net, residuals"]
+    only = run(workspace, folder, score=None, ensemble=None, scores={"chart": chart}, series=["a"])
+    assert [name for name in only.table["method"] if name.startswith("ar_net")] == ["ar_net, chart"]
+    for name in ("residuals", "ensemble", "a, b"):
+        with pytest.raises(ConfigError, match=f"scores: '{name}' cannot name a row"):
+            run(workspace, folder, scores={name: chart})
+    with pytest.raises(ConfigError, match=r"scores\.chart\.ewm: unknown key; did you mean 'ewma'\?"):
+        run(workspace, folder, scores={"chart": {"ewm": 0.1}})
+
+
 def test_settings_without_sense_are_refused_before_anything_runs(workspace: Workspace, folder: Path) -> None:
     for settings, text in (
         ({"models": ["nothing"]}, "nothing"),
@@ -429,3 +445,8 @@ def test_the_configs_measure_what_they_say() -> None:
     assert quick.judgement == full.judgement
     assert quick.ensemble == full.ensemble
     assert quick.score == full.score
+    scores = load(AnomalyBenchmarkConfig, "benchmark/anomaly_scores", ())
+    assert scores.score is None
+    assert not {"asd", "smd"} & set(scores.families)  # of which nothing may be chosen
+    told = {(score.joint, score.ewma, score.smoothing is not None) for score in scores.scores.values()}
+    assert len(told) == len(scores.scores) == 8

@@ -48,6 +48,7 @@ from tsforge.training.config import TrainConfig
 _LOG = get_logger(__name__)
 FOLDER = "anomaly_benchmark"
 DEPLOYED = "deployed"  # the name of ``rule`` among the further ones
+RESIDUALS, ENSEMBLE = "residuals", "ensemble"  # the rows of ``score`` and ``ensemble``
 _SOURCES = (
     "anomaly",
     "metrics",
@@ -104,8 +105,10 @@ class AnomalyBenchmarkConfig(Config):
     """Rows ahead of which residuals are taken."""
     score: ScoreConfig | None = validate(ScoreConfig, {"joint": "mahalanobis", "smoothing": 0.1})
     """Of the residuals of a model alone; null: not graded."""
+    scores: dict[str, ScoreConfig] = Field(default_factory=dict)
+    """Further scores of the same model by a name of one's own, each a row beside ``score``."""
     guard: GuardSetting = None
-    """Of the same, as in ``detect``; the ensemble has none. Rows then go through a model one at a time."""
+    """Of ``score``, as in ``detect``; the others have none. Rows then go through a model one at a time."""
     ensemble: EnsembleConfig | None = EnsembleConfig()
     """Of a model's residuals with plain scorers; null: not graded. Its plain members alone are a row too."""
     calibration: CalibrationConfig = CalibrationConfig(min_scale_rows=30, min_rows=50)
@@ -375,7 +378,13 @@ def _check(config: AnomalyBenchmarkConfig, names: set[str]) -> None:
         if entry.context_lengths is not None and len(entry.context_lengths) > 1:
             raise ConfigError(f"models: '{entry.title}' names several look-backs; the anomaly benchmark takes one")
         resolve_model_config({"name": entry.name, **entry.model})
-    if config.models and config.score is None and config.ensemble is None:
+    for name in config.scores:
+        if name in (RESIDUALS, ENSEMBLE) or "," in name:
+            raise ConfigError(
+                f"scores: '{name}' cannot name a row; take a name that is neither "
+                f"'{RESIDUALS}' nor '{ENSEMBLE}' and has no comma"
+            )
+    if config.models and config.score is None and config.ensemble is None and not config.scores:
         raise ConfigError("score and ensemble are both null, so no model would be graded; give one of them")
     if config.guard is not None and config.score is None:
         raise ConfigError("guard is for the residuals of a model alone, which score: null leaves out")
@@ -385,17 +394,12 @@ def _check(config: AnomalyBenchmarkConfig, names: set[str]) -> None:
 
 def _setting(entry: ModelEntry, config: AnomalyBenchmarkConfig) -> ModelSetting:
     recipes: list[tuple[str, DetectConfig | EnsembleConfig]] = []
+    shared: dict[str, Any] = {"calibration": config.calibration, "rule": config.rule, "events": config.events}
     if config.score is not None:
-        detector = DetectConfig(
-            score=config.score,
-            calibration=config.calibration,
-            rule=config.rule,
-            events=config.events,
-            guard=config.guard,
-        )
-        recipes.append(("residuals", detector))
+        recipes.append((RESIDUALS, DetectConfig(score=config.score, guard=config.guard, **shared)))
+    recipes += [(name, DetectConfig(score=score, **shared)) for name, score in config.scores.items()]
     if config.ensemble is not None and config.ensemble.residual:
-        recipes.append(("ensemble", config.ensemble))
+        recipes.append((ENSEMBLE, config.ensemble))
     train = validate(TrainConfig, {**config.train.model_dump(exclude_unset=True), **entry.train}, where="train")
     fit: dict[str, Any] = {
         "model": {"name": entry.name, **entry.model},
