@@ -3,10 +3,10 @@
 Usage: python benchmarks/short_ranks.py --out benchmarks/results/short_ranks_DATE FILE.json [FILE.json ...]
 
 The twelve sets of ``benchmark/short`` were measured in several sittings, each with a table of its own. Here every set
-is ranked once (seeds averaged first, ties share their mean rank) and ranks are averaged over sets, for models measured
-on all of them. A set of several files counts as the last of them has it, whole. ``first or level``: lowest of all, or
-with a seed within the range of the seeds of the lowest. Rows that choose their look-back by the test rows ("best
-look-back") take no part. Writes OUT.json and OUT.md.
+is ranked once (seeds averaged first, ties share their mean rank) and ranks are averaged over sets, for models
+measured on all of them. A model that several files have on a set counts as the last of them has it. ``first or
+level``: lowest of all, or with a seed within the range of the seeds of the lowest. Rows that choose their look-back
+by the test rows ("best look-back") take no part. Writes OUT.json and OUT.md.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def read(paths: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
         here: dict[str, dict[str, dict[str, Any]]] = {}
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             if row["status"] == "ok" and "best look-back" not in row["model"]:
-                here.setdefault(row["data"], {})[row["model"].split(":season_length")[0]] = row
-        found |= here
+                name = row["model"].split(":season_length")[0].split(":minutes")[0]  # as the config labels them
+                here.setdefault(row["data"], {})[name] = row
+        for data, rows in here.items():
+            found.setdefault(data, {}).update(rows)
     return found
 
 
