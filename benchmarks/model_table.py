@@ -108,6 +108,21 @@ PRESETS = {
         + _LONG.replace("batch_size=64", "batch_size=256").replace("epochs=12", "epochs=48").replace("ce=4", "ce=16"),
         (336,),
     ),
+    # the time of one network: its training without a stop, and the same number of steps in four falls of the rate
+    **{
+        f"{member} alone, no stop": Preset(
+            f"{member}:dropout=0.2:skip=none" + _LONG.replace("patience=4", "patience=null"), (336,)
+        )
+        for member in ("gru", "lstm")
+    },
+    **{
+        f"4 snapshots of {member} alone": Preset(
+            f"committee:snapshots=4:member.name={member}:member.dropout=0.2:member.skip=none"
+            + _LONG.replace("patience=4", "patience=null").replace("one_cycle", "cyclic_cosine:train.cycles=4"),
+            (336,),
+        )
+        for member in ("gru", "lstm")
+    },
     "aaren alone: sinusoid": Preset("aaren:dropout=0.2:skip=none:position=sinusoid" + _LONG, (336,)),
 }
 GROUPS = {
@@ -115,6 +130,7 @@ GROUPS = {
     "plrnn": tuple(name for name in PRESETS if name.startswith("plrnn")),
     "ablations": tuple(name for name in PRESETS if name.startswith("chimera alone") and ", longer" not in name),
     "closed": (LINEAR, CHOSEN),
+    "snapshots": tuple(name for name in PRESETS if name.endswith(", no stop") or "snapshots of" in name),
     "temporal": ("temporal", "temporal, structural"),
     "longer": tuple(name for name in PRESETS if ", longer" in name),
 }
@@ -314,7 +330,7 @@ def main() -> None:
     parser.add_argument(
         "--models",
         default="closed,s4,chimera",
-        help="presets by commas; 'ablations', 'longer', 'plrnn', 'recurrent' and 'closed' for several",
+        help="presets by commas; 'ablations', 'longer', 'plrnn', 'recurrent', 'snapshots' and 'closed' for several",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calendar", default="", help="features of the time stamp for models with known covariates")
