@@ -113,7 +113,7 @@ PRESETS = {
         f"{member} alone, no stop": Preset(
             f"{member}:dropout=0.2:skip=none" + _LONG.replace("patience=4", "patience=null"), (336,)
         )
-        for member in ("gru", "lstm")
+        for member in ("gru",)
     },
     **{
         f"4 snapshots of {member} alone": Preset(
@@ -121,7 +121,7 @@ PRESETS = {
             + _LONG.replace("patience=4", "patience=null").replace("one_cycle", "cyclic_cosine:train.cycles=4"),
             (336,),
         )
-        for member in ("gru", "lstm")
+        for member in ("gru",)
     },
     "aaren alone: sinusoid": Preset("aaren:dropout=0.2:skip=none:position=sinusoid" + _LONG, (336,)),
 }

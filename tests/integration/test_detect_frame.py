@@ -13,6 +13,7 @@ import pytest
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
 from tsforge.anomaly.preparation import points_per_day
+from tsforge.anomaly.spans import SeriesSpans, series_spans
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.artifact import Artifact
 from tsforge.contracts.tables import JOINT, AnomalyReport
@@ -226,6 +227,22 @@ def test_too_few_rows_before_the_start_is_an_error_with_the_number(artifact: Art
         detect(artifact, as_frame(data), start=hours(TRAIN - 1))
     with pytest.raises(DataError, match="no row to score from"):
         detect(artifact, as_frame(data), start=hours(ROWS + 5))
+
+
+def test_a_long_memory_gets_the_rows_it_needs_or_the_series_is_left_out(artifact: Artifact, data: pl.DataFrame) -> None:
+    """160 rows set the scale for ``ewma: 0.0125``, though half of those at hand would be fewer."""
+    settings = config(score={"ewma": 0.0125})
+    assert settings.score.remembered_rows == 160
+    spans = series_spans(np.ones(270, dtype=bool), 0, 3, settings.calibration, remembered=160)
+    assert isinstance(spans, SeriesSpans)
+    assert (spans.scale, spans.calibration, spans.is_shared) == ((0, 160), (160, 270), False)
+    assert detect(artifact, as_frame(data), settings, start=hours(TRAIN + 270)).scores.table["score"].drop_nulls().len()
+    with pytest.raises(DataError, match=r"at least 160 rows with a forecast and a value are needed, 'a' has 150"):
+        detect(artifact, as_frame(data), settings, start=hours(TRAIN + 150))
+    assert detect(artifact, as_frame(data), config(), start=hours(TRAIN + 150)).scores.table.height
+    short = data.filter((pl.col("series_id") == "a") | (pl.col("time") >= hours(TRAIN + 270 - 130)))
+    report = detect(artifact, as_frame(short), settings, start=hours(TRAIN + 270))
+    assert any("1 of 2 series cannot be calibrated" in notice for notice in report.metadata["notices"])
 
 
 def test_one_span_for_scale_and_calibration_is_said(artifact: Artifact, data: pl.DataFrame) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -165,6 +166,11 @@ class ScoreConfig(Config):
     def has_data_units(self) -> bool:
         """True when deviations are in the units of the data."""
         return self.kind in ("normalised", "reconstruction")
+
+    @property
+    def remembered_rows(self) -> int:
+        """Normal rows that ``ewma`` needs to learn how far residuals add up: twice what it remembers; 0 without it."""
+        return 0 if self.ewma is None else math.ceil(2.0 / self.ewma)
 
     @property
     def latency(self) -> int:

@@ -105,7 +105,9 @@ def prepare(
         )
         usable = np.asarray((~np.isnan(rows.deviations[: span.start - first])).any(axis=(1, 2)))
         usable &= ~rows.confirmed[: span.start - first]
-        spans = series_spans(usable, first, panel.num_targets, config.calibration)
+        spans = series_spans(
+            usable, first, panel.num_targets, config.calibration, remembered=config.score.remembered_rows
+        )
         if isinstance(spans, int):
             lacking[name] = (int(usable.sum()), spans)
         else:

@@ -85,7 +85,12 @@ def choose_span(artifact: Artifact, first: int, last: int, start: TimeLike | Non
 
 
 def series_spans(
-    usable: NDArray[np.bool_], first_row: int, num_variates: int, config: CalibrationConfig
+    usable: NDArray[np.bool_],
+    first_row: int,
+    num_variates: int,
+    config: CalibrationConfig,
+    *,
+    remembered: int = 0,
 ) -> SeriesSpans | int:
     """Return the scale and calibration rows of one series, or the number of usable rows that would be needed.
 
@@ -97,17 +102,19 @@ def series_spans(
         first_row: absolute.
         num_variates: V.
         config: sizes.
+        remembered: rows that the memory of a score needs to set its scale, whatever the sizes say.
     """
     rows = np.flatnonzero(usable)
     end = first_row + usable.size
-    needed = config.min_scale_rows + config.min_rows
+    least = max(config.min_scale_rows, remembered)
+    needed = least + config.min_rows
     if rows.size >= needed:
-        count = min(max(int(config.scale_share * rows.size), config.min_scale_rows), config.max_scale_rows)
+        count = min(max(int(config.scale_share * rows.size), least), max(config.max_scale_rows, remembered))
         count = min(count, rows.size - config.min_rows)
         cut = int(rows[count])
         recent = int(rows[max(count, rows.size - config.max_rows)])
         return SeriesSpans((first_row + int(rows[0]), first_row + cut), (first_row + recent, end), False)
-    shared = max(ROWS_PER_VARIATE_SHARED * num_variates, config.min_rows)
+    shared = max(ROWS_PER_VARIATE_SHARED * num_variates, config.min_rows, remembered)
     if rows.size >= shared:
         both = (first_row + int(rows[0]), end)
         return SeriesSpans(both, both, True)
