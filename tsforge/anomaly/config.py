@@ -68,6 +68,11 @@ class CusumSmoothing(Config):
 SmoothingConfig = Annotated[ExponentialSmoothing | MedianSmoothing | CusumSmoothing, Field(discriminator="kind")]
 
 
+def settling_rows(weight: float) -> int:
+    """Return the normal rows that tell how far residuals add up: twice the ``1 / weight`` that are remembered."""
+    return math.ceil(2.0 / weight)
+
+
 class ScoreConfig(Config):
     """From residuals to one score a row."""
 
@@ -169,8 +174,8 @@ class ScoreConfig(Config):
 
     @property
     def remembered_rows(self) -> int:
-        """Normal rows that ``ewma`` needs to learn how far residuals add up: twice what it remembers; 0 without it."""
-        return 0 if self.ewma is None else math.ceil(2.0 / self.ewma)
+        """Rows that the memory of ``ewma`` needs to set its scale; 0 without it."""
+        return 0 if self.ewma is None else settling_rows(self.ewma)
 
     @property
     def latency(self) -> int:

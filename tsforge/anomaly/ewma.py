@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.signal import lfilter
 
+from tsforge.anomaly.config import settling_rows
 from tsforge.core.errors import DataError
 
 FloatArray = NDArray[np.float64]
@@ -61,10 +62,10 @@ def fit_ewma(weight: float, z: ArrayLike) -> Ewma:
     Rows near the beginning count for what they are of a settled S.
 
     Raises:
-        DataError: fewer rows than twice the ``1 / weight`` that are remembered.
+        DataError: fewer rows than ``settling_rows``.
     """
     values = np.asarray(z, dtype=np.float64)
-    needed = int(np.ceil(2.0 / weight))
+    needed = settling_rows(weight)
     if len(values) < needed:
         raise DataError(
             f"score.ewma {weight:g} remembers about {1.0 / weight:.0f} rows and needs {needed} to learn how far they "

@@ -385,7 +385,9 @@ def _check(config: AnomalyBenchmarkConfig, names: set[str]) -> None:
                 f"'{RESIDUALS}' nor '{ENSEMBLE}' and has no comma"
             )
     if config.models and config.score is None and config.ensemble is None and not config.scores:
-        raise ConfigError("score and ensemble are both null, so no model would be graded; give one of them")
+        raise ConfigError(
+            "score and ensemble are both null and scores is empty, so no model would be graded; give one of them"
+        )
     if config.guard is not None and config.score is None:
         raise ConfigError("guard is for the residuals of a model alone, which score: null leaves out")
     if config.guard is not None and config.guard.max_rows is None:
