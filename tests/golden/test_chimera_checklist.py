@@ -1,8 +1,9 @@
 """What Chimera learns: point 5.11 of its verification checklist.
 
 Thresholds of (i) are the specification's, those of (ii) and (iii) its proposals, which hold. The other points stand
-beside the code they check, in ``tests/unit/ops`` (the scan), ``tests/unit/layers/test_chimera_layers.py`` and
-``tests/unit/models/test_chimera.py``; each test there names its point.
+beside the code they check, in ``tests/unit/ops`` (the scan), ``tests/unit/layers`` (``test_chimera_recurrence.py``,
+``test_chimera_causality.py``, ``test_chimera_layers.py``) and ``tests/unit/models`` (``test_chimera.py``,
+``test_chimera_streaming.py``); each test there names its point.
 """
 
 from __future__ import annotations

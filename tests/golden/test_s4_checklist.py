@@ -1,8 +1,8 @@
 """State space models end to end: what they learn, and that a running forecast survives a file.
 
 The other points of the verification checklist stand beside the code they check, in ``tests/unit/ops`` (``hippo``,
-``discretise``, ``krylov``, ``dplr``, ``vandermonde``, ``fftconv``), ``tests/unit/layers`` (``ssm``, ``ssm_block``),
-``tests/unit/models/test_ssm_forecaster.py``, ``test_ssm_inputs.py`` and ``test_ssm_streaming.py`` beside it, and
+``discretise``, ``krylov``, ``dplr``, ``vandermonde``, ``fftconv``), ``tests/unit/layers`` (``ssm``, ``ssm_numbers``,
+``ssm_block``), ``tests/unit/models/test_ssm_forecaster.py``, ``test_ssm_inputs.py``, ``test_ssm_streaming.py``, and
 ``tests/unit/training/test_parameter_groups.py``; each test there names its point. Thresholds are 1.6
 to 7 times what was measured on one CPU thread.
 """
