@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -31,7 +32,8 @@ from tsforge.network import NetworkConfig
 
 AS_OF = datetime(2026, 3, 4, 6, tzinfo=UTC)
 STEP = timedelta(hours=12)
-ONLINE = {"quantile_levels": [0.1, 0.5, 0.9], "online": {"start": 4, "window": 30, "rates": [0.05]}}
+ONLINE = {"quantile_levels": [0.1, 0.5, 0.9], "online": {"start": 4, "window": 30}}
+ACI = {"start": 4, "window": 30, "method": "aci", "rates": [0.05]}
 
 
 def run(site: Any, number: int, *, force: bool = False, **forecast: Any) -> BatchResult:
@@ -44,8 +46,11 @@ def hashes() -> dict[str, dict[str, str]]:
     return {item.path.name: {name: facts["sha256"] for name, facts in item.manifest["files"].items()} for item in found}
 
 
-def test_each_batch_learns_from_what_came_since_the_one_before(site: Any) -> None:
-    results = [run(site, number) for number in range(6)]
+@pytest.mark.parametrize(("settings", "statuses"), [(ONLINE["online"], {"adapted"}), (ACI, {"adapted", "infinite"})])
+def test_each_batch_learns_from_what_came_since_the_one_before(
+    site: Any, settings: dict[str, Any], statuses: set[str]
+) -> None:
+    results = [run(site, number, online=settings) for number in range(6)]
     facts = [result.partition.manifest["online"] for result in results]
     assert facts[0]["from"] is None
     assert [item["from"] for item in facts[1:]] == [(AS_OF + number * STEP).isoformat() for number in range(5)]
@@ -58,8 +63,8 @@ def test_each_batch_learns_from_what_came_since_the_one_before(site: Any) -> Non
     assert online is not None
     assert cells is not None
     assert cells["count"].unique().to_list() == [5]
-    # one miss among four scores leaves alpha at 0.16, and five scores hold no more than 1/6
-    assert set(online["status_80"]) == {"adapted", "infinite"}
+    # aci: one miss among four scores leaves alpha at 0.16, and five scores hold no more than 1/6
+    assert set(online["status_80"]) == statuses
     static = online.select("q0.1", "q0.9").to_numpy()
     assert not np.allclose(forecast.select("q0.1", "q0.9").to_numpy(), static)
     assert forecast["q0.5"].equals(online["q0.5"])
@@ -67,6 +72,23 @@ def test_each_batch_learns_from_what_came_since_the_one_before(site: Any) -> Non
     other = run_batch(plain, AS_OF + 5 * STEP, Workspace.open()).partition.table("forecast")
     assert other is not None
     assert np.array_equal(other.select("q0.1", "q0.9").to_numpy(), static)
+
+
+def test_a_state_published_before_tracking_goes_on_as_aci_and_tracking_starts_anew(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = run(site, 0, online=ACI)
+    path = first.partition.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["online"]["settings"]["method"], manifest["online"]["settings"]["rate"]
+    manifest["online"]["format"] = 1
+    path.write_text(json.dumps(manifest))
+    again = run(site, 1, online=ACI).partition.manifest["online"]
+    assert (again["from"], again["judged"]) == (AS_OF.isoformat(), 2 * 2 * 12)
+    assert "start anew" not in caplog.text
+    anew = run(site, 1, online={"start": 4}, force=True).partition.manifest["online"]
+    assert (anew["from"], anew["judged"]) == (None, 0)
+    assert "the online intervals of daily start anew" in caplog.text
 
 
 def test_repeated_and_backfilled_batches_are_byte_for_byte_those_of_the_nights(site: Any) -> None:
@@ -191,4 +213,4 @@ def test_a_backtest_grades_online_intervals_beside_the_static_ones() -> None:
     assert any(note.startswith("linear+online: coverage of 80 %") for note in report.notes)
     assert set(report.by("step").filter(model="linear+online")["step"]) == {1, 2, 3, 4}
     with pytest.raises(ConfigError, match="rates"):
-        validate(BacktestConfig, {"online": {"rates": []}})
+        validate(BacktestConfig, {"online": {"method": "aci", "rates": []}})

@@ -25,7 +25,7 @@ from tsforge.cli import main
 from tsforge.core.config import load, validate
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
-from tsforge.forecasting.online_conformal import OnlineConfig
+from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.stream import Stream
 
 FIRST = datetime(2026, 1, 1, tzinfo=UTC)
@@ -240,7 +240,7 @@ def test_calendar_of_the_horizon_comes_with_the_rows(site: Any) -> None:
     same_as_predict(stream(StreamConfig(), workspace), workspace)
 
 
-ONLINE = {"rates": [0.05], "window": 40, "start": 10}
+ONLINE = {"window": 40, "start": 10}
 
 
 def adapting(**settings: Any) -> StreamConfig:
@@ -307,7 +307,7 @@ def test_settings_of_intervals_that_learn(site: Any, caplog: pytest.LogCaptureFi
     assert stream(StreamConfig(name="learns"), workspace).online == {**later.online, "every": 3}
     caplog.clear()
     with caplog.at_level("WARNING", logger="tsforge"):
-        anew = stream(adapting(online={**ONLINE, "rates": [0.1]}), workspace)
+        anew = stream(adapting(online={**ONLINE, "rate": 0.2}), workspace)
     assert "the online intervals of stream 'learns' start anew: they were made with other settings" in caplog.text
     assert anew.online is not None
     assert (anew.online["judged"], anew.online["every"]) == (0, 3)
@@ -347,7 +347,8 @@ def test_the_command_line(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["stream", "moode=window"], 2, "did you mean 'mode'"),
         (["stream", "restart_every=5"], 2, "for mode 'carried'"),
         (["stream", "online_every=5"], 2, "add online=true"),
-        (["stream", "online.rates=[2]"], 2, "rates must be different numbers between 0 and 1"),
+        (["stream", "online.method=aci", "online.rates=[2]"], 2, "rates must be different numbers between 0 and 1"),
+        (["stream", "online.rates=[0.1]"], 2, "rates belong to method aci; add method: aci, or remove rates"),
         (["stream", "artifact=ghost"], 5, "ghost"),
     ):
         code, text, error = run(*arguments)

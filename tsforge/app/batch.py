@@ -34,7 +34,7 @@ from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.vintages import Delays, newest, published_by
 from tsforge.forecasting.coherent_predict import predict_coherent
-from tsforge.forecasting.online_conformal import OnlineConfig
+from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.reconcile import ReconcileConfig
 from tsforge.scheduling.jobs import BUSY_EXIT_CODE

@@ -13,11 +13,13 @@ from typing import Any
 import polars as pl
 
 from tsforge.app import published
-from tsforge.core.errors import DataError
+from tsforge.core.config import validate
+from tsforge.core.errors import ConfigError, DataError
 from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
-from tsforge.forecasting.online_conformal import FORMAT, OnlineConfig, OnlineConformal
+from tsforge.forecasting.online_conformal import FORMAT, OnlineConformal
+from tsforge.forecasting.online_rules import OnlineConfig, stored_settings
 
 LOGGER = get_logger(__name__)
 FACT = "online"
@@ -70,6 +72,13 @@ def adapt(
     return tables, facts
 
 
+def _same_settings(stored: object, config: OnlineConfig) -> bool:
+    try:
+        return validate(OnlineConfig, stored_settings(stored)) == config
+    except ConfigError:  # of a version with other settings
+        return False
+
+
 def _earlier(
     config: OnlineConfig, workspace: Workspace, job: str, as_of: datetime
 ) -> tuple[OnlineConformal, str | None]:
@@ -78,7 +87,7 @@ def _earlier(
     if partition is None:
         return OnlineConformal(config), None
     facts = partition.manifest[FACT]
-    if facts["settings"] != config.model_dump(mode="json") or facts["format"] != FORMAT:
+    if facts["format"] > FORMAT or not _same_settings(facts["settings"], config):
         LOGGER.warning(
             "the online intervals of %s start anew: the batch of %s was made with other settings",
             job,

@@ -32,7 +32,7 @@ from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.store import SeriesStore
-from tsforge.forecasting.online_conformal import OnlineConfig
+from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.stream import Mode, Stream, long_enough
 from tsforge.forecasting.stream_scores import SCORE_COLUMNS
 

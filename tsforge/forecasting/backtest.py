@@ -43,7 +43,7 @@ from tsforge.forecasting.baselines import BASELINES, TrainingSpan, fit_baseline,
 from tsforge.forecasting.coherent import make_coherence, reconciled_name, with_level_errors
 from tsforge.forecasting.comparison import KEYS, compare, window_losses
 from tsforge.forecasting.online_backtest import with_online
-from tsforge.forecasting.online_conformal import OnlineConfig
+from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.predict import offered_levels
 from tsforge.forecasting.reconcile import ReconcileConfig
 from tsforge.forecasting.regimes import HISTORY, Regime, block_rows, check_regimes, regime_table, window_labels

@@ -10,7 +10,8 @@ from dataclasses import replace
 import polars as pl
 
 from tsforge.core.errors import DataError
-from tsforge.forecasting.online_conformal import OnlineConfig, OnlineConformal
+from tsforge.forecasting.online_conformal import OnlineConformal
+from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.report import BacktestReport
 from tsforge.metrics.summary import metric_table, score_cells, summarise
 

@@ -1,12 +1,13 @@
-"""Intervals that go on learning: adaptive conformal inference on top of published forecast quantiles.
+"""Intervals that go on learning: online conformal inference on top of published forecast quantiles.
 
-For every series (or all together), step, variate and central interval a cell keeps the last n scores and a level alpha
-that answers to its own misses: alpha <- alpha + rate (miss rate wanted - missed) (Gibbs & Candes 2021, Eq. 2). The
-score of a target y is how far it lies outside the published interval [l, u], in widths of it:
-max(l - y, y - u) / (u - l) (Sesia & Candes 2020, CQR-r). It is free of units, never below -1/2, and needs no network:
-forecasts and what came are enough, so any model can be adapted afterwards.
+For every series (or all together), step, variate and central interval a cell keeps the last n scores and a number that
+answers to its own misses. The score of a target y is how far it lies outside the published interval [l, u], in widths
+of it: max(l - y, y - u) / (u - l) (Sesia & Candes 2020, CQR-r). It is free of units, never below -1/2, and needs no
+network: forecasts and what came are enough, so any model can be adapted afterwards.
 
-Several rates side by side are aggregated as in Gibbs & Candes (2024, JMLR 25, "DtACI", Algorithm 1): experts are
+What is learned. With ``method=tracking`` (``online_rules``) the logarithm of a correction of the margin. With
+``method=aci`` a level: alpha <- alpha + rate (miss rate wanted - missed) (Gibbs & Candes 2021, Eq. 2), and several
+side by side are aggregated as in Gibbs & Candes (2024, JMLR 25, "DtACI", Algorithm 1): experts are
 weighted by the pinball loss of their alpha against beta, the level at which the interval would just have missed; the
 alpha used is the weighted mean (their deterministic variant). With one rate this is plain ACI.
 
@@ -16,9 +17,9 @@ outstanding, alpha stays within [-(1 + d) rate, 1 + (1 + d) rate], so that plain
 (max(alpha_1, 1 - alpha_1) + (1 + d) rate) / (rate T) of the rate wanted over T judged intervals, whatever the data
 (Prop. 4.1 with a delay; d = 0 is the proposition).
 
-Deviations. (1) Pooled series move their alpha once per cutoff, by the mean of their misses. (2) Until a cell has enough
-scores, the published interval stands and alpha rests. (3) ``cap`` replaces infinite intervals by the largest score and
-keeps alpha in [0, 1]; the bound above is lost. (4) Bounds that would cross between levels are pushed outwards.
+Deviations. (1) Pooled series learn once per cutoff, by the mean of their misses. (2) Until a cell has enough scores,
+the published interval stands and what is learned rests. (3) ``cap`` replaces infinite intervals by the largest score
+and keeps alpha in [0, 1]; the bound above is lost. (4) Bounds that would cross between levels are pushed outwards.
 """
 
 from __future__ import annotations
@@ -26,56 +27,37 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
 from tsforge.core.atomic import atomic_directory
-from tsforge.core.config import Config, validate
-from tsforge.core.errors import ArtifactError, DataError, listing
-from tsforge.forecasting.conformal_scores import conformal_rank, nested
+from tsforge.core.config import validate
+from tsforge.core.errors import ArtifactError, DataError
+from tsforge.forecasting.conformal_scores import nested
+from tsforge.forecasting.online_rules import (
+    FloatArray,
+    IntArray,
+    OnlineConfig,
+    corrected,
+    least,
+    next_correction,
+    position,
+    stored_settings,
+    weight_rate,
+)
 from tsforge.metrics.summary import central_intervals, quantile_name
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-FORMAT = 1
+FORMAT = 2
 STATUSES = ("static", "adapted", "infinite", "capped", "none")
 _KEY = ("series_id", "variate", "step", "level")
 _ISSUE = ("series_id", "variate", "step", "level", "cutoff")
 _CHUNK = 4_000_000  # scores gathered at once
-
-
-class OnlineConfig(Config):
-    """How intervals go on learning from what came."""
-
-    rates: tuple[float, ...] = (0.05,)
-    """Step of alpha after each judged interval; one = plain ACI, several are weighted by how well they do."""
-    window: int = Field(100, ge=10)
-    """Scores of a cell that count, the newest ones."""
-    start: int = Field(20, ge=1)
-    """Scores before a cell adapts; never fewer than its coverage needs (19 for 95 %)."""
-    pool: Literal["own", "series"] = "own"
-    """``own``: each series learns from itself; ``series``: all together."""
-    cap: bool = False
-    """Give the largest score at hand instead of an infinite interval; the long-run guarantee is lost."""
-    memory: int = Field(100, ge=2)
-    """Judged intervals over which the weights of the rates may change."""
-    patience: int = Field(1, ge=1)
-    """Horizons that an actual value may come late; then its forecast is given up."""
-
-    @field_validator("rates")
-    @classmethod
-    def _usable(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if not rates or any(not 0.0 < rate < 1.0 for rate in rates) or len(set(rates)) != len(rates):
-            raise ValueError(f"rates must be different numbers between 0 and 1, given: {listing(rates)}")
-        return rates
 
 
 @dataclass(frozen=True)
@@ -122,7 +104,7 @@ class OnlineConformal:
     Attributes:
         config: how it learns.
         cells: one row a cell: ``series_id`` ("" when pooled), ``variate, step, level`` (nominal coverage).
-        alpha, weight: [C, K], level and weight of each rate.
+        alpha, weight: [C, K], what each rate has learned (a level, or the logarithm of a correction) and its weight.
         scores: [C, capacity], ring of the newest scores: the i-th ever sits at i modulo capacity.
         count: [C], scores ever taken in.
         pending: issued, not yet judged: keys, ``time, expires, cell, low, high`` (base), ``seen`` (scores at issue),
@@ -141,9 +123,8 @@ class OnlineConformal:
     tally: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*STATUSES, "judged", "given_up"), 0))
 
     def __post_init__(self) -> None:
-        number, rates = self.cells.height, len(self.config.rates)
-        miss = 1.0 - self.cells["level"].to_numpy()
-        self.alpha = np.repeat(miss[:, None], rates, axis=1)
+        number, rates = self.cells.height, len(self.config.steps)
+        self.alpha = self.config.beginning(1.0 - self.cells["level"].to_numpy())
         self.weight = np.full((number, rates), 1.0 / rates)
         self.scores = np.zeros((number, self.config.window))
         self.count = np.zeros(number, dtype=np.int64)
@@ -205,30 +186,45 @@ class OnlineConformal:
         np.add.at(self.count, cell, 1)
 
     def _adjust(self, cell: IntArray, seen: IntArray, score: FloatArray, alpha: FloatArray) -> None:
-        """Move alpha and the weights of the rates of these cells, each by the mean over its rows."""
-        at_least, size = np.empty(len(cell), dtype=np.int64), np.minimum(seen, self.config.window)
+        """Let these cells learn, each from the mean over its rows; ``alpha``: what an interval was issued with."""
+        level = self.cells["level"].to_numpy()
+        missed, loss = self._judge(cell, seen, score, alpha, 1.0 - level[cell][:, None])
+        where, index, times = np.unique(cell, return_inverse=True, return_counts=True)
+        missed_share, mean_loss = np.zeros((len(where), alpha.shape[1])), np.zeros((len(where), alpha.shape[1]))
+        np.add.at(missed_share, index, missed)
+        np.add.at(mean_loss, index, loss)
+        missed_share, mean_loss = missed_share / times[:, None], mean_loss / times[:, None]
+        target = 1.0 - level[where][:, None]
+        if self.config.method == "tracking":
+            since = np.bincount(index, weights=self.count[cell] - seen) / times  # scores of the cell since the issue
+            step = self.config.steps[0] / (1.0 + since / times)
+            self.alpha[where] = next_correction(self.alpha[where], missed_share, target, step[:, None])
+            return
+        weight = self.weight[where] * np.exp(-weight_rate(target, self.config) * mean_loss)
+        weight /= weight.sum(axis=1, keepdims=True)
+        mixing = 1.0 / (2.0 * self.config.memory)
+        self.weight[where] = (1.0 - mixing) * weight + mixing / alpha.shape[1]
+        moved = self.alpha[where] + np.asarray(self.config.steps) * (target - missed_share)
+        self.alpha[where] = np.clip(moved, 0.0, 1.0) if self.config.cap else moved
+
+    def _judge(
+        self, cell: IntArray, seen: IntArray, score: FloatArray, alpha: FloatArray, wanted: FloatArray
+    ) -> tuple[NDArray[np.bool_], FloatArray]:
+        """Return which intervals missed as each rate had issued them, and the loss of the rates, both [M, K]."""
+        size = np.minimum(seen, self.config.window)
+        if self.config.method == "tracking":
+            margin = corrected(self._quantile(cell, seen, 1.0 - wanted[:, 0]), alpha[:, 0])
+            return (score > margin)[:, None], np.zeros_like(alpha)
+        at_least = np.empty(len(cell), dtype=np.int64)
         for rows in _chunks(len(cell), self.config.window):
             sample = self._samples(cell[rows], seen[rows])
             at_least[rows] = ((sample >= score[rows, None]) & np.isfinite(sample)).sum(axis=1)
         beta = ((1 + at_least) / (size + 1))[:, None]
         # alpha >= beta, with the rounding of the rank, so that what is judged is the interval that was issued
-        missed = _place(size[:, None], alpha) <= (size - at_least)[:, None]
+        missed = position(size[:, None], alpha) <= (size - at_least)[:, None]
         if self.config.cap:
             missed |= (at_least == 0)[:, None]
-        wanted = (1.0 - self.cells["level"].to_numpy()[cell])[:, None]
-        loss = wanted * (beta - alpha) - np.minimum(0.0, beta - alpha)
-        where, place, times = np.unique(cell, return_inverse=True, return_counts=True)
-        missed_share, mean_loss = np.zeros((len(where), alpha.shape[1])), np.zeros((len(where), alpha.shape[1]))
-        np.add.at(missed_share, place, missed)
-        np.add.at(mean_loss, place, loss)
-        missed_share, mean_loss = missed_share / times[:, None], mean_loss / times[:, None]
-        target = (1.0 - self.cells["level"].to_numpy()[where])[:, None]
-        weight = self.weight[where] * np.exp(-_learning_rate(target, self.config) * mean_loss)
-        weight /= weight.sum(axis=1, keepdims=True)
-        mixing = 1.0 / (2.0 * self.config.memory)
-        self.weight[where] = (1.0 - mixing) * weight + mixing / alpha.shape[1]
-        moved = self.alpha[where] + np.asarray(self.config.rates) * (target - missed_share)
-        self.alpha[where] = np.clip(moved, 0.0, 1.0) if self.config.cap else moved
+        return missed, wanted * (beta - alpha) - np.minimum(0.0, beta - alpha)
 
     def _samples(self, cell: IntArray, seen: IntArray) -> FloatArray:
         """Return the newest scores [M, window] that a cell had when ``seen`` of them had come; infinite where none."""
@@ -268,8 +264,8 @@ class OnlineConformal:
 
         Returns:
             The table, and ``series_id, cutoff, step, time, variate`` with a column ``status_C`` for each central
-            interval of C percent: ``static`` (too few scores yet), ``adapted``, ``infinite`` (alpha asks for more than
-            the sample holds), ``capped``, ``none`` (no finite interval to start from).
+            interval of C percent: ``static`` (too few scores yet), ``adapted``, ``infinite`` (``aci``: alpha asks for
+            more than the sample holds), ``capped``, ``none`` (no finite interval to start from).
 
         Raises:
             DataError: no pair of quantile columns.
@@ -311,21 +307,36 @@ class OnlineConformal:
         """Return margin in widths, status and whether alpha counts, for cells of one coverage."""
         seen = self.count[cell]
         size = np.minimum(seen, self.config.window)
-        adapted = size >= max(self.config.start, _least(coverage))
+        adapted = size >= max(self.config.start, least(coverage))
+        status = np.where(adapted, STATUSES.index("adapted"), STATUSES.index("static"))
+        if self.config.method == "tracking":
+            margin = np.zeros(len(cell))
+            use = np.flatnonzero(adapted)
+            quantile = self._quantile(cell[use], seen[use], np.full(len(use), coverage))
+            margin[use] = corrected(quantile, self.alpha[cell[use], 0])
+            return margin, status, adapted
         alpha = (self.weight[cell] * self.alpha[cell]).sum(axis=1)
-        rank = np.ceil(_place(size, alpha)).astype(np.int64)
-        margin = np.empty(len(cell))
-        for rows in _chunks(len(cell), self.config.window):
-            ordered = np.sort(self._samples(cell[rows], seen[rows]), axis=1)
-            top = np.clip(np.minimum(rank[rows], size[rows]) - 1, 0, None)
-            margin[rows] = np.take_along_axis(ordered, top[:, None], axis=1)[:, 0]
-        margin = np.where(rank <= 0, -0.5, margin)
+        rank = np.ceil(position(size, alpha)).astype(np.int64)
+        margin = np.where(rank <= 0, -0.5, self._ranked(cell, seen, rank))
         beyond = adapted & (rank > size)
         if not self.config.cap:
             margin = np.where(beyond, np.inf, margin)
-        status = np.where(adapted, STATUSES.index("adapted"), STATUSES.index("static"))
         status[beyond] = STATUSES.index("capped" if self.config.cap else "infinite")
         return margin, status, adapted
+
+    def _quantile(self, cell: IntArray, seen: IntArray, coverage: FloatArray) -> FloatArray:
+        """Return the conformal quantile [M] of the scores that cells had when ``seen`` of them had come."""
+        size = np.minimum(seen, self.config.window)
+        return self._ranked(cell, seen, np.ceil(position(size, 1.0 - coverage)).astype(np.int64))
+
+    def _ranked(self, cell: IntArray, seen: IntArray, rank: IntArray) -> FloatArray:
+        """Return the score of each rank [M], the least and the largest for ranks outside."""
+        found, size = np.empty(len(cell)), np.minimum(seen, self.config.window)
+        for rows in _chunks(len(cell), self.config.window):
+            ordered = np.sort(self._samples(cell[rows], seen[rows]), axis=1)
+            top = np.clip(np.minimum(rank[rows], size[rows]) - 1, 0, None)
+            found[rows] = np.take_along_axis(ordered, top[:, None], axis=1)[:, 0]
+        return found
 
     def _locate(self, forecasts: pl.DataFrame, levels: _Levels) -> IntArray:
         """Return the cell of every row and interval [R, P]; new ones are added."""
@@ -337,9 +348,8 @@ class OnlineConformal:
         fresh = wanted.unique(maintain_order=True).join(self.cells, on=_KEY, how="anti", maintain_order="left")
         if fresh.height:
             self.cells = pl.concat([self.cells, fresh.select(_KEY)])
-            miss = 1.0 - fresh["level"].to_numpy()
-            rates = len(self.config.rates)
-            self.alpha = np.concatenate([self.alpha, np.repeat(miss[:, None], rates, axis=1)])
+            rates = len(self.config.steps)
+            self.alpha = np.concatenate([self.alpha, self.config.beginning(1.0 - fresh["level"].to_numpy())])
             self.weight = np.concatenate([self.weight, np.full((fresh.height, rates), 1.0 / rates)])
             self.scores = np.concatenate([self.scores, np.zeros((fresh.height, self.scores.shape[1]))])
             self.count = np.concatenate([self.count, np.zeros(fresh.height, dtype=np.int64)])
@@ -434,9 +444,9 @@ class OnlineConformal:
         if not cells.height:
             return state
         state.alpha, state.weight = cells["alpha"].to_numpy().copy(), cells["weight"].to_numpy().copy()
-        if state.alpha.shape != (cells.height, len(config.rates)):
+        if state.alpha.shape != (cells.height, len(config.steps)):
             raise ArtifactError(
-                f"the online state holds {state.alpha.shape[-1]} rates, the settings {len(config.rates)}; start anew"
+                f"the online state holds {state.alpha.shape[-1]} rates, the settings {len(config.steps)}; start anew"
             )
         state.count = cells["count"].to_numpy().copy()
         kept = cells["scores"].list.len().cast(pl.Int64).to_numpy()
@@ -481,7 +491,7 @@ class OnlineConformal:
             if hashlib.sha256(content).hexdigest() != hashes[name]:
                 raise ArtifactError(f"{path / name}.parquet is damaged: its SHA-256 differs; restore a copy")
         tables = {name: pl.read_parquet(content) for name, content in contents.items()}
-        return cls.from_tables(validate(OnlineConfig, about["config"]), tables, about["tally"])
+        return cls.from_tables(validate(OnlineConfig, stored_settings(about["config"])), tables, about["tally"])
 
 
 _CELLS: dict[str, type[pl.DataType]] = {
@@ -490,24 +500,6 @@ _CELLS: dict[str, type[pl.DataType]] = {
     "step": pl.Int32,
     "level": pl.Float64,
 }
-
-
-def _least(coverage: float) -> int:
-    """Return the fewest scores that give a finite interval of this coverage."""
-    count = max(1, math.ceil(coverage / (1.0 - coverage) - 1e-9))
-    return count if conformal_rank(count, coverage) <= count else count + 1
-
-
-def _place(size: IntArray, alpha: FloatArray) -> FloatArray:
-    """Return (n + 1)(1 - alpha), whose ceiling is the rank of a margin; without the last digits of a sum of steps."""
-    return np.asarray(np.round((size + 1) * (1.0 - alpha), 9))
-
-
-def _learning_rate(miss: FloatArray, config: OnlineConfig) -> FloatArray:
-    """Return eta of the weights (Gibbs & Candes 2024, section 3.2) for an interval of ``memory`` steps."""
-    number, span = len(config.rates), config.memory
-    spread = (1.0 - miss) ** 2 * miss**3 + miss**2 * (1.0 - miss) ** 3
-    return np.asarray(np.sqrt(3.0 / span * (math.log(number * span) + 2.0) / spread))
 
 
 def _width(low: FloatArray, high: FloatArray) -> FloatArray:

@@ -34,7 +34,7 @@ from tsforge.data.grid import TimeLike
 from tsforge.data.panel import Panel
 from tsforge.forecasting import stream_carried
 from tsforge.forecasting.conformal import needs_recent_errors, needs_windows
-from tsforge.forecasting.online_conformal import OnlineConfig
+from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.predict import (
     artifact_panel,
     checked_levels,

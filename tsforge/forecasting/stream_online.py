@@ -28,7 +28,8 @@ from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, ConfigError, DataError, listing
 from tsforge.data.grid import show_time
 from tsforge.data.panel import Panel
-from tsforge.forecasting.online_conformal import OnlineConfig, OnlineConformal
+from tsforge.forecasting.online_conformal import OnlineConformal
+from tsforge.forecasting.online_rules import OnlineConfig, stored_settings
 from tsforge.forecasting.predict import forecast_table, offered_levels
 from tsforge.forecasting.stream_buffer import Buffer
 from tsforge.forecasting.stream_carried import pick
@@ -37,7 +38,7 @@ from tsforge.forecasting.stream_scores import first_steps, interval_bounds, inte
 from tsforge.forecasting.window_forecasts import FloatArray, WindowForecasts
 from tsforge.metrics.summary import central_intervals
 
-FORMAT = 1
+FORMAT = 2
 _NAMES = ("series_id", "variate")
 _ORDER = ("series_id", "variate", "step", "level")
 _TIMES = ("cutoff", "time", "expires")
@@ -148,9 +149,9 @@ class OnlineIntervals:
         if facts["format"] > FORMAT:
             raise ArtifactError(f"online intervals of format {facts['format']}; this tsforge reads up to {FORMAT}")
         try:
-            config = validate(OnlineConfig, facts["settings"], where="online")
+            config = validate(OnlineConfig, stored_settings(facts["settings"]), where="online")
             parts = {name: value.numpy() for name, value in tensors.items()}
-            rates = pl.Array(pl.Float64, len(config.rates))
+            rates = pl.Array(pl.Float64, len(config.steps))
             kept = parts.pop("cells.kept")
             scores = np.split(parts.pop("cells.scores"), np.cumsum(kept)[:-1]) if len(kept) else []
             cells = _table(parts, "cells.", rates).with_columns(

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from online_cases import START, forecasts, times
 
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, ConfigError, DataError
 from tsforge.forecasting.online_backtest import online_forecasts
-from tsforge.forecasting.online_conformal import OnlineConfig, OnlineConformal
-
-START = datetime(2024, 1, 1, tzinfo=UTC)
-
-
-def times(rows: Sequence[int] | np.ndarray) -> pl.Series:
-    return pl.Series([START + timedelta(hours=int(row)) for row in rows], dtype=pl.Datetime("us", "UTC"))
-
-
-def forecasts(
-    values: np.ndarray, horizon: int, stride: int = 1, *, series: str = "a", coverage: float = 0.8, half: float = 1.0
-) -> pl.DataFrame:
-    """Intervals [-half, half] around 0 from every ``stride``-th row; values [T], NaN = not observed."""
-    cutoffs = np.arange(0, len(values) - horizon, stride)
-    cutoff, step = np.repeat(cutoffs, horizon), np.tile(np.arange(1, horizon + 1), len(cutoffs))
-    low, high = round(0.5 - coverage / 2, 9), round(0.5 + coverage / 2, 9)
-    return pl.DataFrame(
-        {
-            "series_id": [series] * len(step),
-            "cutoff": times(cutoff),
-            "step": step.astype(np.int32),
-            "time": times(cutoff + step),
-            "variate": ["y"] * len(step),
-            "mean": np.zeros(len(step)),
-            f"q{low:g}": np.full(len(step), -half),
-            f"q{high:g}": np.full(len(step), half),
-            "actual": pl.Series(values[cutoff + step]).fill_nan(None),
-        }
-    )
+from tsforge.forecasting.online_conformal import OnlineConformal
+from tsforge.forecasting.online_rules import OnlineConfig
 
 
 def naive(
@@ -82,7 +54,7 @@ def test_plain_aci_equals_a_loop_that_waits_for_each_target(stride: int, horizon
     values[rng.random(150) < 0.1] = np.nan
     settings = {"rate": 0.06, "window": 20, "start": 9}
     table = forecasts(values, horizon, stride)
-    config = OnlineConfig(rates=(settings["rate"],), window=20, start=9)
+    config = OnlineConfig(method="aci", rates=(settings["rate"],), window=20, start=9)
     found, _ = online_forecasts(table, OnlineConformal(config))
     expected = naive(values, horizon, stride, 0.8, **settings)
     assert found.height == len(expected)
@@ -99,7 +71,7 @@ def test_plain_aci_equals_a_loop_that_waits_for_each_target(stride: int, horizon
 def oracle_weights(state: OnlineConformal, table: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """DtACI of one cell with horizon 1, from the equations of Gibbs & Candes (2024), in plain loops."""
     config = state.config
-    miss, span, rates = 0.2, config.memory, config.rates
+    miss, span, rates = 0.2, config.memory, config.steps
     eta = math.sqrt(3 / span) * math.sqrt(
         (math.log(len(rates) * span) + 2) / ((1 - miss) ** 2 * miss**3 + miss**2 * (1 - miss) ** 3)
     )
@@ -121,7 +93,7 @@ def oracle_weights(state: OnlineConformal, table: pl.DataFrame) -> tuple[np.ndar
 def test_rates_are_weighted_as_in_the_paper() -> None:
     values = np.random.default_rng(3).normal(size=200) * np.where(np.arange(200) > 100, 2.0, 1.0)
     table = forecasts(values, 1)
-    state = OnlineConformal(OnlineConfig(rates=(0.01, 0.05, 0.2), window=40, start=10))
+    state = OnlineConformal(OnlineConfig(method="aci", rates=(0.01, 0.05, 0.2), window=40, start=10))
     online_forecasts(table, state)
     alphas, weights = oracle_weights(state, table)
     assert state.alpha[0] == pytest.approx(alphas, abs=1e-12)
@@ -134,7 +106,7 @@ def test_rates_are_weighted_as_in_the_paper() -> None:
 def test_long_run_coverage_is_within_the_bound_for_an_adversary(rate: float, delay: int) -> None:
     """Prop. 4.1 of Gibbs & Candes (2021): in blocks the adversary leaves any finite interval, or takes its middle."""
     coverage, rounds = 0.8, 400
-    state = OnlineConformal(OnlineConfig(rates=(rate,), window=50, start=10))
+    state = OnlineConformal(OnlineConfig(method="aci", rates=(rate,), window=50, start=10))
     waiting: list[tuple[pl.DataFrame, float, bool]] = []
     missed, judged = [], 0
     blank = forecasts(np.zeros(rounds + delay + 2), delay + 1).filter(pl.col("step") == delay + 1)
@@ -165,10 +137,12 @@ def test_long_run_coverage_is_within_the_bound_for_an_adversary(rate: float, del
 def test_an_exhausted_alpha_is_reported_or_capped_by_the_largest_score() -> None:
     values = np.concatenate([np.random.default_rng(0).normal(size=40) * 0.5, 3.0 * 1.3 ** np.arange(20.0)])
     table = forecasts(values, 1)
-    _, status = online_forecasts(table, OnlineConformal(OnlineConfig(rates=(0.1,), start=10)))
+    _, status = online_forecasts(table, OnlineConformal(OnlineConfig(method="aci", rates=(0.1,), start=10)))
     assert status["status_80"].to_list()[:10] == ["static"] * 10
     assert "infinite" in status["status_80"].to_list()
-    capped, status = online_forecasts(table, OnlineConformal(OnlineConfig(rates=(0.1,), start=10, cap=True)))
+    capped, status = online_forecasts(
+        table, OnlineConformal(OnlineConfig(method="aci", rates=(0.1,), start=10, cap=True))
+    )
     assert np.isfinite(capped["q0.9"].to_numpy()).all()
     rows = (status["status_80"] == "capped").arg_true()
     assert len(rows) > 0
@@ -188,7 +162,7 @@ def test_a_restart_at_any_moment_changes_nothing(tmp_path: Path, pool: Any) -> N
     rng = np.random.default_rng(5)
     parts = [forecasts(rng.standard_t(3, 70) * scale, 3, series=name) for name, scale in (("a", 1.0), ("b", 4.0))]
     table = pl.concat(parts).with_columns(**{"q0.25": pl.lit(-0.3), "q0.75": pl.lit(0.4)})
-    config = OnlineConfig(rates=(0.02, 0.1), window=12, start=10, pool=pool)
+    config = OnlineConfig(method="aci", rates=(0.02, 0.1), window=12, start=10, pool=pool)
     straight, status = online_forecasts(table, OnlineConformal(config))
     known = table.select("series_id", "variate", "time", "actual").unique(maintain_order=True)
     state, rows, seen = OnlineConformal(config), [], None
@@ -210,7 +184,7 @@ def test_pooled_series_move_one_alpha_by_the_mean_of_their_misses() -> None:
     values = np.random.default_rng(1).normal(size=(2, 40))
     values[1] *= 5.0
     table = pl.concat([forecasts(values[number], 1, series=name) for number, name in enumerate("ab")])
-    state = OnlineConformal(OnlineConfig(rates=(0.05,), window=30, start=12, pool="series"))
+    state = OnlineConformal(OnlineConfig(method="aci", rates=(0.05,), window=30, start=12, pool="series"))
     online_forecasts(table, state)
     alpha, scores = 0.2, []
     for row in range(1, 39):
@@ -309,7 +283,7 @@ def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no interval to adapt"):
         OnlineConformal().issue(forecasts(np.zeros(4), 1).drop("q0.1"))
     with pytest.raises(ConfigError, match="rates must be different numbers"):
-        validate(OnlineConfig, {"rates": [0.1, 0.1]})
+        validate(OnlineConfig, {"method": "aci", "rates": [0.1, 0.1]})
     with pytest.raises(ArtifactError, match="no readable online state"):
         OnlineConformal.load(tmp_path / "nothing")
     state = OnlineConformal()
@@ -321,4 +295,4 @@ def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"cells\.parquet is damaged"):
         OnlineConformal.load(tmp_path / "state")
     with pytest.raises(ArtifactError, match="holds 1 rates, the settings 2"):
-        OnlineConformal.from_tables(OnlineConfig(rates=(0.1, 0.2)), state.tables())
+        OnlineConformal.from_tables(OnlineConfig(method="aci", rates=(0.1, 0.2)), state.tables())

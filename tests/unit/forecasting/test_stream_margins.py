@@ -22,7 +22,8 @@ from tsforge.data.windows import WindowDataset
 from tsforge.forecasting.backtest import forecasts_at
 from tsforge.forecasting.conformal import Choices, calibrate
 from tsforge.forecasting.online_backtest import online_forecasts
-from tsforge.forecasting.online_conformal import OnlineConfig, OnlineConformal
+from tsforge.forecasting.online_conformal import OnlineConformal
+from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.stream import Stream
 from tsforge.forecasting.stream_buffer import Buffer
@@ -182,7 +183,7 @@ def test_recent_errors_are_for_windows(frame) -> None:
 @pytest.mark.parametrize("choices", [{"method": "recent"}, {"bucket": "volatility"}], ids=str)
 def test_online_intervals_start_from_them_as_in_a_backtest(frame, make_artifact, choices: dict[str, Any]) -> None:
     artifact = fitted(make_artifact("linear"), frame, **choices)
-    config = OnlineConfig(rates=(0.08,), window=25, start=10)
+    config = OnlineConfig(window=25, start=10)
     stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1), online=config)
     for place in range(BEGIN, BEGIN + 72, 24):
         stream.update(rows(frame, place, place + 24))

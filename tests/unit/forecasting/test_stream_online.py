@@ -26,14 +26,15 @@ from tsforge.forecasting.backtest import BacktestConfig, backtest
 from tsforge.forecasting.baselines import fit_solved
 from tsforge.forecasting.conformal import calibrate
 from tsforge.forecasting.online_backtest import online_forecasts
-from tsforge.forecasting.online_conformal import OnlineConfig, OnlineConformal
+from tsforge.forecasting.online_conformal import OnlineConformal
+from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.stream import Stream
 from tsforge.forecasting.stream_online import Learner, OnlineIntervals
 from tsforge.network import NetworkConfig
 
 END = 270  # hours streamed up to
-ONLINE = OnlineConfig(rates=(0.08,), window=25, start=10)
+ONLINE = OnlineConfig(method="aci", rates=(0.08,), window=25, start=10)
 KEYS = ["series_id", "cutoff", "step", "time", "variate"]
 
 
@@ -95,7 +96,7 @@ def naive(
                 low, high = issued["base"]
                 if issued["used"]:
                     missed = not issued["low"] <= y <= issued["high"]
-                    cell["alpha"] += config.rates[0] * (cell["miss"] - missed)
+                    cell["alpha"] += config.steps[0] * (cell["miss"] - missed)
                 cell["scores"].append(max(low - y, y - high) / (high - low))
             row = base[series, variate, cutoff, step]
             lows, highs = [], []
@@ -229,7 +230,8 @@ def test_any_cutting_and_a_restart_after_every_update_change_nothing(
     artifact = make_artifact(naive_model) if model == "seasonal_naive" else untrained(frame, {"name": model})
     artifact = calibrated(artifact, frame)
     settings: dict[str, Any] = {"restart_every": 7} if model == "smoother" else {}
-    config = ONLINE.model_copy(update={"rates": (0.02, 0.1)})
+    tracking = OnlineConfig(window=25, start=10)
+    config = ONLINE.model_copy(update={"rates": (0.02, 0.1)}) if model == "smoother" else tracking
     whole, parts = (
         Stream.start(artifact, drifting, cutoff=hours(BEGIN - 1), online=config, online_every=2, **settings)
         for _ in range(2)
@@ -526,7 +528,7 @@ def test_states_with_and_without_are_told_apart(frame, drifting, make_artifact, 
     assert (again.online.every, again.online.state.config) == (2, ONLINE)
     about = facts["online"]
     spoiled: Sequence[tuple[dict[str, Any], dict[str, Any], str]] = (
-        ({}, {"format": 2}, "online intervals of format 2"),
+        ({}, {"format": 3}, "online intervals of format 3"),
         ({}, {"settings": {**about["settings"], "rates": [0.1, 0.2]}}, "online intervals cannot be read"),
         ({"online.cells.alpha": None}, {}, "online intervals cannot be read"),
         ({"online.cells.series_id": tensors["online.cells.series_id"] + 5}, {}, "online intervals cannot be read"),
