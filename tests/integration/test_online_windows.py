@@ -40,6 +40,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "s4": {"name": "s4", "d_model": 16, "d_state": 16},
     "gru": {"name": "gru", "d_model": 16, "dropout": 0.0},
     "chimera": {"name": "chimera", "d_model": 16, "d_state": 4, "num_layers": 1},
+    "masked": {"name": "chimera", "d_model": 16, "d_state": 4, "num_layers": 1, "reconstruct": True},
     "plrnn": {"name": "plrnn", "latent": 8, "hidden": 16, "ensemble": 2},
     "almost_linear": {
         **{"name": "plrnn", "kind": "almost_linear", "latent": 8, "rectified": 3, "ensemble": 1},
@@ -67,6 +68,8 @@ SCORES: list[tuple[str, dict[str, Any]]] = [
     ("pvrnn", {"kind": "free_energy", "part": "divergence", "joint": "mean_abs"}),
     ("linear", {"kind": "reconstruction", "window": 5, "overlap_reduction": "mean", "ewma": 0.2}),
     ("plrnn", {"kind": "growth", "steps": [1, 3], "ewma": 0.1}),
+    ("masked", {"kind": "masked"}),
+    ("masked", {"kind": "masked", "joint": "max_abs", "ewma": 0.2}),
 ]
 IDS = [f"{kind['kind']} of {name} {number}" for number, (name, kind) in enumerate(SCORES)]
 
@@ -137,7 +140,7 @@ def check_later_rows_move_nothing(artifact: Artifact, table: pl.DataFrame, score
     assert not told[0].equals(told[1])
 
 
-@pytest.mark.parametrize("number", [0, 2, 4, 5, 7, 10, 11, 12], ids=lambda number: IDS[number])
+@pytest.mark.parametrize("number", [0, 2, 4, 5, 7, 10, 11, 12, 16], ids=lambda number: IDS[number])
 def test_later_rows_never_move_earlier_scores(artifacts: dict[str, Artifact], table: pl.DataFrame, number: int) -> None:
     name, score = SCORES[number]
     check_later_rows_move_nothing(artifacts[name], table, score)
@@ -224,6 +227,8 @@ def test_what_a_model_cannot_give_is_refused_at_the_start(artifacts: dict[str, A
         (artifacts["linear"], "growth", "does not tell how errors grow"),
         (artifacts["plrnn"], "regions", "almost_linear"),
         (artifacts["linear"], "free_energy", "has no free energy"),
+        (artifacts["chimera"], "masked", "was not fitted to tell hidden cells.*reconstruct=true"),
+        (artifacts["linear"], "masked", "was not fitted to tell hidden cells"),
     ):
         with pytest.raises(ModelError, match=message):
             OnlineDetector.start(artifact, as_frame(table), watched({"kind": kind}), start=hours(BEGIN))

@@ -22,6 +22,7 @@ ScoreKind = Literal[
     "states",
     "regions",
     "reconstruction",
+    "masked",
     "latent",
     "free_energy",
 ]
@@ -32,6 +33,7 @@ ANSWERS = {
     "states": "changed dynamics",
     "regions": "changed dynamics",
     "reconstruction": "row at odds with its window",
+    "masked": "variate at odds with its past and with the other variates",
     "latent": "unfamiliar regime",
     "free_energy": "row that the model explains badly, or only by an unlikely state",
 }
@@ -82,8 +84,9 @@ class ScoreConfig(Config):
     interval in half-widths, ``nll``, its negative log density; ``growth``, the error of a ``plrnn``'s free run against
     what its Jacobians expect. Of a trailing window: its power ``spectrum``, the ``states`` it visits, the linear
     ``regions`` a ``plrnn`` of kind ``almost_linear`` goes through, or its ``reconstruction`` from principal components.
-    ``latent``: how unfamiliar the state is that the model forecasts from; ``free_energy``: what it costs a ``pvrnn`` to
-    explain the row. All of them then in robust standard deviations of step and variate."""
+    ``masked``: the row as a ``chimera`` tells it while its cells are hidden. ``latent``: how unfamiliar the state is
+    that the model forecasts from; ``free_energy``: what it costs a ``pvrnn`` to explain the row. All of them then in
+    robust standard deviations of step and variate."""
     joint: JointName = "mahalanobis"
     """``mahalanobis`` sees broken correlations, ``max_abs`` single sensors, ``mean_abs`` broad faults."""
     top_k: int | None = Field(None, ge=1)
@@ -170,7 +173,7 @@ class ScoreConfig(Config):
     @property
     def has_data_units(self) -> bool:
         """True when deviations are in the units of the data."""
-        return self.kind in ("normalised", "reconstruction")
+        return self.kind in ("normalised", "reconstruction", "masked")
 
     @property
     def remembered_rows(self) -> int:

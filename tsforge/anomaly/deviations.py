@@ -12,7 +12,14 @@ from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.contexts import context_traces
 from tsforge.anomaly.growth import free_runs
 from tsforge.anomaly.residuals import tail_to_normal
-from tsforge.anomaly.windowed import FAR_OUT, WindowJudge, fit_window_judge, trace_function, training_traces
+from tsforge.anomaly.windowed import (
+    FAR_OUT,
+    UNCOMPARED,
+    WindowJudge,
+    fit_window_judge,
+    trace_function,
+    training_traces,
+)
 from tsforge.artifact import Artifact
 from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
@@ -83,7 +90,7 @@ def collect_deviations(
 
     Of windowed kinds these are distances of the window that ends with a row, the same for all variates with
     ``regions`` and states that all variates share; nothing is expected then. Reconstructed rows are expected, with
-    ``free_energy`` as the model explains them.
+    ``masked`` as the model tells hidden cells, with ``free_energy`` as it explains them.
 
     Args:
         artifact: the fitted network.
@@ -96,7 +103,7 @@ def collect_deviations(
 
     Raises:
         ModelError: ``tail``, ``interval`` or ``nll`` of an artifact that forecasts points only; ``regions``,
-            ``growth``, ``latent`` or ``free_energy`` of a model that has nothing of the kind.
+            ``growth``, ``masked``, ``latent`` or ``free_energy`` of a model that has nothing of the kind.
         DataError: too few training rows for a window.
     """
     if config.is_windowed:
@@ -205,7 +212,7 @@ def _windowed(
     learnt: dict[str, FloatArray] = {}
     if function is None:
         learnt = dict(zip(ids, observed_values(observed, ids, *training), strict=True))
-    elif config.kind != "free_energy":  # that one compares with nothing
+    elif config.kind not in UNCOMPARED:
         learnt = training_traces(artifact, frame, config, training, function)
     judges: dict[str, WindowJudge] = {}
     for place, name in enumerate(ids):

@@ -1,9 +1,9 @@
 """Scores that judge the window or context ending with a row, behind one face; for stored rows and for a stream.
 
 A *trace* is what is kept of a row: its judged values (``spectrum``, ``states``, ``reconstruction``), or what the
-network makes of the context that ends with it (``latent``, ``regions``, ``free_energy``). A score reads the traces of
-``reach`` rows before its row and of ``latency`` rows after it, nothing else, and each row by itself: however rows are
-cut into calls, the bits are the same.
+network makes of the context that ends with it (``masked``, ``latent``, ``regions``, ``free_energy``). A score reads the
+traces of ``reach`` rows before its row and of ``latency`` rows after it, nothing else, and each row by itself: however
+rows are cut into calls, the bits are the same.
 
 Legend: N scored rows, T rows, C size or shape of a trace, V variates.
 """
@@ -20,6 +20,7 @@ from tsforge.anomaly.config import DEFAULT_WINDOW, RECONSTRUCTED_ROWS, ScoreConf
 from tsforge.anomaly.contexts import ContextFunction, context_traces
 from tsforge.anomaly.free_energy import RowEnergies, energy_function
 from tsforge.anomaly.latent import MOST_STATES, LatentScale, fit_latent, hidden_function
+from tsforge.anomaly.masked import masked_function
 from tsforge.anomaly.reconstruction import EXPLAINED, ReconstructionScore, WindowPca, fit_window_pca
 from tsforge.anomaly.regions import region_function
 from tsforge.anomaly.window_scores import (
@@ -36,8 +37,14 @@ from tsforge.data.frame import SeriesFrame
 
 FloatArray = NDArray[np.float64]
 Fitted: TypeAlias = SpectrumScore | StatesScore | RegionsScore | ReconstructionScore | LatentScale | None
+UNCOMPARED = ("masked", "free_energy")  # kinds that judge a row against nothing seen in training
 FAR_OUT = 50.0  # normal deviate of a value that the declared range calls impossible
-_FUNCTIONS = {"latent": hidden_function, "regions": region_function, "free_energy": energy_function}
+_FUNCTIONS = {
+    "masked": masked_function,
+    "latent": hidden_function,
+    "regions": region_function,
+    "free_energy": energy_function,
+}
 
 
 class Found(NamedTuple):
@@ -53,7 +60,7 @@ class WindowJudge:
 
     Attributes:
         config: kind of score.
-        fitted: what training rows were like; None of ``free_energy``, which compares with nothing.
+        fitted: what training rows were like; None of ``masked`` and ``free_energy``, which compare with nothing.
     """
 
     config: ScoreConfig
@@ -86,6 +93,8 @@ class WindowJudge:
                 return Found(self.fitted.distances(traces), nothing)
             case SpectrumScore() | StatesScore() | RegionsScore():
                 return Found(self.fitted.scores(traces, first), nothing)
+        if self.config.kind == "masked":
+            return Found(values - traces, np.broadcast_to(traces, values.shape))
         energies = RowEnergies.of(traces)
         costs = energies.costs(values, self.config.part or "both", impossible=0.5 * FAR_OUT**2)
         return Found(costs, np.broadcast_to(energies.expected, values.shape))
@@ -123,7 +132,7 @@ def fit_window_judge(config: ScoreConfig, training: FloatArray) -> WindowJudge:
     Raises:
         DataError: too few training rows for a window.
     """
-    if config.kind == "free_energy":
+    if config.kind in UNCOMPARED:
         return WindowJudge(config, None)
     if config.kind == "latent":
         return WindowJudge(config, fit_latent(training, config.explained or EXPLAINED))
