@@ -159,7 +159,8 @@ def coverage(table: pl.DataFrame) -> dict[str, Any]:
         score = known.group_by("variate").agg(
             (pl.col(high) - pl.col(low) + cost * (below + above)).mean().alias("score")
         )
-        found[f"score_{nominal}"] = dict(zip(score["variate"], score["score"], strict=True))
+        # None where an interval is infinite
+        found[f"score_{nominal}"] = {name: x if np.isfinite(x) else None for name, x in score.iter_rows()}
     return found
 
 
@@ -219,6 +220,8 @@ def relative_score(rows: list[dict[str, Any]], label: str, nominal: int) -> floa
     sets = []
     for row in rows:
         ours, theirs = row[label][f"score_{nominal}"], row["static"][f"score_{nominal}"]
+        if None in ours.values():
+            return np.inf
         sets.append(np.mean([np.log(ours[name] / theirs[name]) for name in ours]))
     return float(np.exp(np.mean(sets)))
 
