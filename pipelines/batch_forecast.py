@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from tsforge.app.batch import BatchConfig, BatchResult, parse_as_of, run_batch
+from tsforge.app.stored_choices import StoredData
 from tsforge.console import print_error, print_json
 from tsforge.core.config import Config, load
 from tsforge.core.errors import TsforgeError
@@ -38,7 +39,8 @@ def command_line(
     given = parser.parse_intermixed_args(arguments)
     configure_logging(as_json=True)
     try:
-        result = job(load(cls, given.config, given.overrides), parse_as_of(given.as_of), Workspace.open())
+        config = load(cls, given.config, given.overrides, stored=StoredData())
+        result = job(config, parse_as_of(given.as_of), Workspace.open())
     except TsforgeError as error:
         print_error(str(error))
         return error.exit_code

@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 from tsforge.app.checks import CheckResult
 from tsforge.app.ingest import IngestConfig, check_stored
+from tsforge.app.stored_choices import StoredData
 from tsforge.console import print_error, print_json
 from tsforge.core.config import load
 from tsforge.core.errors import DataError, TsforgeError
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     configure_logging(as_json=True)
     try:
-        results = run(load(IngestConfig, given.config, given.overrides), Workspace.open())
+        results = run(load(IngestConfig, given.config, given.overrides, stored=StoredData()), Workspace.open())
     except TsforgeError as error:
         print_error(str(error))
         return error.exit_code

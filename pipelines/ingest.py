@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from tsforge.app.ingest import IngestConfig, IngestResult, ingest
+from tsforge.app.stored_choices import StoredData
 from tsforge.console import print_error, print_json
 from tsforge.core.config import load
 from tsforge.core.errors import TsforgeError
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     configure_logging(as_json=True)
     try:
-        result = run(load(IngestConfig, given.config, given.overrides), Workspace.open())
+        result = run(load(IngestConfig, given.config, given.overrides, stored=StoredData()), Workspace.open())
     except TsforgeError as error:
         print_error(str(error))
         return error.exit_code

@@ -104,7 +104,7 @@ def ingest(
     home: Home = None,
 ) -> None:
     """Read a source, check it and write it to the store (data=NAME chooses what)."""
-    job = _config("tsforge.app.ingest:IngestConfig", config, overrides, dry_run)
+    job = _config("tsforge.app.ingest:IngestConfig", config, overrides, dry_run, home)
     _show(_attribute("tsforge.app.ingest:ingest")(job, _workspace(home), progress=not as_json), as_json)
 
 
@@ -118,7 +118,7 @@ def fit(
     home: Home = None,
 ) -> None:
     """Train a model on a stored data set, track the run and register the artifact."""
-    job = _config("tsforge.app.fit:FitConfig", config, overrides, dry_run)
+    job = _config("tsforge.app.fit:FitConfig", config, overrides, dry_run, home)
     result = _attribute("tsforge.app.fit:fit")(job, _workspace(home), progress=not as_json, resume=resume)
     _show(result, as_json)
 
@@ -147,7 +147,7 @@ def backtest(
     home: Home = None,
 ) -> None:
     """Forecast from rolling cutoffs of the past, refitting as asked, and grade against the naive forecasts."""
-    job = _config("tsforge.app.backtest:BacktestJobConfig", config, overrides, dry_run)
+    job = _config("tsforge.app.backtest:BacktestJobConfig", config, overrides, dry_run, home)
     _show(_attribute("tsforge.app.backtest:backtest")(job, _workspace(home), progress=not as_json), as_json)
 
 
@@ -313,7 +313,7 @@ def tune(
     home: Home = None,
 ) -> None:
     """Search hyper-parameters; repeats resume the study, the best config is written for ``fit``."""
-    job = _config("tsforge.app.tune:TuneJobConfig", config, overrides, dry_run)
+    job = _config("tsforge.app.tune:TuneJobConfig", config, overrides, dry_run, home)
     _show(_attribute("tsforge.app.tune:tune")(job, _workspace(home), progress=not as_json), as_json)
 
 
@@ -394,7 +394,7 @@ def batch_run(
     home: Home = None,
 ) -> None:
     """Run one batch; a second run of the same --as-of does nothing."""
-    job = _config("tsforge.app.batch:BatchConfig", config, overrides, dry_run)
+    job = _config("tsforge.app.batch:BatchConfig", config, overrides, dry_run, home)
     moment = _attribute("tsforge.app.batch:parse_as_of")(as_of)
     _show(_attribute("tsforge.app.batch:run_batch")(job, moment, _workspace(home), force=force), as_json)
 
@@ -411,7 +411,7 @@ def batch_backfill(
     home: Home = None,
 ) -> None:
     """Run a range of as-of times in order, skipping those already published."""
-    job = _config("tsforge.app.batch:BatchConfig", config, overrides, dry_run)
+    job = _config("tsforge.app.batch:BatchConfig", config, overrides, dry_run, home)
     _show(_attribute("tsforge.app.batch:backfill")(job, start, stop, every, _workspace(home)), as_json)
 
 
@@ -424,7 +424,7 @@ def schedule_run(
     home: Home = None,
 ) -> None:
     """Keep running the jobs of CONFIG until stopped."""
-    job = _config("tsforge.app.schedule:ScheduleConfig", config, overrides, dry_run)
+    job = _config("tsforge.app.schedule:ScheduleConfig", config, overrides, dry_run, home)
     raise typer.Exit(_attribute("tsforge.app.schedule:run_scheduler")(job, _workspace(home), once=once))
 
 
@@ -433,7 +433,7 @@ def schedule_status(
     config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False, home: Home = None
 ) -> None:
     """Show the next slots and the last runs of every job of CONFIG."""
-    job = _config("tsforge.app.schedule:ScheduleConfig", config, overrides, False)
+    job = _config("tsforge.app.schedule:ScheduleConfig", config, overrides, False, home)
     rows = _attribute("tsforge.app.schedule:status")(job, _workspace(home))
     print_json(rows) if as_json else print_table(rows)
 

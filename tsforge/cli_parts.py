@@ -25,11 +25,15 @@ def attribute(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def config(path: str, name: str, overrides: list[str] | None, dry_run: bool) -> Any:
-    """Return the validated config of class ``path``; with ``dry_run`` print it and stop."""
+def config(path: str, name: str, overrides: list[str] | None, dry_run: bool, home: Path | None = None) -> Any:
+    """Return the validated config of class ``path``; with ``dry_run`` print it and stop.
+
+    ``data=NAME`` may name a data set that was ingested into the workspace at ``home``.
+    """
     from tsforge.core.config import load, to_yaml
 
-    config = load(attribute(path), name, overrides or ())
+    stored = attribute("tsforge.app.stored_choices:StoredData")(home)
+    config = load(attribute(path), name, overrides or (), stored=stored)
     if dry_run:
         sys.stdout.write(to_yaml(config))
         raise typer.Exit

@@ -287,3 +287,40 @@ def test_the_report_is_stored_whole_and_read_back(tmp_path: Path) -> None:
     (saved.path / "metrics.parquet").unlink()
     with pytest.raises(BackendError, match=r"metrics\.parquet missing"):
         load_report(saved.path)
+
+
+def test_notes_name_series_that_are_not_graded_and_covariates_that_were_missing() -> None:
+    """``a`` goes on, ``b`` ends before the first cutoff, one known value of ``a`` ahead of a cutoff is missing."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for name, rows in (("a", 300), ("b", 200)):
+        promo = rng.random(rows)
+        table = pl.DataFrame({"series_id": [name] * rows, "time": [START + timedelta(hours=h) for h in range(rows)]})
+        parts.append(table.with_columns(y=pl.Series(rng.normal(size=rows) + 3 * promo), promo=pl.Series(promo)))
+    hole = (pl.col("series_id") == "a") & (pl.col("time") == START + timedelta(hours=290))
+    table = pl.concat(parts).with_columns(pl.when(~hole).then(pl.col("promo")).alias("promo"))
+    frame = SeriesFrame.from_long(table, time="time", series_id="series_id", targets=["y"], known=["promo"])
+    network = validate(NetworkConfig, {"model": {"name": "ar_net", "lags": 6}})
+
+    def fit(visible: SeriesFrame, cutoff: Any) -> Artifact:
+        return fit_solved(visible, network, WINDOW)
+
+    settings = {"num_cutoffs": 5, "stride": 6, "baselines": ["last_value"], "regimes": []}
+    report = backtest({"ar": fit}, frame, validate(BacktestConfig, settings), horizon=6)
+    assert any(note.startswith("1 of 2 series are not graded") and note.endswith(": b") for note in report.notes)
+    told = [note for note in report.notes if "no value of a known covariate" in note]
+    assert len(told) == 1
+    lacking = int(report.folds.filter(model="ar")["known_missing"].sum())
+    assert told[0].startswith(f"ar: {lacking} forecast rows")
+    rows = report.forecasts.filter(model="ar").select("series_id", "cutoff", "time").unique()
+    hour = pl.lit(START + timedelta(hours=290)).dt.replace_time_zone("UTC")
+    gone = rows.filter(series_id="b").height  # rows of ``b`` after its end, which has no covariates either
+    assert lacking == gone + rows.filter(pl.col("time") == hour, series_id="a").height
+    whole = SeriesFrame.from_long(
+        table.filter(pl.col("series_id") == "a").with_columns(pl.col("promo").fill_null(0.5)),
+        time="time",
+        series_id="series_id",
+        targets=["y"],
+        known=["promo"],
+    )
+    assert backtest({"ar": fit}, whole, validate(BacktestConfig, settings), horizon=6).notes == ()

@@ -197,6 +197,16 @@ def test_a_failing_setting_is_a_row_and_stops_nothing(workspace: Workspace, tabl
     assert shown["linear", 6] == "ok"
 
 
+def test_a_run_in_which_nothing_came_out_leaves_the_earlier_report_alone(workspace: Workspace, table: Path) -> None:
+    good = run(workspace, table)
+    before = {place.name: place.read_bytes() for place in good.path.iterdir()}
+    failed = run(workspace, table, horizons=[6000])
+    assert failed.failed == failed.table.height
+    assert failed.path != good.path
+    assert "fewer than horizon 6000" in (failed.path / "report.md").read_text()
+    assert {place.name: place.read_bytes() for place in good.path.iterdir()} == before
+
+
 def test_seeds_run_where_chance_plays_a_part(workspace: Workspace, table: Path) -> None:
     result = run(workspace, table, models=["linear", "dlinear:train.max_epochs=1"], seeds=3)
     seeds = result.table.group_by("model").agg("seed").sort("model")

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from tsforge.app.fit import FitConfig, fit_frame
-from tsforge.app.ingest import load_history
+from tsforge.app.ingest import dataset_hierarchy, load_history
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, listing
@@ -63,6 +63,7 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
         DataError: no such data set, or too few rows for the cutoffs.
         ConfigError, ModelError: a model that does not fit the data.
     """
+    config = _with_structure(config, workspace)
     frame = load_history(workspace, config.data, masked=True)
     fits = {name: _fit(config.fit_config(None if name == config.model.name else name)) for name in _names(config)}
     report = backtest_frame(
@@ -86,6 +87,14 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
     report = report.save(workspace.reports / FOLDER / name)
     log_event(_LOG, "backtested", dataset=config.data.name, model=config.model.name, report=name)
     return report
+
+
+def _with_structure(config: BacktestJobConfig, workspace: Workspace) -> BacktestJobConfig:
+    """Return the config with the hierarchy that the data set was ingested with, where one is needed and none stated."""
+    if config.data.hierarchy is not None or config.backtest.reconcile is None:
+        return config
+    structure = dataset_hierarchy(workspace, config.data.name)
+    return config.model_copy(update={"data": config.data.model_copy(update={"hierarchy": structure})})
 
 
 def _names(config: BacktestJobConfig) -> tuple[str, ...]:

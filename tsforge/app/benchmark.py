@@ -184,8 +184,11 @@ def benchmark(config: BenchmarkConfig, workspace: Workspace, *, progress: bool =
         if len(prepared) == 1
         else fingerprint({"data": [item.data.fingerprint for item in prepared]})
     )
-    path = workspace.reports / "benchmark" / f"{name}-{mark}" / "last"
-    result = BenchmarkResult(table=_with_best(run.table()), data=name, notes=tuple(notes), path=path)
+    table = _with_best(run.table())
+    # a run in which nothing came out must not take the place of the report of one in which something did
+    kind = "last" if (table["status"] == "ok").any() else "no_results"
+    path = workspace.reports / "benchmark" / f"{name}-{mark}" / kind
+    result = BenchmarkResult(table=table, data=name, notes=tuple(notes), path=path)
     _save(result, config, prepared)
     return result
 

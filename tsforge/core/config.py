@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +31,18 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+class StoredChoices(Protocol):
+    """Choices of a config group that no file holds, such as data sets in a store."""
+
+    def names(self, group: str) -> Sequence[str]:
+        """Return the names that may be chosen besides the files of the group."""
+        ...
+
+    def settings(self, group: str, name: str) -> Mapping[str, Any]:
+        """Return what such a choice stands for, plain types."""
+        ...
 
 
 def tunable(
@@ -118,13 +132,16 @@ def config_dir() -> Path:
     raise ConfigError("no config tree found beside the package; set TSFORGE_CONFIGS to a folder with one")
 
 
-def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> dict[str, Any]:
+def compose(
+    name: str, overrides: Sequence[str] = (), directory: Path | None = None, stored: StoredChoices | None = None
+) -> dict[str, Any]:
     """Return the composed config ``name`` as plain nested types.
 
     Args:
         name: file below the config tree without ``.yaml`` (``fit``, ``batch/demo``), or a path to a YAML file.
         overrides: ``group=choice`` and ``dotted.key=value``, as typed by a user.
         directory: the config tree (default ``config_dir()``).
+        stored: choices that are no files; a file of the same name goes first.
 
     Raises:
         ConfigError: missing file, unknown group or choice (the message lists the choices), bad override, bad YAML, a
@@ -140,14 +157,19 @@ def compose(name: str, overrides: Sequence[str] = (), directory: Path | None = N
 
     root = directory or config_dir()
     path = _config_path(name, root)
-    # a file below a folder, or a user's own file elsewhere, still finds the groups of the tree
-    extra = [] if path.parent == root else [f"hydra.searchpath=[file://{root}]"]
-    with _COMPOSE_LOCK:
+    with _COMPOSE_LOCK, tempfile.TemporaryDirectory(prefix="tsforge-configs-") as kept:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(path.parent), version_base="1.3"):
                 placed = _placed_groups(path)
-                settings = [_struct_override(text, {root, path.parent}, placed) for text in overrides]
+                roots = {root, path.parent}
+                # a file below a folder, or a user's own file elsewhere, still finds the groups of the tree
+                found = [] if path.parent == root else [root]
+                if _write_stored(overrides, roots, stored, Path(kept)):
+                    roots, found = roots | {Path(kept)}, [*found, Path(kept)]
+                searched = ",".join(f"file://{folder}" for folder in found)
+                extra = [f"hydra.searchpath=[{searched}]"] if found else []
+                settings = [_struct_override(text, roots, placed, stored) for text in overrides]
                 composed = hydra_compose(path.stem, overrides=[*extra, *settings])
             plain = OmegaConf.to_container(composed, resolve=True)
             absent = sorted(OmegaConf.missing_keys(composed))
@@ -188,7 +210,39 @@ def _placed_groups(path: Path) -> dict[str, str]:
     return {key.partition("@")[0]: key for key in keys if "@" in key}
 
 
-def _struct_override(text: str, roots: set[Path], placed: Mapping[str, str]) -> str:
+def _write_stored(overrides: Sequence[str], roots: set[Path], stored: StoredChoices | None, folder: Path) -> bool:
+    """Write the stored choices that overrides name as files of their groups; return whether there were any."""
+    import yaml
+
+    if stored is None:
+        return False
+    wrote = False
+    for text in overrides:
+        group, _, value = text.partition("=")
+        group = group.partition("@")[0]
+        if not any((root / group).is_dir() for root in roots) or "/" in value or value in ("", ".", ".."):
+            continue
+        if any((root / group / f"{value}.yaml").is_file() for root in roots) or value not in stored.names(group):
+            continue
+        content = yaml.safe_dump(_plain_text(dict(stored.settings(group, value))), allow_unicode=True)
+        (folder / group).mkdir(exist_ok=True)
+        (folder / group / f"{value}.yaml").write_text(content, encoding="utf-8")
+        wrote = True
+    return wrote
+
+
+def _plain_text(value: Any) -> Any:
+    """Return nested settings in which no text is taken for an interpolation (``${...}``)."""
+    if isinstance(value, dict):
+        return {key: _plain_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_text(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
+    return value
+
+
+def _struct_override(text: str, roots: set[Path], placed: Mapping[str, str], stored: StoredChoices | None) -> str:
     """Let an override add a key that the YAML leaves at its default; pydantic refuses unknown keys later.
 
     A choice of a group goes where the config file has placed the group.
@@ -203,7 +257,10 @@ def _struct_override(text: str, roots: set[Path], placed: Mapping[str, str]) -> 
         return plain if key.startswith(("+", "~")) else f"++{plain}"
     choices = sorted(path.stem for group in groups for path in group.glob("*.yaml"))
     if value not in choices:
-        raise ConfigError(f"{key}={value}: no such choice{nearest(value, choices)} (known: {listing(choices, 30)})")
+        kept = [] if stored is None else sorted(stored.names(group))
+        more = f"; ingested: {listing(kept, 30)}" if kept else ""
+        close = nearest(value, [*choices, *kept])
+        raise ConfigError(f"{key}={value}: no such choice{close} (known: {listing(choices, 30)}{more})")
     return f"{placed.get(key, key)}={value}"
 
 
@@ -220,9 +277,15 @@ def _readable(key: str, value: str) -> str:
     return value
 
 
-def load(cls: type[C], name: str, overrides: Sequence[str] = (), directory: Path | None = None) -> C:
+def load(
+    cls: type[C],
+    name: str,
+    overrides: Sequence[str] = (),
+    directory: Path | None = None,
+    stored: StoredChoices | None = None,
+) -> C:
     """Compose ``name`` and validate it as ``cls`` (see ``compose`` and ``validate`` for the errors)."""
-    return validate(cls, compose(name, overrides, directory))
+    return validate(cls, compose(name, overrides, directory, stored))
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -410,9 +410,12 @@ def _check_contexts(
     seen = running[np.clip(first + spec.context_length, low, high)] - running[np.clip(first, low, high)]
     if not len(series) or (aligned and not seen.any()) or (not aligned and (seen == 0).any()):
         blind = [panel.series_ids[index] for index in series[seen == 0]]
+        last = int(panel.last_observed()[series].max(initial=-1))
+        late = 0 <= last < cutoff.min() - 1
+        past = f"; the last target up to it is at {show_time(panel.grid.time_at(last))}" if late else ""
         raise DataError(
             f"{len(blind)} of {len(series)} series have no observed target in the {spec.context_length} rows up to the "
-            f"cutoff ({listing(blind)}); leave them out, move the cutoff or lengthen the context"
+            f"cutoff ({listing(blind)}){past}; leave them out, move the cutoff or lengthen the context"
         )
     short = (first < low) & (not (pad_context or aligned))
     if short.any():
@@ -420,7 +423,8 @@ def _check_contexts(
         rows = int(first[index] + spec.context_length - low[index])
         raise DataError(
             f"{int(short.sum())} of {len(series)} series have fewer than {spec.context_length} rows up to the cutoff "
-            f"(first: '{panel.series_ids[series[index]]}' with {rows}); bring more history or allow padded contexts"
+            f"(first: '{panel.series_ids[series[index]]}' with {rows}); bring more history or "
+            "allow padded contexts (cold_start=pad)"
         )
 
 

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from tsforge.artifact import Artifact, match_frame
 from tsforge.core.config import Config
-from tsforge.core.errors import ConfigError, DataError, ModelError, nearest
+from tsforge.core.errors import ConfigError, DataError, ModelError, listing, nearest
 from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
@@ -207,7 +207,8 @@ def _ask(
         raise DataError(f"there is no series '{wanted}' in the data{nearest(wanted, frame.series_ids)}")
     if variate not in artifact.schema.targets:
         raise ConfigError(
-            f"artifact {artifact.id} does not forecast '{variate}'{nearest(variate, artifact.schema.targets)}"
+            f"artifact {artifact.id} does not forecast '{variate}'{nearest(variate, artifact.schema.targets)} "
+            f"(it forecasts {listing(artifact.schema.targets, 20)})"
         )
     horizon = artifact.window.horizon
     asked = tuple(range(1, horizon + 1)) if steps is None else tuple(dict.fromkeys(steps))

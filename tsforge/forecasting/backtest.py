@@ -38,7 +38,7 @@ from tsforge.forecasting.backtest_cold import (
     cold_forecasts,
     with_cold_start,
 )
-from tsforge.forecasting.backtest_forecasts import Truth, forecasts_at, forecasts_of_vintages
+from tsforge.forecasting.backtest_forecasts import Truth, forecasts_at, forecasts_of_vintages, lacking_known
 from tsforge.forecasting.baselines import BASELINES, TrainingSpan, fit_baseline, frame_season
 from tsforge.forecasting.coherent import make_coherence, reconciled_name, with_level_errors
 from tsforge.forecasting.comparison import KEYS, compare, window_losses
@@ -223,7 +223,7 @@ def backtest(
     forecasts = pl.concat(parts, how="diagonal")
     costs = pl.DataFrame(timings, infer_schema_length=None)
     known = _Known(scales=pl.concat(scales), labels=pl.concat(labels), levels=levels, folds=costs)
-    report = _report(forecasts, known, (config, steps, season))
+    report = _report(forecasts, known, (config, steps, season), frame.series_ids)
     report = with_cold_start(report, [name or next(iter(levels)) for name in fits], config.cold_start)
     return with_online(report if joint is None else with_level_errors(report, *joint), config.online)
 
@@ -325,6 +325,7 @@ def _run_fold(
     else:
         table = forecasts_at(artifact, history, fold.cutoffs, steps=steps, levels=levels)
     label = name or artifact.model_name
+    lacking = 0 if isinstance(history, VintageFrame) else lacking_known(artifact, history, table)
     timing: dict[str, Any] = {
         "model": label,
         "fold": fold.number,
@@ -333,6 +334,7 @@ def _run_fold(
         "artifact_id": artifact.id,
         "fit_seconds": fitted - started,
         "predict_seconds": time.perf_counter() - fitted,
+        "known_missing": lacking,
         **joint_scores(artifact, table, levels),
     }
     results = [(table.select(pl.lit(label).alias("model"), pl.all()), levels, timing)]
@@ -390,11 +392,20 @@ def _common_windows(forecasts: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
     return common, [f"{total - shared.height} of {total} windows are not graded: some model had too little history"]
 
 
-def _report(forecasts: pl.DataFrame, known: _Known, about: tuple[BacktestConfig, int, int]) -> BacktestReport:
+def _report(
+    forecasts: pl.DataFrame, known: _Known, about: tuple[BacktestConfig, int, int], series: Sequence[str]
+) -> BacktestReport:
     config, steps, season = about
     common, notes = _common_windows(forecasts)
-    if not common["actual"].drop_nulls().len():
+    graded = common.filter(pl.col("actual").is_not_null())["series_id"].unique()
+    if not graded.len():
         raise DataError("no observed cell to grade: the series are too short for the context, or all missing there")
+    absent = sorted(set(series) - set(graded))
+    if absent:
+        notes.append(
+            f"{len(absent)} of {len(series)} series are not graded, nothing is observed of them after a cutoff with a "
+            f"context: {listing(absent)}"
+        )
     models = list(known.levels)
     reference = "seasonal_naive" if season > 1 and "seasonal_naive" in models else "last_value"
     scaled = bool(known.scales["scale"].is_not_nan().any())
@@ -464,6 +475,12 @@ def _notes(known: _Known) -> list[str]:
         notes.append(f"MASE is undefined for {flat} of {units.height} series-variates (constant or too short to fit)")
         if flat < units.height:
             notes[-1] += "; the tests leave them out"
+    for model, lacking in known.folds.group_by("model", maintain_order=True).agg(pl.col("known_missing").sum()).rows():
+        if lacking:
+            notes.append(
+                f"{model}: {lacking} forecast rows had no value of a known covariate, the training mean stood in for "
+                "it; predict refuses such rows"
+            )
     return notes
 
 

@@ -126,6 +126,16 @@ def _lacking_known(artifact: Artifact, known: SeriesFrame, cutoff: Any, steps: i
     return begun * steps - int(ahead.select(pl.all_horizontal(pl.col(names).is_not_null()).sum()).item())
 
 
+def lacking_known(artifact: Artifact, frame: SeriesFrame, table: pl.DataFrame) -> int:
+    """Return how many forecast rows of ``table`` lack a known covariate that the artifact reads."""
+    names = artifact.schema.known
+    if not names:
+        return 0
+    rows = table.select("series_id", "cutoff", "time").unique()
+    there = frame.table.filter(pl.all_horizontal(pl.col(names).is_not_null())).select("series_id", "time")
+    return rows.join(there, on=["series_id", "time"], how="anti").height
+
+
 def actual_values(panel: Panel, series: NDArray[np.int64], cutoff: NDArray[np.int64], steps: int) -> FloatArray:
     """Return observed targets [N, steps, V] in double precision from row ``cutoff`` on, NaN elsewhere."""
     rows = (panel.indptr[series] + cutoff - panel.offset[series])[:, None] + np.arange(steps)  # [N, H]

@@ -325,7 +325,7 @@ def _steps(artifact: Artifact, horizon: int | None, rollout: bool) -> int:
     if steps > trained and not rollout:
         raise ModelError(
             f"artifact {artifact.id} was trained for {trained} steps, asked for {steps}; fit with horizon={steps}, ask "
-            f"for at most {trained}, or allow rollout (means only, errors accumulate)"
+            f"for at most {trained}, or allow rollout (rollout=true: means only, errors accumulate)"
         )
     check_rollout(artifact.network, steps)
     return steps

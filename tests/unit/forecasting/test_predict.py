@@ -309,7 +309,9 @@ def test_coupled_series_with_something_observed_are_all_forecast(frame, coupled:
         table = predict(coupled, frame, cutoff=hours(382)).table  # the last row of b is the first of its context
     assert table["series_id"].unique().sort().to_list() == ["a", "b", "c"]
     assert not caplog.records
-    with pytest.raises(DataError, match="3 of 3 series have no observed target in the 24 rows"):
+    with pytest.raises(
+        DataError, match="3 of 3 series have no observed target in the 24 rows.*the last target up to it"
+    ):
         predict(coupled, frame, cutoff=hours(500))
 
 
