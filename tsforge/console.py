@@ -69,17 +69,23 @@ def cell(value: Any) -> str:
     if isinstance(value, timedelta):
         hours, minutes = divmod(round(value.total_seconds() / 60), 60)
         return f"{value.days} d" if value.days else f"{hours} h {minutes} min"
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={cell(item)}" for name, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
-        return ", ".join(cell(item) for item in value)
+        between = "; " if any(isinstance(item, Mapping) for item in value) else ", "
+        return between.join(cell(item) for item in value)
     return str(value)
 
 
 def print_facts(facts: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
-    """Print ``name  value`` lines on standard output, aligned."""
+    """Print ``name  value`` lines on standard output, aligned; sentences of a list have a line each."""
     pairs = list(facts.items() if isinstance(facts, Mapping) else facts)
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        sys.stdout.write(f"{name:<{width}}  {cell(value)}\n")
+        many = isinstance(value, list | tuple) and any(isinstance(item, str) and " " in item for item in value)
+        lines = [cell(item) for item in value] if many else [cell(value)]
+        for number, line in enumerate(lines):
+            sys.stdout.write(f"{'' if number else name:<{width}}  {line}\n")
 
 
 def print_error(message: str) -> None:

@@ -41,8 +41,13 @@ class _JsonFormatter(logging.Formatter):
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        tail = "".join(f" {key}={value}" for key, value in fields.items())
+        tail = "".join(f" {key}={_short(value)}" for key, value in fields.items() if value is not None)
         return f"{record.levelname.lower():7s} {record.getMessage()}{tail}"
+
+
+def _short(value: object) -> object:
+    """Return what a person reads: six digits of a fraction; records in JSON keep them all."""
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def configure_logging(level: str = "info", *, as_json: bool = False) -> None:

@@ -87,6 +87,16 @@ def test_log_lines_are_one_json_object(capsys: pytest.CaptureFixture[str]) -> No
     logging.getLogger("tsforge").propagate = True
 
 
+def test_a_line_for_people_has_short_numbers_and_no_empty_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    for as_json, expected in ((False, "info    graded mse=0.414214 rows=3\n"), (True, 0.41421356237)):
+        configure_logging("info", as_json=as_json)
+        log_event(get_logger("stage"), "graded", mse=0.41421356237, energy=None, rows=3)
+        told = capsys.readouterr().err
+        assert (json.loads(told)["mse"] if as_json else told) == expected
+    logging.getLogger("tsforge").handlers.clear()
+    logging.getLogger("tsforge").propagate = True
+
+
 def test_a_warning_is_one_line_without_our_source(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")

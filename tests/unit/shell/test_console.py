@@ -51,6 +51,17 @@ def test_brackets_are_text_not_markup(capsys: pytest.CaptureFixture[str]) -> Non
     assert "y[t+h] = y[t]" in capsys.readouterr().out
 
 
+def test_sentences_have_a_line_each_and_records_are_short(capsys: pytest.CaptureFixture[str]) -> None:
+    worst = [{"series_id": "a", "skill": 0.24724709, "count": None}, {"series_id": "b", "skill": 0.5}]
+    print_facts({"notes": ["one thing", "another thing, too"], "worst": worst, "names": ["a", "b"]})
+    assert capsys.readouterr().out.splitlines() == [
+        "notes  one thing",
+        "       another thing, too",
+        "worst  series_id=a skill=0.2472; series_id=b skill=0.5",
+        "names  a, b",
+    ]
+
+
 def test_empty_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     print_table([], title="runs")
     assert capsys.readouterr().out == "runs: nothing yet\n"
