@@ -55,6 +55,14 @@ def test_settings_of_one_forecast_are_refused_for_many(site: Any, setting: str) 
         explain(job(what="importance", **{name: value}), Workspace.open(site.home))
 
 
+def test_settings_of_the_other_question_are_refused(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    with pytest.raises(ConfigError, match="attribution has no effect with what=importance"):
+        explain(job(what="importance", attribution={"method": "occlusion"}), workspace)
+    with pytest.raises(ConfigError, match="importance has no effect with what=forecast"):
+        explain(job(series="a", importance={"repeats": 2}), workspace)
+
+
 def test_command_writes_the_table_and_prints_sums(site: Any, tmp_path: Path) -> None:
     target = tmp_path / "why.parquet"
     outcome = CliRunner().invoke(app, ["explain", "series=a", "steps=[1]", "--json", "--output", str(target)])

@@ -93,6 +93,20 @@ def test_a_backtest_reconciles_by_the_stored_hierarchy_however_the_data_is_named
         assert any(name.startswith("linear") and "bottom_up" in name for name in models)
 
 
+def test_a_config_file_may_name_an_ingested_set(shops: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for group in ("data", "/data"):
+        path.write_text(f"defaults: [{{{group}: shops}}, {{model: linear}}, {{train: default}}, _self_]\n")
+        code, shown, err = shops("fit", "--config", str(path), "--dry-run")
+        assert code == 0, err
+        assert yaml.safe_load(shown)["data"]["known"] == ["promo"]
+    path.write_text("defaults: [{data: shop}, {model: linear}, {train: default}, _self_]\n")
+    code, _, err = shops("fit", "--config", str(path))
+    assert code == 2
+    assert "data=shop: no such choice; did you mean 'shops'" in err
+    assert "ingested: shops" in err
+
+
 def test_an_unknown_name_lists_what_there_is(shops: Any, tsforge: Any) -> None:
     code, _, err = shops("fit", "data=shop")
     assert code == 2

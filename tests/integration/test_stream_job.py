@@ -275,6 +275,9 @@ def test_intervals_that_learn_go_on_from_run_to_run_as_in_one(site: Any, monkeyp
     assert third.online["every"] == 2
     whole = stream(adapting(name="whole", start="2026-03-08", online_every=2), workspace)
     assert whole.online == third.online
+    with pytest.raises(ConfigError, match=r"was begun with start=2026-03-08, not 2026-03-01: leave start out"):
+        stream(StreamConfig(name="whole", start="2026-03-01"), workspace)
+    assert not stream(StreamConfig(name="whole", start="2026-03-08"), workspace).is_new  # the same command again
     assert whole.scores.equals(read_scores(workspace, "learns"))
     assert whole.forecast.table.equals(third.forecast.table)
     mine, theirs = learned(whole), learned(third)
@@ -348,7 +351,7 @@ def test_the_command_line(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["stream", "restart_every=5"], 2, "for mode 'carried'"),
         (["stream", "online_every=5"], 2, "add online=true"),
         (["stream", "online.method=aci", "online.rates=[2]"], 2, "rates must be different numbers between 0 and 1"),
-        (["stream", "online.rates=[0.1]"], 2, "rates belong to method aci; add method: aci, or remove rates"),
+        (["stream", "online.rates=[0.1]"], 2, "only method aci has rates; add method: aci, or remove rates"),
         (["stream", "artifact=ghost"], 5, "ghost"),
     ):
         code, text, error = run(*arguments)

@@ -79,8 +79,8 @@ def explain(config: ExplainConfig, workspace: Workspace) -> Attribution | Import
     frame = load_dataset(
         workspace, dataset, series=wanted, masked=True, extend=artifact.window.horizon, cutoff=config.cutoff
     )
+    _refuse_unused(config)
     if config.what == "importance":
-        _refuse_unused(config)
         return _importance(artifact, frame, config.importance, dataset)
     found = attribute(
         artifact,
@@ -95,7 +95,13 @@ def explain(config: ExplainConfig, workspace: Workspace) -> Attribution | Import
 
 
 def _refuse_unused(config: ExplainConfig) -> None:
-    """Refuse settings of one forecast where past windows are looked at."""
+    """Refuse settings of one forecast where past windows are looked at, and the other way round."""
+    if config.what != "importance":
+        if config.importance != ImportanceConfig():
+            raise ConfigError(f"importance has no effect with what={config.what}; add what=importance")
+        return
+    if config.attribution != AttributionConfig():
+        raise ConfigError("attribution has no effect with what=importance: inputs are shuffled, nothing is attributed")
     given = [name for name in ("variate", "cutoff", "steps") if getattr(config, name) is not None]
     if given:
         raise ConfigError(f"{given[0]} has no effect with what=importance: it looks at many windows of all variates")

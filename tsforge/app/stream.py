@@ -215,7 +215,13 @@ def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Wo
         online=config.online,
         online_every=config.online_every or 1,
     )
-    live.about = {"dataset": dataset, "revision": 0, "scores": f"scores-{datetime.now(UTC):%Y%m%dT%H%M%S%f}Z"}
+    begun = None if config.start is None else str(config.start)
+    live.about = {
+        "dataset": dataset,
+        "start": begun,
+        "revision": 0,
+        "scores": f"scores-{datetime.now(UTC):%Y%m%dT%H%M%S%f}Z",
+    }
     return live
 
 
@@ -229,6 +235,12 @@ def _resume(config: StreamConfig, artifact: Artifact, dataset: str, folder: Path
         )
     if config.mode not in ("auto", live.mode):
         raise ConfigError(f"stream '{folder.name}' was started in mode '{live.mode}'; change it with reset=true")
+    if config.start is not None and str(config.start) != live.about.get("start", str(config.start)):
+        begun = live.about["start"] or "the end of the data"
+        raise ConfigError(
+            f"stream '{folder.name}' was begun with start={begun}, not {config.start}: leave start out, or begin again "
+            "with reset=true"
+        )
     changed = _set_online(live, config, folder.name)
     if config.restart_every not in (None, live.restart_every):
         live.set_restart(config.restart_every)
@@ -246,9 +258,9 @@ def _set_online(live: Stream, config: StreamConfig, name: str) -> bool:
             raise ConfigError(_NO_ONLINE)
         has.every = config.online_every
         return True
+    live.set_online(config.online, config.online_every or (1 if has is None else has.every))
     if has is not None:
         _LOG.warning("the online intervals of stream '%s' start anew: they were made with other settings", name)
-    live.set_online(config.online, config.online_every or (1 if has is None else has.every))
     return True
 
 

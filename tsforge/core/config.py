@@ -165,10 +165,14 @@ def compose(
                 roots = {root, path.parent}
                 # a file below a folder, or a user's own file elsewhere, still finds the groups of the tree
                 found = [] if path.parent == root else [root]
-                if _write_stored(overrides, roots, stored, Path(kept)):
+                asked = [*_default_choices(path), *(text.partition("=")[::2] for text in overrides)]
+                if _write_stored(asked, roots, stored, Path(kept)):
                     roots, found = roots | {Path(kept)}, [*found, Path(kept)]
                 searched = ",".join(f"file://{folder}" for folder in found)
                 extra = [f"hydra.searchpath=[{searched}]"] if found else []
+                for key, value in _default_choices(path):
+                    if value != "???" and "${" not in value and "/" not in value:  # what Hydra resolves itself
+                        _check_choice(key, value, roots, stored)
                 settings = [_struct_override(text, roots, placed, stored) for text in overrides]
                 composed = hydra_compose(path.stem, overrides=[*extra, *settings])
             plain = OmegaConf.to_container(composed, resolve=True)
@@ -202,24 +206,32 @@ def _config_path(name: str, root: Path) -> Path:
 
 def _placed_groups(path: Path) -> dict[str, str]:
     """Return ``{group: group@place}`` of the groups that a config file puts somewhere else (``data@fit.data: csv``)."""
+    return {key.partition("@")[0]: key for key, _ in _default_choices(path) if "@" in key}
+
+
+def _default_choices(path: Path) -> list[tuple[str, str]]:
+    """Return the (group, choice) pairs in the ``defaults`` of a config file; a group may end in @ and a place."""
     import yaml
 
     plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     entries = plain.get("defaults") or [] if isinstance(plain, dict) else []
-    keys = [str(key).removeprefix("/") for entry in entries if isinstance(entry, dict) for key in entry]
-    return {key.partition("@")[0]: key for key in keys if "@" in key}
+    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    return [
+        (str(key).removeprefix("override ").removeprefix("/"), name) for key, name in pairs if isinstance(name, str)
+    ]
 
 
-def _write_stored(overrides: Sequence[str], roots: set[Path], stored: StoredChoices | None, folder: Path) -> bool:
-    """Write the stored choices that overrides name as files of their groups; return whether there were any."""
+def _write_stored(
+    asked: Sequence[tuple[str, str]], roots: set[Path], stored: StoredChoices | None, folder: Path
+) -> bool:
+    """Write the stored choices among (group, choice) pairs as files of their groups; return whether there were any."""
     import yaml
 
     if stored is None:
         return False
     wrote = False
-    for text in overrides:
-        group, _, value = text.partition("=")
-        group = group.partition("@")[0]
+    for key, value in asked:
+        group = key.partition("@")[0]
         if not any((root / group).is_dir() for root in roots) or "/" in value or value in ("", ".", ".."):
             continue
         if any((root / group / f"{value}.yaml").is_file() for root in roots) or value not in stored.names(group):
@@ -251,17 +263,23 @@ def _struct_override(text: str, roots: set[Path], placed: Mapping[str, str], sto
         raise ConfigError(f"'{text}' is not an override; write key=value, for example model=ar_net or model.lags=48")
     key, value = text.split("=", 1)
     group = key.partition("@")[0]
-    groups = [root / group for root in roots if (root / group).is_dir()]
-    if not groups:
+    if not any((root / group).is_dir() for root in roots):
         plain = f"{key}={_readable(key, value)}"
         return plain if key.startswith(("+", "~")) else f"++{plain}"
-    choices = sorted(path.stem for group in groups for path in group.glob("*.yaml"))
-    if value not in choices:
+    _check_choice(key, value, roots, stored)
+    return f"{placed.get(key, key)}={value}"
+
+
+def _check_choice(key: str, value: str, roots: set[Path], stored: StoredChoices | None) -> None:
+    """Refuse a choice that a group of the tree does not have; ``key`` is the group, also with @ and a place."""
+    group = key.partition("@")[0]
+    folders = [root / group for root in roots if (root / group).is_dir()]
+    choices = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    if folders and value not in choices:
         kept = [] if stored is None else sorted(stored.names(group))
         more = f"; ingested: {listing(kept, 30)}" if kept else ""
         close = nearest(value, [*choices, *kept])
         raise ConfigError(f"{key}={value}: no such choice{close} (known: {listing(choices, 30)}{more})")
-    return f"{placed.get(key, key)}={value}"
 
 
 def _readable(key: str, value: str) -> str:

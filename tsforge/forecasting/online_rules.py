@@ -76,10 +76,10 @@ class OnlineConfig(Config):
             idle = {"rates": self.rates is not None, "cap": self.cap, "memory": self.memory != _MEMORY}
             if any(idle.values()):
                 names = [name for name, is_set in idle.items() if is_set]
-                raise ValueError(f"{listing(names)} belong to method aci; add method: aci, or remove {listing(names)}")
+                raise ValueError(f"only method aci has {listing(names)}; add method: aci, or remove {listing(names)}")
             return self
         if self.rate is not None:
-            raise ValueError("rate belongs to method tracking; method aci has rates")
+            raise ValueError("only method tracking has a rate; method aci has rates")
         rates = self.rates or ()
         if not rates or any(not 0.0 < rate < 1.0 for rate in rates) or len(set(rates)) != len(rates):
             raise ValueError(f"rates must be different numbers between 0 and 1, given: {listing(rates)}")

@@ -183,9 +183,9 @@ def test_perturbing_the_future_changes_no_interval() -> None:
 
 def test_settings_of_one_method_are_refused_by_the_other() -> None:
     for given, message in (
-        ({"rates": [0.05]}, "rates belong to method aci; add method: aci, or remove rates"),
-        ({"cap": True, "memory": 50}, "cap, memory belong to method aci"),
-        ({"method": "aci", "rate": 0.4}, "rate belongs to method tracking"),
+        ({"rates": [0.05]}, "only method aci has rates; add method: aci, or remove rates"),
+        ({"cap": True, "memory": 50}, "only method aci has cap, memory"),
+        ({"method": "aci", "rate": 0.4}, "only method tracking has a rate"),
         ({"rate": 0.0}, "greater than 0"),
         ({"method": "pid"}, "tracking"),
     ):
