@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from tsforge.cli import main
-
 SMALL = [
     "data=synthetic",
     "data.source.generator.num_rows=600",
@@ -31,19 +29,8 @@ class Outcome:
 
 
 @pytest.fixture
-def tsforge(workspace_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["tsforge", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err, captured.err
-        return Outcome(code, captured.out, captured.err)
-
-    return run
+def tsforge(workspace_root: Path, command: Any) -> Any:
+    return lambda *arguments: Outcome(*command(*arguments))
 
 
 def test_version_and_help(tsforge: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,16 @@ import pytest
 
 from tsforge.app.detect import DetectJobConfig, detect
 from tsforge.app.events import actor
-from tsforge.cli import main
 from tsforge.core.errors import ConfigError
 from tsforge.core.workspace import Workspace
 
 
 @pytest.fixture
-def tsforge(site: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+def tsforge(site: Any, command: Any, capfd: pytest.CaptureFixture[str]) -> Any:
     """Run a command in a workspace with a detection; returns its status, output and error line."""
     detect(DetectJobConfig(stop="2026-03-05"), Workspace.open(site.home))
     capfd.readouterr()
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tsforge", "--log-level", "error", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err, captured.err
-        return code, captured.out, captured.err
-
-    return run
+    return lambda *arguments: command("--log-level", "error", *arguments)
 
 
 def answer(outcome: tuple[int, str, str]) -> Any:

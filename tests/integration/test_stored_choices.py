@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,13 @@ import pytest
 import yaml
 
 from tsforge.app.stored_choices import StoredData
-from tsforge.cli import main
 from tsforge.core.config import Config, compose, load
 from tsforge.core.errors import ConfigError
 
 
 @pytest.fixture
-def tsforge(workspace_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tsforge", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err, captured.err
-        return code, captured.out, captured.err
-
-    return run
+def tsforge(workspace_root: Path, command: Any) -> Any:
+    return command
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 Each cell (row, variate) is told from its own past and from the other variates, the newest row's included: a variate
 that stops following its neighbours is at odds with them at once, although a forecast from its own past may still fit.
 
-Source: masked reconstruction of a window as anomaly score (Behrouz et al. 2024, Chimera, arXiv 2406.04320, Sec. 5).
+Source: masked reconstruction of a window as anomaly score (Behrouz et al. 2024, Chimera, arXiv 2406.04320).
 Deviation: cells are hidden from the network that tells them, since a cell that is its own input says nothing.
 """
 

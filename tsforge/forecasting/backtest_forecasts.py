@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -104,7 +104,7 @@ def forecasts_of_vintages(
         known = vintages.as_of(vintages.moment(time))
         here = np.array([known.grid.floor(time)])
         parts.append(forecasts_at(artifact, known, here, steps=steps, levels=levels).drop("actual"))
-        lacking += _lacking_known(artifact, known, time, steps)
+        lacking += lacking_known(artifact, known, parts[-1])
     if lacking:
         _LOG.warning(
             "%d rows ahead of %d cutoffs had no known covariate published yet: the training mean stands in for it",
@@ -113,17 +113,6 @@ def forecasts_of_vintages(
         )
     table = pl.concat(parts)
     return table.join(actual, on=["series_id", "time", "variate"], how="left", maintain_order="left")
-
-
-def _lacking_known(artifact: Artifact, known: SeriesFrame, cutoff: Any, steps: int) -> int:
-    """Return how many of the rows ahead of a cutoff lack a known covariate that the artifact reads."""
-    names = artifact.schema.known
-    if not names:
-        return 0
-    begun = known.table.filter(pl.col("time") <= cutoff)["series_id"].n_unique()
-    end = known.grid.time_at(known.grid.floor(cutoff) + steps)
-    ahead = known.table.filter((pl.col("time") > cutoff) & (pl.col("time") <= end))
-    return begun * steps - int(ahead.select(pl.all_horizontal(pl.col(names).is_not_null()).sum()).item())
 
 
 def lacking_known(artifact: Artifact, frame: SeriesFrame, table: pl.DataFrame) -> int:
