@@ -212,8 +212,10 @@ def test_what_does_not_belong_to_the_stream_is_refused_and_reset_starts_anew(sit
     assert 0 < read_scores(workspace, "mine").height == anew.scores.height < old
     assert len(list(anew.path.glob("scores-*"))) == 1
     (anew.path / "state.safetensors").write_bytes(b"spoilt")
-    with pytest.raises(ArtifactError, match="is damaged"):
+    with pytest.raises(ArtifactError, match=r"is damaged.*; reset=true begins stream 'mine' anew from the stored data"):
         stream(StreamConfig(name="mine"), workspace)
+    with pytest.raises(ConfigError, match=r"start=2050-01-01 is later than the last stored row \(2026-"):
+        stream(StreamConfig(name="late", start="2050-01-01"), workspace)
     assert stream(StreamConfig(name="mine", reset=True), workspace).rows_taken == 0
 
 

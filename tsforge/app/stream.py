@@ -27,7 +27,7 @@ from tsforge.artifact import Artifact, load_artifact, load_tensor_file, match_fr
 from tsforge.contracts.tables import Forecast
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config
-from tsforge.core.errors import BackendError, ConfigError, DataError, listing
+from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
@@ -201,6 +201,8 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
 
 def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Workspace) -> Stream:
     frame = load_dataset(workspace, dataset, masked=True, extend=artifact.window.horizon)
+    if config.start is not None:
+        _check_start(config.start, artifact, frame)
     names = long_enough(artifact, frame, config.start)
     if names and not artifact.network.capabilities.rows_coupled:
         frame = frame.select_series(names)
@@ -225,9 +227,21 @@ def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Wo
     return live
 
 
+def _check_start(start: str | int, artifact: Artifact, frame: SeriesFrame) -> None:
+    """Refuse a start that no stored row reaches."""
+    grid, ends = artifact.grid, frame.last_observed()["time"].drop_nulls()
+    if len(ends) and grid.floor(start) > grid.floor(ends.max()):
+        raise ConfigError(
+            f"start={start} is later than the last stored row ({ends.max()}); leave start out to begin there"
+        )
+
+
 def _resume(config: StreamConfig, artifact: Artifact, dataset: str, folder: Path) -> tuple[Stream, bool]:
     """Return the stored stream, and whether settings of its own were changed."""
-    live = Stream.load(folder / STATE, artifact)
+    try:
+        live = Stream.load(folder / STATE, artifact)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; reset=true begins stream '{folder.name}' anew from the stored data") from error
     if live.about.get("dataset") != dataset:
         raise ConfigError(
             f"stream '{folder.name}' follows data set '{live.about.get('dataset')}', not '{dataset}'; give another "

@@ -102,7 +102,7 @@ def explain(item: Any, cls: type[BaseModel], where: str) -> str:
         where: dotted prefix of the place in a larger config.
     """
     place = place_of(cls, item["loc"])
-    dotted = ".".join(filter(None, [where, *place.path])) or cls.__name__
+    dotted = ".".join(filter(None, [where, *place.path]))
     if item["type"] == "extra_forbidden":
         return f"{dotted}: unknown key{_hint(place)}"
     if item["type"] == "missing":
@@ -118,7 +118,7 @@ def explain(item: Any, cls: type[BaseModel], where: str) -> str:
         keys = listing(below.config.model_fields, 20)
         return f"{dotted}: it holds several settings; write {dotted}.KEY=VALUE (keys: {keys}){given}"
     message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{dotted}: {message}{given}"
+    return f"{dotted}: {message}{given}" if dotted else f"{message}{given}"  # settings that do not go together
 
 
 def _hint(place: Place) -> str:
