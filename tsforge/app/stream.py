@@ -229,10 +229,10 @@ def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Wo
 
 def _check_start(start: str | int, artifact: Artifact, frame: SeriesFrame) -> None:
     """Refuse a start that no stored row reaches."""
-    grid, ends = artifact.grid, frame.last_observed()["time"].drop_nulls()
-    if len(ends) and grid.floor(start) > grid.floor(ends.max()):
+    ends = frame.last_observed()["time"].drop_nulls().sort().tail(1)
+    if len(ends) and artifact.grid.floor(start) > int(artifact.grid.locate(ends)[0][0]):
         raise ConfigError(
-            f"start={start} is later than the last stored row ({ends.max()}); leave start out to begin there"
+            f"start={start} is later than the last stored row ({ends.item()}); leave start out to begin there"
         )
 
 
