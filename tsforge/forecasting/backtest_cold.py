@@ -230,9 +230,8 @@ def _of_model(
     for kept in amounts:
         started = time.perf_counter()
         if isinstance(kept, str):
-            table = forecasts_at(
-                artifact, data.frame.select_series(series[1]), fold.cutoffs, steps=fold.steps, levels=levels
-            )
+            chosen, grid = data.frame.select_series(series[1]), data.frame.grid
+            table = forecasts_at(artifact, chosen, fold.cutoffs, steps=fold.steps, levels=levels, grid=grid)
         else:
             wanted = (kept, fold.steps, levels)
             found = [

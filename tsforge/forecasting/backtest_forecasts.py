@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tsforge.artifact import Artifact, match_frame
 from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import TimeGrid
 from tsforge.data.panel import Panel
 from tsforge.data.vintages import VintageFrame
 from tsforge.data.windows import WindowDataset
@@ -37,19 +38,22 @@ def forecasts_at(
     *,
     steps: int,
     levels: Sequence[float] = (),
+    grid: TimeGrid | None = None,
 ) -> pl.DataFrame:
     """Return the forecasts of all series from every cutoff with their ``actual`` values (null where not observed).
 
     Args:
         artifact: the fitted network; windows end at their cutoff, whatever the frame holds after it.
         frame: the data.
-        cutoffs: rows on the frame's grid of the last visible row; series too short there are left out, for a model that
-            couples series those with nothing observed in the context (with a warning).
+        cutoffs: rows on ``grid`` of the last visible row; series too short there are left out, for a model that couples
+            series those with nothing observed in the context (with a warning).
         steps: at most the trained horizon.
         levels: quantile levels, calibrated if the artifact is.
+        grid: default the frame's. Some series of a frame may begin later than the frame did: give its grid then.
     """
     frame = match_frame(artifact, frame)
-    shift = int(artifact.grid.index_of(pl.Series([frame.grid.time_at(0)], dtype=frame.table["time"].dtype))[0])
+    origin = (frame.grid if grid is None else grid).time_at(0)
+    shift = int(artifact.grid.index_of(pl.Series([origin], dtype=frame.table["time"].dtype))[0])
     first = np.asarray(cutoffs, dtype=np.int64) + 1 + shift
     spec = replace(artifact.window, stride=1, min_observed=0.0)
     panel = padded_panel(artifact, frame, int(first.max()) + spec.horizon)

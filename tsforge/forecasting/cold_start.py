@@ -31,7 +31,7 @@ from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, DataError, listing, nearest
 from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.grid import TimeLike
+from tsforge.data.grid import TimeGrid, TimeLike
 from tsforge.data.windows import WindowDataset, last_windows
 from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.coherent import held_out_cutoffs
@@ -133,7 +133,7 @@ def predict_cold(
     near = any(isinstance(model, tuple) for model in models.values())
     others = _neighbours_of(config, static, donors, fitted) if near else None
     coverages = {_coverage(level) for level in levels} - {0.0}
-    widths = _Likeness(artifact, frame.until(end), donors, at, steps)
+    widths = _Likeness(artifact, frame.until(end), donors, (at, past.grid), steps)
     for name, model in sorted(models.items()):
         by = others if isinstance(model, tuple) else None
         margins = widths.margins(coverages, mean=model == ALL, others=by) if coverages else None
@@ -297,14 +297,20 @@ class _Likeness:
         artifact: the fitted network.
         past: all series up to the cutoff.
         donors: those that calibrate.
-        at: cutoffs that calibrate.
+        at: cutoffs that calibrate, and the grid on which they are rows.
         steps: horizon.
     """
 
     def __init__(
-        self, artifact: Artifact, past: SeriesFrame, donors: Sequence[str], at: NDArray[np.int64], steps: int
+        self,
+        artifact: Artifact,
+        past: SeriesFrame,
+        donors: Sequence[str],
+        at: tuple[NDArray[np.int64], TimeGrid],
+        steps: int,
     ) -> None:
-        self._artifact, self._past, self._donors, self._at, self._steps = artifact, past, list(donors), at, steps
+        self._artifact, self._past, self._donors, self._steps = artifact, past, list(donors), steps
+        self._at, self._grid = at
         self._found: dict[str, pl.DataFrame] = {}
 
     def margins(self, coverages: set[float], *, mean: bool, others: Mapping[str, Sequence[str]] | None) -> pl.DataFrame:
@@ -313,7 +319,8 @@ class _Likeness:
         if kind not in self._found:
             named = [] if others is None else [other for found in others.values() for other in found]
             names = sorted({*self._donors, *named})
-            held_out = forecasts_at(self._artifact, self._past.select_series(names), self._at, steps=self._steps)
+            chosen = self._past.select_series(names)
+            held_out = forecasts_at(self._artifact, chosen, self._at, steps=self._steps, grid=self._grid)
             self._found[kind] = likeness_margins(held_out, coverages, mean=mean, others=others)
         return self._found[kind]
 

@@ -19,6 +19,7 @@ from tsforge.data.windows import WindowSpec
 from tsforge.forecasting import backtest_cold as module
 from tsforge.forecasting.backtest import BacktestConfig, backtest
 from tsforge.forecasting.backtest_cold import ColdBacktest, naive_forecast, new_groups
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.baselines import fit_solved
 from tsforge.forecasting.cold_start import ColdStartConfig, predict_cold
 from tsforge.forecasting.predict import predict
@@ -126,6 +127,24 @@ def test_with_all_rows_only_the_fit_knows_less(frame: SeriesFrame, report: Backt
     found = report.forecasts.filter(pl.col("series_id").is_in(new), model="ar@all", cutoff=cutoff)
     expected = expected.filter(pl.col("series_id").is_in(new))
     np.testing.assert_allclose(found.sort(KEYS)["mean"], expected.sort(KEYS)["mean"], rtol=1e-6)
+
+
+def test_new_series_that_begin_later_are_forecast_from_the_same_cutoffs() -> None:
+    late = new_groups([f"s{k}" for k in range(SERIES)], config_of().cold_start)[2]
+    table = table_of().filter(~pl.col("id").is_in(late) | (pl.col("t") >= 40))
+    frame = frame_of(table)
+    found = backtest({"ar": solved}, frame, config_of(), horizon=HORIZON).forecasts
+    cutoffs = found.filter(model="ar@5")["cutoff"].unique().sort()
+    mine = found.filter(pl.col("series_id").is_in(late), model="ar@all")
+    assert mine["cutoff"].unique().sort().equals(cutoffs)
+    truth = mine.join(table.rename({"id": "series_id", "t": "time"}), on=["series_id", "time"])
+    assert truth.height == len(late) * len(cutoffs) * HORIZON
+    assert truth["actual"].equals(truth["y"].rename("actual"))
+    artifact = solved(frame.until(int(cutoffs[0])), int(cutoffs[0]))
+    at = np.array([frame.grid.floor(int(time)) for time in cutoffs])
+    whole = forecasts_at(artifact, frame, at, steps=HORIZON).filter(pl.col("series_id").is_in(late))
+    few = forecasts_at(artifact, frame.select_series(late), at, steps=HORIZON, grid=frame.grid)
+    assert few.sort(KEYS).equals(whole.sort(KEYS))
 
 
 def test_the_naive_forecast_of_the_same_rows_is_that_of_a_loop(report: BacktestReport) -> None:
