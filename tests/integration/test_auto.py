@@ -273,6 +273,29 @@ def test_variates_that_tell_of_each_other_are_given_to_var() -> None:
     assert not any(name.startswith("var") for name in race_of(fit_frame(data, config(window=window))[0]))
 
 
+def moved_level(rows: int = ROWS) -> SeriesFrame:
+    """A series about one level while models are chosen, and about another one from the test on."""
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(rows, 2)).cumsum(axis=0) * 0.05 + rng.normal(size=(rows, 2))
+    values[int(0.8 * rows) :] += 6.0
+    times = [START + timedelta(hours=4 * row) for row in range(rows)]
+    return as_frame(pl.DataFrame({"time": times, "series_id": ["a"] * rows, "x": values[:, 0], "y": values[:, 1]}))
+
+
+def test_it_leans_on_a_model_that_follows_the_level() -> None:
+    """While nothing moves, one that knows the level by heart is ahead, but not clearly."""
+    found = {}
+    for anchor in (True, False):
+        model = {"candidates": ["linear"], "anchor": anchor}
+        race = race_of(fit_frame(moved_level(), config(model, window={"context_length": 24, "horizon": 6}))[0])
+        name = "linear L=24 remove=auto ridge=None weights=auto"
+        found[anchor] = race[name]["weight"]
+        assert race[name]["folds"] == 2
+    assert found[True] > found[False] + 0.1
+    without = config({"candidates": ["last_value", "seasonal_naive"]})
+    assert fit_frame(moved_level(), without)[0].explanation["race"]  # no such model among the candidates
+
+
 def test_a_failing_candidate_is_reported_and_skipped(frame: SeriesFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = auto_candidates.solve
 

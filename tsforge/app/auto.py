@@ -1,7 +1,8 @@
 """``model=auto``: race closed forms on rolling origins, spend what is left of the time on trained models, mix the best.
 
 1. Every closed form is fitted before the last fold and forecasts it; the better half does so on the earlier folds too.
-2. Greedy selection on these held-out errors gives the mixture of closed forms (``forecasting.combination``).
+2. Greedy selection on these held-out errors gives the mixture of closed forms (``forecasting.combination``). It leans
+   on one of them that follows a level that moves, the more the less clearly the folds speak against it.
 3. Trained models run in successive halving until the time is spent. They stop on the first half of the last fold and
    are compared on its second half, where they must improve the mixture by more than one standard error over stretches
    of time to be let in.
@@ -25,6 +26,7 @@ from tsforge.app.auto_candidates import (
     AUTO,
     Candidate,
     RaceData,
+    anchor_name,
     check_wanted,
     closed_forms,
     num_parameters,
@@ -283,8 +285,8 @@ def _race_closed(work: _Race) -> list[str]:
     if not alive:
         return []
     ranked = sorted(alive, key=lambda name: _score(work, name, [last])[0])
-    kept = ranked[:_KEPT]
-    for name in ranked[_KEPT:]:
+    kept = [name for place, name in enumerate(ranked) if place < _KEPT or name == anchor_name(data)]
+    for name in [name for name in ranked if name not in kept]:
         work.lines[name].why = f"not among the best {_KEPT} on the last fold"
     for number in range(last):
         kept = [name for name in kept if _try_fold(work, name, number)]
@@ -333,6 +335,7 @@ def _closed_weights(work: _Race, members: Sequence[str]) -> NDArray[np.float64]:
         loss=settings.loss,
         max_members=settings.max_members,
         num_series=work.data.panel.num_series,
+        anchor=members.index(anchor) if (anchor := anchor_name(work.data)) in members else None,
     )
 
 

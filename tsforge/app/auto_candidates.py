@@ -182,6 +182,16 @@ def closed_forms(data: RaceData) -> list[Candidate]:
     return [found for settings, length in wanted if (found := _candidate(data, settings, length, trained=False))]
 
 
+def anchor_name(data: RaceData) -> str | None:
+    """Return the closed form that the mixture leans on: ``linear`` that chooses level, penalty and weights by itself,
+    at the longest look-back. None where it takes no part.
+    """
+    if not data.settings.anchor:
+        return None
+    found = _candidate(data, {"name": "linear", **_LINEAR[0]}, data.window.context_length, trained=False)
+    return None if found is None else found.name
+
+
 def trained_models(data: RaceData) -> list[Candidate]:
     """Return candidates that need gradient steps: every such model that takes one series at a time, with its defaults,
     at the longest look-back, then at half of it. A committee is another mixture, not a candidate; experimental models

@@ -35,6 +35,9 @@ class AutoConfig(ModelConfig):
     """One set of weights, or one for each variate or series, drawn towards the global one."""
     max_members: int = Field(8, ge=1)
     """Models in the mixture at most."""
+    anchor: bool = True
+    """Lean on the linear model that removes the level of its window, the more the less clearly the folds speak against
+    it; false lets the folds alone decide."""
     refit: Literal["all", "train"] = "all"
     """Closed forms are fitted once more on every row before the calibration span, or keep to the training span."""
 

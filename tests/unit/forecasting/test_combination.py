@@ -12,6 +12,7 @@ from tsforge.core.errors import ConfigError, DataError
 from tsforge.forecasting.combination import (
     ROUNDS,
     HeldOutErrors,
+    anchor_share,
     block_losses,
     clear_gain,
     greedy_weights,
@@ -146,3 +147,34 @@ def test_gain_and_its_standard_error() -> None:
     assert gain == pytest.approx(gains.mean())
     assert error == pytest.approx(gains.std(ddof=1) / 2)
     assert clear_gain(old[:1], new[:1])[1] == np.inf
+
+
+def test_the_share_of_an_anchor_falls_with_the_evidence_against_it() -> None:
+    alone = np.array([1.0, 1.0, 1.0, 1.0])
+    gains = np.array([0.1, 0.3, 0.1, 0.3])  # in log loss: mean 0.2, standard error 0.0577
+    error = gains.std(ddof=1) / 2
+    for shift in (0.0, 0.3, -0.15, -0.19):
+        z = (0.2 + shift) / error
+        share = min(4 / (4 + z**2), 0.95)
+        assert anchor_share(alone, alone * np.exp(-(gains + shift))) == pytest.approx(share)
+    assert anchor_share(alone, np.full(4, 0.9)) == pytest.approx(0.0)  # every stretch says the same
+    assert anchor_share(alone, 1.1 * alone) == 0.95  # no better at all
+    assert anchor_share(alone, alone) == 0.95
+    assert anchor_share(alone[:1], 0.5 * alone[:1]) == 0.5  # one stretch: nothing is known of the noise
+
+
+@pytest.mark.parametrize("scope", ["global", "variate", "series"])
+def test_a_mixture_leans_on_its_anchor_unless_the_stretches_agree_against_it(scope: Any) -> None:
+    first = noise(1)[0]
+    scale = np.repeat([0.4, 1.0, 1.2, 1.2], WINDOWS // BLOCKS)[:, None, None]
+    doubtful = np.stack([first, first * scale])  # the other wins one stretch by a lot and loses two of the rest
+    free = mixture_weights(held(doubtful), scope=scope, num_series=1)
+    leaning = mixture_weights(held(doubtful), scope=scope, num_series=1, anchor=0)
+    assert leaning.shape == free.shape
+    assert leaning.sum(1) == pytest.approx(1.0)
+    assert leaning[:, 0].min() > free[:, 0].max() + 0.1
+    clear = np.stack([first, 0.3 * first + 0.05 * noise(1, seed=1)[0]])  # the other wins every stretch
+    assert mixture_weights(held(clear), scope=scope, num_series=1, anchor=0)[:, 1].min() > 0.9
+    few = mixture_weights(held(noise(4)), scope=scope, num_series=1, anchor=3, max_members=2)
+    assert ((few > 0).sum(axis=1) <= 2).all()
+    assert few.sum(1) == pytest.approx(1.0)
