@@ -286,8 +286,11 @@ def test_further_rules_judge_the_same_scores_and_one_that_cannot_be_fitted_fails
     assert records["q"]["event_recall"] == row["found"] / row["events"]
     assert (records["tail"]["failed"], records["tail"]["event_recall"]) == (1, None)
     assert records["never"]["event_recall"] == 0.0
+    assert (result.failed, result.summary()["failed_rules"]) == (0, tail.height)
     text = (result.path / "report.md").read_text()
     assert "### plant: further rules" in text
+    assert "No job failed" not in text
+    assert "- plant a ar_net, residuals, rule tail: " in text
     assert sum(line.startswith("| ar_net, residuals | ") and "| q |" in line for line in text.splitlines()) == 1
     assert "Further rules" in (result.path / "report.html").read_text()
     assert pl.read_parquet(result.path / "rules.parquet").equals(result.ruled)

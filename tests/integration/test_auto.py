@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -294,6 +296,30 @@ def test_it_leans_on_a_model_that_follows_the_level() -> None:
     assert found[True] > found[False] + 0.1
     without = config({"candidates": ["last_value", "seasonal_naive"]})
     assert fit_frame(moved_level(), without)[0].explanation["race"]  # no such model among the candidates
+
+
+def test_more_folds_than_fit_are_as_many_as_do(frame: SeriesFrame, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    many = race_of(fit_frame(frame, config({"folds": 400}))[0])
+    told = re.search(r"model\.folds is 400; 350 training rows hold (\d+) with a window before them", caplog.text)
+    assert told is not None
+    assert 2 < max(record["folds"] for record in many.values()) <= int(told[1]) < 400
+    assert not any("failed" in record["why"] for record in many.values())
+    assert "weight=" not in caplog.text  # unknown while the race is on
+
+
+def test_trained_candidates_without_time_for_them_are_refused(frame: SeriesFrame) -> None:
+    with pytest.raises(ModelError, match=r"dlinear must be trained, and model\.minutes=0 leaves no time for it"):
+        fit_frame(frame, config({"minutes": 0, "candidates": ["dlinear"]}))
+
+
+def test_a_committee_leaves_out_covariates_that_its_member_cannot_take() -> None:
+    data = table(200).with_columns(push=pl.lit(1.0), x=pl.col("x") + 1.0)
+    for name in ("committee", "temporal"):
+        model = {"name": name, "member": {"name": "dlinear"}}
+        plain = {**config().model_dump(), "model": model, "train": {"max_epochs": 1, "max_steps_per_epoch": 2}}
+        fitted = fit_frame(as_frame(data, known=["push"]), validate(FitConfig, plain))[0]
+        assert fitted.network.spec.num_known == 0, name
 
 
 def test_a_failing_candidate_is_reported_and_skipped(frame: SeriesFrame, monkeypatch: pytest.MonkeyPatch) -> None:

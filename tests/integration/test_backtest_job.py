@@ -11,9 +11,10 @@ import pytest
 
 from tsforge.app.backtest import BacktestJobConfig, backtest
 from tsforge.app.catalog_results import list_backtests, load_backtest
+from tsforge.app.detect import DetectJobConfig
 from tsforge.app.fit import FitConfig
 from tsforge.app.forecast import PredictConfig, find_artifact, predict
-from tsforge.core.config import load, validate
+from tsforge.core.config import compose, load, validate
 from tsforge.core.errors import ArtifactError, ConfigError, DataError, ModelError
 from tsforge.core.workspace import Workspace
 from tsforge.forecasting.report import load_report
@@ -61,6 +62,21 @@ def test_settings_without_effect_are_refused(site: Any) -> None:
         job(site, split={"train": 0.8, "valid": 0.1, "test": 0.1})
     with pytest.raises(ConfigError, match="linear would be measured twice"):
         job(site, compare=["linear"])
+    with pytest.raises(ConfigError, match=r"backtest\.season_length is 9999: .* needs 10011 rows before the first"):
+        backtest(job(site, backtest={"season_length": 9999, "num_cutoffs": 2}), Workspace.open())
+
+
+@pytest.mark.parametrize("config", ["predict", "detect"])
+def test_a_group_that_a_command_has_no_place_for_is_named(config: str) -> None:
+    with pytest.raises(ConfigError, match=f"config '{config}': there is no choice of 'data' in it"):
+        compose(config, ["data=csv"])
+
+
+@pytest.mark.parametrize("settings", [{"series": []}, {"series": "a"}])
+def test_no_series_at_all_and_one_that_is_no_list_are_refused(settings: dict[str, Any]) -> None:
+    for kind in (PredictConfig, DetectJobConfig):
+        with pytest.raises(ConfigError, match=r"series: (Tuple should have at least 1 item|it is a list; write)"):
+            validate(kind, settings)
 
 
 def test_the_shipped_config_composes() -> None:

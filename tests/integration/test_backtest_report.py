@@ -159,6 +159,8 @@ def test_series_without_a_unit_are_left_out_of_the_tests_and_named(frame: Series
         ({"regime_column": "volatility"}, "also the name of a regime"),
         ({"regimes": ["weather"]}, "regimes"),
         ({"regime_rows": 1}, "regime_rows"),
+        ({"quantile_levels": [0.1, 80]}, r"quantile_levels\.1: Input should be less than 1 \(given: 80"),
+        ({"quantile_levels": "0.1"}, r"quantile_levels: it is a list; write 'quantile_levels=\[0\.1\]'"),
     ],
 )
 def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -268,6 +268,16 @@ def test_a_peer_without_library_equals_our_rows(workspace: Workspace, table: Pat
     assert found["plain/seasonal_naive"] == pytest.approx(found["seasonal_naive:season_length=24"], rel=1e-6)
 
 
+def test_peers_that_cannot_run_or_have_no_part_are_one_line(workspace: Workspace, table: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'Traceback (most recent call last):' >&2\necho 'no numpy' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(ConfigError, match=r"cannot run the peers: no numpy; docs/benchmark\.md says how"):
+        run(workspace, table, models=["plain/last_value"], peers={"python": str(broken)})
+    with pytest.raises(ConfigError, match="--peers has no effect: none of the models is a peer"):
+        run(workspace, table, models=["linear"], peers={"python": sys.executable})
+
+
 def test_another_version_of_a_library_is_measured_anew(
     workspace: Workspace, table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

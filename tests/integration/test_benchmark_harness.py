@@ -263,7 +263,12 @@ def test_training_rows_are_standardised_with_the_population_deviation(table: Pat
         (b"", "empty.csv", "empty"),
         (b"a,b\n", "header.csv", "no rows"),
         (b"not parquet", "bad.parquet", "Parquet"),
-        (b"a,b\nx,y\nz,w\n", "text.csv", "no numeric column"),
+        (b"a,b\nx,y\nz,w\n", "text.csv", "no numeric column to forecast: a, b hold text"),
+        (
+            b"day,shop,sold\n" + b"".join(b"2026-01-0%d,%c,1\n" % (n, shop) for shop in b"xyz" for n in range(1, 9)),
+            "long.csv",
+            r"16 of 24 rows repeat a time in 'day': the table holds several series",
+        ),
         (b"x", "data.xlsx", r"\.parquet or \.csv"),
     ],
 )

@@ -9,11 +9,13 @@ from typing import Any
 import pandas as pd
 import polars as pl
 import pytest
+from sqlalchemy import update
 
 from tsforge.app.detect import DetectJobConfig, detect
-from tsforge.app.events import actor
+from tsforge.app.events import actor, open_events
 from tsforge.core.errors import ConfigError
 from tsforge.core.workspace import Workspace
+from tsforge.data.event_tables import SUPPRESSIONS
 
 
 @pytest.fixture
@@ -171,6 +173,8 @@ def test_maintenance(tsforge: Any, site: Any) -> None:
     assert "backup" in tsforge("maintenance", "list")[1]
     refused = [
         (("add", "--reason", "all of it"), 2, "hide every event for ever"),
+        (("add", "--reason", "x", "--score-below", "inf"), 2, "score_below: Input should be a finite number"),
+        (("add", "--reason", "x", "--series", "zz", "--score-below", "nan"), 2, "score_below"),
         (("add", "--reason", "x", "--weekly", "sat"), 2, "write days and hours"),
         (("add", "--reason", "x", "--weekly", "odd 1-2"), 2, "weekly.weekdays"),
         (("add", "--reason", "x", "--timezone", "UTC", "--series", "a"), 2, "clock of --weekly"),
@@ -182,6 +186,21 @@ def test_maintenance(tsforge: Any, site: Any) -> None:
         code, _, errors = tsforge("maintenance", *arguments)
         assert code == status, (arguments, errors)
         assert message in errors
+
+
+def test_a_stored_rule_that_cannot_be_read_is_named_and_can_be_ended(tsforge: Any, site: Any) -> None:
+    """Stored by an older version, whose limit was no number."""
+    rule = answer(tsforge("maintenance", "add", "--score-below", "0.5", "--reason", "small ones", "--json"))["id"]
+    with open_events(Workspace.open(site.home)) as store, store.engine.begin() as connection:
+        text = {"rule": '{"reason":"small ones","score_below":null}'}
+        connection.execute(update(SUPPRESSIONS).where(SUPPRESSIONS.c.id == rule).values(text))
+    code, _, errors = tsforge("detect", "stop=2026-03-05")
+    assert code == 6
+    assert f"suppression rule {rule} of the store cannot be read (this would hide every event" in errors
+    assert f"`tsforge maintenance lift {rule}`" in errors
+    assert [row["kind"] for row in answer(tsforge("maintenance", "list", "--json"))] == ["unreadable"]
+    assert answer(tsforge("maintenance", "lift", str(rule), "--json"))["kind"] == "unreadable"
+    assert tsforge("detect", "stop=2026-03-05")[0] == 0
 
 
 def test_pruning(tsforge: Any) -> None:

@@ -25,7 +25,7 @@ from tsforge.app.watch.settings import JsonlSink, WebhookSink
 from tsforge.app.watch.sinks import JsonlFile
 from tsforge.app.watch.status import watch_status
 from tsforge.app.watch.webhook import retry_after
-from tsforge.core.errors import BackendError, ConfigError
+from tsforge.core.errors import BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.data.event_store import EventStore
 from tsforge.data.watch_state import Outgoing, SourceFile, WatchState
@@ -205,6 +205,22 @@ def test_what_cannot_be_delivered_in_time_goes_out_with_the_next_run(
     connection.close()
 
 
+def test_a_start_that_is_refused_gives_up_nothing(plant: Watched, receiver: Receiver, secrets: str) -> None:
+    receiver.answer = lambda number: (503, {"Retry-After": "3600"})
+    sinks = plant.plain()["sinks"] | {"hook": hook(tries=9)}
+    waiting = plant.watch(sinks=sinks, drain_seconds=0.0).undelivered
+    assert waiting == len(plant.told()) > 0
+    with pytest.raises(DataError, match="there is no folder"):
+        plant.watch(source={**plant.plain()["source"], "path": str(plant.root / "elsewhere")})  # and without the hook
+    receiver.answer = lambda number: (200, {})
+    receiver.got.clear()
+    with sqlite3.connect(plant.workspace.root / "watch/plant/state.db") as connection:
+        connection.execute("UPDATE sinks SET next_try = 0")
+    connection.close()
+    assert plant.watch(sinks=sinks).undelivered == 0
+    assert len(receiver.got) == waiting
+
+
 def test_patience_doubles_up_to_its_end_and_heeds_the_receiver() -> None:
     patience = Patience.of(WebhookSink(url="https://host", backoff_seconds=2.0, max_backoff_seconds=10.0))
     assert [patience.wait(attempts, 0.0) for attempts in (1, 2, 3, 4, 900)] == [2, 4, 8, 10, 10]
@@ -272,6 +288,8 @@ def test_a_new_sink_gets_what_follows_and_a_dropped_one_holds_nothing_back(plant
     state.commit(generation=1, position={}, facts=facts, transitions=transitions)
     sinks = {"other": JsonlSink(path=str(plant.root / "other.jsonl"))}
     delivery = Delivery(state, sinks, plant.workspace, "plant")
+    assert set(state.cursors()) == {"log"}
+    delivery.begin()
     assert delivery.due() == 0
     assert delivery.deliver() == 1
     assert delivery.due() is None

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 _SLACK = 64
+_ROOM = 1_024  # rows, at first
 
 
 class RollingLargest:
@@ -23,8 +24,7 @@ class RollingLargest:
         start = np.asarray(values, dtype=np.float64).ravel()[-window:]
         self.window = window
         self.size = int(start.size)
-        self._ring = np.empty(window)
-        self._ring[: self.size] = start
+        self._ring = start.copy()  # grows with the rows up to the window, which may be longer than any stream
         self._next = self.size % window
         self._top: list[float] = []
         self._floor = np.nan  # nothing is kept sorted until a rank is asked for
@@ -39,6 +39,7 @@ class RollingLargest:
             if old >= self._floor:
                 del self._top[bisect_left(self._top, old)]
         else:
+            self._reserve(place + 1)
             self.size += 1
         self._ring[place] = value
         self._next = place + 1 if place + 1 < self.window else 0
@@ -100,6 +101,8 @@ class RollingLargest:
             low[taken:] = level_low
             high[taken:] = level_high
             taken = count
+        if not is_full:
+            self._reserve(place + taken)
         self._ring[place : place + taken] = values[:taken]
         self._next = (place + taken) % self.window
         self.size = min(self.size + taken, self.window)
@@ -112,6 +115,13 @@ class RollingLargest:
         if self.size < self.window:
             return self._ring[: self.size].copy()
         return np.roll(self._ring, -self._next)
+
+    def _reserve(self, rows: int) -> None:
+        """Make room for so many rows, and for as many again while the window is not full."""
+        if rows > self._ring.size:
+            larger = np.empty(min(self.window, max(2 * rows, _ROOM)))
+            larger[: self.size] = self._ring[: self.size]
+            self._ring = larger
 
     def _rebuild(self, k: int) -> None:
         self._wanted = k

@@ -127,7 +127,7 @@ class AnomalyBenchmarkConfig(Config):
     seeds: int = Field(1, ge=1)
     """Runs with seeds 0, 1, ...; a fit without randomness is run once."""
     train: TrainConfig = TrainConfig()
-    series: tuple[str, ...] | None = None
+    series: tuple[str, ...] | None = Field(None, min_length=1)
     """Only these series; all families must have them."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many series of each family."""
@@ -190,7 +190,8 @@ class AnomalyBenchmarkResult(PassResult):
 
     def summary(self) -> dict[str, Any]:
         """Return what a person wants to know first."""
-        return {"benchmark": self.name, "rows": self.table.height, **self.facts()}
+        rules = {"failed_rules": self.ruled.filter(status="failed").height} if self.ruled.height else {}
+        return {"benchmark": self.name, "rows": self.table.height, **rules, **self.facts()}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the records with what fits on a screen."""

@@ -239,7 +239,7 @@ def _markdown(
             lines += [f"| {' | '.join(RULES_HEAD)} |", "|" + "---|" * len(RULES_HEAD)]
             lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in judged]
     lines += ["", "## Failures", ""]
-    lines += [f"- {name}: {text}" for name, text in _failures(measured.rows)] or ["No job failed."]
+    lines += [f"- {name}: {text}" for name, text in _failures(measured)] or ["No job failed."]
     skipped = measured.rows.filter(status="skipped").height
     if skipped:
         lines.append(f"- {skipped} jobs were left out: the time budget was spent.")
@@ -282,7 +282,7 @@ def _page(
             body.append(
                 table(RULES_HEAD, [("model", [escape(cell) for cell in cells]) for cells in judged], last_is_text=False)
             )
-    failures = "".join(f"<li>{escape(name)}: {escape(text)}</li>" for name, text in _failures(measured.rows))
+    failures = "".join(f"<li>{escape(name)}: {escape(text)}</li>" for name, text in _failures(measured))
     skipped = measured.rows.filter(status="skipped").height
     ending = f"<p>{skipped} jobs were left out: the time budget was spent.</p>" if skipped else ""
     body.append('<h2 id="failures">Failures</h2>' + (f"<ul>{failures}</ul>" if failures else "<p>No job failed.</p>"))
@@ -301,10 +301,15 @@ def _facts(family: LabelledFamily) -> list[tuple[str, str]]:
     return facts + [("note", note) for note in family.notes]
 
 
-def _failures(rows: pl.DataFrame) -> list[tuple[str, str]]:
-    failed = rows.filter(status="failed")
-    return [
-        (f"{row['family']} {row['series']} {row['method']}", str(row["error"])) for row in failed.iter_rows(named=True)
+def _failures(measured: Measured) -> list[tuple[str, str]]:
+    """Return what failed and why: jobs, then rules of a job that went well."""
+    jobs, rules = (part.filter(status="failed") for part in (measured.rows, measured.ruled))
+    found = [
+        (f"{row['family']} {row['series']} {row['method']}", str(row["error"])) for row in jobs.iter_rows(named=True)
+    ]
+    return found + [
+        (f"{row['family']} {row['series']} {row['method']}, rule {row['rule']}", str(row["error"]))
+        for row in rules.iter_rows(named=True)
     ]
 
 

@@ -37,7 +37,7 @@ from tsforge.app.auto_candidates import (
     unusable,
 )
 from tsforge.core.config import validate
-from tsforge.core.errors import DataError, ModelError, TsforgeError
+from tsforge.core.errors import DataError, ModelError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.data.panel import Panel
 from tsforge.data.splits import Splits
@@ -125,7 +125,8 @@ class _Race:
 
     def tell(self, line: _Line) -> None:
         if self.progress:
-            log_event(_LOG, "candidate", **{k: v for k, v in line.record().items() if v not in (None, "")})
+            known = {name: value for name, value in line.record().items() if name != "weight"}  # decided at the end
+            log_event(_LOG, "candidate", **{name: value for name, value in known.items() if value not in (None, "")})
 
 
 def race(data: RaceData, *, progress: bool = False) -> tuple[EnsembleNetwork, TrainResult]:
@@ -204,7 +205,13 @@ def _folds(data: RaceData) -> list[_Fold]:
     first, stop = data.train
     number, horizon = data.settings.folds, data.window.horizon
     spans = [] if data.select is None else [data.select]
-    size = (stop - first) // (number + 2)  # the first fold still leaves two parts of its size or more to fit on
+    rows, needed = stop - first, data.window.context_length + horizon
+    while number > 1 and (rows // (number + 2) < horizon or rows - number * (rows // (number + 2)) < needed):
+        number -= 1
+    if number < data.settings.folds:
+        told = (data.settings.folds, rows, number)
+        _LOG.warning("model.folds is %d; %d training rows hold %d with a window before them", *told)
+    size = rows // (number + 2)  # the first fold still leaves two parts of its size or more to fit on
     if data.select is not None:
         size = min(size, data.select[1] - data.select[0])
     while len(spans) < number and size >= horizon:
@@ -457,6 +464,11 @@ def _assemble(work: _Race, names: list[str], weights: NDArray[np.float64]) -> En
     """Fit the members for good and put them together."""
     data = work.data
     used = [index for index in range(len(names)) if weights[:, index].max() > 0]
+    if not work.lines:
+        raise ModelError(
+            f"model=auto: nothing to choose from: {listing(data.settings.candidates or (), 10)} must be trained, and "
+            f"model.minutes={data.settings.minutes:g} leaves no time for it; give minutes, or name a closed form"
+        )
     if not used:
         raise unusable([f"{name}: {line.why}" for name, line in work.lines.items()])
     members = []

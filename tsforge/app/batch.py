@@ -25,7 +25,7 @@ from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, 
 from tsforge.app.events import Recorded, confirmed_spans, record_report
 from tsforge.app.ingest import IngestConfig, ingest, load_history, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, match_frame
-from tsforge.core.config import Config, fingerprint
+from tsforge.core.config import Config, QuantileLevel, fingerprint
 from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
@@ -55,7 +55,7 @@ class ForecastStage(Config):
 
     horizon: int | None = Field(None, ge=1)
     """Steps; None = as many as the model was trained for."""
-    quantile_levels: tuple[float, ...] | None = None
+    quantile_levels: tuple[QuantileLevel, ...] | None = None
     """Levels; None = all the artifact offers."""
     reconcile: ReconcileConfig | None = None
     """Make the forecasts of the data set's hierarchy add up; they then start from one row, the last observed one."""

@@ -26,6 +26,7 @@ from tsforge.app.benchmark_report import environment, write_report
 from tsforge.app.benchmark_run import FITTERS, Setting
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.config import fingerprint
+from tsforge.core.errors import ConfigError
 from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
 from tsforge.metrics.ranking import skill_score
@@ -166,6 +167,8 @@ def benchmark(config: BenchmarkConfig, workspace: Workspace, *, progress: bool =
     peers = None
     if any(entry.is_peer for entry in config.models):
         peers = open_peers(config.peers, config.threads)
+    elif config.peers.python is not None:
+        raise ConfigError("--peers has no effect: none of the models is a peer, written LIBRARY/MODEL")
     prepared = prepare(config, workspace)
     for item in prepared:
         for note in item.data.notes:

@@ -214,7 +214,7 @@ def _numeric(table: pl.DataFrame, stamp: str, columns: Sequence[str] | None) -> 
         if dropped:
             notes.append(f"dropped {len(dropped)} column(s) that are not numeric: {listing(dropped)}")
     if not numeric:
-        raise DataError(f"no numeric column to forecast; the file has {listing(candidates, 20)}")
+        raise DataError(f"no numeric column to forecast: {listing(candidates, 20)} hold text or nothing")
     values = table.select(stamp, *(pl.col(name).cast(pl.Float64) for name in numeric))
     finite = values.with_columns(pl.when(pl.col(name).is_finite()).then(pl.col(name)).alias(name) for name in numeric)
     infinite = sum(int(values[name].is_infinite().sum()) for name in numeric)
@@ -228,6 +228,12 @@ def _regular(table: pl.DataFrame, stamp: str) -> tuple[SeriesFrame, list[str]]:
     values = [name for name in table.columns if name != stamp]
     safe = {name: f"v.{name}" if name in ("series_id", "time") else name for name in values}
     plain = table.rename(safe)
+    repeated = table.height - table[stamp].n_unique()
+    if 3 * repeated > table.height:  # fewer may be flaws of one series
+        raise DataError(
+            f"{repeated} of {table.height} rows repeat a time in '{stamp}': the table holds several series below each "
+            "other; ingest it (data.layout=long data.series=COLUMN) and name the data set, or give one column a series"
+        )
     try:
         frame = SeriesFrame.from_wide(plain.rename({stamp: "time"}), time="time", targets=list(safe.values()))
     except DataError as error:
@@ -238,6 +244,8 @@ def _regular(table: pl.DataFrame, stamp: str) -> tuple[SeriesFrame, list[str]]:
         frame = SeriesFrame.from_wide(rows, time="time", targets=list(safe.values()), freq="1i")
         return frame, [f"the times are no regular grid, rows are taken as equally spaced ({error})"]
     gaps = frame.num_rows - table.height
+    if gaps < 0:
+        return frame, [f"{-gaps} rows without any value at the ends were left out"]
     if gaps:
         return frame, [f"{gaps} missing time stamps became rows without values"]
     return frame, ["no time column: rows are taken as equally spaced"] if stamp == _ROW else []

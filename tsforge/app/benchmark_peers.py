@@ -100,8 +100,10 @@ def _versions(python: str) -> str:
     except OSError as error:
         raise ConfigError(f"--peers {python}: {error.strerror or error}; give a Python interpreter") from error
     except subprocess.SubprocessError as error:
-        detail = getattr(error, "stderr", "") or str(error)
-        raise ConfigError(f"--peers {python} does not run {RUNNER.name}: {detail.strip()[-400:]}") from error
+        detail = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        raise ConfigError(
+            f"--peers {python} cannot run the peers: {detail}; docs/benchmark.md says how to make their environment"
+        ) from error
     return found.stdout.strip().splitlines()[-1]
 
 

@@ -249,8 +249,9 @@ def _array(values: torch.Tensor | None) -> np.ndarray[Any, Any]:
 
 def _panel_for(setting: Setting, data: BenchmarkData) -> Panel:
     """Return what the model is given: calendar features only where it takes known covariates."""
-    takes = MODELS.get(setting.name).capabilities.known_covariates
-    return data.with_calendar if takes else data.panel
+    assert setting.network is not None
+    can = MODELS.get(setting.name).capabilities_of(setting.network.model)
+    return data.with_calendar if can.known_covariates else data.panel
 
 
 def _fit(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from pydantic import Field
 
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect as detect_frame
@@ -38,7 +39,7 @@ class DetectJobConfig(Config):
     """An artifact id, a folder, NAME@champion, NAME/VERSION, or ``latest``: the newest artifact of the workspace."""
     dataset: str | None = None
     """Stored data set; default the one the artifact was fitted on."""
-    series: tuple[str, ...] | None = None
+    series: tuple[str, ...] | None = Field(None, min_length=1)
     """Only these series; default all."""
     start: str | int | None = None
     """First time to score; default the row after the artifact's validation span."""

@@ -32,7 +32,7 @@ from tsforge.app.warm_start import WarmStartConfig, check_blind, earlier_fit, st
 from tsforge.artifact import Artifact, collect_provenance, create_artifact, save_artifact
 from tsforge.contracts.model import ModelConfig
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
-from tsforge.core.config import Config, fingerprint
+from tsforge.core.config import Config, QuantileLevel, fingerprint
 from tsforge.core.errors import ConfigError, DataError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.seeding import derive_seed, seed_everything
@@ -85,7 +85,7 @@ class CalibrationConfig(Config):
     """Split-conformal intervals, fitted on the valid span and stored with the artifact."""
 
     enabled: bool = True
-    quantile_levels: tuple[float, ...] = DEFAULT_LEVELS
+    quantile_levels: tuple[QuantileLevel, ...] = DEFAULT_LEVELS
     """Levels of every forecast of the artifact; each low level needs its mirror image."""
     dependence: DependenceKind = "gaussian"
     """How errors over a horizon hang together, for sample paths and totals; estimated on the same windows."""
@@ -261,15 +261,15 @@ def _check_held_out(network: ForecastNetwork, held_out: tuple[str, ...]) -> None
         )
 
 
-def _usable(frame: SeriesFrame, model: str) -> SeriesFrame:
+def _usable(frame: SeriesFrame, model: ModelConfig) -> SeriesFrame:
     """Return the frame without the kinds of covariates that the model cannot take; each is named once."""
-    can = MODELS.get(model).capabilities
+    can = MODELS.get(model.name).capabilities_of(model)
     schema = frame.schema
     kept = {kind: getattr(schema, kind) if getattr(can, f"{kind}_covariates") else () for kind in _COVARIATES}
     left_out = [name for kind in _COVARIATES for name in getattr(schema, kind) if name not in kept[kind]]
     if not left_out:
         return frame
-    _LOG.warning("model '%s' cannot take the covariate(s) %s; fitted without them", model, listing(left_out, 10))
+    _LOG.warning("model '%s' cannot take the covariate(s) %s; fitted without them", model.name, listing(left_out, 10))
     return frame.with_covariates(**kept)
 
 
@@ -346,7 +346,7 @@ def fit_frame(
     seed_everything(seed := config.train.seed)
     frame = newest(history)
     if config.covariates == "usable":
-        frame = _usable(frame, config.model.name)
+        frame = _usable(frame, config.model)
     panel = panel_of(history, frame)
     splits = make_splits(panel, config.split)
     network = build_network(config.network, _data_spec(panel, config, splits), seed=derive_seed(seed, "weights"))

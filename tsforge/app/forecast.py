@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from tsforge.app.ingest import dataset_hierarchy, load_dataset
 from tsforge.artifact import MANIFEST, load_artifact
 from tsforge.contracts.tables import Forecast
-from tsforge.core.config import Config
+from tsforge.core.config import Config, QuantileLevel
 from tsforge.core.errors import ArtifactError, ConfigError
 from tsforge.core.workspace import Workspace
 from tsforge.forecasting.coherent_predict import predict_coherent
@@ -32,7 +32,7 @@ class PredictConfig(Config):
     """An artifact id, a folder, NAME@champion, NAME/VERSION, or ``latest``: the newest artifact of the workspace."""
     dataset: str | None = None
     """Stored data set; default the one the artifact was fitted on."""
-    series: tuple[str, ...] | None = None
+    series: tuple[str, ...] | None = Field(None, min_length=1)
     """Only these series; default all."""
     cutoff: str | int | None = None
     """Last time that may be seen; default the last observed row of each series. Where publications are kept, values are
@@ -41,7 +41,7 @@ class PredictConfig(Config):
     """Steps; default the trained horizon."""
     rollout: bool = False
     """Allow more steps than trained, by repeating the forecast on its own means (no quantiles there)."""
-    quantile_levels: tuple[float, ...] | None = None
+    quantile_levels: tuple[QuantileLevel, ...] | None = None
     """Default: every level the artifact offers."""
     paths: int | None = Field(None, ge=1)
     """Sample paths a series, jointly drawn over the horizon, instead of the table of quantiles."""

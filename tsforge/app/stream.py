@@ -26,7 +26,7 @@ from tsforge.app.ingest import load_dataset, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, load_tensor_file, match_frame
 from tsforge.contracts.tables import Forecast
 from tsforge.core.atomic import atomic_file
-from tsforge.core.config import Config
+from tsforge.core.config import Config, QuantileLevel
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
@@ -67,7 +67,7 @@ class StreamConfig(Config):
     """A new stream: last time that counts as seen, rows after it are scored; default the end of the stored data."""
     reset: bool = False
     """Start the stream anew from the stored data (after corrections of old rows, or for another artifact)."""
-    quantile_levels: tuple[float, ...] | None = None
+    quantile_levels: tuple[QuantileLevel, ...] | None = None
     """Of the forecast; default every level the artifact offers."""
 
     @field_validator("online", mode="before")

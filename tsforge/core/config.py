@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,12 +25,16 @@ _COMPOSE_LOCK = threading.Lock()  # Hydra's compose API is a process-wide single
 
 
 class Config(BaseModel):
-    """Base of every config: immutable, keyword-only, unknown keys refused."""
+    """Base of every config: immutable, keyword-only, unknown keys refused, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 C = TypeVar("C", bound=Config)
+QuantileLevel = Annotated[float, Field(gt=0.0, lt=1.0)]
+"""0.8, not 80."""
 
 
 class StoredChoices(Protocol):
@@ -179,6 +183,9 @@ def compose(
             absent = sorted(OmegaConf.missing_keys(composed))
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             message = " ".join(str(error).split())
+            group = re.search(r"Could not override '([^'@]+)[^']*'\. No match in the defaults list", message)
+            if group is not None:  # a group of the tree that this config has no place for
+                message = f"there is no choice of '{group[1]}' in it; `--dry-run` shows its settings"
             raise ConfigError(f"config '{name}': {message}") from error
     if absent:
         example = f"{absent[0]}=VALUE"

@@ -111,12 +111,16 @@ def explain(item: Any, cls: type[BaseModel], where: str) -> str:
     given = f" (given: {shown!r})" if isinstance(shown, str | int | float | bool) else ""
     if below.named is not None and item["type"] in _NOT_A_CHOICE:
         wrong = shown.get(below.named) if isinstance(shown, Mapping) else shown
+        if isinstance(shown, str) and shown in below.choices:
+            return f"{dotted}: it holds several settings; write {dotted}.{below.named}={shown}"
         tell = "" if wrong is None else f" {wrong!r} is none of them{nearest(str(wrong), below.choices)}"
         known = listing(below.choices, 20)
         return f"{dotted}: say which one with {dotted}.{below.named} ({known});{tell}".rstrip(";")
     if below.config is not None and item["type"] == "model_type":
         keys = listing(below.config.model_fields, 20)
         return f"{dotted}: it holds several settings; write {dotted}.KEY=VALUE (keys: {keys}){given}"
+    if item["type"] in ("tuple_type", "list_type") and given:
+        return f"{dotted}: it is a list; write '{dotted}=[{shown}]'"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{dotted}: {message}{given}" if dotted else f"{message}{given}"  # settings that do not go together
 

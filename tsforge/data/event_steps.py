@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import polars as pl
+from pydantic import ValidationError
 from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
-from tsforge.core.errors import ConfigError, DataError, listing
+from tsforge.core.errors import BackendError, ConfigError, DataError, listing
 from tsforge.data.event_records import advance, facts_of, moment, number
 from tsforge.data.event_tables import EVENTS, LOG, SUPPRESSIONS
 from tsforge.data.grid import TimeLike, show_time
@@ -158,11 +159,21 @@ RULE_TABLE: dict[str, Any] = {
 
 
 def rule_record(row: Any, hits: int) -> dict[str, Any]:
-    """Return a stored rule as a record of ``RULE_TABLE``."""
-    rule = SuppressionRule.model_validate_json(row.rule)
-    weekly = rule.weekly
-    return {
+    """Return a stored rule as a record of ``RULE_TABLE``; one that cannot be read has the kind ``unreadable``."""
+    about = {
         "id": row.id,
+        "author": row.author,
+        "created": row.created.replace(tzinfo=UTC),
+        "lifted": None if row.lifted is None else row.lifted.replace(tzinfo=UTC),
+        "lifted_by": row.lifted_by,
+        "hits": hits,
+    }
+    try:
+        rule = SuppressionRule.model_validate_json(row.rule)
+    except ValidationError:
+        return dict.fromkeys(RULE_TABLE) | about | {"kind": "unreadable"}
+    weekly = rule.weekly
+    return about | {
         "kind": rule.kind,
         "dataset": rule.dataset,
         "series": rule.series,
@@ -175,22 +186,32 @@ def rule_record(row: Any, hits: int) -> dict[str, Any]:
         "closes": None if weekly is None else weekly.closes,
         "timezone": None if weekly is None else weekly.timezone,
         "reason": rule.reason,
-        "author": row.author,
-        "created": row.created.replace(tzinfo=UTC),
-        "lifted": None if row.lifted is None else row.lifted.replace(tzinfo=UTC),
-        "lifted_by": row.lifted_by,
-        "hits": hits,
     }
 
 
 def rules_in_force(connection: Connection) -> list[tuple[int, SuppressionRule]]:
-    """Return the rules that are not lifted, oldest first, with their numbers."""
+    """Return the rules that are not lifted, oldest first, with their numbers.
+
+    Raises:
+        BackendError: one of them cannot be read.
+    """
     found = connection.execute(
         select(SUPPRESSIONS.c.id, SUPPRESSIONS.c.rule)
         .where(SUPPRESSIONS.c.lifted.is_(None))
         .order_by(SUPPRESSIONS.c.id)
     )
-    return [(row.id, SuppressionRule.model_validate_json(row.rule)) for row in found]
+    return [(row.id, _readable(row.id, row.rule)) for row in found]
+
+
+def _readable(rule: int, text: str) -> SuppressionRule:
+    try:
+        return SuppressionRule.model_validate_json(text)
+    except ValidationError as error:
+        fault = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in error.errors())
+        raise BackendError(
+            f"suppression rule {rule} of the store cannot be read ({fault}); end it with `tsforge maintenance lift "
+            f"{rule}` and add it anew"
+        ) from error
 
 
 def key_of(row: Mapping[str, Any]) -> Any:
@@ -223,7 +244,9 @@ def find_event(connection: Connection, event_id: str, dataset: str | None) -> di
         return rows[0]
     if rows:
         names = listing(f"{row['event_id']} of '{row['dataset']}'" for row in rows)
-        raise DataError(f"'{event_id}' names {len(rows)} events: {names}; give the whole id, and the data set")
+        raise DataError(
+            f"'{event_id}' names {len(rows)} events: {names}; give the whole id, and the data set (--dataset NAME)"
+        )
     where = "" if dataset is None else f" in data set '{dataset}'"
     gone = select(LOG.c.moment).where(is_named(LOG.c.event_id, event_id), LOG.c.what == "pruned")
     when = connection.execute(gone).scalars().first()

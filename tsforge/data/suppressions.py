@@ -122,7 +122,8 @@ class SuppressionRule(Config):
         if self.weekly is not None and int in kinds:
             raise ValueError("a weekly window needs times, not numbers, for start and end")
         unbounded = self.start is None and self.end is None and self.weekly is None
-        if unbounded and self.series.strip("*") == "" and self.variate is None and self.score_below is None:
+        open_names = all(name is None or not name.strip("*?") for name in (self.series, self.variate))
+        if unbounded and open_names and self.score_below is None:
             raise ValueError(
                 "this would hide every event for ever; state a series pattern, a variate, score_below, or a time"
             )

@@ -198,6 +198,8 @@ class ReconstructionConfig(Config):
     @classmethod
     def _count(cls, value: object) -> object:
         """Read a number as that many seeds: 5 means 0, 1, 2, 3, 4."""
+        if value == 0:
+            raise ValueError("give at least one seed")
         return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from tsforge.artifact import Artifact
-from tsforge.core.config import Config
+from tsforge.core.config import Config, QuantileLevel
 from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.data.aggregates import frame_hierarchy
@@ -75,7 +75,7 @@ class BacktestConfig(Config):
     """Season of the naive forecast and of the scaled metrics; default from the frequency, else found in the data."""
     baselines: tuple[str, ...] = BASELINES
     """Naive forecasts beside the model; ``last_value`` is always among them."""
-    quantile_levels: tuple[float, ...] | None = None
+    quantile_levels: tuple[QuantileLevel, ...] | None = None
     """Default: every level the artifact offers."""
     regimes: tuple[Regime, ...] = ("volatility",)
     """Breakdowns of errors: ``volatility, level`` before the cutoff, ``hour, weekday, month`` of the forecast row."""
@@ -187,6 +187,7 @@ def backtest(
     steps = config.horizon or horizon
     folds = _folds(frame, config, steps)
     season = frame_season(known_at(history, frame.grid.time_at(int(folds[0].cutoffs[0]))), config.season_length)
+    _check_season(frame, config, folds[0], steps)
     check_regimes(frame, config.regimes, config.regime_column)
     parts: list[pl.DataFrame] = []
     scales: list[pl.DataFrame] = []
@@ -226,6 +227,16 @@ def backtest(
     report = _report(forecasts, known, (config, steps, season), frame.series_ids)
     report = with_cold_start(report, [name or next(iter(levels)) for name in fits], config.cold_start)
     return with_online(report if joint is None else with_level_errors(report, *joint), config.online)
+
+
+def _check_season(frame: SeriesFrame, config: BacktestConfig, fold: _Fold, steps: int) -> None:
+    """Refuse a declared season of which the rows before the first cutoff hold none with a horizon after it."""
+    season, rows = config.season_length, int(fold.cutoffs[0]) + 1 - Panel.from_frame(frame).span()[0]
+    if season is not None and "seasonal_naive" in config.baselines and season + steps > rows:
+        raise ConfigError(
+            f"backtest.season_length is {season}: a seasonal naive forecast of {steps} steps needs {season + steps} "
+            f"rows before the first cutoff, the data has {rows}; give a shorter season or other baselines"
+        )
 
 
 def _run_cold(

@@ -108,8 +108,8 @@ def held_out_cutoffs(
     if in_sample:
         start = first_row + artifact.window.context_length
         _LOG.warning(
-            "artifact %s leaves fewer than %d windows between its training span and the cutoff: the errors behind the "
-            "reconciliation are those of rows it was trained on, and too small",
+            "artifact %s leaves fewer than %d windows between its training span and the cutoff: intervals and "
+            "reconciliation rest on errors over rows it was trained on, which are too small",
             artifact.id,
             MIN_WINDOWS,
         )

@@ -161,6 +161,20 @@ def test_fitting_again_forgets_what_was_judged() -> None:
         assert rule.fit(calibration).state() == fresh
 
 
+def test_a_window_longer_than_any_stream_costs_what_the_rows_cost() -> None:
+    rng = np.random.default_rng(3)
+    calibration, scores = rng.normal(size=300), rng.normal(size=4_000)
+    endless = RollingQuantile(0.01, 10**15).fit(calibration)
+    enough = RollingQuantile(0.01, 4_300).fit(calibration)
+    one_by_one = RollingQuantile(0.01, 10**15).fit(calibration)
+    expected = enough.run(scores)
+    found = endless.run(scores)
+    steps = [one_by_one.step(score) for score in scores]
+    for name in ("alarm", "threshold", "low"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+        assert np.array_equal([getattr(step, name) for step in steps], getattr(expected, name)), name
+
+
 def test_missing_scores_neither_alarm_nor_enter_the_memory() -> None:
     rule = RollingQuantile(0.1, 100).fit(np.arange(50.0))
     before = rule.state()

@@ -188,6 +188,13 @@ def test_a_choice_below_a_mapping_says_which_setting_names_it() -> None:
         ),
         ({"sinks": {"a": {"kind": "jsonl"}}}, r"sinks\.a\.path: required, but not given"),
         ({"sinks": {"a": {"kind": "jsonl", "pat": "x"}}}, r"sinks\.a\.pat: unknown key; did you mean 'path'\?"),
+        ({"sinks": {"a": "jsonl"}}, r"sinks\.a: it holds several settings; write sinks\.a\.kind=jsonl(;|$)"),
+        ({"detector": {"rule": "quantile"}}, r"write detector\.rule\.kind=quantile(;|$)"),
+        (
+            {"detector": {"score": {"winsor": float("inf")}}},
+            r"detector\.score\.winsor: .*finite number",
+        ),
+        ({"detector": {"rule": {"kind": "fixed", "value": float("nan")}}}, r"detector\.rule\.value: .*finite number"),
         ({"sinks": {"a": {"kind": "jsonll"}}}, r"kind \(jsonl, .*\); 'jsonll' is none of them; did you mean 'jsonl'\?"),
         (
             {"detector": {"score": {"smoothing": {"kind": "median", "windw": 3}}}},

@@ -45,7 +45,7 @@ def test_patterns(settings: dict[str, Any], silences: bool) -> None:
 
 def test_an_event_without_variates_or_score_fits_no_rule_about_them() -> None:
     bare = event(variate=None, peak_score=None)
-    assert not rule(variate="*").silences(bare)
+    assert not rule(variate="*", dataset="plant", series="p*").silences(bare)
     assert not rule(score_below=1e9).silences(bare)
 
 
@@ -120,6 +120,9 @@ def test_the_oldest_rule_that_fits_is_named() -> None:
         ({"reason": "  "}, "say why"),
         ({}, "would hide every event for ever"),
         ({"series": "**"}, "would hide every event for ever"),
+        ({"series": "?*"}, "would hide every event for ever"),
+        ({"variate": "*"}, "would hide every event for ever"),
+        ({"score_below": float("inf")}, "score_below: Input should be a finite number"),
         ({"start": "2026-03-02", "end": "2026-03-01"}, "lies before start"),
         ({"start": "2026-03-02", "end": 5}, "both be times or both be numbers"),
         ({"start": "soon"}, "not an ISO time"),

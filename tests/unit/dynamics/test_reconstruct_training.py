@@ -254,6 +254,8 @@ def test_settings_that_contradict_each_other(plain: dict[str, Any], fragment: st
 
 def test_a_number_of_seeds_counts_from_zero() -> None:
     assert validate(ReconstructionConfig, {"data": {"path": "a"}, "seeds": 3}).seeds == (0, 1, 2)
+    with pytest.raises(ConfigError, match="seeds: give at least one seed"):
+        validate(ReconstructionConfig, {"data": {"path": "a"}, "seeds": 0})
 
 
 @pytest.mark.gpu

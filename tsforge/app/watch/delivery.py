@@ -69,7 +69,10 @@ class Delivery:
             sink = open_sink(settings, workspace, watch)
             self._stack.callback(sink.close)
             self._sinks[name] = (sink, Patience.of(settings))
-        state.enlist(self._sinks)
+
+    def begin(self) -> None:
+        """Make these the sinks of the watch; what a sink no longer named had still to get is given up."""
+        self._state.enlist(self._sinks)
 
     def close(self) -> None:
         """Close every sink."""

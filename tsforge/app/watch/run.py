@@ -106,10 +106,11 @@ def watch(
         state = stack.enter_context(closing(WatchState(folder / STATE)))
         stop = stack.enter_context(Stop().listening())
         delivery = stack.enter_context(closing(Delivery(state, config.sinks, workspace, name)))
-        if redeliver:
-            log_event(_LOG, "dead letters delivered", watch=name, count=delivery.revive())
         watcher = Watcher(config, workspace, artifact, dataset, state, tell or (lambda record: None))
         stack.callback(watcher.close)
+        delivery.begin()  # only now: a start that is refused changes nothing
+        if redeliver:
+            log_event(_LOG, "dead letters delivered", watch=name, count=delivery.revive())
         delivery.group(watcher.grouping)
         undelivered = _run(watcher, delivery, stop, once=once)
         facts = watcher.status(state)
