@@ -197,7 +197,12 @@ def network_levels(artifact: Artifact, levels: Sequence[float]) -> tuple[float, 
 
 
 def published_quantiles(
-    artifact: Artifact, forecasts: WindowForecasts, levels: Sequence[float], panel: Panel | None = None
+    artifact: Artifact,
+    forecasts: WindowForecasts,
+    levels: Sequence[float],
+    panel: Panel | None = None,
+    *,
+    tell: bool = True,
 ) -> FloatArray | None:
     """Return quantiles [N, H, V, Q] at ``levels``, calibrated if the artifact is; None without levels.
 
@@ -206,6 +211,7 @@ def published_quantiles(
         forecasts: of the artifact's network, with quantiles at ``network_levels(artifact, levels)``.
         levels: ascending, checked.
         panel: what the windows were cut from, for a calibration that depends on calendar, series, context or errors.
+        tell: warn of infinite bounds, and of windows with too short a history for the calibration.
 
     Raises:
         ConfigError: there is such a calibration, and no panel.
@@ -215,10 +221,10 @@ def published_quantiles(
     if artifact.calibration is None:
         return forecasts.quantiles
     both = mirrored_levels(levels)
-    calibrated = calibrated_quantiles(artifact, forecasts, both, panel)
+    calibrated = calibrated_quantiles(artifact, forecasts, both, panel, tell=tell)
     chosen = calibrated[..., [both.index(round(level, 9)) for level in levels]]
     infinite = float(np.isinf(chosen).mean())
-    if infinite:
+    if infinite and tell:
         _LOG.warning(
             "%.0f%% of the interval bounds of artifact %s are infinite: too few held-out windows for their coverage",
             100.0 * infinite,
