@@ -128,7 +128,7 @@ def test_ingest_counts_revisions_and_reads_them_back(workspace: Workspace) -> No
     cells = table.n_unique(["series_id", "time"])
     assert (f"publications of {cells} rows (series and times)", table.height) in found
     revisions = next(item for item in result.rows() if item["what"].startswith("revisions:"))
-    assert "load: 120 of 120 cells" in revisions["examples"]
+    assert "load: 120 over 120 cells" in revisions["examples"]
     assert ingest(config, workspace).record.rows_unchanged == table.height
     history = load_history(workspace, "grid", masked=True)
     assert isinstance(history, VintageFrame)
