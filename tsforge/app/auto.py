@@ -48,6 +48,7 @@ from tsforge.forecasting.combination import (
     block_losses,
     clear_gain,
     greedy_weights,
+    leaning_weights,
     mixture_weights,
 )
 from tsforge.forecasting.window_forecasts import as_array, check_finite, evaluating, window_batches
@@ -448,11 +449,13 @@ def _let_in(
     both = replace(held, errors=np.concatenate([closed[None], held.errors[len(members) :]]))
     mixed = greedy_weights(both, loss=settings.loss, max_members=settings.max_members)
     alone = np.eye(len(mixed))[0]
-    gain, error = clear_gain(block_losses(both, alone, settings.loss), block_losses(both, mixed, settings.loss))
+    losses = (block_losses(both, alone, settings.loss), block_losses(both, mixed, settings.loss))
+    gain, error = clear_gain(*losses)
     if mixed[0] == 1.0 or not gain > error:
         for name in names:
             work.lines[name].why = f"adds nothing clear to the closed forms ({100 * gain:.1f} +- {100 * error:.1f} %)"
         return members, weights
+    mixed = leaning_weights(both, 0, losses, loss=settings.loss, max_members=settings.max_members)
     extra = np.broadcast_to(mixed[1:, None, None], (len(weights), len(names), 1, weights.shape[-1]))
     every = np.concatenate([weights * mixed[0], extra], axis=1)
     weakest = np.argsort(-every.mean(axis=(0, 2, 3)), kind="stable")[settings.max_members :]

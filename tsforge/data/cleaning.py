@@ -92,7 +92,9 @@ def _note_revisions(vintages: VintageFrame, report: IngestReport) -> None:
     cells = vintages.table.n_unique(["series_id", "time"])
     report.add("note", f"publications of {cells} rows (series and times)", vintages.num_rows)
     shown = tuple(
-        f"{row['column']}: {row['revisions']} over {row['values']} cells" for row in facts.to_dicts() if row["revisions"]
+        f"{row['column']}: {row['revisions']} over {row['values']} cells"
+        for row in facts.to_dicts()
+        if row["revisions"]
     )
     report.add(
         "note", "revisions: values that differ from those published before", int(facts["revisions"].sum()), shown

@@ -174,9 +174,8 @@ def mixture_weights(
     common = greedy_weights(held, loss=loss, max_members=max_members)
     if anchor is not None:
         alone = np.eye(len(common))[anchor]
-        share = anchor_share(block_losses(held, alone, loss), block_losses(held, common, loss))
-        before = share / (1.0 - share) * alone
-        common = greedy_weights(held, loss=loss, max_members=max_members, start=before)
+        losses = (block_losses(held, alone, loss), block_losses(held, common, loss))
+        common = leaning_weights(held, anchor, losses, loss=loss, max_members=max_members)
     if scope == "global":
         return common[None, :, None, None]
     members = np.flatnonzero(common > 0)
@@ -198,6 +197,21 @@ def mixture_weights(
         windows = held.series == series
         rows.append(own(few.take(windows=windows)) if held.mask[windows].any() else common)
     return np.stack([*rows, common])[:, :, None, None]
+
+
+def leaning_weights(
+    held: HeldOutErrors, anchor: int, losses: tuple[Floats, Floats], *, loss: Loss = "mse", max_members: int = 8
+) -> Floats:
+    """Return greedy weights [M] beside a candidate that keeps its ``anchor_share``.
+
+    Args:
+        held, loss, max_members: as of ``greedy_weights``.
+        anchor: place of that candidate.
+        losses: of the anchor alone and of the mixture chosen without one, in every stretch of time.
+    """
+    share = anchor_share(*losses)
+    before = share / (1.0 - share) * np.eye(len(held.errors))[anchor]
+    return greedy_weights(held, loss=loss, max_members=max_members, start=before)
 
 
 def anchor_share(alone: Floats, mixed: Floats) -> float:
