@@ -5,7 +5,7 @@
    on one of them that follows a level that moves, the more the less clearly the folds speak against it.
 3. Trained models run in successive halving until the time is spent. They stop on the first half of the last fold and
    are compared on its second half, where they must improve the mixture by more than one standard error over stretches
-   of time to be let in.
+   of time to be let in; the new mixture leans on the old one in the same way.
 4. Closed forms are fitted again on every row that is not needed for calibration.
 
 No row after the selection span is looked at: neither by a fit, nor by a scaling, nor by a weight.
@@ -293,7 +293,8 @@ def _race_closed(work: _Race) -> list[str]:
     if not alive:
         return []
     ranked = sorted(alive, key=lambda name: _score(work, name, [last])[0])
-    kept = [name for place, name in enumerate(ranked) if place < _KEPT or name == anchor_name(data)]
+    anchor = anchor_name(data)
+    kept = [name for place, name in enumerate(ranked) if place < _KEPT or name == anchor]
     for name in [name for name in ranked if name not in kept]:
         work.lines[name].why = f"not among the best {_KEPT} on the last fold"
     for number in range(last):
