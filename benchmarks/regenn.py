@@ -4,9 +4,11 @@ Usage: python benchmarks/regenn.py [--out benchmarks/results/regenn_HARDWARE_DAT
 
 The panel has the size of the SARS-CoV-2 one: 188 entities, 99 training rows, 3 variates; context 7, horizon 14, so
 14,852 windows. The loop takes 32 entities and one window a step, windows in order of time, with Adam and clipping; it
-slices a tensor and calls the same network, so it is faster than the released one, which also moves graphs about. Ours
-is ``fit_network`` with everything it costs but building the network: scaling, graph, closed-form start, shuffled
-batches of 1,024 windows under Lightning, 4 epochs. Both in one process, in turns; windows a second.
+slices a tensor and calls the same network by torch's layers (TSFORGE_COMPILED=off), so it is faster than the released
+one, which also moves graphs about; it is timed through the compiled kernel of encoder and LSTMs too. Ours is
+``fit_network`` with everything it costs but building the network: scaling, graph, closed-form start, shuffled batches
+of 1,024 and of 4,096 windows under Lightning, 4 epochs. All in one process, in turns; windows a second, with one thread
+and with ``--threads``.
 
 With ``--step``, instead: CPU time of one optimiser step of 1,024 windows with parts of the network taken out, against
 the loop's step of 32 windows, and the floating point operations a second it comes to, beside those of a large matrix
@@ -40,6 +42,7 @@ from tsforge.training.config import TrainConfig
 from tsforge.training.loop import fit_network
 
 CONTEXT, HORIZON, VARIATES, ENTITIES = 7, 14, 3, 32
+BATCHES = (1024, 4096)
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "released sizes (ff_dim 2048, no anchor)": {"ff_dim": 2048, "normalisation": "none", "mask_channel": False},
@@ -68,7 +71,9 @@ def make_panel(series: int, rows: int) -> Panel:
     return Panel.from_frame(SeriesFrame.from_long(table, time="t", series_id="id", targets=names, freq="1i"))
 
 
-def loop_in_released_order(panel: Panel, settings: dict[str, Any], batches: int) -> tuple[Callable[[], Any], int]:
+def loop_in_released_order(
+    panel: Panel, settings: dict[str, Any], batches: int, *, kernel: bool
+) -> tuple[Callable[[], Any], int]:
     """Return a call that trains on every window of the first ``batches`` batches of entities, and its windows."""
     values = torch.from_numpy(panel.values).float().reshape(panel.num_series, -1, VARIATES)
     spec = DataSpec(context_length=CONTEXT, horizon=HORIZON, num_variates=VARIATES)
@@ -77,6 +82,7 @@ def loop_in_released_order(panel: Panel, settings: dict[str, Any], batches: int)
     starts = values.shape[1] - CONTEXT - HORIZON + 1
 
     def run() -> None:
+        os.environ["TSFORGE_COMPILED"] = "require" if kernel else "off"
         for batch in range(batches):
             rows = values[batch * ENTITIES : (batch + 1) * ENTITIES]
             for start in range(starts):
@@ -92,7 +98,9 @@ def loop_in_released_order(panel: Panel, settings: dict[str, Any], batches: int)
     return run, batches * ENTITIES * starts
 
 
-def our_training(panel: Panel, settings: dict[str, Any], epochs: int) -> tuple[Callable[[], Any], int]:
+def our_training(
+    panel: Panel, settings: dict[str, Any], epochs: int, *, kernel: bool, batch: int = BATCHES[0]
+) -> tuple[Callable[[], Any], int]:
     """Return a call that fits a fresh network, and its windows."""
     config = validate(
         NetworkConfig,
@@ -101,10 +109,11 @@ def our_training(panel: Panel, settings: dict[str, Any], epochs: int) -> tuple[C
     )
     spec = DataSpec(context_length=CONTEXT, horizon=HORIZON, num_variates=VARIATES)
     windows = WindowDataset(panel, WindowSpec(context_length=CONTEXT, horizon=HORIZON))
-    plain = {"max_epochs": epochs, "batch_size": 1024, "gradient_clip": 10.0, "accelerator": "cpu", "precision": "32"}
+    plain = {"max_epochs": epochs, "batch_size": batch, "gradient_clip": 10.0, "accelerator": "cpu", "precision": "32"}
     train = validate(TrainConfig, plain)
 
     def run() -> None:
+        os.environ["TSFORGE_COMPILED"] = "require" if kernel else "off"
         fit_network(
             build_network(config, spec), windows, None, train, series=panel.training_series(None, None), progress=False
         )
@@ -224,32 +233,43 @@ def main() -> None:
     panel = make_panel(series, rows)
     pace = Pace(torch.device("cpu"), rounds)
     found: list[dict[str, Any]] = []
-    for name, settings in SETTINGS.items():
-        calls, windows = {}, {}
-        for method, (call, count) in {
-            "loop": loop_in_released_order(panel, settings, batches),
-            "trainer": our_training(panel, settings, epochs),
-        }.items():
-            calls[method], windows[method] = call, count
-        times = _measure.in_turns(calls, pace)
-        a_window = {method: [spent / windows[method] for spent in times[method]] for method in times}
-        row: dict[str, Any] = {"settings": name, "windows": windows, **_measure.summarise(a_window, "loop")}
-        _measure.tell(row)
-        found.append(row)
+    for threads in sorted({1, given.threads}):
+        torch.set_num_threads(threads)
+        for name, settings in SETTINGS.items():
+            calls, windows = {}, {}
+            for method, (call, count) in {
+                "loop": loop_in_released_order(panel, settings, batches, kernel=False),
+                "loop, kernel": loop_in_released_order(panel, settings, batches, kernel=True),
+                "trainer, layers": our_training(panel, settings, epochs, kernel=False),
+                "trainer": our_training(panel, settings, epochs, kernel=True),
+                "trainer, more a step": our_training(panel, settings, epochs, kernel=True, batch=BATCHES[1]),
+            }.items():
+                calls[method], windows[method] = call, count
+            times = _measure.in_turns(calls, pace)
+            a_window = {method: [spent / windows[method] for spent in times[method]] for method in times}
+            row: dict[str, Any] = {"settings": name, "threads": threads, "windows": windows}
+            row |= _measure.summarise(a_window, "loop")
+            _measure.tell(row)
+            found.append(row)
     about = _measure.describe(given, load)
     lines = [
         *_measure.heading("ReGENN: training windows a second", about),
         "",
         f"{series} entities x {rows} rows x {VARIATES} variates, context {CONTEXT}, horizon {HORIZON}; medians of "
-        f"{rounds} rounds in turns, ratio with its extremes in a round. Loop: 32 entities and one window a step; "
-        "trainer: everything that `fit_network` does, 1,024 windows a step.",
+        f"{rounds} rounds in turns, ratio to the loop with its extremes in a round. Loop: 32 entities and one window a "
+        "step, by torch's layers; trainer: everything that `fit_network` does, by batches.",
         "",
-        "| settings | loop, windows/s | trainer, windows/s | ratio |",
-        "|---|---|---|---|",
+        "| settings | threads | loop, windows/s | the same with the kernel | trainer by torch's layers, "
+        f"{BATCHES[0]:,} a step | trainer, {BATCHES[0]:,} a step | trainer, {BATCHES[1]:,} a step |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in found:
-        speeds = [f"{1000 / row[method]['ms']:,.0f}" for method in ("loop", "trainer")]
-        lines.append(f"| {row['settings']} | {' | '.join(speeds)} | {_measure.ratio_cell(row['trainer'])} |")
+        cells = [
+            f"{1000 / row[method]['ms']:,.0f}: {_measure.ratio_cell(row[method])}"
+            for method in ("loop, kernel", "trainer, layers", "trainer", "trainer, more a step")
+        ]
+        loop = f"{1000 / row['loop']['ms']:,.0f}"
+        lines.append(f"| {row['settings']} | {row['threads']} | {loop} | {' | '.join(cells)} |")
     _measure.write(given.out, {**about, "rows": found}, "\n".join(lines) + "\n")
 
 

@@ -21,6 +21,8 @@ Deviations, each with its reason.
   (``presence``); it is a buffer, so nothing is counted again on resumption.
 - In evaluation the target layer uses the present A', not that of the last training step.
 - Gaps are filled with the last value before them, and the network is told where (``mask_channel``).
+- Encoder and LSTMs run in one compiled kernel where there is one (ops/encoder_lstm.py): the same function, but dropout
+  keeps other cells than torch's would.
 - The output is not clipped at 0 (``output_activation``), and the feed-forward part of the encoder is 128 wide, not
   2048: times are few. One variate has no graph and goes without the evolution layers.
 
@@ -30,6 +32,7 @@ Legend: B batch, L context, H horizon, V variates.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,6 +50,7 @@ from tsforge.models._ar_windows import residual_scale
 from tsforge.models._regenn_explain import evolution_matrices, evolution_records, kernel_records
 from tsforge.models._regenn_fit import count_graph, drift_weights, least_squares_weights
 from tsforge.models.registry import register
+from tsforge.ops.encoder_lstm import encoder_lstm, encoder_weights, lstm_weights, unavailable
 
 _LOG = get_logger(__name__)
 _FLOOR = 1e-6  # least size of a window's step, in deviations of the training span
@@ -225,6 +229,8 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         if config.sequencer != "none":
             kind = _RNN[config.sequencer]
             self.sequencer = kind(variates, variates, batch_first=True, bidirectional=config.bidirectional_sequencer)
+        chained = [part for part in (self.encoder, self.gate, self.sequencer) if part is not None]
+        self._chained_weights = sum(value.numel() for part in chained for value in part.parameters())
         self.drop = nn.Dropout(config.dropout)
         self.strength = None if config.network_gate is None else nn.Parameter(torch.tensor(config.network_gate))
 
@@ -315,11 +321,11 @@ class ReGENN(ForecastModel[ReGENNConfig]):
     def forward(self, batch: Batch) -> Prediction:
         """Return raw locations [B, H, V, 1]."""
         seen, parts = self._parts(batch)
-        found = torch.stack(list(parts.values())).sum(0) if len(parts) > 1 else next(iter(parts.values()))
+        found = reduce(torch.add, parts.values())
         return Prediction(self._to_units(found, seen).unsqueeze(-1))
 
     def _to_units(self, own: Tensor, seen: _Normalised) -> Tensor:
-        y = own * seen.scale + seen.loc
+        y = torch.addcmul(seen.loc, own, seen.scale)
         if self._logs:
             y = (own * self.log_peak.to(own)).clamp(max=_MOST_LOG).expm1()
         return y.relu() if self.config.output_activation == "relu" else y
@@ -355,6 +361,8 @@ class ReGENN(ForecastModel[ReGENNConfig]):
     def _sequence(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what the target layer mixes [B, H, V], and the graph that the source layer evolved."""
         rows, evolved = self._encoder_input(batch, x)
+        if self._chained and unavailable(rows, self._chained_weights) is None:
+            return self._in_one_kernel(rows), evolved
         if self.encoder is not None:
             rows = self.encoder(rows) if self.config.attend == "variables" else self._across_entities(batch, rows)
         gated = _directions(run_torch_cell(self.gate, rows)[0], self.spec.horizon)  # [B, V, H]
@@ -363,6 +371,23 @@ class ReGENN(ForecastModel[ReGENNConfig]):
             return ahead, evolved
         mixed = _directions(run_torch_cell(self.sequencer, ahead)[0], self.spec.num_variates)
         return self.drop(mixed) + ahead, evolved
+
+    @property
+    def _chained(self) -> bool:
+        """True when the compiled kernel has what these settings ask for."""
+        config = self.config
+        plain = config.gate == "lstm" and config.sequencer in ("lstm", "none")
+        one_way = not config.bidirectional_gate and not config.bidirectional_sequencer
+        return plain and one_way and (self.encoder is None or config.attend == "variables")
+
+    def _in_one_kernel(self, rows: Tensor) -> Tensor:
+        return encoder_lstm(
+            rows,
+            None if self.encoder is None else encoder_weights(self.encoder),
+            lstm_weights(self.gate),
+            None if self.sequencer is None else lstm_weights(self.sequencer),
+            dropout=self.config.dropout if self.training else 0.0,
+        )
 
     def _across_entities(self, batch: Batch, rows: Tensor) -> Tensor:
         """Return rows [B, V, D] after attention among the entities of each cutoff, for every variate apart."""
@@ -447,6 +472,9 @@ def _fill(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A gap repeats the value before it, one at the start the value after it; 0 where nothing was observed.
     """
     length = values.shape[1]
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):  # no gap, as mostly
+        ends = torch.zeros_like(mask[:, :1], dtype=torch.int64)
+        return values, ends, ends + (length - 1)
     steps = torch.arange(length, device=values.device).view(1, -1, 1)
     before = torch.where(mask, steps, -1).cummax(dim=1).values
     first = torch.where(mask, steps, length).amin(1, keepdim=True)

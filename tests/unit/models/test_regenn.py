@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +16,12 @@ from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.core.config import load, validate
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.layers.likelihoods import Point
+from tsforge.models import regenn
 from tsforge.models._regenn_fit import drift_weights
 from tsforge.models.regenn import ReGENN, ReGENNConfig
 from tsforge.models.registry import MODELS
 from tsforge.network import NetworkConfig, build_network
+from tsforge.ops.encoder_lstm import encoder_lstm, unavailable
 from tsforge.testing.generators import make_batch, make_series, series_batch
 
 L, H, V = 6, 4, 3
@@ -360,3 +364,65 @@ def test_the_faithful_preset_is_the_released_behaviour_without_its_leak() -> Non
     train = config.train
     assert (train.max_epochs, train.patience, train.learning_rate, train.weight_decay) == (2500, 250, 1e-3, 0.0)
     assert (train.schedule, train.gradient_clip, train.start_margin) == ("plateau", 10.0, 0.0)
+
+
+# encoder and recurrent nets in one compiled kernel
+
+
+CHAINED = [{}, {"sequencer": "none"}, {"encoder": False}, {"ablate_gse": True, "d_model": 5}]
+NOT_CHAINED = [{"gate": "gru"}, {"bidirectional_gate": True}, {"attend": "entities"}, {"sequencer": "rnn"}]
+
+
+def need_kernel() -> None:
+    if not os.environ.get("CXX") and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler on this machine")
+    assert unavailable(torch.zeros(1), 1) is None
+
+
+def calls_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return what collects the dropout of each call; the kernel still runs."""
+    seen: list[float] = []
+
+    def watched(*parts: Any, dropout: float) -> torch.Tensor:
+        seen.append(dropout)
+        return encoder_lstm(*parts, dropout=dropout)
+
+    monkeypatch.setattr(regenn, "encoder_lstm", watched)
+    return seen
+
+
+@pytest.mark.parametrize("settings", [*CHAINED, *NOT_CHAINED])
+def test_the_kernel_gives_what_the_layers_give(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    need_kernel()
+    seen = calls_of_the_kernel(monkeypatch)
+    model = make(shake=0.3, dropout=0.0, **settings)
+    batch = batch_of(gaps=0.2)
+    found = model(batch).raw
+    gradient = torch.autograd.grad(found.square().sum(), list(model.parameters()), allow_unused=True)
+    assert seen == ([0.0] if settings in CHAINED else [])
+    monkeypatch.setenv("TSFORGE_COMPILED", "off")
+    plain = model(batch).raw
+    torch.testing.assert_close(found, plain, atol=1e-11, rtol=1e-11)
+    for ours, theirs in zip(
+        gradient, torch.autograd.grad(plain.square().sum(), list(model.parameters()), allow_unused=True), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+def test_the_kernel_drops_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_kernel()
+    seen = calls_of_the_kernel(monkeypatch)
+    model = make(shake=0.3, ff_dim=8, dropout=0.2)
+    batch = batch_of()
+    assert torch.equal(model(batch).raw, model(batch).raw)
+    model.train()
+    assert not torch.equal(model(batch).raw, model(batch).raw)
+    assert seen == [0.0, 0.0, 0.2, 0.2]
+
+
+def test_a_window_without_gaps_is_taken_as_it_is() -> None:
+    model = make(normalisation="none")
+    batch = batch_of()
+    whole = model.normalise(batch._replace(context_mask=torch.ones_like(batch.context_mask)))
+    assert torch.equal(whole.x, batch.context)
+    assert make().normalise(batch._replace(context_mask=torch.ones_like(batch.context_mask))).x[:, -1].abs().max() == 0
