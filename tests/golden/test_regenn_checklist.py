@@ -27,6 +27,7 @@ FAITHFUL: dict[str, Any] = {  # the released network, all paths on
     "network_gate": None,
     "mask_channel": False,
     "ar_init": "xavier",
+    "evolution_init": "xavier",
     "ff_dim": 2048,
     "output_activation": "relu",
 }

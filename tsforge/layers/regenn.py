@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tsforge.core.errors import ModelError
 
 Activation = Literal["none", "relu", "tanh", "sigmoid", "selu"]
+Start = Literal["identity", "xavier"]
 _LEAST_NORM = 1e-12
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -80,19 +81,28 @@ class GraphEvolution(nn.Module):
         steps: times that are mixed linearly among themselves, None = they are not.
         activation, dropout: of the mixed variates.
         bias: False fixes b_A, B_C and b_T at 0.
+        start: ``identity`` begins with W_C and W_T as unit matrices, so E = I and every variate and step passes as it
+            is (a cosine of a row with itself is 1); ``xavier`` with random numbers.
     """
 
     def __init__(
-        self, variates: int, *, steps: int | None, activation: Activation = "none", dropout: float = 0.0, bias: bool
+        self,
+        variates: int,
+        *,
+        steps: int | None,
+        activation: Activation = "none",
+        dropout: float = 0.0,
+        bias: bool,
+        start: Start = "xavier",
     ) -> None:
         super().__init__()
         self.activation = _ACTIVATIONS[activation]
         self.dropout = nn.AlphaDropout(dropout) if activation == "selu" else nn.Dropout(dropout)
         self.W_A = nn.Parameter(nn.init.xavier_uniform_(torch.empty(variates, variates)))
-        self.W_C = nn.Parameter(nn.init.xavier_uniform_(torch.empty(variates, variates)))
+        self.W_C = _square(variates, start)
         self.b_A = nn.Parameter(torch.zeros(variates, 1)) if bias else None
         self.B_C = nn.Parameter(torch.zeros(variates, variates)) if bias else None
-        self.W_T = None if steps is None else nn.Parameter(nn.init.xavier_uniform_(torch.empty(steps, steps)))
+        self.W_T = None if steps is None else _square(steps, start)
         self.b_T = nn.Parameter(torch.zeros(steps, 1)) if bias and steps is not None else None
 
     def evolve(self, graph: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,3 +129,8 @@ class GraphEvolution(nn.Module):
             if self.b_T is not None:
                 mixed = mixed + self.b_T
         return mixed, evolved.detach()
+
+
+def _square(size: int, start: Start) -> nn.Parameter:
+    weights = torch.eye(size) if start == "identity" else nn.init.xavier_uniform_(torch.empty(size, size))
+    return nn.Parameter(weights)

@@ -15,6 +15,8 @@ Deviations, each with its reason.
   form without the leak.
 - ``AR`` starts as the drift of the window and the network behind a factor g = 0 (``ar_init``, ``network_gate``): a
   panel then starts from the drift, which random weights do not reach.
+- The graph layers start as the identity (``evolution_init``): the fit then begins at the model without its graph and
+  learns what to mix; random weights hide the variates from each other's own past first.
 - Attention runs among variates (``attend``). The released one runs among the entities that happen to share a batch;
   ``entities`` is that with all entities of one cutoff, and entities without an observation are not attended to.
 - The graph is counted before training (layers/regenn.py), each row once (``count``), from observed cells
@@ -45,7 +47,7 @@ from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.core.logs import get_logger
 from tsforge.layers.recurrent import run_torch_cell
-from tsforge.layers.regenn import Activation, GraphEvolution
+from tsforge.layers.regenn import Activation, GraphEvolution, Start
 from tsforge.models._ar_windows import residual_scale
 from tsforge.models._regenn_explain import evolution_matrices, evolution_records, kernel_records
 from tsforge.models._regenn_fit import count_graph, drift_weights, least_squares_weights
@@ -88,6 +90,8 @@ class ReGENNConfig(ModelConfig):
     bias: bool = True
     """Biases of the graph layers and of the autoregression."""
     evolution_activation: Activation = "none"
+    evolution_init: Start = "identity"
+    """Graph layers at the start: they change nothing, or mix at random."""
     output_activation: Literal["identity", "relu"] = "identity"
     """``relu`` for counts: no forecast below 0."""
     dropout: float = tunable(0.1, low=0.0, high=0.4, ge=0.0, lt=1.0)
@@ -123,7 +127,7 @@ class ReGENNConfig(ModelConfig):
             (
                 self.paths == "autoregression" or self.ablate_gse,
                 "no graph layer",
-                ("evolution_activation", "graph", "graph_matrix", "presence", "count"),
+                ("evolution_activation", "evolution_init", "graph", "graph_matrix", "presence", "count"),
             ),
             (self.paths == "network", "paths 'network'", ("ar_init",)),
             (not self.encoder, "encoder false", ("ff_dim", "attend")),
@@ -167,7 +171,7 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         {"dropout": 0.0, "gate": "gru", "sequencer": "gru", "bidirectional_gate": True, "ar_init": "ols"}
         | {"bidirectional_sequencer": True, "ff_dim": 16, "d_model": 6, "evolution_activation": "tanh"},
         {"dropout": 0.0, "normalisation": "none", "ar_init": "xavier", "network_gate": None, "ff_dim": 16}
-        | {"sequencer": "none", "gate": "rnn", "count": "windows"},
+        | {"sequencer": "none", "gate": "rnn", "count": "windows", "evolution_init": "xavier"},
         {"dropout": 0.0, "attend": "entities", "ff_dim": 16, "graph": "identity", "mask_channel": False},
         {"paths": "autoregression"},
         {"dropout": 0.0, "ablate_gse": True, "encoder": False},
@@ -215,8 +219,9 @@ class ReGENN(ForecastModel[ReGENNConfig]):
                 activation=config.evolution_activation,
                 dropout=config.dropout,
                 bias=config.bias,
+                start=config.evolution_init,
             )
-            self.target_layer = GraphEvolution(variates, steps=None, bias=config.bias)
+            self.target_layer = GraphEvolution(variates, steps=None, bias=config.bias, start=config.evolution_init)
         self.where_missing = nn.Linear(length, length, bias=False) if config.mask_channel else None
         if self.where_missing is not None:
             nn.init.zeros_(self.where_missing.weight)

@@ -359,11 +359,27 @@ def test_the_faithful_preset_is_the_released_behaviour_without_its_leak() -> Non
         normalisation="none",
         mask_channel=False,
         network_gate=None,
+        evolution_init="xavier",
     )
+
     assert (config.scaling.kind, config.likelihood) == ("series_max", Point(loss="mae"))
     train = config.train
     assert (train.max_epochs, train.patience, train.learning_rate, train.weight_decay) == (2500, 250, 1e-3, 0.0)
     assert (train.schedule, train.gradient_clip, train.start_margin) == ("plateau", 10.0, 0.0)
+
+
+@pytest.mark.parametrize(("start", "same"), [("identity", True), ("xavier", False)])
+def test_the_graph_layers_begin_by_changing_nothing(start: str, same: bool) -> None:
+    whole = make(paths="network", network_gate=None, evolution_init=start)
+    whole.prepare(make_series(SPEC))
+    bare = make(paths="network", network_gate=None, ablate_gse=True)
+    bare.load_state_dict(whole.state_dict(), strict=False)
+    batch = batch_of()
+    assert torch.allclose(whole(batch).raw, bare(batch).raw, atol=1e-12) is same
+    gradient = torch.autograd.grad(whole(batch).raw.square().sum(), list(whole.parameters()), allow_unused=True)
+    found = dict(zip((name for name, _ in whole.named_parameters()), gradient, strict=True))
+    for layer in ("source_layer", "target_layer"):  # they learn from the first step
+        assert found[f"{layer}.W_C"].abs().max() > 0
 
 
 # encoder and recurrent nets in one compiled kernel
