@@ -13,7 +13,10 @@ import polars as pl
 import pytest
 import torch
 
+from tsforge.app.detect import DetectJobConfig, detect
 from tsforge.app.fit import FitConfig, FitResult, fit, fit_frame
+from tsforge.app.forecast import PredictConfig
+from tsforge.app.forecast import predict as forecast_stored
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.artifact import Artifact, load_artifact
 from tsforge.core.config import load, validate
@@ -342,3 +345,26 @@ def test_entities_are_held_out_by_dotted_keys_and_the_choice_is_stored(workspace
     named = load(FitConfig, "fit", [*data, "model=linear", "entities.held_out=[berlin,havana]", *small])
     assert fit(named, workspace).artifact.provenance["entities"]["held_out"] == ["berlin", "havana"]
     json.dumps(result.summary())
+
+
+def test_some_series_of_a_joint_forecast_are_forecast_with_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSFORGE_HOME", str(tmp_path / "home"))
+    table().write_parquet(tmp_path / "cities.parquet")
+    data = ["data=parquet", "data.name=cities", f"data.source.path={tmp_path / 'cities.parquet'}", "data.layout=long"]
+    data += ["data.time=day", "data.series=entity", "data.targets=[cases,tests]", "data.freq=1i"]
+    workspace = Workspace.open()
+    ingest(load(IngestConfig, "ingest", data), workspace)
+    model = ["model=regenn", "model.attend=entities", "model.ff_dim=8", "train=fast", "train.max_epochs=2"]
+    model += ["train.learning_rate=0.02", "train.start_margin=0", "window.context_length=12", "window.horizon=4"]
+    fit(load(FitConfig, "fit", [*data, *model, "train.batch_size=8", "tracking.enabled=false"]), workspace)
+    for asked in ([], ["paths=3"], ["aggregate=sum"]):
+        whole = forecast_stored(load(PredictConfig, "predict", asked), workspace).answer
+        some = forecast_stored(load(PredictConfig, "predict", [*asked, "series=[cairo,berlin]"]), workspace).answer
+        assert some.equals(whole.filter(pl.col("series_id").is_in(["berlin", "cairo"])))
+        assert set(some["series_id"]) == {"berlin", "cairo"}
+    with pytest.raises(DataError, match="no forecast of essen: all series are forecast from one cutoff"):
+        forecast_stored(load(PredictConfig, "predict", ["series=[essen,cairo]"]), workspace)
+    with pytest.raises(DataError, match="nowhere"):
+        forecast_stored(load(PredictConfig, "predict", ["series=[nowhere]"]), workspace)
+    with pytest.raises(ConfigError, match="forecasts all series together.*leave series out"):
+        detect(load(DetectJobConfig, "detect", ["series=[cairo]"]), workspace)

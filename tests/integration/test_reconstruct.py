@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tsforge.app import reconstruct as use_case
@@ -19,8 +20,10 @@ from tsforge.app.reconstruct import ReconstructConfig, best_seed, reconstruct
 from tsforge.app.reconstruct_data import read_trajectories
 from tsforge.cli import main
 from tsforge.core.config import validate
+from tsforge.core.errors import DataError
 from tsforge.core.workspace import Workspace
 from tsforge.dynamics import evaluation
+from tsforge.dynamics.config import TrajectoryConfig
 from tsforge.dynamics.evaluation import free_comparison
 from tsforge.dynamics.module import train_seeds
 
@@ -130,6 +133,72 @@ def test_refresh_and_unreadable_seeds_train_again_and_nothing_else(
     assert trained == [0, 1, 1, 2]
     reconstruct(config(source, refresh=True), workspace)
     assert trained == [0, 1, 1, 2, 0, 1]
+
+
+def test_a_result_holds_every_seed_that_is_stored(source: Path, workspace_root: Path) -> None:
+    workspace = Workspace.open(workspace_root)
+    reconstruct(config(source), workspace)
+    further = reconstruct(config(source, seeds=[3]), workspace)
+    assert [row["seed"] for row in further.seeds] == [0, 1, 3]
+    assert "stored before and counted too: seeds 0, 1" in further.facts["notes"]
+    document = json.loads((further.path / "result.json").read_text())
+    assert [row["seed"] for row in document["seeds"]] == [0, 1, 3]
+    assert pl.read_parquet(further.path / "metrics.parquet")["seed"].unique().sort().to_list() == [0, 1, 3]
+    stored = yaml.safe_load((further.path / "config.yaml").read_text())
+    assert stored["seeds"] == [0, 1, 3]
+
+
+def test_other_data_never_meet_a_stored_result(source: Path, tmp_path: Path) -> None:
+    """Same numbers cut elsewhere, under other names or in other units."""
+
+    def key(table: pl.DataFrame, **data: Any) -> str:
+        place = tmp_path / "changed.parquet"
+        table.write_parquet(place)
+        plain = {"path": str(place), "split": 0.7, "standardise": False}
+        return read_trajectories(validate(TrajectoryConfig, plain | data)).fingerprint
+
+    table = pl.read_parquet(source).drop("step")
+    cut = table.with_columns(name=pl.Series(["p"] * 300 + ["q"] * 300))
+    keys = [
+        key(table),
+        key(table, split=0.5),
+        key(table.rename({"x": "temperature"})),
+        key(table, standardise=True),
+        key(table * 1024.0, standardise=True),  # the same once standardised
+        key(cut, columns=["x", "y"], in_sample=True, split=None),
+        key(cut, columns=["x", "y"], in_sample=True, split=None, series="name"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(table) == keys[0]
+
+
+def test_a_csv_file_may_hold_dates(source: Path, tmp_path: Path) -> None:
+    table = pl.read_parquet(source)
+    minutes = pl.datetime(2024, 1, 1) + pl.duration(minutes=pl.col("step"))
+    place = tmp_path / "dated.csv"
+    table.select(time=minutes, x="x", y="y").write_csv(place)
+    found = read_trajectories(validate(TrajectoryConfig, {"path": str(place), "split": 0.7}))
+    assert found.columns == ("x", "y")
+    assert len(found.train) == 1
+
+
+def test_a_second_column_of_times_is_told(source: Path, tmp_path: Path) -> None:
+    place = tmp_path / "two.parquet"
+    pl.read_parquet(source).with_columns(time=pl.col("step") * 0.1).write_parquet(place)
+    found = read_trajectories(validate(TrajectoryConfig, {"path": str(place), "split": 0.7}))
+    assert found.columns == ("x", "y", "time")
+    assert "the column(s) time are taken as variates, since 'step' holds the times" in found.notes[0]
+    named = {"path": str(place), "split": 0.7, "columns": ["x", "y"]}
+    assert read_trajectories(validate(TrajectoryConfig, named)).notes == ()
+
+
+def test_rows_sorted_by_time_instead_of_series_are_refused(source: Path, tmp_path: Path) -> None:
+    place = tmp_path / "mixed.parquet"
+    table = pl.read_parquet(source).drop("step")
+    table.with_columns(name=pl.Series(["p", "q", "r"] * 200)).write_parquet(place)
+    data = {"path": str(place), "split": 0.7, "series": "name"}
+    with pytest.raises(DataError, match="3 series lie in 600 pieces of at most 1 rows.*sort the file by 'name'"):
+        read_trajectories(validate(TrajectoryConfig, data))
 
 
 def test_what_is_stored_of_each_seed_is_its_own_and_in_its_units(source: Path, workspace_root: Path) -> None:
@@ -293,6 +362,7 @@ def test_checklist_8_15_a_free_run_reads_the_first_sample_only(source: Path) -> 
         (["reconstruct", "reconstruct", "data.path=SOURCE", "model.latent=1"], 2, "latent >= 2"),
         (["reconstruct", "reconstruct", "data.path=SOURCE", "data.valid=0.2"], 2, "belong together"),
         (["reconstruct", "reconstruct", "data.path=SOURCE", "data.inputs=[speed]"], 2, "no column 'speed'"),
+        (["reconstruct", "reconstruct", "data.path=SOURCE", "data.columns=[y,y]"], 2, "twice: ['y']"),
         (["reconstruct", "reconstruct", "data.path=SOURCE", "train.sequence_length=5000"], 3, "sequence_length"),
     ],
 )

@@ -140,6 +140,11 @@ def detect(config: DetectJobConfig, workspace: Workspace) -> Detection:
     dataset = config.dataset or artifact.provenance.get("dataset")
     if not dataset:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
+    if config.series is not None and artifact.network.capabilities.rows_coupled:
+        raise ConfigError(
+            f"series={listing(config.series)}: this {artifact.model_name} forecasts all series together, so the scores "
+            "of one depend on the others; leave series out"
+        )
     seen = load_dataset(workspace, dataset, series=config.series, cutoff=config.stop, masked=True)
     raw = load_dataset(workspace, dataset, series=config.series, cutoff=config.stop)
     report = detect_frame(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from tsforge.app.ingest import dataset_hierarchy, load_dataset
 from tsforge.artifact import MANIFEST, load_artifact
 from tsforge.contracts.tables import Forecast
 from tsforge.core.config import Config, QuantileLevel
-from tsforge.core.errors import ArtifactError, ConfigError
+from tsforge.core.errors import ArtifactError, ConfigError, DataError, listing
 from tsforge.core.workspace import Workspace
+from tsforge.data.frame import SeriesFrame
 from tsforge.forecasting.coherent_predict import predict_coherent
 from tsforge.forecasting.cold_start import ColdStartConfig, predict_cold
 from tsforge.forecasting.predict import predict as predict_frame
@@ -33,7 +35,8 @@ class PredictConfig(Config):
     dataset: str | None = None
     """Stored data set; default the one the artifact was fitted on."""
     series: tuple[str, ...] | None = Field(None, min_length=1)
-    """Only these series; default all."""
+    """Only these series; default all. Where series are forecast together (a reconciliation, a model that attends to all
+    of them) the others still take part."""
     cutoff: str | int | None = None
     """Last time that may be seen; default the last observed row of each series. Where publications are kept, values are
     those of that moment."""
@@ -87,7 +90,9 @@ def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
     if not dataset:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
     steps = max(config.horizon or 0, artifact.window.horizon)
-    chosen = config.series if config.reconcile is None else None
+    # forecasts that depend on the other series are made of all of them
+    joint = config.reconcile is not None or artifact.network.capabilities.rows_coupled
+    chosen = None if joint else config.series
     frame = load_dataset(workspace, dataset, series=chosen, cutoff=config.cutoff, masked=True, extend=steps)
     if config.paths is not None or config.aggregate is not None:
         forecast = predict_paths(
@@ -119,9 +124,6 @@ def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
             cutoff=config.cutoff,
             horizon=config.horizon,
         )
-        if config.series is not None:
-            frame.select_series(config.series)  # refuses what it does not know
-            forecast = replace(forecast, table=forecast.table.filter(pl.col("series_id").is_in(config.series)))
     else:
         forecast = predict_frame(
             artifact,
@@ -131,8 +133,28 @@ def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
             horizon=config.horizon,
             rollout=config.rollout,
         )
+    if joint and config.series is not None:
+        forecast = _only(forecast, frame, config.series)
     return replace(
         forecast, metadata={**forecast.metadata, "dataset": dataset, "data_fingerprint": frame.fingerprint()}
+    )
+
+
+def _only(forecast: Forecast, frame: SeriesFrame, names: Sequence[str]) -> Forecast:
+    """Return the rows of some series of a joint forecast."""
+    frame.select_series(names)  # refuses what it does not know
+    wanted = pl.col("series_id").is_in(names)
+    absent = sorted(set(names) - set(forecast.answer["series_id"]))
+    if absent:
+        raise DataError(
+            f"no forecast of {listing(absent)}: all series are forecast from one cutoff, and nothing of these is "
+            "observed in the context before it; give an earlier cutoff"
+        )
+    return replace(
+        forecast,
+        table=forecast.table.filter(wanted),
+        paths=None if forecast.paths is None else forecast.paths.filter(wanted),
+        aggregates=None if forecast.aggregates is None else forecast.aggregates.filter(wanted),
     )
 
 

@@ -24,6 +24,7 @@ from tsforge.app.reconstruct_data import Trajectories, read_trajectories
 from tsforge.app.reconstruct_record import json_text, judge_seed
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config, fingerprint, to_yaml
+from tsforge.core.errors import listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.dynamics.config import OptimConfig, PLRNNConfig, ReconstructionConfig
@@ -96,8 +97,8 @@ def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bo
     name = config.name or data.name
     key = fingerprint({**_decisive(config), "data": data.fingerprint})
     folder = workspace.reports / FOLDER / f"{name}-{key}"
-    known = {} if config.refresh else _stored(folder, config.seeds)
-    missing = [seed for seed in config.seeds if seed not in known]
+    known = _stored(folder)
+    missing = [seed for seed in config.seeds if config.refresh or seed not in known]
     tracker = Tracker.open(workspace, config.tracking)
     tags = {"tsforge.reconstruction": name, "tsforge.dataset": data.name}
     noise = _noise(config, data)
@@ -139,16 +140,14 @@ def _decisive(config: ReconstructConfig) -> dict[str, Any]:
     return settings
 
 
-def _stored(folder: Path, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
+def _stored(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return the record of every seed that is stored, in their order."""
     found = {}
-    for seed in seeds:
-        place = folder / "seeds" / str(seed) / "result.json"
+    for place in sorted(folder.glob("seeds/*/result.json"), key=lambda place: (len(place.parent.name), place)):
         try:
-            found[seed] = json.loads(place.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
+            found[int(place.parent.name)] = json.loads(place.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            _LOG.warning("the stored seed %s cannot be read (%s) and is trained again", place, error)
+            _LOG.warning("the stored seed %s cannot be read (%s); it is trained again when asked for", place, error)
     return found
 
 
@@ -177,7 +176,7 @@ def _write(
     noise: dict[str, Any],
 ) -> ReconstructResult:
     """Write the tables over all seeds so far; ``result.json`` comes last."""
-    seeds = [known[seed] for seed in config.seeds if seed in known]
+    seeds = [known[seed] for seed in sorted(known)]
     table = _metrics(seeds, list(data.tests))
     facts: dict[str, Any] = {"name": name, "data": data.name, **summarise(seeds)}
     facts["healthy_share"] = None if data.inputs else sum(bool(row["healthy"]) for row in seeds) / len(seeds)
@@ -188,6 +187,9 @@ def _write(
     facts["seconds"] = sum(row["seconds"] for row in seeds)
     facts["training_noise"] = max(noise["added"].values())
     facts["notes"] = list(data.notes)
+    others = sorted(set(known) - set(config.seeds))
+    if others:
+        facts["notes"].append(f"stored before and counted too: seeds {listing([str(seed) for seed in others])}")
     if data.tests:
         facts["series"] = len(data.tests)
         facts["notes"].append(
@@ -213,7 +215,7 @@ def _write(
     with atomic_file(folder / "metrics.parquet") as temporary:
         table.write_parquet(temporary)
     with atomic_file(folder / "config.yaml") as temporary:
-        temporary.write_text(to_yaml(config), encoding="utf-8")
+        temporary.write_text(to_yaml(config.model_copy(update={"seeds": tuple(sorted(known))})), encoding="utf-8")
     with atomic_file(folder / "result.json") as temporary:
         temporary.write_text(json_text(document), encoding="utf-8")
     return ReconstructResult(table=table, seeds=seeds, facts=facts, path=folder)

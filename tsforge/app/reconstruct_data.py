@@ -82,6 +82,12 @@ def read_trajectories(config: TrajectoryConfig, *, by_series: bool = False) -> T
     columns = config.columns or _variates(table, stamp, config)
     if by_series:
         _check_names(table, config.path, config)
+    clocks = [name for name in _STEPS if name in columns and config.columns is None]
+    if clocks:
+        notes.append(
+            f"the column(s) {listing(clocks)} are taken as variates, since '{stamp}' holds the times; if they are "
+            "times too, name the variates with data.columns"
+        )
     train, names = _segments(table, stamp, columns, config, config.every, notes)
     tests: dict[str, Array] = {}
     if config.test is not None:
@@ -204,15 +210,15 @@ def _standardised(
     if valid is not None:
         valid = (valid - loc) / scale
         _check_valid(valid[:, :count])
-    digest = hashlib.sha256()
-    for part in (*shown, test):
+    # where parts end, names and units belong to it: the same numbers cut elsewhere are other windows
+    digest = hashlib.sha256(repr((tuple(columns), config.inputs, [part.shape for part in (*shown, test)])).encode())
+    for part in (loc, scale, *shown, test):
         digest.update(np.ascontiguousarray(part).tobytes())
     further: dict[str, Any] = {}
     if valid is not None:
         digest.update(b"valid" + np.ascontiguousarray(valid).tobytes())
         further["valid"] = np.ascontiguousarray(valid[:, :count])
     if config.inputs:
-        digest.update(f"inputs {len(config.inputs)}".encode())
         further |= {
             "inputs": config.inputs,
             "train_inputs": tuple(np.ascontiguousarray(part[:, count:]) for part in shown),
@@ -243,7 +249,9 @@ def _read(name: str, rows: int | None, config: TrajectoryConfig) -> tuple[pl.Dat
     if not place.is_file():
         raise DataError(f"the file {name} does not exist")
     try:
-        table = pl.read_parquet(place) if place.suffix.lower() == ".parquet" else pl.read_csv(place)
+        table = (
+            pl.read_parquet(place) if place.suffix.lower() == ".parquet" else pl.read_csv(place, try_parse_dates=True)
+        )
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if rows is not None:
@@ -302,6 +310,7 @@ def _segments(
     if config.series is not None:
         names = table[config.series]
         breaks[1:] = (names != names.shift())[1:].fill_null(True).to_numpy()
+        _check_order(names, breaks, config)
     if stamp is not None:
         times = table[stamp]
         if times.dtype.is_temporal():
@@ -328,6 +337,16 @@ def _segments(
     if config.series is None:
         return parts, ("",) * len(parts)
     return parts, tuple(str(table[config.series][int(first)]) for first in (0, *cuts))
+
+
+def _check_order(names: pl.Series, breaks: NDArray[np.bool_], config: TrajectoryConfig) -> None:
+    """Refuse rows that are sorted by time instead of by series: each would be a trajectory of its own."""
+    pieces = np.diff(np.flatnonzero([True, *breaks[1:], True]))
+    if len(pieces) > names.n_unique() and pieces.max() < _FEWEST:
+        raise DataError(
+            f"the rows of {names.n_unique()} series lie in {len(pieces)} pieces of at most {pieces.max()} rows, since "
+            f"each new name ends a trajectory: sort the file by '{config.series}', then by time"
+        )
 
 
 def _complete_inputs(values: Array, config: TrajectoryConfig) -> None:

@@ -91,6 +91,9 @@ class TrajectoryConfig(Config):
     def _inputs_are_nothing_else(self) -> TrajectoryConfig:
         others = {*(self.columns or ()), self.step, self.series}
         wrong = sorted({name for name in self.inputs if name in others or self.inputs.count(name) > 1})
+        twice = sorted({name for name in self.columns or () if (self.columns or ()).count(name) > 1})
+        if twice:
+            raise ValueError(f"columns names variates twice: {twice}")
         if wrong:
             raise ValueError(f"inputs names columns twice, or columns that are a variate, step or series: {wrong}")
         return self
