@@ -1,8 +1,8 @@
 """ReGENN on panels: rolling origins and several seeds beside drift, linear and S4, with and without its graph.
 
 Usage: python benchmarks/regenn_table.py --data FOLDER --out benchmarks/results/regenn_table_HARDWARE_DATE
-    [--sets sars_cov2,beijing_air] [--models "drift;regenn"] [--seeds 5] [--origins 8] [--workers 2] [--minutes 30]
-    [--work FOLDER]
+    [--sets sars_cov2,beijing_air] [--models "drift;regenn"] [--seeds 5] [--origins 8] [--shift 0] [--workers 2]
+    [--minutes 30] [--work FOLDER]
 
 For every origin the data end there: models are fitted on what came before and graded on what follows. Trained models
 keep the epoch with the least error over the last rows before the origin, which then do not train; "more dev" takes
@@ -125,6 +125,7 @@ MODELS = {
     "autoregression only": Entry(text="regenn:paths=autoregression", training=TRAINED, dev=True),
     "regenn without graph": Entry(text="regenn:ablate_gse=true", training=TRAINED, dev=True),
     "regenn": Entry(text="regenn", training=TRAINED, dev=True),
+    "regenn, random graph start": Entry(text="regenn:evolution_init=xavier", training=TRAINED, dev=True),
     "regenn, more dev": Entry(text="regenn", training=TRAINED, dev=True, more_dev=True),
     "regenn, start kept": Entry(text="regenn", training=KEPT, dev=True),
     "autoregression only, all rows": Entry(text="regenn:paths=autoregression", training=TRAINED),
@@ -236,7 +237,8 @@ def plan(options: argparse.Namespace) -> list[Job]:
     for name in options.sets.split(","):
         part = SETS[name]
         stop = Panel.from_frame(part.read(options.data)).span()[1]
-        origins = [stop - part.test - part.stride * back for back in range(options.origins)][::-1]
+        latest = stop - part.test - options.shift
+        origins = [latest - part.stride * back for back in range(options.origins)][::-1]
         for model in options.models.split(";"):
             seeds = range(options.seeds if MODELS[model].training else 1)
             jobs += [Job(name, origin, model, seed) for seed in seeds for origin in origins]
@@ -366,6 +368,7 @@ def main() -> None:
     parser.add_argument("--models", default=";".join(MODELS), help="by semicolons")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--origins", type=int, default=8)
+    parser.add_argument("--shift", type=int, default=0, help="rows by which all origins lie earlier")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=None, help="begin no fit after this time")
