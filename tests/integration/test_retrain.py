@@ -11,7 +11,7 @@ import pytest
 
 from tsforge.app.retrain import CompareConfig, Contest, RetrainConfig, compare, retrain
 from tsforge.core.config import validate
-from tsforge.core.errors import ConfigError, DataError
+from tsforge.core.errors import ArtifactError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.scheduling.ledger import Ledger
 from tsforge.tracking.registry import resolve
@@ -50,6 +50,21 @@ def test_the_story_of_a_champion(site: Any) -> None:
     assert worse.facts["improvement"] < 0
     assert resolve("plant@champion", workspace).name == better.facts["challenger"]
     assert resolve("plant@challenger", workspace).name == worse.facts["challenger"]
+
+
+def test_a_damaged_champion_is_an_error_and_stays(site: Any) -> None:
+    """Only an alias that does not exist yet means that there is nothing to beat."""
+    workspace = Workspace.open()
+    first = retrain(config(site, "last_value"), AS_OF - timedelta(days=8), workspace)
+    (workspace.artifacts / first.facts["challenger"] / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match="weights.safetensors"):
+        retrain(config(site, "linear"), AS_OF, workspace)
+    assert resolve("plant@champion", workspace).name == first.facts["challenger"]
+    ledger = Ledger(workspace.database_url)
+    run = ledger.find("retrain/plant", AS_OF)
+    ledger.close()
+    assert run is not None
+    assert run.status == "failed"
 
 
 def test_the_challenger_never_sees_the_span_of_the_contest(site: Any) -> None:

@@ -21,7 +21,7 @@ from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest, load_history
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config
-from tsforge.core.errors import ArtifactError, ConfigError, DataError, TsforgeError
+from tsforge.core.errors import ConfigError, DataError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
@@ -30,7 +30,7 @@ from tsforge.data.vintages import Delays, History, VintageFrame, newest, publish
 from tsforge.forecasting.predict import predict
 from tsforge.metrics.significance import diebold_mariano
 from tsforge.scheduling.ledger import Claim, Ledger
-from tsforge.tracking.registry import promote, resolve
+from tsforge.tracking.registry import CHAMPION, has_alias, promote, resolve
 
 LOGGER = get_logger(__name__)
 
@@ -157,6 +157,7 @@ def retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Ret
 
     Raises:
         BatchBusy: another living process retrains the same.
+        ArtifactError: there is a champion, but it cannot be read.
         DataError: too little data after the challenger's training to compare.
         TsforgeError: of the fit, the registry or the store; the champion stays what it was.
     """
@@ -254,11 +255,11 @@ def _before_contest(config: FitConfig, frame: SeriesFrame, start: datetime, as_o
 
 
 def _champion(config: RetrainConfig, workspace: Workspace) -> Artifact | None:
-    try:
-        return load_artifact(resolve(f"{config.registered}@champion", workspace))
-    except ArtifactError as error:
-        log_event(LOGGER, "no champion yet", model=config.registered, because=str(error))
+    """Return the champion, None when the alias does not exist yet; one that cannot be read is an error, not absent."""
+    if not has_alias(config.registered, CHAMPION, workspace):
+        log_event(LOGGER, "no champion yet", model=config.registered)
         return None
+    return load_artifact(resolve(f"{config.registered}@{CHAMPION}", workspace))
 
 
 def compare(

@@ -286,6 +286,20 @@ def champion(name: str, workspace: Workspace) -> Path:
     return resolve(f"{name}@{CHAMPION}", workspace)
 
 
+def has_alias(name: str, alias: str, workspace: Workspace) -> bool:
+    """Return whether a version of the model holds the alias; False too when no model has that name.
+
+    Raises:
+        BackendError: the store does not answer.
+    """
+    _check_name(name)
+    with _store(workspace) as client:
+        try:
+            return alias in _aliases(client, name)
+        except ArtifactError:  # no such model yet
+            return False
+
+
 def resolve(reference: str, workspace: Workspace) -> Path:
     """Return the local folder of the artifact that ``reference`` names.
 
