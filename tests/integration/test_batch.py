@@ -283,6 +283,8 @@ class TestBackfill:
         [
             ("2026-03-05", "2026-03-04", "1d", "empty"),
             ("2026-03-04", "2026-03-05", "daily", "not a step"),
+            ("2026-03-04", "2026-03-05", "-1d", "not a step"),
+            ("2026-03-04", "2026-03-04T01", "1ms", "step of 1ms .* about 3,600,001 batches, more than 100,000"),
             ("yesterday", "2026-03-05", "1d", "not an ISO time"),
         ],
     )

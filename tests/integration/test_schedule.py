@@ -12,10 +12,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 
 from tsforge.app import published
+from tsforge.app.ingest import load_dataset
 from tsforge.app.schedule import ScheduleConfig, job_status, run_scheduler, status
 from tsforge.core.config import config_dir, load
 from tsforge.core.workspace import Workspace
@@ -75,6 +77,23 @@ def test_a_failing_batch_is_reported_with_its_message(site: Any) -> None:
     assert {run.status for run in found.last} == {"failed"}
     assert "error: " in found.last[0].message
     assert "no-such-artifact" in found.last[0].message
+
+
+def test_a_scheduled_ingest_runs_whatever_lies_in_the_current_directory(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder ``pipelines`` there is not ours, and relative paths are relative to it."""
+    folder = site.home.parent
+    (folder / "ingest.yaml").write_text(yaml.safe_dump({"data": site.data()}))
+    (folder / "pipelines").mkdir()
+    (folder / "pipelines" / "__init__.py").write_text("raise SystemExit('not ours')\n")
+    monkeypatch.chdir(folder)
+    path = schedule(site, run="ingest", config="ingest.yaml", catch_up="latest", overrides=["data.name=again"])
+    workspace = Workspace.open()
+    code = run_scheduler(load(ScheduleConfig, str(path)), workspace, once=True)
+    (found,) = job_status(load(ScheduleConfig, str(path)), workspace)
+    assert code == 0, found.last[0].message
+    assert load_dataset(workspace, "again").num_rows == pl.read_parquet(site.source).height * 2
 
 
 def test_the_service_publishes_and_stops_on_sigterm(site: Any) -> None:

@@ -42,6 +42,7 @@ from tsforge.scheduling.ledger import Claim, Ledger
 from tsforge.tracking.registry import resolve
 
 LOGGER = get_logger(__name__)
+MOST_BATCHES = 100_000  # of one backfill: every minute for two months; more is a slip of the unit
 
 
 class BatchBusy(BackendError):
@@ -463,14 +464,29 @@ def backfill(
         workspace: as for ``run_batch``.
 
     Raises:
-        ConfigError: an empty range or a bad step.
+        ConfigError: an empty range, a bad step, or one so short that there are more than 100,000 batches.
         TsforgeError: of the first batch that fails; earlier ones stay published, the same command goes on from there.
     """
     first, last = parse_as_of(start), parse_as_of(stop)
     if last < first:
         raise ConfigError(f"the range {first.isoformat()} to {last.isoformat()} is empty; exchange from and to")
+    moments = _moments(first, last, every)
+    return BackfillResult(results=tuple(run_batch(config, moment, workspace) for moment in moments))
+
+
+def _moments(first: datetime, last: datetime, every: str) -> list[datetime]:
+    """Return every as_of of a backfill; their number is checked before they are made."""
+    start = pl.lit(first)
     try:
-        moments = pl.datetime_range(first, last, every, time_zone="UTC", eager=True).to_list()
+        step = pl.select((start.dt.offset_by(every) - start).dt.total_microseconds()).item()
     except pl.exceptions.PolarsError as error:
         raise ConfigError(f"'{every}' is not a step such as 6h, 1d or 1mo") from error
-    return BackfillResult(results=tuple(run_batch(config, moment, workspace) for moment in moments))
+    if step <= 0:
+        raise ConfigError(f"'{every}' is not a step such as 6h, 1d or 1mo: it must lead forward")
+    number = (last - first) // timedelta(microseconds=1) // step + 1
+    if number > MOST_BATCHES:
+        raise ConfigError(
+            f"a step of {every} from {first.isoformat()} to {last.isoformat()} makes about {number:,} batches, more "
+            f"than {MOST_BATCHES:,}; take a longer step or a shorter range"
+        )
+    return pl.datetime_range(first, last, every, time_zone="UTC", eager=True).to_list()

@@ -6,7 +6,7 @@ from typing import Any
 
 from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
-from tsforge.scheduling.jobs import JobConfig, ScheduleConfig
+from tsforge.scheduling.jobs import BUSY_EXIT_CODE, INTERRUPTED_EXIT_CODE, JobConfig, ScheduleConfig
 from tsforge.scheduling.runner import JobStatus, Scheduler, SlotResult, stopping_on_signals
 
 __all__ = ["JobConfig", "JobStatus", "ScheduleConfig", "SlotResult", "job_status", "run_due", "run_scheduler", "status"]
@@ -21,7 +21,7 @@ def run_scheduler(config: ScheduleConfig, workspace: Workspace, *, once: bool = 
         config: the jobs.
         workspace: ledger, logs, and the addresses handed to the children.
         once: run what is due, then return: for cron, Kubernetes or another scheduler as the clock. The exit status is
-            then 1 when a slot failed.
+            then 1 when a slot failed, 130 when it was stopped before it was through, 75 when a slot was busy, else 0.
 
     Raises:
         BackendError: the ledger cannot be opened.
@@ -30,7 +30,12 @@ def run_scheduler(config: ScheduleConfig, workspace: Workspace, *, once: bool = 
     try:
         with stopping_on_signals(scheduler.stop):
             if once:
-                return int(any(result.status == "failed" for result in scheduler.run_due()))
+                statuses = {result.status for result in scheduler.run_due()}
+                if "failed" in statuses:
+                    return 1
+                if scheduler.stop.is_set():
+                    return INTERRUPTED_EXIT_CODE
+                return BUSY_EXIT_CODE if "interrupted" in statuses else 0
             scheduler.run()
     finally:
         scheduler.ledger.close()

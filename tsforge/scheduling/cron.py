@@ -97,9 +97,10 @@ class Cron:
                 f"or one of {listing(_MACROS, 7)}"
             )
         minute, hour, day, month, weekday = fields
+        day = "*" if day == "?" else day  # APScheduler does not know it
         names = _weekdays(weekday)
         days = [(day, names)]
-        if day not in {"*", "?"} and names != "*":  # cron joins the two day fields by "or"
+        if day != "*" and names != "*":  # cron joins the two day fields by "or"
             days = [(day, "*"), ("*", names)]
         try:
             self._triggers = [

@@ -17,6 +17,7 @@ from tsforge.scheduling.ledger import SETTLED, LedgerRun
 
 _MODULES = {"batch": "pipelines.batch_forecast", "retrain": "pipelines.retrain", "ingest": "pipelines.ingest"}
 BUSY_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: somebody else works on it, ask again later
+INTERRUPTED_EXIT_CODE = 130  # the shell's status of a process ended by Ctrl-C
 
 
 class JobConfig(Config):
@@ -33,7 +34,8 @@ class JobConfig(Config):
         catch_up: slots missed while no scheduler ran: run ``all`` in order, the ``latest`` only, or ``none``.
         max_delay_seconds: a slot missed by more is never run.
         grace_seconds: with ``catch_up: none``, how late a slot still counts as on time.
-        retries: a failed slot is run again at most so often, each time at the next look.
+        retries: a failed slot is run again at most so often, each time at the next look; attempts that were interrupted
+            or found the work busy do not count.
         start: slots count from here on; None = from the first time a scheduler sees the job.
     """
 
@@ -72,8 +74,9 @@ class JobConfig(Config):
     def command(self, slot: datetime) -> list[str]:
         """Return the command line of the child process for a slot."""
         as_of = slot.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        when = [] if self.run == "ingest" else ["--as-of", as_of]
-        return [sys.executable, "-m", _MODULES[self.run], self.config, *when, *self.overrides]
+        what = ["--config", self.config] if self.run == "ingest" else [self.config, "--as-of", as_of]
+        # -P: a folder ``pipelines`` in the current directory must not be taken for ours
+        return [sys.executable, "-P", "-m", _MODULES[self.run], *what, *self.overrides]
 
 
 def _checked_zone(name: str) -> str:
@@ -154,7 +157,7 @@ class Seen:
     def is_settled(self, slot: datetime, retries: int) -> bool:
         """Return whether nothing is left to do for the slot."""
         run = self.runs.get(slot)
-        return run is not None and (run.status in SETTLED or (run.status == "failed" and run.attempt > retries))
+        return run is not None and (run.status in SETTLED or (run.status == "failed" and run.failures > retries))
 
     def is_running(self, slot: datetime) -> bool:
         """Return whether a living process works on the slot."""

@@ -32,6 +32,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 SETTLED: frozenset[Status] = frozenset({"done", "skipped"})
 _LOCK = 736_102_441  # any fixed number: PostgreSQL serialises the creation of our tables and exclusive claims on it
 _MESSAGE_LIMIT = 16_000
+_FAILURES = "failed_attempts"  # kept among the details: a column of its own would need a migration
 
 
 class _UtcTime(sa.TypeDecorator[datetime]):
@@ -81,6 +82,7 @@ class LedgerRun:
         job, slot: the unique key; the slot is the scheduled time or the as_of of a batch.
         status: ``claimed`` (being worked on), ``done``, ``failed``, ``skipped`` or ``interrupted`` (to be run again).
         attempt: how often it has been claimed.
+        failures: how many attempts failed; interrupted and abandoned ones do not count.
         claimed_by, heartbeat: the latest holder and its last sign of life.
         started, finished: of the latest attempt.
         message: why it failed or was skipped, or the tail of the output.
@@ -101,6 +103,7 @@ class LedgerRun:
     output: str | None = None
     rows: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    failures: int = 0
 
     @property
     def seconds(self) -> float | None:
@@ -116,6 +119,7 @@ class Claim:
     slot: datetime
     attempt: int
     owner: Owner
+    failures: int = 0  # of earlier attempts
 
 
 def _aware(moment: datetime, what: str) -> datetime:
@@ -214,11 +218,11 @@ class Ledger:
             run = _record(row)
             if not self._claimable(run, now, again):
                 return None
-            fresh["attempt"] = run.attempt + 1
+            fresh |= {"attempt": run.attempt + 1, "details": json.dumps({_FAILURES: run.failures})}
             connection.execute(sa.update(_RUNS).where(_key(job, slot)).values(**fresh))
         if run.status == "claimed":
             log_event(LOGGER, "took over an abandoned run", job=job, slot=slot.isoformat(), previous=run.claimed_by)
-        return Claim(job=job, slot=slot, attempt=run.attempt + 1, owner=owner)
+        return Claim(job=job, slot=slot, attempt=run.attempt + 1, owner=owner, failures=run.failures)
 
     def _is_busy(self, connection: sa.Connection, job: str, slot: datetime, now: datetime) -> bool:
         """Return whether another slot of the job is being worked on; claims of one job wait for each other here."""
@@ -289,7 +293,7 @@ class Ledger:
 
     def fail(self, claim: Claim, message: str) -> None:
         """Close the slot as failed; it can be claimed again (same errors as ``finish``)."""
-        self._close(claim, "failed", message)
+        self._close(claim, "failed", message, details=json.dumps({_FAILURES: claim.failures + 1}))
 
     def release(self, claim: Claim, message: str) -> None:
         """Give the slot back unfinished, to be run again (same errors as ``finish``)."""
@@ -405,8 +409,10 @@ def _held(claim: Claim) -> sa.ColumnElement[bool]:
 
 def _record(row: sa.Row[Any]) -> LedgerRun:
     values = dict(row._mapping)
-    values["details"] = json.loads(values["details"])
-    return LedgerRun(**values)
+    details = json.loads(values.pop("details"))
+    # rows of versions that did not count failures: every attempt is taken for one
+    unknown = values["attempt"] if values["status"] == "failed" else 0
+    return LedgerRun(**values, failures=details.pop(_FAILURES, unknown), details=details)
 
 
 def _make_engine(database_url: str) -> sa.Engine:

@@ -41,7 +41,7 @@ class SlotResult:
     """What became of one slot in this process.
 
     Attributes:
-        status: ``done``, ``failed``, ``interrupted`` (will be run again) or ``skipped``.
+        status: ``done``, ``failed``, ``interrupted`` (stopped or busy; will be run again) or ``skipped``.
     """
 
     job: str

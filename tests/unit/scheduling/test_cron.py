@@ -98,6 +98,14 @@ def test_names_and_wrapping_weekdays() -> None:
     assert Cron("@weekly").between(after, until) == brute_force("0 0 * * 0", after, until)
 
 
+@pytest.mark.parametrize(
+    ("asked", "plain"), [("0 6 ? * 1", "0 6 * * 1"), ("0 6 13 * ?", "0 6 13 * *"), ("0 6 ? * ?", "0 6 * * *")]
+)
+def test_a_question_mark_for_a_day_means_any(asked: str, plain: str) -> None:
+    after, until = instant("2024-02-20 00:00"), instant("2024-03-20 00:00")
+    assert Cron(asked).between(after, until) == brute_force(plain, after, until)
+
+
 class TestDaylightSaving:
     """Transitions: Berlin 2026-03-29 01:00 UTC (+1 to +2) and 2026-10-25 01:00 UTC (back); Sao Paulo 2018-11-04
     skipped 00:00-01:00; Lord Howe shifts by half an hour."""

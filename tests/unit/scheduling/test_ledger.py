@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from tsforge.core.errors import BackendError, ConfigError
 from tsforge.core.owner import Owner
@@ -90,6 +91,39 @@ def test_failed_and_released_slots_can_be_claimed_again(ledger: Ledger, close: s
     run = ledger.find("job", SLOT)
     assert run is not None
     assert (run.status, run.message, run.attempt) == ("done", "", 2)
+
+
+def test_only_failed_attempts_count_as_failures(ledger: Ledger, clock: Clock) -> None:
+    def failures() -> int:
+        run = ledger.find("job", SLOT)
+        assert run is not None
+        assert run.details == {}, "the count is no number of the maker"
+        return run.failures
+
+    found = []
+    for close in ("release", "fail", "release", "fail"):
+        getattr(ledger, close)(claimed(ledger), "why")
+        found.append(failures())
+    claimed(ledger)
+    clock.pass_(minutes=5)  # abandoned
+    last = claimed(ledger)
+    assert (last.attempt, last.failures) == (6, 2)
+    assert [*found, failures()] == [0, 1, 1, 2, 2]
+    ledger.finish(last)
+    assert failures() == 0
+
+
+def test_in_failed_rows_of_older_versions_every_attempt_counts(ledger: Ledger, database_url: str) -> None:
+    for _ in range(3):
+        ledger.fail(claimed(ledger), "why")
+    engine = sa.create_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE ledger_runs SET details = '{}'"))
+    engine.dispose()
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert run.failures == 3
+    assert claimed(ledger).failures == 3
 
 
 def test_force_claims_a_settled_slot_but_never_a_living_one(ledger: Ledger) -> None:

@@ -25,7 +25,9 @@ def job(**settings: Any) -> JobConfig:
     return JobConfig(name="demo", cron="0 * * * *", run="batch", config="batch/demo", **settings)
 
 
-def row(number: int, status: Status, attempt: int = 1, finished: datetime | None = None) -> LedgerRun:
+def row(
+    number: int, status: Status, attempt: int = 1, finished: datetime | None = None, failures: int = 0
+) -> LedgerRun:
     return LedgerRun(
         job="schedule/demo",
         slot=hour(number),
@@ -35,6 +37,7 @@ def row(number: int, status: Status, attempt: int = 1, finished: datetime | None
         heartbeat=hour(number),
         started=hour(number),
         finished=finished,
+        failures=failures,
     )
 
 
@@ -114,9 +117,10 @@ def test_a_slot_being_worked_on_is_never_given_up() -> None:
     assert found.settled_until is None
 
 
-@pytest.mark.parametrize(("retries", "attempt", "again"), [(0, 1, False), (1, 1, True), (1, 2, False), (3, 3, True)])
-def test_failed_slots_run_again_while_retries_last(retries: int, attempt: int, again: bool) -> None:
-    found = plan(job(retries=retries), hour(9), row(10, "failed", attempt, finished=NOW))
+@pytest.mark.parametrize(("retries", "failures", "again"), [(0, 1, False), (1, 1, True), (1, 2, False), (3, 3, True)])
+def test_failed_slots_run_again_while_retries_last(retries: int, failures: int, again: bool) -> None:
+    """The attempts beyond the failures were interrupted."""
+    found = plan(job(retries=retries), hour(9), row(10, "failed", attempt=7, finished=NOW, failures=failures))
     assert hours(found.run) == ([10] if again else [])
     assert found.settled_until == (None if again else hour(10))
 
@@ -130,7 +134,7 @@ def test_without_catch_up_a_retry_counts_from_the_last_attempt() -> None:
 
 def test_the_command_names_the_slot_in_utc() -> None:
     command = job(overrides=("horizon=12",)).command(hour(6))
-    expected = ["-m", "pipelines.batch_forecast", "batch/demo", "--as-of", "2026-03-01T06:00:00Z", "horizon=12"]
+    expected = ["-P", "-m", "pipelines.batch_forecast", "batch/demo", "--as-of", "2026-03-01T06:00:00Z", "horizon=12"]
     assert command == [sys.executable, *expected]
 
 

@@ -138,6 +138,17 @@ def test_a_busy_child_is_asked_again_later(make: Callable[..., Scheduler], clock
     assert [result.status for result in scheduler.run_due()] == ["done"]
 
 
+def test_busy_attempts_use_up_no_retries(make: Callable[..., Scheduler], clock: Clock) -> None:
+    script = (
+        "import os, sys; p = os.environ['TSFORGE_HOME'] + '/tries'; open(p, 'a').write('x');"
+        "sys.exit([75, 75, 3, 75, 0][len(open(p).read()) - 1])"
+    )
+    scheduler = make(script, retries=1)
+    clock.time = START + timedelta(hours=1)
+    found = [result.status for _ in range(6) for result in scheduler.run_due()]
+    assert found == ["interrupted", "interrupted", "failed", "interrupted", "done"]
+
+
 def alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -308,3 +319,40 @@ def test_a_stopped_scheduler_leaves_the_slot_to_be_run_again(workspace: Workspac
     ended = (home / "ended").read_text().split()
     assert ended.count(slot.isoformat()) == 1
     ledger.close()
+
+
+ONCE = """
+import sys
+from datetime import datetime
+from tsforge.app.schedule import run_scheduler
+from tsforge.core.workspace import Workspace
+from tsforge.scheduling.jobs import JobConfig, ScheduleConfig
+
+class ScriptJob(JobConfig):
+    script: str
+    def command(self, slot):
+        return [sys.executable, "-c", self.script, slot.isoformat()]
+
+job = ScriptJob(name="demo", cron="* * * * *", run="batch", config="x", script=sys.argv[1],
+                start=datetime.fromisoformat(sys.argv[2]))
+sys.exit(run_scheduler(ScheduleConfig(jobs=(job,), stop_seconds=5), Workspace.open(), once=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("pass", 0),
+        ("import sys; sys.exit(75)", 75),
+        ("import sys; sys.exit(3)", 1),
+        (SLOW, 130),
+    ],
+    ids=["done", "busy", "failed", "interrupted"],
+)
+def test_running_once_says_how_it_ended(workspace: Workspace, script: str, code: int) -> None:
+    begin = datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(seconds=1)
+    process = subprocess.Popen([sys.executable, "-c", ONCE, script, begin.isoformat()])
+    if code == 130:
+        wait_for((workspace.root / "started").exists)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == code
