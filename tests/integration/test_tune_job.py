@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import polars as pl
@@ -17,7 +20,7 @@ from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.publish import promote
 from tsforge.app.tune import TuneJobConfig, leaves, trial_space, tune, with_values
 from tsforge.core.config import load
-from tsforge.core.errors import ConfigError, DataError
+from tsforge.core.errors import BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.tracking.registry import champion
 from tsforge.tracking.runs import Tracker
@@ -113,6 +116,33 @@ def test_changed_data_or_settings_are_not_mixed_into_a_study(workspace: Workspac
         tune(job("study.num_trials=2", "fit.window.horizon=6"), workspace)
     with pytest.raises(ConfigError, match=r"other settings \(data\)"):
         tune(job("study.num_trials=2", "fit.data.targets=[temp,dewp]"), workspace)
+
+
+def test_a_refusal_leaves_the_run_of_the_study_as_it_was(workspace: Workspace) -> None:
+    def of_study() -> dict[str, object]:
+        (run,) = [run for run in Tracker.open(workspace).runs() if run["parent"] is None]
+        return run
+
+    tune(job("study.num_trials=1"), workspace)
+    before = of_study()
+    assert before["status"] == "FINISHED"
+    with pytest.raises(ConfigError, match="other settings"):
+        tune(job("study.num_trials=2", "fit.window.horizon=6"), workspace)
+    assert of_study() == before
+    lock = workspace.tuning / ".linear-on-nyc_weather.lock"
+    with closing(sqlite3.connect(lock, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # as a process that works on the study
+        with pytest.raises(BackendError, match="another process is working on it"):
+            tune(job("study.num_trials=2"), workspace)
+    assert of_study() == before
+
+
+def test_trials_do_not_warn_of_what_they_switch_off_themselves(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    tune(job("study.num_trials=2"), workspace)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [text for text in warnings if "calibration" in text] == []
 
 
 def test_settings_of_gradient_training_are_searched_only_where_they_act() -> None:

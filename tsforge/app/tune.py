@@ -23,8 +23,7 @@ from tsforge.tracking.runs import Run, Tracker
 from tsforge.tuning.config import TuneConfig
 from tsforge.tuning.result import TrialRecord, TuneResult
 from tsforge.tuning.space import Space, build_space
-from tsforge.tuning.study import Pruned, Trial
-from tsforge.tuning.study import tune as run_study
+from tsforge.tuning.study import Pruned, Trial, opened
 
 _STUDY = "tsforge.study"
 
@@ -58,21 +57,18 @@ def tune(config: TuneJobConfig, workspace: Workspace, *, progress: bool = False)
     current = leaves(config.fit.model_dump(mode="json"))
     storage = workspace.tuning / f"{config.study.name}.db"
     tracker = Tracker.open(workspace, config.fit.tracking)
-    earlier = tracker.find(_STUDY, config.study.name) if storage.exists() else None
+    known = tracker.find(_STUDY, config.study.name)  # asked always: a store that is away must not leave a study behind
+    earlier = known if storage.exists() else None
     tags = {_STUDY: config.study.name, "tsforge.model": config.fit.model.name, "tsforge.dataset": config.fit.data.name}
-    with tracker.start(f"tune {config.study.name}", config=config, tags=tags, resume=earlier) as run:
+    context = _context(config, space, frame)
+    # the study first: when it is refused, its earlier run stays as it was
+    with (
+        opened(space, config.study, directory=workspace.tuning, defaults=current, context=context) as study,
+        tracker.start(f"tune {config.study.name}", config=config, tags=tags, resume=earlier) as run,
+    ):
         run.log_data(config.fit.data.name, frame.fingerprint(), profile={"rows": frame.num_rows})
         work = _Objective(config, frame, tracker, run)
-        result = run_study(
-            work.score,
-            space,
-            config.study,
-            directory=workspace.tuning,
-            defaults=current,
-            context=_context(config, space, frame),
-            on_trial=lambda record, so_far: _keep(record, so_far, config, run),
-            progress=progress,
-        )
+        result = study.run(work.score, lambda record, so_far: _keep(record, so_far, config, run), progress)
         result = replace(result, best_config=_write_best(result, config))
         _log_result(result, run)
     return result
@@ -147,7 +143,8 @@ class _Objective:
     def score(self, values: dict[str, Any], trial: Trial) -> float:
         """Run one trial as a part of the study's run."""
         # intervals play no part in the comparison, and nothing of a trial is stored but its record
-        fit = with_values(self.config.fit, {**values, "calibration.enabled": False})
+        without = {"calibration.enabled": False, "calibration.dependence": "none"}
+        fit = with_values(self.config.fit, {**values, **without})
         name = f"{self.config.study.name} {trial.number}"
         tags = {_STUDY + ".trial": trial.number}
         pruned: Pruned | None = None

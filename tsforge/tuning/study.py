@@ -97,14 +97,25 @@ def tune(
         ModelError: no trial succeeded; the message quotes the most frequent reason.
         KeyboardInterrupt: Ctrl-C or SIGTERM; finished trials are kept and the unfinished one is tried again next time.
     """
+    with opened(space, config, directory=directory, defaults=defaults, context=context) as session:
+        return session.run(objective, on_trial, progress)
+
+
+@contextmanager
+def opened(
+    space: Space,
+    config: TuneConfig,
+    *,
+    directory: Path,
+    defaults: Mapping[str, Any] | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> Iterator[Session]:
+    """Hold a study for the block, entered only when this process may work on it (arguments and errors: ``tune``)."""
     path = directory / f"{config.name}.db"
     directory.mkdir(parents=True, exist_ok=True)
     lock = directory / f".{config.name}.lock"
     with termination_as_interrupt(), _only_process(lock, config.name), _storage_errors(path):
-        session = _Session(path, space, config, context or {}, defaults or {})
-        session.recover()
-        session.run(objective, on_trial, progress)
-        return session.result(with_importance=True)
+        yield Session(path, space, config, context or {}, defaults or {})
 
 
 @contextmanager
@@ -153,6 +164,8 @@ def _open(path: Path) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if not path.exists():
+        for suffix in ("-wal", "-shm", "-journal"):  # of a study that was removed: SQLite would replay them into ours
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
         with atomic_file(path) as temporary:
             storage = optuna.storages.RDBStorage(f"sqlite:///{temporary}")
             storage.remove_session()
@@ -162,7 +175,8 @@ def _open(path: Path) -> Any:
             connection.execute("SELECT count(*) FROM trials")
     except sqlite3.Error as error:
         raise BackendError(
-            f"{path} is no study file ({error}); restore it from a backup, or move it away to start afresh"
+            f"{path} is no study file ({error}); restore it from a backup, first removing {path.name}-wal and "
+            f"{path.name}-shm if they are there, or move it away to start afresh"
         ) from error
     try:
         return optuna.storages.RDBStorage(
@@ -172,8 +186,8 @@ def _open(path: Path) -> Any:
         raise BackendError(f"{path} was written by another version of Optuna: {error}") from error
 
 
-class _Session:
-    """One process working on one study."""
+class Session:
+    """One process working on one study; made by ``opened``."""
 
     def __init__(
         self, path: Path, space: Space, config: TuneConfig, context: Mapping[str, Any], defaults: Mapping[str, Any]
@@ -222,7 +236,7 @@ class _Session:
         else:
             self.study.enqueue_trial(encoded)
 
-    def recover(self) -> None:
+    def _recover(self) -> None:
         """Queue again what a vanished process left unfinished."""
         for trial in self.study.get_trials(deepcopy=False, states=(self.states.RUNNING,)):
             self._put_back(trial, attempt=trial.user_attrs.get(_ATTEMPT, 1) + 1)
@@ -241,9 +255,19 @@ class _Session:
         self.storage.set_trial_state_values(trial._trial_id, self.states.FAIL)
 
     def run(
+        self,
+        objective: Objective,
+        on_trial: Callable[[TrialRecord, TuneResult | None], None] | None = None,
+        progress: bool = False,
+    ) -> TuneResult:
+        """Work until enough trials are finished and return what was found (arguments and errors: ``tune``)."""
+        self._recover()
+        self._work(objective, on_trial, progress)
+        return self.result(with_importance=True)
+
+    def _work(
         self, objective: Objective, on_trial: Callable[[TrialRecord, TuneResult | None], None] | None, progress: bool
     ) -> None:
-        """Work until enough trials are finished."""
         start = time.monotonic()
         limit = self.config.timeout_seconds
         with trial_progress(self.config, progress) as show:

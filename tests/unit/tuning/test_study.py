@@ -126,6 +126,15 @@ def test_a_trial_that_ends_its_process_every_time_is_given_up(tmp_path: Path) ->
     assert [trial.state for trial in result.trials].count("complete") == 5
 
 
+def test_removing_the_file_of_a_killed_study_starts_afresh(tmp_path: Path) -> None:
+    interrupt_after(tmp_path, signal.SIGKILL, after=3)
+    assert (tmp_path / "ridge.db-wal").stat().st_size > 0, "nothing to replay"
+    (tmp_path / "ridge.db").unlink()
+    config = TuneConfig(name="ridge", num_trials=1)
+    result = tune(objective, {**SPACE, "lags": Range(1, 30, False, True)}, config, directory=tmp_path)
+    assert [trial.state for trial in result.trials] == ["complete"]
+
+
 def test_only_one_process_works_on_a_study(tmp_path: Path) -> None:
     with started(tmp_path, 3, 20) as process:
         assert process.stdout is not None
