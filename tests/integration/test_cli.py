@@ -159,3 +159,20 @@ def test_interrupted_training_resumes_to_the_same_result(workspace_root: Path) -
     assert one["epochs"] == other["epochs"] == 60
     assert one["test_mse"] == other["test_mse"]
     assert not list(checkpoints.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("bogus", "TSFORGE_COMPILED=bogus is none of"), ("require", "no kernel can be built here: CXX=no-such-compiler")],
+)
+def test_doctor_fails_where_required_kernels_cannot_be_had(
+    tsforge: Any, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert tsforge("doctor").code == 0, "only speed is lost"
+    monkeypatch.setenv("TSFORGE_COMPILED", setting)
+    found = tsforge("doctor", "--json")
+    assert found.code == 6
+    (failed,) = [check for check in json.loads(found.out)["checks"] if not check["ok"]]
+    assert failed["check"] == "kernels"
+    assert message in failed["detail"]

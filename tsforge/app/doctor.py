@@ -51,18 +51,18 @@ def _device() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    """Say whether fast kernels can be had; without them everything runs, slower."""
+    """Say whether fast kernels can be had; without them everything runs, slower, unless they are required."""
     import torch
 
     from tsforge.ops import compiled, triton_support
 
-    detail = f"CPU {compiled.outlook()}"
-    if torch.cuda.is_available():
-        try:
+    try:
+        detail = f"CPU {compiled.outlook()}"
+        if torch.cuda.is_available():
             reason = triton_support.unavailable_reason(torch.device("cuda"))
-        except TsforgeError as error:
-            return _fact("kernels", str(error), ok=False)
-        detail += f"; GPU {'Triton' if reason is None else reason}"
+            detail += f"; GPU {'Triton' if reason is None else reason}"
+    except TsforgeError as error:
+        return _fact("kernels", str(error), ok=False)
     return _fact("kernels", detail)
 
 

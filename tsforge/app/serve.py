@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import errno
 import os
 import signal
 import socket
@@ -11,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import tsforge
 from tsforge.core.errors import BackendError
 from tsforge.core.workspace import Workspace
 
@@ -21,10 +22,10 @@ def dashboard_command(address: str, port: int) -> list[str]:
     Raises:
         BackendError: the dashboard's files are not installed.
     """
-    found = importlib.util.find_spec("dashboards")
-    if found is None or not found.submodule_search_locations:
+    # beside our own package, wherever that is: a folder ``dashboards`` in the current directory is not ours
+    folder = Path(tsforge.__file__).parents[1] / "dashboards"
+    if not (folder / "app.py").is_file():
         raise BackendError("the dashboard is not installed; reinstall tsforge with its dashboards folder")
-    folder = Path(next(iter(found.submodule_search_locations)))
     theme = tomllib.loads((folder / "theme.toml").read_text(encoding="utf-8"))["theme"]
     colours = {f"theme.{mode}.{name}": value for mode, chosen in theme.items() for name, value in chosen.items()}
     settings = {
@@ -37,24 +38,32 @@ def dashboard_command(address: str, port: int) -> list[str]:
         **colours,
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    return [sys.executable, "-m", "streamlit", "run", str(folder / "app.py"), *flags]
+    return [sys.executable, "-P", "-m", "streamlit", "run", str(folder / "app.py"), *flags]
+
+
+def _check_free(address: str, port: int) -> None:
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        wrong_address = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        shown = f"[{address}]" if ":" in address else address
+        raise BackendError(
+            f"cannot listen on {shown}:{port} ({error.strerror}); choose another with "
+            + ("--address" if wrong_address else "--port")
+        ) from error
 
 
 def serve_dashboard(workspace: Workspace, address: str, port: int) -> int:
     """Serve until the process is stopped; return its exit status (0 after Ctrl-C).
 
     Raises:
-        BackendError: the port is taken, or the dashboard is not installed.
+        BackendError: the port is taken, the address is none of this machine, or the dashboard is not installed.
     """
     command = dashboard_command(address, port)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            raise BackendError(
-                f"cannot listen on {address}:{port} ({error.strerror}); choose another with --port"
-            ) from error
+    _check_free(address, port)
     environment = {**os.environ, "TSFORGE_HOME": str(workspace.root)}
     process = subprocess.Popen(command, env=environment)
 

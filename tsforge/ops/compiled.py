@@ -82,9 +82,7 @@ def settled(what: str, reason_of: Callable[[], str | None]) -> str | None:
     Raises:
         ConfigError, BackendError: see ``unavailable_reason``.
     """
-    mode = os.environ.get("TSFORGE_COMPILED") or "auto"
-    if mode not in MODES:
-        raise ConfigError(f"TSFORGE_COMPILED={mode} is none of {', '.join(MODES)}{nearest(mode, MODES)}")
+    mode = _mode()
     if mode == "off":
         return "TSFORGE_COMPILED=off"
     reason = reason_of()
@@ -96,14 +94,27 @@ def settled(what: str, reason_of: Callable[[], str | None]) -> str | None:
     return reason
 
 
-def outlook() -> str:
-    """Return in words whether kernels can be built here and where they are kept; nothing is built."""
+def _mode() -> str:
     mode = os.environ.get("TSFORGE_COMPILED") or "auto"
+    if mode not in MODES:
+        raise ConfigError(f"TSFORGE_COMPILED={mode} is none of {', '.join(MODES)}{nearest(mode, MODES)}")
+    return mode
+
+
+def outlook() -> str:
+    """Return in words whether kernels can be built here and where they are kept; nothing is built.
+
+    Raises:
+        ConfigError, BackendError: see ``unavailable_reason``.
+    """
+    mode = _mode()
     if mode == "off":
         return "switched off (TSFORGE_COMPILED=off)"
     try:
         return f"{mode}: {shlex.join(_compiler())}, kept in {_cache_folder()}"
     except _Unavailable as error:
+        if mode == "require":
+            raise BackendError(f"TSFORGE_COMPILED=require, but no kernel can be built here: {error}") from error
         return f"{mode}: none, the slower torch paths are used: {error}"
 
 

@@ -210,6 +210,12 @@ def test_the_outlook_builds_nothing(sources: Path, tmp_path: Path, monkeypatch: 
     assert "slower torch paths are used: CXX=no-such-compiler is not a program" in compiled.outlook()
     monkeypatch.setenv("TSFORGE_COMPILED", "off")
     assert compiled.outlook() == "switched off (TSFORGE_COMPILED=off)"
+    monkeypatch.setenv("TSFORGE_COMPILED", "require")
+    with pytest.raises(BackendError, match="no kernel can be built here: CXX=no-such-compiler is not a program"):
+        compiled.outlook()
+    monkeypatch.setenv("TSFORGE_COMPILED", "bogus")
+    with pytest.raises(ConfigError, match="TSFORGE_COMPILED=bogus is none of"):
+        compiled.outlook()
 
 
 def test_an_unknown_setting_is_refused(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
