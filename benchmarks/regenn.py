@@ -121,7 +121,7 @@ def our_training(
     return run, epochs * len(windows)
 
 
-def step_of(panel: Panel, settings: dict[str, Any], windows: int) -> Callable[[], None]:
+def step_of(panel: Panel, settings: dict[str, Any], windows: int, *, kernel: bool = True) -> Callable[[], None]:
     """Return a call that makes one optimiser step on that many windows, as the trainer's without Lightning."""
     config = validate(
         NetworkConfig,
@@ -139,6 +139,7 @@ def step_of(panel: Panel, settings: dict[str, Any], windows: int) -> Callable[[]
     batch = next(iter(dataset.batches(windows, shuffle=True)))
 
     def run() -> None:
+        os.environ["TSFORGE_COMPILED"] = "require" if kernel else "off"
         optimiser.zero_grad()
         network.loss(batch)["loss"].backward()
         nn.utils.clip_grad_norm_(network.parameters(), 10.0)
@@ -176,7 +177,7 @@ def measure_step(panel: Panel, windows: int, rounds: int) -> list[dict[str, Any]
     }
     left = torch.randn(1024, 1024)
     calls = {name: step_of(panel, settings, windows) for name, settings in cases.items()}
-    calls |= {"loop's step": step_of(panel, {}, ENTITIES), "matrix product": lambda: left @ left}
+    calls |= {"loop's step": step_of(panel, {}, ENTITIES, kernel=False), "matrix product": lambda: left @ left}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name in list(calls) if turn % 2 else list(calls)[::-1]:
