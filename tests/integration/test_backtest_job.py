@@ -67,9 +67,10 @@ def test_settings_without_effect_are_refused(site: Any) -> None:
 
 
 @pytest.mark.parametrize("config", ["predict", "detect"])
-def test_a_group_that_a_command_has_no_place_for_is_named(config: str) -> None:
+@pytest.mark.parametrize("choice", ["csv", "plant"])
+def test_a_group_that_a_command_has_no_place_for_is_named(config: str, choice: str) -> None:
     with pytest.raises(ConfigError, match=f"config '{config}': there is no choice of 'data' in it"):
-        compose(config, ["data=csv"])
+        compose(config, [f"data={choice}"])
 
 
 @pytest.mark.parametrize("settings", [{"series": []}, {"series": "a"}])

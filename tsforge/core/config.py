@@ -177,6 +177,8 @@ def compose(
                 for key, value in _default_choices(path):
                     if value != "???" and "${" not in value and "/" not in value:  # what Hydra resolves itself
                         _check_choice(key, value, roots, stored)
+                if not _default_choices(path):  # else Hydra knows better, after it has read what they bring
+                    _check_no_choice(name, overrides, roots)
                 settings = [_struct_override(text, roots, placed, stored) for text in overrides]
                 composed = hydra_compose(path.stem, overrides=[*extra, *settings])
             plain = OmegaConf.to_container(composed, resolve=True)
@@ -185,7 +187,7 @@ def compose(
             message = " ".join(str(error).split())
             group = re.search(r"Could not override '([^'@]+)[^']*'\. No match in the defaults list", message)
             if group is not None:  # a group of the tree that this config has no place for
-                message = f"there is no choice of '{group[1]}' in it; `--dry-run` shows its settings"
+                raise _no_choice(name, group[1]) from error
             raise ConfigError(f"config '{name}': {message}") from error
     if absent:
         example = f"{absent[0]}=VALUE"
@@ -259,6 +261,18 @@ def _plain_text(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
     return value
+
+
+def _check_no_choice(name: str, overrides: Sequence[str], roots: set[Path]) -> None:
+    """Refuse choices of groups in a config without any, before what there is to choose from is told."""
+    for text in overrides:
+        group = text.partition("=")[0].partition("@")[0]
+        if "=" in text and group and any((root / group).is_dir() for root in roots):
+            raise _no_choice(name, group)
+
+
+def _no_choice(name: str, group: str) -> ConfigError:
+    return ConfigError(f"config '{name}': there is no choice of '{group}' in it; `--dry-run` shows its settings")
 
 
 def _struct_override(text: str, roots: set[Path], placed: Mapping[str, str], stored: StoredChoices | None) -> str:
