@@ -11,6 +11,8 @@ from tsforge.cli_parts import AsJson, Home, attribute, check_table_name, show, t
 from tsforge.console import print_facts, print_json, print_table
 from tsforge.core.errors import ConfigError
 
+_WEEK = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+
 events_app = typer.Typer(no_args_is_help=True, help="Look at anomalies, judge them, and see who judged what.")
 maintenance_app = typer.Typer(no_args_is_help=True, help="Silence events: maintenance windows and suppression rules.")
 
@@ -236,7 +238,7 @@ def maintenance_add(
 
 
 def _weekly(text: str | None, timezone: str | None) -> dict[str, Any] | None:
-    """Return the settings of a weekly window written as ``sat,sun 22:00-02:00``."""
+    """Return the settings of a weekly window written as ``sat,sun 22:00-02:00`` or ``mon-fri 22:00-02:00``."""
     if text is None:
         if timezone is not None:
             raise ConfigError("--timezone is the clock of --weekly; without it, give times with their offset")
@@ -245,8 +247,23 @@ def _weekly(text: str | None, timezone: str | None) -> dict[str, Any] | None:
     opens, dash, closes = hours.strip().partition("-")
     if not dash:
         raise ConfigError(f"--weekly '{text}': write days and hours, such as 'sat,sun 22:00-02:00'")
-    names = [day.strip().lower()[:3] for day in days.split(",") if day.strip()]
-    return {"weekdays": names, "opens": opens.strip(), "closes": closes.strip(), "timezone": timezone or "UTC"}
+    names = [name for part in days.split(",") if part.strip() for name in _days(part)]
+    return {
+        "weekdays": list(dict.fromkeys(names)),
+        "opens": opens.strip(),
+        "closes": closes.strip(),
+        "timezone": timezone or "UTC",
+    }
+
+
+def _days(part: str) -> list[str]:
+    """Return the days that ``fri``, ``friday`` or ``fri-mon`` means."""
+    known = {name: place for place, day in enumerate(_WEEK) for name in (day, day[:3])}
+    ends = [end.strip().lower() for end in part.split("-")]
+    if len(ends) > 2 or not set(ends) <= set(known):
+        raise ConfigError(f"--weekly: '{part.strip()}' is no day; write mon, tue, ... or mon-fri, by commas")
+    first, last = known[ends[0]], known[ends[-1]]
+    return [_WEEK[(first + step) % 7][:3] for step in range((last - first) % 7 + 1)]
 
 
 @maintenance_app.command("list")

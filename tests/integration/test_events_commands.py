@@ -165,18 +165,25 @@ def test_maintenance(tsforge: Any, site: Any) -> None:
     days = ("--weekly", "Sat,sunday 22:00-2:00", "--timezone", "Europe/Berlin")
     weekly = answer(tsforge("maintenance", "add", *days, "--reason", "backup", "--json"))
     assert (weekly["weekdays"], weekly["opens"], weekly["closes"]) == ("sat,sun", "22:00", "02:00")
+    nights = answer(tsforge("maintenance", "add", "--weekly", "fri-mon,Wed 22:00-02:00", "--reason", "x", "--json"))
+    assert nights["weekdays"] == "fri,sat,sun,mon,wed"
+    assert tsforge("maintenance", "lift", str(nights["id"]))[0] == 0
+    for day in ("satan", "mon-tue-wed", "mon-x"):
+        code, _, told = tsforge("maintenance", "add", "--weekly", f"{day} 22:00-02:00", "--reason", "x")
+        assert code == 2
+        assert f"'{day}' is no day" in told
     assert len(answer(tsforge("maintenance", "list", "--json"))) == 2
     lifted = answer(tsforge("maintenance", "lift", str(added["id"]), "--by", "bob", "--comment", "done", "--json"))
     assert lifted["lifted_by"] == "bob"
     assert [row["id"] for row in answer(tsforge("maintenance", "list", "--json"))] == [weekly["id"]]
-    assert len(answer(tsforge("maintenance", "list", "--all", "--json"))) == 2
+    assert len(answer(tsforge("maintenance", "list", "--all", "--json"))) == 3
     assert "backup" in tsforge("maintenance", "list")[1]
     refused = [
         (("add", "--reason", "all of it"), 2, "hide every event for ever"),
         (("add", "--reason", "x", "--score-below", "inf"), 2, "score_below: Input should be a finite number"),
         (("add", "--reason", "x", "--series", "zz", "--score-below", "nan"), 2, "score_below"),
         (("add", "--reason", "x", "--weekly", "sat"), 2, "write days and hours"),
-        (("add", "--reason", "x", "--weekly", "odd 1-2"), 2, "weekly.weekdays"),
+        (("add", "--reason", "x", "--weekly", "odd 1-2"), 2, "'odd' is no day"),
         (("add", "--reason", "x", "--timezone", "UTC", "--series", "a"), 2, "clock of --weekly"),
         (("add", "--series", "a"), 2, "--reason"),
         (("lift", "99"), 3, "no suppression rule 99"),

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from watching import FIRST, NEW, SEEN, Watched, assert_told, keys, new_rows
 
@@ -132,6 +133,39 @@ def test_a_silenced_event_is_recorded_but_not_notified(plant: Watched, receiver:
     stored = store.events("plant")
     marked = set(stored.filter(stored["suppressed_by"].is_not_null())["event_id"])
     assert marked == {record["event_id"] for record in silent}
+    store.close()
+
+
+def test_a_fault_that_outlasts_its_window_surfaces_however_rows_are_cut(
+    plant: Watched, receiver: Receiver, secrets: str
+) -> None:
+    """Something grows for eleven hours; the window ends in its middle."""
+    begin = FIRST + timedelta(hours=SEEN)
+    age = (pl.col("ts") - begin).dt.total_hours()
+    grown = pl.when(age.is_between(30, 40)).then(pl.col("x") + 50.0 * (age - 29)).otherwise(pl.col("x"))
+    rows = new_rows().filter(machine="a").with_columns(x=grown)
+    store = EventStore(plant.workspace.database_url)
+    span = {"start": begin + timedelta(hours=25), "end": begin + timedelta(hours=34)}
+    rule = store.suppress({"reason": "maintenance", "series": "a", **span}, actor="op")
+    sinks = plant.plain()["sinks"] | {"hook": hook(), "store": {"kind": "store"}}
+    (plant.incoming / "0.parquet").unlink()
+    plant.write("1.csv", rows.filter(age < 34))
+    plant.watch(sinks=sinks)
+    (opened,) = [record for record in plant.told() if record["suppressed_by"] == rule]
+    assert opened["transition"] == "opened"
+    assert opened["event_id"] not in {json.loads(body)["event_id"] for _, body in receiver.got}
+    plant.write("2.csv", rows.filter(age.is_between(34, 35)))
+    plant.watch(sinks=sinks)
+    surfaced = plant.told()[-1]
+    assert (surfaced["event_id"], surfaced["transition"]) == (opened["event_id"], "surfaced")
+    assert surfaced["suppressed_by"] is None
+    assert json.loads(receiver.got[-1][1]) == surfaced
+    assert store.events("plant").filter(event_id=opened["event_id"])["suppressed_by"].to_list() == [None]
+    plant.write("3.csv", rows.filter(age > 35))
+    plant.watch(sinks=sinks)
+    of_it = [record for record in plant.told() if record["event_id"] == opened["event_id"]]
+    assert [record["transition"] for record in of_it] == ["opened", "surfaced", "closed"]
+    assert [record["suppressed_by"] for record in of_it] == [rule, None, None]
     store.close()
 
 

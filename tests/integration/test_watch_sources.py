@@ -15,6 +15,7 @@ from watching import FIRST, MAPPING, NEW, SEEN, Watched, assert_told, keys, new_
 
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest
+from tsforge.app.watch.files import Folder
 from tsforge.app.watch.run import watch
 from tsforge.app.watch.settings import FolderSource, StdinSource, TableSource, TextMarks
 from tsforge.app.watch.sources import TablePoll
@@ -171,7 +172,6 @@ class Clock:
 def test_a_file_still_growing_is_not_read_nor_overtaken(plant: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names that follow wait for it: their rows would make its rows late."""
     from tsforge.app.watch import files
-    from tsforge.app.watch.files import Folder
 
     rows = new_rows()
     first = plant.write("0.csv", rows[:20])
@@ -194,6 +194,47 @@ def test_a_file_still_growing_is_not_read_nor_overtaken(plant: Watched, monkeypa
     offer = folder.next({}, nothing, 100)
     assert offer is not None
     assert (offer.what, offer.portions[0].rows_read) == ("0.csv", 21)
+
+
+def test_half_a_last_line_is_no_row(plant: Watched) -> None:
+    rows = new_rows()[:40]
+    text = rows.write_csv()
+    place = plant.incoming / "0.csv"
+    plant.incoming.mkdir(exist_ok=True)
+    for part, taken in ((text[: text.rindex(",")], 0), (text.rstrip("\n"), 40)):
+        place.write_text(part)
+        facts = plant.watch().facts
+        assert facts["rows_read"] == taken
+        assert facts["refused"] == 1
+        assert watch_status("plant", plant.workspace)["files_waiting"] == 0
+    (refusal,) = watch_status("plant", plant.workspace)["refusals"]
+    assert "ends in the middle of a line (3 of 4 cells)" in refusal["reason"]
+
+
+def test_files_changed_or_made_again_after_they_were_read(plant: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    rows = new_rows()
+    intake = _intake(plant)
+    place = plant.write("0.csv", rows[:20])
+    folder = Folder(FolderSource(path=str(plant.incoming), settle_seconds=0, rows=MAPPING), intake, {})
+
+    def read() -> int | None:
+        offer = folder.next({}, pl.DataFrame(), 100)
+        if offer is None:
+            return None
+        folder.settle(offer)
+        return offer.portions[0].rows_read
+
+    assert (read(), folder.waiting()) == (20, 0)
+    with place.open("a") as handle:
+        handle.write(rows[20:30].write_csv(include_header=False))
+    assert [read(), read()] == [None, None]
+    said = [record.getMessage() for record in caplog.records if "has changed since it was read" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("0.csv")
+    place.unlink()
+    assert read() is None  # nothing is stored meanwhile
+    plant.write("0.csv", rows[20:30])
+    assert read() == 10
 
 
 def _intake(plant: Watched, **rows: Any) -> Any:
@@ -345,6 +386,11 @@ def test_lines_of_standard_input_and_those_that_are_no_rows(plant: Watched) -> N
     assert offers[-1].position == {"rows": 42}
     table = pl.concat([portion.table for offer in offers for portion in offer.portions])
     assert table["x"].equals(rows["x"])
+    quoted = rows.write_csv().splitlines(keepends=True)
+    quoted[7] = quoted[7].replace("a,", 'a,"', 1).replace("b,", 'b,"', 1)  # a quote that nobody closes
+    offers, _ = piped(plant, "".join(quoted), {"kind": "stdin"}, limit=100)
+    assert [reason for offer in offers for _, reason in offer.refusals] == ["line 7 has 2 cells, the header 4"]
+    assert sum(portion.rows_read for offer in offers for portion in offer.portions) == 39
     with pytest.raises(DataError, match="header of standard input lacks y"):
         piped(plant, "machine,ts,x\na,2026-03-12,1\n", {"kind": "stdin"})
     good = '{"machine": "a", "ts": "2026-03-12T00:00:00Z", "x": 1, "y": null, "more": 1}\n'

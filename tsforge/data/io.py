@@ -29,6 +29,7 @@ from tsforge.data.sql import explained, open_engine, safe_url
 if TYPE_CHECKING:
     import pandas as pd
 
+_TAIL = 1 << 16  # bytes in which the last line of a file is looked for
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _FETCH_ROWS = 50_000
 _SQLITE_MISTAKE = re.compile(r"no such|syntax error|incomplete input|ambiguous column")  # not told apart by class
@@ -134,6 +135,7 @@ def _read_csv(source: CsvSource) -> RawTable:
             other = sorted(set(columns) ^ set(header))
             raise DataError(f"{item} and {files[0]} have different columns (in one of them only: {listing(other)})")
         header = header or columns
+        _check_end(item, source, columns)
         frames.append(_scan_one_csv(item, source))
     frame = frames[0] if len(frames) == 1 else pl.concat(frames, how="diagonal")
     return RawTable(frame, _origin(files), is_text=True, null_values=source.null_values, decimal=source.decimal)
@@ -171,6 +173,22 @@ def _header(item: Path, source: CsvSource) -> list[str]:
     if not has_rows:
         raise DataError(f"{item} has a header ({len(columns)} columns) and no rows")
     return columns
+
+
+def _check_end(item: Path, source: CsvSource, columns: list[str]) -> None:
+    """Refuse a file that ends in the middle of a line: a number cut off would count as one, the rest as missing."""
+    with item.open("rb") as handle:
+        handle.seek(max(0, item.stat().st_size - _TAIL))
+        tail = handle.read()
+    if not tail or tail.endswith((b"\n", b"\r")) or b"\n" not in tail:
+        return
+    last = tail.rpartition(b"\n")[2].decode(source.encoding, errors="replace")
+    cells = next(csv.reader([last], delimiter=source.separator), [])
+    if len(cells) < len(columns):
+        raise DataError(
+            f"{item} ends in the middle of a line ({len(cells)} of {len(columns)} cells): it is not written to its "
+            "end; wait for the rest, or remove that line"
+        )
 
 
 def _wrong_encoding(item: Path, encoding: str) -> DataError:

@@ -30,5 +30,5 @@ class LSTM(CellForecaster[LSTMConfig]):
     source = "Hochreiter, Schmidhuber (1997), Long Short-Term Memory, Neural Computation 9(8)"
     test_configs = (
         {"d_model": 16, "dropout": 0.0},
-        {"d_model": 16, "heads": 4, "patch_length": 3, "mixing": "mixed", "normalisation": "last", "skip": "none"},
+        {"d_model": 32, "heads": 2, "patch_length": 3, "mixing": "mixed", "normalisation": "last", "skip": "none"},
     )

@@ -16,7 +16,10 @@ from tsforge.app.watch.intake import FILE_KINDS, Intake, Portion
 from tsforge.app.watch.settings import FolderSource
 from tsforge.app.watch.sources import Offer, without_rows
 from tsforge.core.errors import BackendError, DataError
+from tsforge.core.logs import get_logger
 from tsforge.data.watch_state import SourceFile
+
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Folder:
         self._seen: dict[str, tuple[str, float]] = {}  # stamps of files not settled yet, and since when
         self._rest: float | None = None
         self._waiting = 0
+        self._absent: set[str] = set()  # files read before that are gone, until that is stored
+        self._told: set[tuple[str, str]] = set()
         self._open: tuple[str, str, Portion] | None = None
         if not self._path.is_dir():
             raise DataError(f"there is no folder {self._path}; make it, or set source.path")
@@ -62,7 +67,8 @@ class Folder:
         """Return rows of the file at work, or of the next one; files are never overtaken by later names."""
         del ends
         looks = self._look()
-        gone = tuple(name for name in self._done if name not in looks)
+        self._note(looks)
+        gone = tuple(sorted(self._absent - set(looks)))
         fresh = sorted(name for name, look in looks.items() if self._is_new(name, look.stamp))
         if position.get("file") in fresh:  # it was begun; names that came meanwhile must wait
             fresh.remove(position["file"])
@@ -91,6 +97,7 @@ class Folder:
         portion = self._open[2]
         table = portion.table.slice(start, limit)
         is_last = start + table.height >= portion.table.height
+        self._waiting -= int(is_last)
         part = Portion(
             table=table,
             rows_read=table.height,
@@ -106,6 +113,7 @@ class Folder:
         )
 
     def _refused(self, name: str, stamp: str, reason: str, gone: tuple[str, ...]) -> Offer:
+        self._waiting -= 1
         return Offer(
             portions=(),
             position={},
@@ -121,9 +129,24 @@ class Folder:
         for item in offer.files:
             self._done[item.name] = item
             self._seen.pop(item.name, None)
+            self._absent.discard(item.name)
             self._open = None
-        for name in offer.forgotten:
-            self._done.pop(name, None)
+        self._absent.difference_update(offer.forgotten)
+
+    def _note(self, looks: dict[str, _Look]) -> None:
+        """Forget files that are gone, so that a new one of that name is read, and tell of files changed since."""
+        for name in [name for name in self._done if name not in looks]:
+            del self._done[name]
+            self._absent.add(name)
+        for name, look in looks.items():
+            known = self._done.get(name)
+            if known is None or known.refused or known.stamp == look.stamp or (name, look.stamp) in self._told:
+                continue
+            self._told.add((name, look.stamp))
+            _LOG.warning(
+                "%s has changed since it was read, and is not read again: put new rows into a file of another name",
+                name,
+            )
 
     def _is_new(self, name: str, stamp: str) -> bool:
         """Return whether a file is to be read: unknown, or refused and changed since."""

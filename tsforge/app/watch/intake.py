@@ -87,9 +87,13 @@ def json_table(lines: Sequence[str], columns: Sequence[str]) -> tuple[pl.DataFra
 
 
 def csv_table(lines: Sequence[str], header: Sequence[str], marks: TextMarks) -> tuple[pl.DataFrame, list[str]]:
-    """Return lines of delimited text below a header as a table of text, and what is wrong with lines left out."""
+    """Return lines of delimited text below a header as a table of text, and what is wrong with lines left out.
+
+    Each line is read by itself, so that an open quote spoils no other.
+    """
     rows, wrong = [], []
-    for number, cells in enumerate(csv.reader(lines, delimiter=marks.separator), start=1):
+    for number, line in enumerate(lines, start=1):
+        cells = next(csv.reader([line], delimiter=marks.separator), [])
         if len(cells) == len(header):
             rows.append([None if cell in marks.null_values else cell for cell in cells])
         elif cells:

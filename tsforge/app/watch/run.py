@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from tsforge.anomaly.incidents import group_labels, ungrouped_notice
 from tsforge.anomaly.online import OnlineDetector, OnlineResult
 from tsforge.app.events import confirmed_spans
@@ -387,15 +389,23 @@ class Watcher:
         self._refusals.append((what, reason))
 
     def _transitions(self, results: list[OnlineResult]) -> list[tuple[str, str, dict[str, Any]]]:
-        """Return id, name and record of every transition, openings first; those of silenced events are marked."""
+        """Return id, name and record of every transition, openings first; those of silenced events are marked.
+
+        An open event that no rule covers any more, since it has outlasted a window, has surfaced.
+        """
         found: list[tuple[str, str, dict[str, Any]]] = []
+        opened = self._tally.facts["open"]
         for result in results:
-            for name, table in (("opened", result.opened), ("closed", result.closed)):
+            hidden = [event_id for event_id, rule in opened.items() if rule is not None]
+            changed = result.changed.filter(pl.col("event_id").is_in(hidden)) if hidden else result.changed.clear()
+            for name, table in (("opened", result.opened), ("surfaced", changed), ("closed", result.closed)):
                 if not table.height:
                     continue
                 silenced = self._events.silenced(self.dataset, table)
-                for row in table.sort("start" if name == "opened" else "end").iter_rows(named=True):
+                for row in table.sort("end" if name == "closed" else "start").iter_rows(named=True):
                     event_id = row["event_id"]
+                    if name == "surfaced" and event_id in silenced:
+                        continue
                     rule = self._silence(name, event_id, silenced.get(event_id))
                     found.append((event_id, name, self._record(name, row, rule)))
             self._tally.facts["notices"] = [str(notice) for notice in result.health]
@@ -404,7 +414,7 @@ class Watcher:
     def _silence(self, transition: str, event_id: str, rule: int | None) -> int | None:
         """Return the rule that silences a transition: an event whose opening was told is told to be over too."""
         opened = self._tally.facts["open"]
-        if transition == "opened":
+        if transition != "closed":
             opened[event_id] = rule
             return rule
         was = opened.pop(event_id, None)
@@ -421,7 +431,8 @@ class Watcher:
             "suppressed_by": rule,
             **{name: plain(value) for name, value in row.items()},
         }
-        self._tally.add(**{transition: 1, "suppressed": int(rule is not None)})
+        told = {transition: 1} if transition in self._tally.facts else {}
+        self._tally.add(**told, suppressed=int(rule is not None))
         self._tally.facts["last_event"] = {
             name: record[name] for name in ("transition", "event_id", "series_id", "start", "end", "peak_score")
         }
