@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,16 @@ def test_settings_without_effect_are_refused(site: Any) -> None:
 def test_a_group_that_a_command_has_no_place_for_is_named(config: str, choice: str) -> None:
     with pytest.raises(ConfigError, match=f"config '{config}': there is no choice of 'data' in it"):
         compose(config, [f"data={choice}"])
+
+
+def test_a_setting_named_like_a_group_is_a_setting(tmp_path: Path) -> None:
+    """``model`` of a batch is an artifact; where a file has a mapping there, no choice can take its place."""
+    place = tmp_path / "night.yaml"
+    place.write_text("name: night\nmodel: plant@champion\n")
+    assert compose(str(place), ["model=other@challenger"])["model"] == "other@challenger"
+    place.write_text("name: night\nmodel: {name: linear}\n")
+    with pytest.raises(ConfigError, match="there is no choice of 'model' in it"):
+        compose(str(place), ["model=ar_net"])
 
 
 @pytest.mark.parametrize("settings", [{"series": []}, {"series": "a"}])

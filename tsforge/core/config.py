@@ -157,7 +157,7 @@ def compose(
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import YAMLError, safe_load
 
     root = directory or config_dir()
     path = _config_path(name, root)
@@ -177,10 +177,16 @@ def compose(
                 for key, value in _default_choices(path):
                     if value != "???" and "${" not in value and "/" not in value:  # what Hydra resolves itself
                         _check_choice(key, value, roots, stored)
+                own = _own_settings(path, roots)
+                plain_ones = [text for text in overrides if text.partition("=")[0] in own]
+                choices = [text for text in overrides if text not in plain_ones]
                 if not _default_choices(path):  # else Hydra knows better, after it has read what they bring
-                    _check_no_choice(name, overrides, roots)
-                settings = [_struct_override(text, roots, placed, stored) for text in overrides]
+                    _check_no_choice(name, choices, roots)
+                settings = [_struct_override(text, roots, placed, stored) for text in choices]
                 composed = hydra_compose(path.stem, overrides=[*extra, *settings])
+                for text in plain_ones:  # Hydra would take them for choices
+                    key, _, value = text.partition("=")
+                    OmegaConf.update(composed, key, safe_load(value))
             plain = OmegaConf.to_container(composed, resolve=True)
             absent = sorted(OmegaConf.missing_keys(composed))
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -216,6 +222,17 @@ def _config_path(name: str, root: Path) -> Path:
 def _placed_groups(path: Path) -> dict[str, str]:
     """Return ``{group: group@place}`` of the groups that a config file puts somewhere else (``data@fit.data: csv``)."""
     return {key.partition("@")[0]: key for key, _ in _default_choices(path) if "@" in key}
+
+
+def _own_settings(path: Path, roots: set[Path]) -> set[str]:
+    """Return the plain settings of a config file that are named like a group: no choice of its defaults goes there."""
+    import yaml
+
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    chosen = {key.partition("@")[0] for key, _ in _default_choices(path)}
+    settings = plain.items() if isinstance(plain, dict) else ()
+    named = {str(key) for key, value in settings if not isinstance(value, dict | list)} - chosen
+    return {key for key in named if any((root / key).is_dir() for root in roots)}
 
 
 def _default_choices(path: Path) -> list[tuple[str, str]]:
