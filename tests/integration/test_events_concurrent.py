@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -112,6 +114,21 @@ def test_two_people_at_the_same_events(url: str, tmp_path: Path) -> None:
     assert set(comments.values()) == {2}, "a comment was lost"
     assert set(store.events()["comments"]) == {2}
     store.close()
+
+
+def test_a_first_start_waits_for_another_one(tmp_path: Path) -> None:
+    """Somebody else is about to make the same file; SQLite alone would give up at once."""
+    place = tmp_path / "store.db"
+    other = sqlite3.connect(place, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.5, other.rollback)
+    release.start()
+    store = EventStore(f"sqlite:///{place}")
+    store.suppress({"series": "s0*", "reason": "test"}, actor="eva")
+    release.join()
+    assert store.suppressions().height == 1
+    store.close()
+    other.close()
 
 
 def test_several_detectors_and_a_rule_at_once(url: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -129,14 +130,25 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # BEGIN is ours, see _begin_sqlite
     with closing(connection.cursor()) as cursor:
-        try:
-            cursor.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError as error:
-            if "readonly" not in str(error):  # a store that can only be read is still worth reading
-                raise
+        _use_wal(cursor)
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.execute("PRAGMA cache_size=-65536")  # 64 MiB: a large batch touches many pages
+
+
+def _use_wal(cursor: sqlite3.Cursor) -> None:
+    """Switch to a write-ahead log; SQLite does not wait by itself where another process is about to do the same."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "readonly" in str(error):  # a store that can only be read is still worth reading
+                return
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
 
 
 def _begin_sqlite(connection: Connection) -> None:
