@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tsforge.ops import compiled
 
@@ -22,3 +23,13 @@ def logged() -> Iterator[list[logging.LogRecord]]:
     yield records
     compiled.logger.removeHandler(handler)
     compiled.logger.setLevel(level)
+
+
+@pytest.fixture
+def two_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads also for little work, in the module that the test file calls ``module``."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(request.module.module, "_WORK_PER_THREAD", 1)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

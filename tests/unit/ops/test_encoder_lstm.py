@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,6 @@ from compiler import need_compiler
 from torch import Tensor, nn
 
 from tsforge.core.errors import ModelError
-from tsforge.ops import encoder_lstm as module
 from tsforge.ops.encoder_lstm import MOST_WEIGHTS, encoder_lstm, encoder_weights, lstm_weights, unavailable
 
 # windows, variates, features, feed-forward width, horizon, with encoder, with sequencer: blocks with rests, chunks of
@@ -33,16 +31,6 @@ Shape = tuple[int, int, int, int, int, bool, bool]
 def _available() -> None:
     need_compiler()
     assert unavailable(torch.zeros(1), 1) is None
-
-
-@pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads also for little work."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(module, "_WORK_PER_THREAD", 1)
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 class Case(NamedTuple):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import plrnn_cases
 import pytest
 import torch
@@ -26,16 +24,6 @@ SHAPES += [(2, 1, 9, 16, 21), (1, 3, 6, 13, 40), (1, 9, 5, 31, 35), (2, 13, 4, 3
 def _available() -> None:
     need_compiler()
     assert unavailable(*draw(1, 1, 1, 1, 1)[::3]) is None  # one that fails to build is a failure
-
-
-@pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads also for little work."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(module, "_WORK_PER_THREAD", 1)
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(groups: int, batch: int, steps: int, latent: int, hidden: int) -> Arguments:

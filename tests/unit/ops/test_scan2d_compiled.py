@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,16 +35,6 @@ SHAPES = [
 def _available() -> None:
     need_compiler()
     assert unavailable(torch.zeros(1), torch.zeros(1)) is None
-
-
-@pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads also for little work."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(module, "_WORK_PER_THREAD", 1)
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def scan(case: Case, **options: Any) -> Scan2D:
