@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tsforge.ops import compiled
+from tsforge.ops import _plrnn_compiled, _scan2d_compiled, compiled, encoder_lstm
 
 
 @pytest.fixture
@@ -26,10 +26,11 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 
 
 @pytest.fixture
-def two_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads also for little work, in the module that the test file calls ``module``."""
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads also for little work, in every kernel."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(request.module.module, "_WORK_PER_THREAD", 1)
+    for kernel in (_plrnn_compiled, _scan2d_compiled, encoder_lstm):
+        monkeypatch.setattr(kernel, "_WORK_PER_THREAD", 1)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
