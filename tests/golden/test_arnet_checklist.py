@@ -145,7 +145,7 @@ def test_checklist_04_small_sample_supports(settings: dict[str, str]) -> None:
 
 
 def test_checklist_05_sparse_objective_never_rises_and_penalty_is_bounded() -> None:
-    from tsforge.models._ar_moments import LagLayout
+    from tsforge.models._ar_layout import LagLayout
     from tsforge.models._ar_solvers import scale_free
     from tsforge.ops.moments import least_squares
 
@@ -297,7 +297,7 @@ def test_checklist_10_two_series_equal_stacked_windows() -> None:
     assert np.abs(coefficients(model) - seam[:-1]).max() > 1e-4
 
 
-@pytest.mark.parametrize("rule", ["auto", "windows", "pairs"])
+@pytest.mark.parametrize("rule", ["auto", "windows", "filled"])
 def test_checklist_11_random_gaps_move_coefficients_within_error(rule: str) -> None:
     rng = np.random.default_rng(12)
     values = simulate(TRUTH, 20_000, rng)

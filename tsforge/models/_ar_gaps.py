@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -47,10 +49,13 @@ class GapFiller(nn.Module):
         return found
 
     @torch.no_grad()
-    def set(self, weight: Tensor) -> None:
-        """Use these coefficients [G, p] wherever they are stationary; elsewhere the fitted ones stay."""
+    def set(self, weight: Tensor, whole: Sequence[bool]) -> None:
+        """Use these coefficients [G, p] wherever they are stationary and were fitted on ``whole`` [G] windows.
+
+        Elsewhere the fitted ones stay: coefficients fitted on windows that those filled expect them to.
+        """
         for group, row in enumerate(weight.double().cpu()):
-            if is_stationary(row.numpy()):
+            if whole[group] and is_stationary(row.numpy()):
                 self.weight[group] = row.to(self.weight.device)
 
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:

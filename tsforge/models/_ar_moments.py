@@ -3,65 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tsforge.ops.moments import Channel, WindowMoments, channel_moments, observed_runs, pairwise_moments
+from tsforge.models._ar_filled import filled_moments
+from tsforge.models._ar_layout import LagLayout
+from tsforge.ops.moments import Channel, WindowMoments, channel_moments, observed_runs
 
-MissingRule = Literal["auto", "windows", "pairs"]
+MissingRule = Literal["auto", "windows", "filled"]
 _CHUNK_VALUES = 4_000_000
-
-
-@dataclass(frozen=True)
-class LagLayout:
-    """Columns of one training window: own lags, lags of each past covariate, then the steps to be predicted.
-
-    Attributes:
-        lags: p own lags.
-        horizon: steps predicted by the fit (1 for a recursive model).
-        covariate_lags: q lags of each past covariate.
-        num_past: P past covariates.
-    """
-
-    lags: int
-    horizon: int
-    covariate_lags: int = 0
-    num_past: int = 0
-
-    @property
-    def reach(self) -> int:
-        """Rows before the origin that a window needs."""
-        return max(self.lags, self.covariate_lags if self.num_past else 0)
-
-    @property
-    def span(self) -> int:
-        """Rows a window covers."""
-        return self.reach + self.horizon
-
-    @property
-    def features(self) -> Tensor:
-        """Columns of the inputs: own lags newest first, then each covariate's lags newest first."""
-        own = torch.arange(self.lags - 1, -1, -1)
-        base = self.lags + self.horizon
-        newest_first = torch.arange(self.covariate_lags - 1, -1, -1)
-        return torch.cat([own, *(base + j * self.covariate_lags + newest_first for j in range(self.num_past))])
-
-    @property
-    def targets(self) -> Tensor:
-        """Columns of the steps to be predicted."""
-        return torch.arange(self.lags, self.lags + self.horizon)
-
-    def channels(self, values: Tensor, mask: Tensor, past: Tensor | None) -> list[Channel]:
-        """Return the columns as channels of one variate's values [N] and the past covariates [N, P]."""
-        own = Channel(values, self.lags + self.horizon, self.reach - self.lags, mask)
-        if past is None or not self.num_past:
-            return [own]
-        start = self.reach - self.covariate_lags
-        return [own, *(Channel(past[:, j], self.covariate_lags, start) for j in range(self.num_past))]
 
 
 def lag_moments(
@@ -74,11 +27,11 @@ def lag_moments(
     missing: MissingRule = "auto",
     uses_scale: bool = False,
 ) -> tuple[WindowMoments, bool]:
-    """Return moments summed over variates and series, and whether observed pairs (not whole windows) were used.
+    """Return moments summed over variates and series, and whether any are of filled windows.
 
-    Whole windows are exact least squares on every gap-free window. With ``"auto"``, pairs take over when gaps leave
-    less than half of the windows whole and fewer than ten of them a column. ``uses_scale`` appends one more column,
-    the standard deviation of the context.
+    Whole windows are exact least squares on every gap-free window. With ``"auto"``, windows with filled gaps take over
+    for a variate whose gaps leave less than half of its windows whole and fewer than ten of them a column.
+    ``uses_scale`` appends one more column, the standard deviation of the context.
 
     Shapes:
         values [N, V] centred, mask [N, V], bounds [num_series + 1] rows, past [N, P].
@@ -87,7 +40,7 @@ def lag_moments(
         ModelError: the span holds no window.
     """
     total: WindowMoments | None = None
-    used_pairs = False
+    gappy = []
     for variate in range(values.shape[1]):
         seen = mask[:, variate]
         if not bool(seen.any()):
@@ -96,15 +49,17 @@ def lag_moments(
         if uses_scale:
             channels.append(window_scale(values[:, variate], seen, layout.lags))
         runs = observed_runs(seen, bounds)
-        pairs = missing == "pairs" or (missing == "auto" and _too_few(layout, channels, runs, bounds))
-        moments = (
-            pairwise_moments(channels, bounds, layout.span) if pairs else channel_moments(channels, runs, layout.span)
-        )
-        used_pairs = used_pairs or pairs
+        if missing == "filled" or (missing == "auto" and _too_few(layout, channels, runs, bounds)):
+            gappy.append(variate)
+            continue
+        moments = channel_moments(channels, runs, layout.span)
+        total = moments if total is None else total + moments
+    if gappy:
+        moments = filled_moments(layout, values[:, gappy], mask[:, gappy], bounds, past=past, uses_scale=uses_scale)
         total = moments if total is None else total + moments
     if total is None:  # nothing observed at all: say so the way an empty span does
         return channel_moments([Channel(values[:, 0], layout.span)], [], layout.span), False
-    return total, used_pairs
+    return total, bool(gappy)
 
 
 def window_scale(values: Tensor, mask: Tensor, length: int) -> Channel:

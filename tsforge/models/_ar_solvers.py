@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsforge.models._ar_moments import LagLayout, explicit_windows, lag_moments
+from tsforge.models._ar_layout import LagLayout
+from tsforge.models._ar_moments import explicit_windows, lag_moments
 from tsforge.ops.moments import LeastSquares, WindowMoments, least_squares, observed_runs, ridge_by_gcv
 from tsforge.ops.robust import RobustLoss, reweighted_least_squares
 from tsforge.ops.sparse import (
@@ -67,9 +68,7 @@ def fit_lags(config: ARNetConfig, layout: LagLayout, span: Span) -> LagFit:
         return _nothing(layout)
     if config.solver in ("yule_walker", "burg"):
         return _fit_toeplitz(config, layout, span)
-    moments, used_pairs = lag_moments(
-        layout, span.values, span.mask, span.bounds, past=span.past, missing=config.missing
-    )
+    moments, filled = lag_moments(layout, span.values, span.mask, span.bounds, past=span.past, missing=config.missing)
     solver = config.solver
     if solver in ("auto", "sgd"):
         solver = "ols" if moments.rows >= 10 * len(layout.features) else "ridge"
@@ -79,7 +78,7 @@ def fit_lags(config: ARNetConfig, layout: LagLayout, span: Span) -> LagFit:
         fit = _fit_robust(config, layout, span, moments)
     else:
         fit = _fit_least_squares(config, layout, moments, solver)
-    return replace(fit, details={**fit.details, "used_pairs": float(used_pairs)})
+    return replace(fit, details={**fit.details, "gaps_filled": float(filled)})
 
 
 def _nothing(layout: LagLayout) -> LagFit:

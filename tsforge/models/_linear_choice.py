@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tsforge.core.errors import ModelError
-from tsforge.models._ar_moments import LagLayout, MissingRule, lag_moments
+from tsforge.models._ar_layout import LagLayout
+from tsforge.models._ar_moments import MissingRule, lag_moments
 from tsforge.ops.moments import WindowMoments
 
 USUAL_RIDGE = 100.0

@@ -29,7 +29,8 @@ from tsforge.core.errors import ConfigError, ModelError
 from tsforge.models import _ar_explain as explaining
 from tsforge.models._ar_additive import Additive, AdditivePlan
 from tsforge.models._ar_gaps import GapFiller
-from tsforge.models._ar_moments import LagLayout, MissingRule, lag_moments
+from tsforge.models._ar_layout import LagLayout
+from tsforge.models._ar_moments import MissingRule, lag_moments
 from tsforge.models._ar_nets import LagMap, grouped
 from tsforge.models._ar_solvers import LagFit, Span, fit_lags
 from tsforge.models._ar_windows import residual_scale, series_bounds
@@ -76,7 +77,7 @@ class ARNetConfig(ModelConfig):
     order_selection: Literal["none", "aic", "bic"] = "none"
     """Yule-Walker and Burg: the order, up to ``lags``, by an information criterion."""
     missing: MissingRule = "auto"
-    """Training gaps: whole windows only, or every observed pair; auto takes windows while enough are whole."""
+    """Training gaps: whole windows only, or windows with filled gaps; auto takes whole ones while there are enough."""
     hidden: tuple[int, ...] = ()
     """Widths of ReLU layers beside the linear one; trained by gradient steps from the exact linear fit."""
     warm_start: bool = True
@@ -352,13 +353,15 @@ class ARNet(ForecastModel[ARNetConfig]):
             return SolveReport(finished=False, method="none", residual_scale=residual_scale(self, data))
         details = {"effects_rounds": float(rounds)}
         dof_share, method = 0.0, "none"
+        whole = []
         for group, span in enumerate(self._spans(residual, data)):
             fit = fit_lags(self.config, self._layout(), span)
             self._keep(group, fit, span)
             method = fit.method if fit.rows else method
+            whole.append(not fit.details.get("gaps_filled"))
             dof_share = max(dof_share, (fit.dof + self.additive.num_columns) / max(fit.rows, 1.0))
             details.update({f"{key}_{group}" if len(self.bias) > 1 else key: v for key, v in fit.details.items()})
-        self.gaps.set(self.ar.weight[:, 0].detach())
+        self.gaps.set(self.ar.weight[:, 0].detach(), whole)
         scale = self._residual_scale(data, dof_share)
         return SolveReport(finished=not trained, method=method, residual_scale=scale, details=details)
 

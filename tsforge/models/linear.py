@@ -22,14 +22,14 @@ from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
 from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
 from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError
+from tsforge.models._ar_filled import MOST_LAGS
 from tsforge.models._ar_gaps import GapFiller
-from tsforge.models._ar_moments import LagLayout, MissingRule, explicit_windows, lag_moments
+from tsforge.models._ar_layout import LagLayout
+from tsforge.models._ar_moments import MissingRule, explicit_windows, lag_moments
 from tsforge.models._ar_windows import residual_scale, series_bounds
 from tsforge.models._linear_choice import RIDGES, USUAL_RIDGE, Span, choose
 from tsforge.models.registry import register
 from tsforge.ops.moments import LeastSquares, WindowMoments, least_squares
-
-_GAP_ORDER = 168  # lags of the autoregression that fills gaps: a week of hours, cheap at any context length
 
 Removal = Literal["none", "window_mean", "last"]
 _MOST_WEIGHTS = 2**25  # of matrices for each variate that ``weights: auto`` considers, 128 MB
@@ -54,7 +54,7 @@ class LinearConfig(ModelConfig):
     Auto: a constant where nothing is removed, else nothing (it would continue the mean drift of the training span)."""
     solver: Literal["closed_form", "sgd"] = "closed_form"
     missing: MissingRule = "auto"
-    """Training gaps: use whole windows only, or every observed pair; auto takes windows while enough are whole."""
+    """Training gaps: whole windows only, or windows with filled gaps; auto takes whole ones while there are enough."""
 
     @property
     def fitted_offset(self) -> Offset:
@@ -178,7 +178,7 @@ class Linear(ForecastModel[LinearConfig]):
             self.spread = nn.Parameter(torch.zeros(spec.horizon, spec.num_variates, spec.num_params - 1))
         if config.remove == "auto":
             self.register_buffer("from_last", torch.zeros(groups, dtype=torch.bool))
-        self.gaps = GapFiller(groups, min(_GAP_ORDER, spec.context_length), spec.num_variates)
+        self.gaps = GapFiller(groups, min(MOST_LAGS, spec.context_length), spec.num_variates)
 
     def _level(self, context: Tensor) -> Tensor:
         if self.config.remove == "auto":
@@ -227,7 +227,7 @@ class Linear(ForecastModel[LinearConfig]):
             return None
         layout = LagLayout(self.spec.context_length, self.spec.horizon)
         config, separate = self._chosen(data, bounds, layout)
-        details = {"rows": 0.0, "dof": 0.0, "used_pairs": 0.0, "ridge": config.ridge or 0.0, "groups": 0.0}
+        details = {"rows": 0.0, "dof": 0.0, "gaps_filled": 0.0, "ridge": config.ridge or 0.0, "groups": 0.0}
         if self.config.remove == "auto":
             self.from_last.fill_(config.remove == "last")
         groups = len(self.weight) if separate else 1
@@ -260,7 +260,7 @@ class Linear(ForecastModel[LinearConfig]):
         center = torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)  # keeps sums of squares small
         if config.remove == "none" and config.fitted_offset != "constant":
             center = torch.zeros_like(center)  # nothing in this model could undo a shift
-        moments, pairs = lag_moments(
+        moments, filled = lag_moments(
             layout,
             torch.where(mask, values - center, 0.0),
             mask,
@@ -275,7 +275,7 @@ class Linear(ForecastModel[LinearConfig]):
         self.offset[place] = offset.to(self.offset)
         details["rows"] += fit.rows
         details["dof"] = max(details["dof"], fit.dof)
-        details["used_pairs"] = max(details["used_pairs"], float(pairs))
+        details["gaps_filled"] = max(details["gaps_filled"], float(filled))
 
     def _chosen(self, data: TrainingSeries, bounds: list[int], layout: LagLayout) -> tuple[LinearConfig, bool]:
         """Return the config with what was left to the data filled in, and whether variates get their own matrices."""

@@ -277,61 +277,6 @@ def observed_runs(mask: Tensor, bounds: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(first.tolist(), last.tolist(), strict=True))
 
 
-def pairwise_moments(channels: Sequence[Channel], bounds: Sequence[int], span: int) -> WindowMoments:
-    """Return window moments from every observed pair, for data with too many gaps for whole windows.
-
-    Each entry is the mean product of the pairs seen at that place, shrunk towards its mean over the diagonal (a
-    stationary series has equal diagonals) by the missing share, then eigenvalues are clipped at a small positive value,
-    because pairwise moments need not be a covariance. Values must be centred; ``sums`` come back as 0, and ``rows`` is
-    the smallest number of pairs behind an entry.
-
-    Raises:
-        ModelError: no series has ``span`` rows, or a pair of columns was never seen together.
-    """
-    seen = [torch.ones_like(c.values, dtype=torch.bool) if c.mask is None else c.mask for c in channels]
-    clean = [torch.where(mask, c.values.to(torch.float64), 0.0) for c, mask in zip(channels, seen, strict=True)]
-    counted = [mask.to(torch.float64) for mask in seen]
-    starts = WindowStarts.of_runs(list(pairwise(bounds)), span, len(clean[0]), clean[0].device)
-    if not len(starts.first):
-        raise ModelError(f"no series of the training span has {span} rows (context plus horizon); use shorter windows")
-    fewest: list[float] = []
-
-    def block(i: int, j: int) -> Tensor:
-        left, right = channels[i], channels[j]
-        seen_left, seen_right = counted[i][left.start :], counted[j][right.start :]
-        one, other = clean[i][left.start :], clean[j][right.start :]
-        if i == j:
-            seen_right, other = seen_left, one
-        products = cross_moments(one, other, starts, left.width, right.width)
-        counts = cross_moments(seen_left, seen_right, starts, left.width, right.width).round()
-        shrink = 1.0 - min(float(counted[i].mean()), float(counted[j].mean()))
-        fewest.append(float(counts[counts > 0].min()) if bool((counts > 0).any()) else 0.0)
-        return _shrunk_means(products, counts, shrink)
-
-    mixed = _blocks(channels, block)
-    eigenvalues, vectors = torch.linalg.eigh(0.5 * (mixed + mixed.T))
-    clipped = eigenvalues.clamp(min=1e-6 * float(eigenvalues[-1].clamp(min=1e-12)))
-    rows_seen = min(fewest)
-    gram = (vectors * clipped) @ vectors.T * rows_seen
-    return WindowMoments(gram, gram.new_zeros(len(gram)), rows_seen)
-
-
-def _shrunk_means(products: Tensor, counts: Tensor, shrink: float) -> Tensor:
-    """Return mean products, drawn towards their diagonal's mean by ``shrink``; an unseen entry takes that mean."""
-    rows, columns = products.shape
-    place = torch.arange(columns, device=products.device)[None, :] - torch.arange(rows, device=products.device)[:, None]
-    place = place + rows - 1  # 0 .. rows + columns - 2, one value a diagonal
-    size = rows + columns - 1
-    totals = products.new_zeros(size).index_add_(0, place.flatten(), products.flatten())
-    pairs = products.new_zeros(size).index_add_(0, place.flatten(), counts.flatten())
-    if not bool((pairs > 0).all()):
-        missing = int((pairs <= 0).sum())
-        raise ModelError(f"{missing} of {size} lags have no observed pair in the training span; use shorter windows")
-    toeplitz = (totals / pairs)[place]
-    own = torch.where(counts > 0, products / counts.clamp(min=1.0), toeplitz)
-    return (1.0 - shrink) * own + shrink * toeplitz
-
-
 def solve_gram(gram: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``gram^-1 right`` and ``gram^-1`` for a symmetric non-negative matrix.
 

@@ -95,12 +95,12 @@ def test_adding_a_constant_moves_the_forecast_by_it() -> None:
         torch.testing.assert_close(forecast(model, contexts + 100.0), forecast(model, contexts) + 100.0)
 
 
-def test_gaps_in_training_use_whole_windows_or_pairs() -> None:
+def test_gaps_in_training_use_whole_windows_or_filled_ones() -> None:
     whole = fitted(training(), ridge=1.0)
     few, many = training(missing=0.01), training(missing=0.25)
     spec = DataSpec(context_length=L, horizon=H, num_variates=2)
     reports = [Linear(LinearConfig(ridge=1.0), spec).solve(data) for data in (few, many)]
-    assert [report.details["used_pairs"] for report in reports] == [0.0, 1.0]
+    assert [report.details["gaps_filled"] for report in reports] == [0.0, 1.0]
     context = training(seed=1).values[None, :L]
     for data in (few, many):
         distance = (forecast(fitted(data, ridge=1.0), context) - forecast(whole, context)).abs().max()

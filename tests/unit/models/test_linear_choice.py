@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
 from tsforge.core.errors import ConfigError
-from tsforge.models._ar_moments import LagLayout, lag_moments
+from tsforge.models._ar_layout import LagLayout
+from tsforge.models._ar_moments import lag_moments
 from tsforge.models._linear_choice import BLOCKS, RIDGES, USUAL_RIDGE, Span, _clear_best, choose, cut, held_out_error
 from tsforge.models.linear import Linear, LinearConfig, fit_moments, remove_level, windows_of
 

@@ -18,7 +18,6 @@ from tsforge.ops.moments import (
     cross_moments,
     least_squares,
     observed_runs,
-    pairwise_moments,
     ridge_by_gcv,
     solve_gram,
     window_moments,
@@ -142,50 +141,6 @@ def test_observed_runs_end_at_gaps_and_at_series() -> None:
     assert observed_runs(torch.zeros(3, dtype=torch.bool), [0, 3]) == []
     assert observed_runs(torch.ones(9, dtype=torch.bool), [2, 2, 3, 8, 8]) == [(2, 3), (3, 8)]
     assert observed_runs(torch.zeros(0, dtype=torch.bool), [0, 0]) == []
-
-
-def test_pairwise_moments_without_gaps_are_the_whole_window_moments() -> None:
-    values = torch.randn(300, dtype=torch.float64)
-    whole = window_moments([values], 6)
-    pairs = pairwise_moments([Channel(values, 6)], [0, 300], 6)
-    torch.testing.assert_close(pairs.gram, whole.gram, atol=1e-8, rtol=0)
-    assert pairs.rows == whole.rows
-
-
-def test_pairwise_moments_add_up_over_series() -> None:
-    rng = np.random.default_rng(4)
-    bounds = [0, 90, 93, 200, 260]
-    mask = torch.from_numpy(rng.random(260) > 0.2)
-    values = torch.from_numpy(rng.normal(size=260))
-    found = pairwise_moments([Channel(values, 4, 0, mask)], bounds, 4)
-    products, counts = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
-    for first, last in itertools.pairwise(bounds):
-        for t in range(first, last - 3):
-            seen = mask[t : t + 4].double()
-            counts += torch.outer(seen, seen)
-            row = torch.where(mask, values, 0.0)[t : t + 4]
-            products += torch.outer(row, row)
-    shrink = 1.0 - float(mask.double().mean())
-    expected = torch.empty(4, 4, dtype=torch.float64)
-    for j, k in itertools.product(range(4), repeat=2):
-        level = products.diagonal(k - j).sum() / counts.diagonal(k - j).sum()
-        expected[j, k] = (1 - shrink) * products[j, k] / counts[j, k] + shrink * level
-    assert found.rows == float(counts.min())
-    torch.testing.assert_close(found.gram / found.rows, expected, atol=1e-12, rtol=0)
-
-
-def test_pairwise_moments_are_positive_definite_with_many_gaps() -> None:
-    rng = np.random.default_rng(1)
-    values = torch.from_numpy(np.cumsum(rng.normal(size=120)))
-    mask = torch.from_numpy(rng.random(120) > 0.6)
-    found = pairwise_moments([Channel(values - values[mask].mean(), 12, 0, mask)], [0, 120], 12)
-    assert float(torch.linalg.eigvalsh(found.gram).min()) > 0.0
-
-
-def test_pairwise_moments_refuse_a_lag_that_was_never_seen() -> None:
-    mask = torch.arange(100) % 5 == 0  # only lags that are multiples of 5
-    with pytest.raises(ModelError, match="no observed pair"):
-        pairwise_moments([Channel(torch.randn(100), 4, 0, mask)], [0, 100], 4)
 
 
 def test_solve_gram_gives_the_minimum_norm_solution_of_a_singular_system() -> None:
