@@ -22,7 +22,7 @@ from tsforge.core.errors import ModelError
 from tsforge.models._ar_layout import LagLayout
 from tsforge.ops.kalman import conditional_fill, precision_matrix
 from tsforge.ops.moments import WindowMoments
-from tsforge.ops.toeplitz import autocovariance, levinson
+from tsforge.ops.toeplitz import levinson, sound_autocovariance
 
 MOST_LAGS = 168  # of the autoregression that fills: a week of hours, cheap at any context length
 _MOST_VALUES = 8_000_000  # of the windows taken: 64 MB, and enough of them for any number of columns
@@ -74,9 +74,9 @@ def filled_moments(
 
 
 def fill_weights(values: Tensor, mask: Tensor, bounds: Sequence[int], order: int) -> Tensor:
-    """Return the stationary autoregression [order] that all variates share, from autocovariances of observed pairs."""
+    """Return the stationary autoregression [order] that all variates share, as it is fitted for gaps elsewhere."""
     seen = mask.any(0)
-    found = autocovariance(values[:, seen].double().cpu().numpy(), mask[:, seen].cpu().numpy(), bounds, order)
+    found = sound_autocovariance(values[:, seen].double().cpu().numpy(), mask[:, seen].cpu().numpy(), bounds, order)
     return torch.from_numpy(levinson(found.sum(axis=0)).weight)
 
 

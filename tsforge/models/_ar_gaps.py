@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tsforge.ops.kalman import conditional_fill, precision_matrix
 from tsforge.ops.stability import is_stationary
-from tsforge.ops.toeplitz import Levinson, autocovariance, levinson
+from tsforge.ops.toeplitz import Levinson, levinson, sound_autocovariance
 
 
 class GapFiller(nn.Module):
@@ -41,7 +41,7 @@ class GapFiller(nn.Module):
         acov = np.zeros((values.shape[1], order + 1))
         if bool(seen.any()):
             part = (values[:, seen].double() - center[seen]).cpu().numpy()
-            acov[seen.cpu().numpy()] = autocovariance(part, mask[:, seen].cpu().numpy(), bounds, order)
+            acov[seen.cpu().numpy()] = sound_autocovariance(part, mask[:, seen].cpu().numpy(), bounds, order)
         found = []
         for group in range(groups):
             found.append(levinson(acov.sum(axis=0) if groups == 1 else acov[group]))

@@ -23,7 +23,7 @@ from tsforge.ops.sparse import (
     refit,
     reweighted_l1,
 )
-from tsforge.ops.toeplitz import Levinson, autocovariance, burg, levinson, pacf_to_weights, yule_walker_direct
+from tsforge.ops.toeplitz import Levinson, burg, levinson, pacf_to_weights, sound_autocovariance, yule_walker_direct
 
 if TYPE_CHECKING:
     from tsforge.models.ar_net import ARNetConfig
@@ -175,7 +175,7 @@ def _fit_toeplitz(config: ARNetConfig, layout: LagLayout, span: Span) -> LagFit:
         seen = span.mask.any(0)
         if bool(seen.any()):
             values, mask = span.values[:, seen].double().cpu().numpy(), span.mask[:, seen].cpu().numpy()
-            acov = mask.sum(axis=0) / rows @ autocovariance(values, mask, span.bounds, reach)
+            acov = mask.sum(axis=0) / rows @ sound_autocovariance(values, mask, span.bounds, reach)
         acov[0] += config.ridge or 0.0
         recursion = levinson(acov[: layout.lags + 1])
     order = layout.lags

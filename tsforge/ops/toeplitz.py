@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from scipy.linalg import solve_toeplitz
 from tsforge.core.errors import ModelError
 
 Array = NDArray[np.float64]
+_SOUND = 0.9  # least share of the lines' one-step variance that sound pairs leave: lines leave too little, not too much
 _CELLS = 1 << 17  # of one batch of transforms: larger ones leave the cache
 
 
@@ -106,6 +108,42 @@ def autocovariance(values: Array, mask: NDArray[np.bool_], bounds: Sequence[int]
     counts = pairs[whole].sum(axis=0) + np.round(lagged_products(mask, None, spans[~whole], max_lag))
     full = pairs.sum(axis=0)
     result: Array = lagged_products(values, mask, spans, max_lag) / np.maximum(counts, 1.0) * full / full[0]
+    return result
+
+
+def sound_autocovariance(values: Array, mask: NDArray[np.bool_], bounds: Sequence[int], max_lag: int) -> Array:
+    """Return ``autocovariance``, of rows with bridged gaps for a variate whose observed pairs contradict each other.
+
+    Pairs are consistent, but lags are averaged over different rows: where neighbouring rows are nearly equal, the
+    disagreement outweighs what is new in a row, and together the lags are the autocovariances of no process. Straight
+    lines over the gaps always are, if a little too smooth ones. So pairs are taken where their recursion runs through
+    and leaves about as much variance as that of the lines, or more.
+
+    Shapes:
+        as in ``autocovariance`` with values [N, V].
+    """
+    found = autocovariance(values, mask, bounds, max_lag)
+    for variate in np.flatnonzero(~mask.all(axis=0)):
+        pairs = levinson(found[variate])
+        seen = mask[:, variate]
+        lines = bridged(values[:, variate], seen, bounds)
+        other = autocovariance(lines, np.ones_like(seen), bounds, max_lag)
+        left, through = pairs.variances[-1] / max(pairs.variances[0], 1e-300), bool((pairs.pacf != 0.0).all())
+        recursion = levinson(other)
+        if not through or left < _SOUND * recursion.variances[-1] / max(recursion.variances[0], 1e-300):
+            found[variate] = other
+    return found
+
+
+def bridged(values: Array, mask: NDArray[np.bool_], bounds: Sequence[int]) -> Array:
+    """Return values [N] with straight lines over the gaps of each series, its nearest value at the ends, 0 in one that
+    observed nothing.
+    """
+    result = np.zeros(len(values))
+    for first, last in pairwise(bounds):
+        seen = np.flatnonzero(mask[first:last])
+        if len(seen):
+            result[first:last] = np.interp(np.arange(last - first), seen, values[first:last][seen])
     return result
 
 

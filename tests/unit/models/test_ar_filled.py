@@ -13,6 +13,7 @@ from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.core.errors import ModelError
 from tsforge.models import _ar_filled
 from tsforge.models._ar_filled import filled_moments
+from tsforge.models._ar_gaps import GapFiller
 from tsforge.models._ar_layout import LagLayout
 from tsforge.models._ar_moments import lag_moments
 from tsforge.models.ar_net import ARNet, ARNetConfig
@@ -175,3 +176,19 @@ def test_a_model_without_lags_is_fitted_on_observed_targets_alone() -> None:
     moments = filled_moments(layout, table, mask, [0, 500], past=torch.from_numpy(past))
     fit = least_squares(moments, layout.features, layout.targets)
     np.testing.assert_allclose(fit.weight.numpy(), [[3.0, 0.0]], atol=1e-2)
+
+
+def test_gaps_are_filled_as_well_as_by_an_autoregression_of_complete_rows() -> None:
+    values = smooth(3000, seed=9)
+    train, test = values[:2400], values[2400:]
+    windows = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(test, 60).copy())[..., None]
+    seen = torch.from_numpy(gaps(windows.numel(), 0.3, seed=10)).view(windows.shape)
+
+    def error(mask: NDArray[np.bool_]) -> float:
+        filler = GapFiller(1, 48, 1)
+        filler.fit(*tensors(train, mask), [0, 2400])
+        return float((filler(torch.where(seen, windows, 0.0), seen) - windows)[~seen].square().mean())
+
+    complete = error(np.ones(2400, dtype=bool))
+    assert complete < 0.05  # of a variance of 1
+    assert error(gaps(2400, 0.3, seed=11)) < 1.5 * complete

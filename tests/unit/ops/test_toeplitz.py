@@ -15,10 +15,12 @@ from tsforge.ops.ar_process import draw_weights, simulate
 from tsforge.ops.stability import is_stationary
 from tsforge.ops.toeplitz import (
     autocovariance,
+    bridged,
     burg,
     lagged_products,
     levinson,
     pacf_to_weights,
+    sound_autocovariance,
     weights_to_pacf,
     yule_walker_direct,
 )
@@ -176,3 +178,41 @@ def test_drawn_processes_are_stationary(generator: str) -> None:
     assert all(np.abs(np.roots([1.0, *-weight])).max() < 1.0 for weight in drawn)
     sums = np.array([weight.sum() for weight in drawn])
     assert (np.abs(sums) < 1e-12).all() == (generator == "paper")  # the recipe's flaw: coefficients sum to 0
+
+
+def test_sound_autocovariances_are_those_of_pairs_for_rough_and_of_lines_for_smooth_data() -> None:
+    rng = np.random.default_rng(11)
+    noise = rng.normal(size=(4200, 2))
+    values = np.zeros((4200, 2))
+    for t in range(2, len(values)):
+        values[t, 0] = 0.5 * values[t - 1, 0] + noise[t, 0]
+        values[t, 1] = 1.94 * values[t - 1, 1] - 0.945 * values[t - 2, 1] + noise[t, 1]
+    values = values[200:] - values[200:].mean(axis=0)
+    mask = rng.random(values.shape) > 0.3
+    bounds = [0, 1500, 4000]
+    found = sound_autocovariance(np.where(mask, values, 1e9), mask, bounds, 40)
+    pairs = autocovariance(values, mask, bounds, 40)
+    np.testing.assert_array_equal(found[0], pairs[0])
+    lines = np.concatenate(
+        [
+            np.interp(np.arange(a, b), np.arange(a, b)[mask[a:b, 1]], values[a:b, 1][mask[a:b, 1]])
+            for a, b in pairwise(bounds)
+        ]
+    )
+    np.testing.assert_allclose(found[1], autocovariance(lines, np.ones(4000, dtype=bool), bounds, 40), atol=1e-12)
+    size = toeplitz(found[1])
+    assert np.linalg.eigvalsh(size).min() > 0.0  # autocovariances of a process, which the pairs are not
+    assert np.linalg.eigvalsh(toeplitz(pairs[1])).min() < 0.0
+
+
+def test_without_gaps_sound_autocovariances_are_the_usual_ones() -> None:
+    values = np.random.default_rng(12).normal(size=(300, 2)).cumsum(axis=0)
+    mask = np.ones_like(values, dtype=bool)
+    expected = autocovariance(values, mask, [0, 120, 300], 12)
+    np.testing.assert_array_equal(sound_autocovariance(values, mask, [0, 120, 300], 12), expected)
+
+
+def test_bridged_rows_stay_within_their_series() -> None:
+    values = np.array([9.0, 1.0, 9.0, 3.0, 9.0, 9.0, 9.0, 7.0])
+    mask = np.array([False, True, False, True, False, False, False, True])
+    np.testing.assert_array_equal(bridged(values, mask, [0, 4, 6, 8]), [1.0, 1.0, 2.0, 3.0, 0.0, 0.0, 7.0, 7.0])
