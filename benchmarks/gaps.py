@@ -123,7 +123,7 @@ def page(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         f"# Linear models on training rows with gaps, {datetime.now(UTC):%Y-%m-%d}",
         "",
         f"Mean squared error of every test window, L = {args.context}, h = {args.horizon}, {platform.machine()}. "
-        "`auto`: the default takes gap-free windows while there are enough, else filled ones. Seconds: of a filled fit.",
+        "`auto`: the default takes gap-free windows while there are enough, else filled ones. Seconds: a filled fit.",
         "",
     ]
     for name in dict.fromkeys(row["set"] for row in rows):

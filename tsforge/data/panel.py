@@ -19,6 +19,9 @@ from tsforge.data.schema import SeriesSchema
 from tsforge.data.versions import PanelVersions
 
 _BLOCK = 65_536  # rows checked in one go
+_CHANGES = 20  # from row to row that must be lost to say that a column is
+_NOTHING = 1e-12  # relative: what the arithmetic that made a column leaves behind is no change
+_RESOLVED = 4.0  # least change in units of what a number type can tell apart: rounding is 7 % of it
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -195,11 +198,12 @@ class Panel:
         """Return the panel as tensors on a device; made once per device and type and shared by all windows.
 
         Raises:
-            DataError: a value is too large for ``dtype``.
+            DataError: a value is too large for ``dtype``, or ``dtype`` cannot tell the values of a column apart.
         """
         key = (str(torch.device(device)), dtype)
         if key not in self._resident:
             self._check_range(dtype)
+            self._check_resolution(dtype)
             sizes = (self.num_targets, len(self.schema.past), len(self.schema.known))
             parts = torch.split(torch.from_numpy(self.values), list(sizes), dim=1)
             target, past, known = (
@@ -237,6 +241,37 @@ class Panel:
             raise DataError(
                 f"column(s) {listing(names)} hold values beyond {limit:.3g} (first: {self.values[row, column]:.3g} in "
                 f"'{self.series_ids[series]}' at {show_time(time)}); declare a valid range to mask them"
+            )
+
+    def _check_resolution(self, dtype: torch.dtype) -> None:
+        """Refuse columns whose changes vanish beside their level in some series, such as a meter that begins at 3e8.
+
+        That is so where most of at least ``_CHANGES`` changes from row to row are lost.
+        """
+        least = _RESOLVED * torch.finfo(dtype).eps
+        owner = np.repeat(np.arange(self.num_series), self.lengths)
+        changes = np.zeros((self.values.shape[1], self.num_series), dtype=np.int64)
+        lost = np.zeros_like(changes)
+        for begin in range(1, self.num_rows, _BLOCK):
+            rows = slice(begin, min(begin + _BLOCK, self.num_rows))
+            before = slice(begin - 1, rows.stop - 1)
+            pair = self.observed[rows] & self.observed[before] & (owner[rows] == owner[before])[:, None]
+            step, size = np.abs(self.values[rows] - self.values[before]), np.abs(self.values[rows])
+            moves = pair & (step > _NOTHING * size)
+            small = moves & (step < least * size)
+            for column in np.flatnonzero(small.any(axis=0)):
+                for total, counted in ((changes, moves), (lost, small)):
+                    total[column] += np.bincount(owner[rows][counted[:, column]], minlength=self.num_series)
+        places, owners = np.nonzero((lost >= _CHANGES) & (2 * lost > changes))  # blocks without a loss do not count
+        if len(places):
+            place, series = int(places[0]), int(owners[0])
+            names = [self.schema.columns[column] for column in np.unique(places)]
+            largest = float(np.abs(self.values[owner == series, place]).max())
+            kind = str(dtype).removeprefix("torch.")
+            raise DataError(
+                f"column(s) {listing(names)} lie so far from 0 that {kind} numbers, which windows hold, lose their "
+                f"changes ({lost[place, series]} of them in '{self.series_ids[series]}', at values up to "
+                f"{largest:.6g}); subtract a constant from them, or take differences"
             )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tsforge.core.errors import DataError
+from tsforge.data import panel as panel_module
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid
 from tsforge.data.panel import Panel
@@ -124,6 +125,40 @@ def test_values_beyond_float32_are_refused_with_their_place() -> None:
     ):
         panel.resident()
     assert panel.resident(dtype=torch.float64).target[1, 0].item() == -1.18e42
+
+
+@pytest.mark.parametrize(("level", "fine"), [(0.0, True), (1e6, True), (3e7, False), (1e12, False)])
+def test_changes_that_float32_cannot_hold_are_refused(level: float, fine: bool) -> None:
+    rng = np.random.default_rng(0)
+    times = pl.datetime_range(START, START + timedelta(hours=199), "1h", eager=True)
+    meter = level + rng.poisson(3, size=200).cumsum()  # changes by 3 a row
+    rounded = 7e9 * (1.0 + 1e-15 * rng.normal(size=200))  # a constant that was computed
+    table = pl.DataFrame({"ds": times, "y": rng.normal(size=200), "meter": meter, "constant": rounded})
+    panel = Panel.from_frame(SeriesFrame.from_wide(table, time="ds"))
+    assert panel.resident(dtype=torch.float64).target[-1, 1].item() == meter[-1]
+    if fine:
+        assert panel.resident().target[-1, 1].item() == pytest.approx(meter[-1], abs=0.5)
+        return
+    expected = r"column\(s\) meter lie so far from 0 that float32 numbers, .* of them in 'series', at values up to"
+    with pytest.raises(DataError, match=expected):
+        panel.resident()
+
+
+def test_one_series_far_from_0_among_others_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panel_module, "_BLOCK", 7)  # several blocks
+
+    def panel(level: float) -> Panel:
+        rows = [
+            {"series_id": name, "ds": START + timedelta(hours=hour), "y": base + float(hour % 5)}
+            for name, base in (("a", 0.0), ("b", level), ("c", 1e3))
+            for hour in range(40)
+        ]
+        frame = SeriesFrame.from_long(pl.DataFrame(rows), time="ds", series_id="series_id", targets=["y"])
+        return Panel.from_frame(frame)
+
+    assert panel(4e4).resident().target.shape == (120, 1)
+    with pytest.raises(DataError, match=r"column\(s\) y lie so far .* of them in 'b', at values up to 4e\+09"):
+        panel(4e9).resident()
 
 
 def test_tensors_are_made_once_and_shared() -> None:
