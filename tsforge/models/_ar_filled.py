@@ -25,7 +25,7 @@ from tsforge.ops.moments import WindowMoments
 from tsforge.ops.toeplitz import levinson, sound_autocovariance
 
 MOST_LAGS = 168  # of the autoregression that fills: a week of hours, cheap at any context length
-_MOST_VALUES = 8_000_000  # of the windows taken: 64 MB, and enough of them for any number of columns
+MOST_VALUES = 8_000_000  # of the windows taken: 64 MB, and enough of them for any number of columns
 _ROUNDS = 10
 _SETTLED = 1e-3  # largest move of an unobserved target in a round, in deviations
 _STEADY = 1e-6  # ridge of the forecasts put for unobserved targets, relative to the mean square of an input
@@ -39,10 +39,12 @@ def filled_moments(
     *,
     past: Tensor | None = None,
     uses_scale: bool = False,
+    most_values: int | None = None,
 ) -> WindowMoments:
-    """Return moments of all windows with an observed value among lags and targets, or of a random choice of them.
+    """Return moments of all windows with an observed value among lags and targets.
 
-    ``rows`` and sums are those of the windows times the observed share of their targets.
+    Beyond ``most_values`` values (``MOST_VALUES``) a random choice of windows stands for all. ``rows`` and sums are
+    those of all windows times the observed share of their targets.
 
     Shapes:
         values [N, V] centred, mask [N, V], bounds [num_series + 1] rows, past [N, P]; columns as in ``lag_moments``.
@@ -50,13 +52,16 @@ def filled_moments(
     Raises:
         ModelError: no series has the rows of a window, or none observed both a lag and a target.
     """
-    windows, seen, rows = _windows(layout, values, mask, bounds)
-    possible = len(windows)
-    share = min(_MOST_VALUES / max(windows.numel(), 1), 1.0)
-    if share < 1.0:
-        chosen = np.random.default_rng(0).choice(possible, max(int(share * possible), 1), replace=False)
+    most_values = MOST_VALUES if most_values is None else most_values
+    rows, variates = _usable(layout, mask.cpu(), bounds)
+    possible = len(rows)
+    if possible * layout.span > most_values:
+        chosen = np.random.default_rng(0).choice(possible, max(most_values // layout.span, 1), replace=False)
         kept = torch.from_numpy(np.sort(chosen))
-        windows, seen, rows = windows[kept], seen[kept], rows[kept]
+        rows, variates = rows[kept], variates[kept]
+    place = rows[:, None] + layout.reach - layout.lags + torch.arange(layout.lags + layout.horizon)
+    seen = mask.cpu()[place, variates[:, None]]
+    windows = torch.where(seen, values.double().cpu()[place, variates[:, None]], 0.0)
     weight = fill_weights(values, mask, bounds, min(layout.lags, MOST_LAGS))
     lags, inputs = layout.lags, windows[:, : layout.lags]
     if lags:
@@ -70,7 +75,7 @@ def filled_moments(
     features = torch.cat(parts, dim=1)
     targets, observed = windows[:, lags:], seen[:, lags:]
     targets, excess = _settle(features, targets, observed)
-    return _moments(layout, features, targets, observed, excess, possible / len(windows))
+    return _moments(layout, features, targets, observed, excess, possible / len(rows))
 
 
 def fill_weights(values: Tensor, mask: Tensor, bounds: Sequence[int], order: int) -> Tensor:
@@ -80,28 +85,24 @@ def fill_weights(values: Tensor, mask: Tensor, bounds: Sequence[int], order: int
     return torch.from_numpy(levinson(found.sum(axis=0)).weight)
 
 
-def _windows(layout: LagLayout, values: Tensor, mask: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return own lags and targets [R, p + H] of every usable window, what was observed of them, and first rows [R]."""
+def _usable(layout: LagLayout, mask: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the first row and the variate, both [R], of every window with an observed lag (if any) and target."""
     starts = torch.cat([torch.arange(first, max(last - layout.span + 1, first)) for first, last in pairwise(bounds)])
     if not len(starts):
         raise ModelError(
             f"no series of the training span has {layout.span} rows (context plus horizon); use shorter windows"
         )
-    offset, width = layout.reach - layout.lags, layout.lags + layout.horizon
-    found = []
-    for variate in range(values.shape[1]):
-        seen = mask[:, variate].cpu().unfold(0, width, 1)[starts + offset]
-        usable = seen[:, layout.lags :].any(1)
-        if layout.lags:
-            usable &= seen[:, : layout.lags].any(1)
-        rows = starts[usable]
-        found.append((values[:, variate].double().cpu().unfold(0, width, 1)[rows + offset], seen[usable], rows))
-    windows, seen, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if not len(windows):
+    seen = torch.nn.functional.pad(mask.to(torch.int32).cumsum(0), (0, 0, 1, 0))  # [N + 1, V]
+    origin = starts + layout.reach
+    usable = seen[origin + layout.horizon] > seen[origin]
+    if layout.lags:
+        usable &= seen[origin] > seen[origin - layout.lags]
+    place, variates = usable.nonzero(as_tuple=True)
+    if not len(place):
         raise ModelError(
             f"no window of {layout.lags} lags and {layout.horizon} steps of the training span observed a value of each"
         )
-    return torch.where(seen, windows, 0.0), seen, rows
+    return starts[place], variates
 
 
 def _settle(features: Tensor, targets: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:

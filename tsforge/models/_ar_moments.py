@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tsforge.models._ar_filled import filled_moments
+from tsforge.models._ar_filled import MOST_VALUES, filled_moments
 from tsforge.models._ar_layout import LagLayout
 from tsforge.ops.moments import Channel, WindowMoments, channel_moments, observed_runs
 
@@ -26,12 +26,14 @@ def lag_moments(
     past: Tensor | None = None,
     missing: MissingRule = "auto",
     uses_scale: bool = False,
+    most_values: int | None = None,
 ) -> tuple[WindowMoments, bool]:
     """Return moments summed over variates and series, and whether any are of filled windows.
 
     Whole windows are exact least squares on every gap-free window. With ``"auto"``, windows with filled gaps take over
-    for a variate whose gaps leave less than half of its windows whole and fewer than ten of them a column.
-    ``uses_scale`` appends one more column, the standard deviation of the context.
+    for a variate whose gaps leave less than half of its windows whole, and fewer than could be filled.
+    ``uses_scale`` appends one more column, the standard deviation of the context; ``most_values`` limits the values of
+    the windows that are filled.
 
     Shapes:
         values [N, V] centred, mask [N, V], bounds [num_series + 1] rows, past [N, P].
@@ -49,13 +51,21 @@ def lag_moments(
         if uses_scale:
             channels.append(window_scale(values[:, variate], seen, layout.lags))
         runs = observed_runs(seen, bounds)
-        if missing == "filled" or (missing == "auto" and _too_few(layout, channels, runs, bounds)):
+        if missing == "filled" or (missing == "auto" and _too_few(layout, runs, bounds)):
             gappy.append(variate)
             continue
         moments = channel_moments(channels, runs, layout.span)
         total = moments if total is None else total + moments
     if gappy:
-        moments = filled_moments(layout, values[:, gappy], mask[:, gappy], bounds, past=past, uses_scale=uses_scale)
+        moments = filled_moments(
+            layout,
+            values[:, gappy],
+            mask[:, gappy],
+            bounds,
+            past=past,
+            uses_scale=uses_scale,
+            most_values=most_values,
+        )
         total = moments if total is None else total + moments
     if total is None:  # nothing observed at all: say so the way an empty span does
         return channel_moments([Channel(values[:, 0], layout.span)], [], layout.span), False
@@ -76,16 +86,14 @@ def window_scale(values: Tensor, mask: Tensor, length: int) -> Channel:
     return Channel(variance.clamp(min=0.0).sqrt(), 1, 0, count > 1)
 
 
-def _too_few(
-    layout: LagLayout, channels: Sequence[Channel], runs: Sequence[tuple[int, int]], bounds: Sequence[int]
-) -> bool:
+def _too_few(layout: LagLayout, runs: Sequence[tuple[int, int]], bounds: Sequence[int]) -> bool:
+    """Return whether gaps leave less than half of the windows whole, and fewer than could be filled."""
+
     def count(spans: Sequence[tuple[int, int]]) -> int:
         return sum(max(last - first - layout.span + 1, 0) for first, last in spans)
 
     whole = count(runs)
-    possible = count(list(pairwise(bounds)))
-    width = sum(channel.width for channel in channels)
-    return possible > 0 and whole < 0.5 * possible and whole < 10 * width
+    return whole < 0.5 * count(list(pairwise(bounds))) and whole < MOST_VALUES // layout.span
 
 
 def explicit_windows(

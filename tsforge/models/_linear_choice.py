@@ -27,6 +27,7 @@ RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5, 1e8)
 BLOCKS = 5
 FACTORS = (1.0, 10.0)  # of the shared penalty a row, tried for a matrix of each variate's own
 _FEWEST = 3
+_FILLED = 400_000  # values of windows filled for a block: hundreds of fits are compared
 
 
 class Choice(NamedTuple):
@@ -72,7 +73,7 @@ class Span:
         if not bool(mask.any()):
             return None
         try:
-            return lag_moments(self.layout, values, mask, edges, missing=self.missing)[0]
+            return lag_moments(self.layout, values, mask, edges, missing=self.missing, most_values=_FILLED)[0]
         except ModelError:  # no gap-free stretch is long enough: this part says nothing
             return None
 
