@@ -36,7 +36,8 @@ from tsforge.models.linear import Linear, LinearConfig
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-SHARES = ((0.0, 1), (0.02, 1), (0.1, 1), (0.1, 6), (0.3, 1), (0.3, 6))  # hidden share of cells, rows of a gap
+# Hidden share of cells, rows of a gap.
+SHARES = ((0.0, 1), (0.02, 1), (0.1, 1), (0.1, 6), (0.3, 1), (0.3, 24), (0.6, 4))
 SKIP = ("wind_gust",)  # 80 % missing
 
 
