@@ -21,6 +21,8 @@ from tsforge.contracts.tables import EVENT_COLUMNS, JOINT, SCORE_COLUMNS
 from tsforge.core.config import load, validate
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
+from tsforge.data.event_records import event_id
+from tsforge.data.event_store import EventStore
 from tsforge.data.store import SeriesStore
 
 
@@ -63,6 +65,71 @@ def test_a_detection_is_saved_listed_and_read_back(site: Any) -> None:
     json.dumps(done.summary(), default=str)
     assert detect(DetectJobConfig(stop="2026-03-05", save=False), workspace).path is None
     assert len(list_detections(workspace)) == 1
+
+
+BY_RANK = {"kind": "quantile", "alpha": 0.02}
+MAX_ABS = {"rule": BY_RANK, "score": {"joint": "max_abs"}}
+
+
+def stored_events(workspace: Workspace) -> pl.DataFrame:
+    with closing(EventStore(workspace.database_url)) as store:
+        return store.events("plant")
+
+
+def test_detectors_with_other_scores_have_events_of_their_own(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    runs = [detect(validate(DetectJobConfig, {"detector": plain}), workspace) for plain in (MAX_ABS, {"rule": BY_RANK})]
+    starts = [run.report.events.select("series_id", "start") for run in runs]
+    assert starts[0].join(starts[1], on=["series_id", "start"], how="semi").height > 0
+    for run in runs:
+        events = run.report.events
+        assert run.recorded is not None
+        assert run.recorded.new == events.height > 0
+        stored = stored_events(workspace).join(events.select("event_id"), on="event_id", how="semi")
+        assert stored["source"].unique().to_list() == [f"detect:{run.id}"]
+        for name in ("peak_score", "threshold"):
+            assert dict(stored.select("event_id", name).rows()) == dict(events.select("event_id", name).rows())
+        measures = {json.loads(facts)["measure"] for facts in stored["facts"]}
+        assert measures == {run.report.metadata["score"]}
+    again = detect(validate(DetectJobConfig, {"detector": MAX_ABS}), workspace)
+    assert again.recorded is not None
+    assert (again.recorded.new, again.recorded.unchanged) == (0, runs[0].report.events.height)
+
+
+def test_events_stored_before_the_measure_was_in_their_ids_go_on(site: Any) -> None:
+    """An older version kept kind and joint as ``score``, of what a watch told not even that."""
+    workspace = Workspace.open(site.home)
+    config = validate(DetectJobConfig, {"detector": MAX_ABS, "save": False})
+    events = detect(config, workspace).report.events
+    ids = [event_id(*row) for row in events.select("series_id", "start", "rule").iter_rows()]
+    older = events.drop("measure").with_columns(pl.Series("event_id", ids), pl.lit("open").alias("state"))
+    facts: list[dict[str, Any]] = [{"score": "normalised, max_abs"}, {}, {"score": "normalised, mahalanobis"}]
+    with closing(EventStore(workspace.database_url)) as store:
+        for place, about in enumerate(facts):
+            store.record("plant", older[place::3], source="detect:1", artifact="a", facts=about)
+        store.set_state(ids[0], "dismissed", actor="eva")
+    done = detect(config.model_copy(update={"save": True}), workspace)
+    others = len(ids[2::3])  # what a detector with another score found is not this one's
+    assert done.recorded is not None
+    assert 0 < done.recorded.new == others < len(ids)
+    now = stored_events(workspace)
+    assert now.height == len(ids) + others
+    mine = [name for place, name in enumerate(ids) if place % 3 != 2]
+    assert set(now.filter(pl.col("event_id").is_in(mine))["state"]) == {"closed"}
+    assert now.filter(event_id=ids[0])["human_state"].item() == "dismissed"
+    assert {row["event_id"] for row in done.rows()} <= set(now["event_id"]), "the ids that are shown can be looked up"
+
+
+def test_the_log_counts_rows_as_the_summary_does(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="tsforge"):
+        done = detect(DetectJobConfig(save=False), Workspace.open(site.home))
+    said = [vars(record)["fields"] for record in caplog.records if record.getMessage() == "detected"]
+    assert [fields["rows"] for fields in said] == [done.summary()["rows_scored"]]
+
+
+def test_a_stop_before_the_start_is_named(site: Any) -> None:
+    with pytest.raises(DataError, match="stop 2026-03-02 lies before start 2026-03-05"):
+        detect(DetectJobConfig(start="2026-03-05", stop="2026-03-02"), Workspace.open(site.home))
 
 
 def test_damaged_or_unknown_detections_are_named(site: Any) -> None:

@@ -103,6 +103,7 @@ def test_a_missed_anomaly_is_labelled(tsforge: Any) -> None:
         (("plnt", *where[1:]), "did you mean 'plant'"),
         (("plant", "z", *where[2:]), "no series z"),
         ((*where[:2], "2030-01-01", "2030-01-02"), "no rows"),
+        ((*where[:2], where[3], where[2]), "end 2026-03-02T05:00 lies before start 2026-03-02T08:00"),
         ((*where[:2], "soon", where[3]), "not an ISO date"),
         ((*where, "--variate", "q"), "no target q"),
     ]

@@ -27,6 +27,7 @@ from tsforge.contracts.tables import AnomalyReport
 from tsforge.contracts.tensors import DataSpec
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, DataError, ModelError
+from tsforge.data.event_records import event_id
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowSpec
@@ -469,6 +470,32 @@ def test_a_state_from_before_scores_of_windows_goes_on(linear: Artifact, table: 
     old = OnlineDetector.load(tensor_file_bytes(tensors, {**facts, "format_version": 1, "state": state}), linear)
     rows = between(table, BEGIN, BEGIN + 30)
     assert old.update(rows).scores.equals(detector.update(rows).scores)
+
+
+def test_an_event_under_way_in_an_older_state_keeps_its_id(linear: Artifact, table: pl.DataFrame) -> None:
+    """Before format 5 no id named the measure."""
+    config = settings(score={"joint": "max_abs"}, rule={"kind": "quantile", "alpha": 0.02})
+    detector = OnlineDetector.start(linear, as_frame(table), config, start=hours(BEGIN))
+    row = BEGIN
+    while not detector.announced:
+        row += 1
+        detector.update(between(table, row - 1, row))
+    tensors, facts = read_tensor_bytes(detector.to_bytes(), "the state")
+    state = {name: value for name, value in facts["state"].items() if name != "former"}
+    old = OnlineDetector.load(tensor_file_bytes(tensors, {**facts, "format_version": 4, "state": state}), linear)
+    under_way = {(series, hours(first)) for series, first in detector.announced.items()}
+    told: dict[str, dict[tuple[str, datetime], str]] = {"new": {}, "old": {}}
+    for name, one in (("new", detector), ("old", old)):
+        for first, last in ((row, row + 60), (row + 60, ROWS)):
+            found = one.update(between(table, first, last))
+            told[name] |= {(item["series_id"], item["start"]): item["event_id"] for item in found.closed.to_dicts()}
+            one = OnlineDetector.load(one.to_bytes(), linear)  # its ids last beyond the next state
+    assert under_way <= set(told["old"])
+    assert len(told["old"]) > len(under_way)
+    for (series, start), name in told["old"].items():
+        former = event_id(series, start, "quantile(alpha=0.02)")
+        assert told["new"][series, start] != former
+        assert name == (former if (series, start) in under_way else told["new"][series, start])
 
 
 def test_a_failure_half_way_leaves_a_state_that_refuses_to_go_on(

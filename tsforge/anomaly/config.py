@@ -431,6 +431,20 @@ GuardSetting = Annotated[GuardConfig | None, BeforeValidator(_on_or_off)]
 """``true`` stands for the defaults, ``false`` for none."""
 
 
+def _settings_text(config: Config, *first: str) -> str:
+    """Return the values of the fields ``first``, then ``name=value`` of all others that are not at their default."""
+    parts = [str(getattr(config, name)) for name in first]
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name in first or value == info.default:
+            continue
+        if isinstance(value, Config):
+            named = ("kind",) if "kind" in type(value).model_fields else ()
+            value = f"({_settings_text(value, *named)})"
+        parts.append(f"{name}={value}")
+    return ", ".join(parts)
+
+
 class DetectConfig(Config):
     """Everything a detector needs besides an artifact and a frame."""
 
@@ -458,3 +472,17 @@ class DetectConfig(Config):
         if self.guard is not None and self.score.ewma is not None:
             raise ValueError("guard hides values by the residual of their own row, which score.ewma joins with others")
         return self
+
+    @property
+    def measure(self) -> str:
+        """What the score is, in words: kind, joint, and every other setting that changes the number.
+
+        Part of the ids of events; two detectors that differ in it find events of their own. A setting at its default
+        is left out, so that settings to come change no id.
+        """
+        parts = [_settings_text(self.score, "kind", "joint")]
+        if self.calibration.by is not None:
+            parts.append(f"by={self.calibration.by}")
+        if self.guard is not None:
+            parts.append(f"guard=({_settings_text(self.guard)})")
+        return ", ".join(parts)

@@ -96,7 +96,8 @@ def detect(
     report = build_report(context, results, ready.notices)
     for notice in report.metadata["notices"]:
         _LOG.warning("%s", notice)
-    log_event(_LOG, "detected", artifact=artifact.id, rows=report.scores.table.height, events=report.events.height)
+    scored = sum(facts["rows_scored"] for facts in report.metadata["series"].values())
+    log_event(_LOG, "detected", artifact=artifact.id, rows=scored, events=report.events.height)
     return report
 
 

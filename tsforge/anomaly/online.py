@@ -10,7 +10,7 @@ score that reads ``latency`` later rows is told when these have come.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -67,11 +67,15 @@ class OnlineResult:
     series and are named by whoever stores them.
 
     Attributes:
+        measure: what the score is.
+        former: see ``OnlineDetector``.
         health: one notice a series of this update whose alarm rate says that the model no longer fits, as of now.
     """
 
     grid: TimeGrid
     names: tuple[str, ...]
+    measure: str
+    former: Mapping[str, int]
     by_variate: bool
     scored: Sequence[ScoredRows]
     opened_events: Sequence[Event]
@@ -89,17 +93,20 @@ class OnlineResult:
     @cached_property
     def opened(self) -> pl.DataFrame:
         """Events that opened in this update, ``state`` open, or closed where they ended in it too."""
-        return event_table(self.opened_events, self.grid)
+        return self._table(self.opened_events)
 
     @cached_property
     def closed(self) -> pl.DataFrame:
         """Events that ended in this update; final."""
-        return event_table(self.closed_events, self.grid)
+        return self._table(self.closed_events)
 
     @cached_property
     def changed(self) -> pl.DataFrame:
         """Events that were open before and still are, with a later end or another peak."""
-        return event_table(self.changed_events, self.grid)
+        return self._table(self.changed_events)
+
+    def _table(self, events: Sequence[Event]) -> pl.DataFrame:
+        return event_table(events, self.grid, self.measure, self.former)
 
 
 @dataclass(eq=False)
@@ -113,6 +120,7 @@ class OnlineDetector:
         recent: the last rows of every series.
         monitors: state of every watched series.
         announced: first row of the open event that each series has reported.
+        former: the events that were ``announced`` in a state of an older version: they keep their ids without measure.
         notices: what ``start`` found: series that cannot be calibrated and are taken without being scored, buckets too
             small for a calibration of their own.
         guard: keeps alarms out of later contexts, where they are guarded.
@@ -123,6 +131,7 @@ class OnlineDetector:
     recent: Recent
     monitors: dict[str, Monitor]
     announced: dict[str, int] = field(default_factory=dict)
+    former: dict[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     guard: Guard | None = None
     is_torn: bool = False
@@ -369,6 +378,8 @@ class OnlineDetector:
         return OnlineResult(
             grid=self.artifact.grid,
             names=self.artifact.schema.targets,
+            measure=self.config.measure,
+            former=self.former,
             by_variate=self.config.keep_variate_scores,
             scored=scored,
             opened_events=opened,

@@ -38,7 +38,7 @@ from tsforge.core.errors import ArtifactError, ModelError, TsforgeError
 from tsforge.forecasting.stream_buffer import Buffer
 
 FORMAT = "tsforge-online-detector"
-FORMAT_VERSION = 4  # 2: scores of windows and free runs; 3: guarded contexts; 4: residuals that add up
+FORMAT_VERSION = 5  # 2: scores of windows and free runs; 3: guarded contexts; 4: residuals that add up; 5: event ids
 _ARRAY, _LIST = "$array", "$list"
 _SHORT = 16  # lists up to this length stay among the facts
 
@@ -92,6 +92,7 @@ def _packed(detector: OnlineDetector) -> tuple[dict[str, torch.Tensor], dict[str
     state = {
         "config": detector.config.model_dump(mode="json"),
         "announced": detector.announced,
+        "former": detector.former,
         "notices": list(detector.notices),
         "guard": None if detector.guard is None else detector.guard.state(),
         "series": list(recent.buffer.series),
@@ -124,6 +125,7 @@ def _restored(state: dict[str, Any], artifact: Artifact) -> OnlineDetector:
         recent,
         {monitor.series_id: monitor for monitor in monitors},
         announced={name: int(row) for name, row in state["announced"].items()},
+        former={name: int(row) for name, row in state.get("former", state["announced"]).items()},
         notices=tuple(state["notices"]),
         guard=guard,
     )

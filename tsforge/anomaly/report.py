@@ -72,7 +72,7 @@ def build_report(context: ReportContext, results: Sequence[SeriesResult], notice
     }
     tables = [_score_table(context, result) for result in results]
     found = [(result.series_id, result.rule.describe(), event) for result in results for event in result.events]
-    events = event_table(found, context.grid)
+    events = event_table(found, context.grid, context.config.measure)
     events = with_incidents(events, context.groups, context.config.events.group_gap, context.grid)
     return AnomalyReport(
         scores=ScoreFrame(table=pl.concat(tables), metadata={"rule": rule.describe()}), events=events, metadata=metadata

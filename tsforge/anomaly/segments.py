@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -161,11 +160,6 @@ class SegmentTracker:
         self._start = self._end = self._peak = -1
         self._peak_score = self._later_score = -math.inf
         return None if segment is None else Segment(**{**asdict(segment), "is_open": False})
-
-
-def event_id(series_id: str, start: object, rule: str) -> str:
-    """Return 16 hex digits that name an event: the same series, start and rule give the same id on every run."""
-    return hashlib.sha256(f"{series_id}\n{start}\n{rule}".encode()).hexdigest()[:16]
 
 
 def is_continuation(

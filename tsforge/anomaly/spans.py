@@ -63,6 +63,8 @@ def choose_span(artifact: Artifact, first: int, last: int, start: TimeLike | Non
         DataError: nothing to score, or scoring would start inside the training span.
     """
     grid = artifact.grid
+    if start is not None and stop is not None and grid.floor(stop) < grid.floor(start):
+        raise DataError(f"stop {stop} lies before start {start}")
     train_start, train_stop = training_rows(artifact)
     end = last + 1 if stop is None else min(grid.floor(stop), last) + 1
     if start is not None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.monitor import EventRow, Judged
-from tsforge.anomaly.segments import event_id
 from tsforge.contracts.tables import JOINT
+from tsforge.data.event_records import event_id
 from tsforge.data.grid import TimeGrid
 
 FloatArray = NDArray[np.float64]
@@ -79,30 +80,37 @@ def score_table(rows: ScoredRows, grid: TimeGrid, names: Sequence[str], *, by_va
     )
 
 
-def event_table(events: Sequence[tuple[str, str, EventRow]], grid: TimeGrid) -> pl.DataFrame:
+def event_table(
+    events: Sequence[tuple[str, str, EventRow]], grid: TimeGrid, measure: str, former: Mapping[str, int] | None = None
+) -> pl.DataFrame:
     """Return one record an event.
 
     Args:
         events: series, rule (``describe()``) and event.
         grid: of the times.
+        measure: what the score is (``DetectConfig.measure``); part of the ids unless it is the default one.
+        former: first row, by series, of an event that was told under an id without the measure, which it keeps.
     """
     rows = [event for _, _, event in events]
+    named, kept = "" if measure == DetectConfig().measure else measure, former or {}
 
     def times(places: Sequence[int]) -> pl.Series:
         return grid.time_at(np.array(places, dtype=np.int64))
 
-    starts = times([event.segment.start for event in rows])
-    origins = times([event.segment.start if event.continues is None else event.continues for event in rows])
-    ids = [event_id(series, start, rule) for (series, rule, _), start in zip(events, starts, strict=True)]
-    chains = [
-        None if event.continues is None else event_id(series, origin, rule)
-        for (series, rule, event), origin in zip(events, origins, strict=True)
-    ]
+    def ids(places: Sequence[int]) -> list[str]:
+        return [
+            event_id(series, time, rule, "" if kept.get(series) == place else named)
+            for (series, rule, _), place, time in zip(events, places, times(places), strict=True)
+        ]
+
+    starts = [event.segment.start for event in rows]
+    origins = [event.segment.start if event.continues is None else event.continues for event in rows]
+    chains = [None if event.continues is None else name for event, name in zip(rows, ids(origins), strict=True)]
     return pl.DataFrame(
         {
-            "event_id": pl.Series(ids, dtype=pl.String),
+            "event_id": pl.Series(ids(starts), dtype=pl.String),
             "series_id": pl.Series([series for series, _, _ in events], dtype=pl.String),
-            "start": starts,
+            "start": times(starts),
             "end": times([event.segment.end for event in rows]),
             "peak_time": times([event.segment.peak for event in rows]),
             "peak_score": pl.Series([event.peak_score for event in rows], dtype=pl.Float64),
@@ -112,6 +120,7 @@ def event_table(events: Sequence[tuple[str, str, EventRow]], grid: TimeGrid) -> 
             "state": pl.Series(["open" if event.segment.is_open else "closed" for event in rows], dtype=pl.String),
             "length": pl.Series([event.segment.length for event in rows], dtype=pl.Int64),
             "continues": pl.Series(chains, dtype=pl.String),
+            "measure": pl.Series([measure] * len(rows), dtype=pl.String),
             "variates": pl.Series([event.variates for event in rows], dtype=pl.List(VARIATE_TYPE)),
         }
     )

@@ -110,10 +110,11 @@ class Detection:
     def rows(self) -> list[dict[str, Any]]:
         """Return one record an event, strongest first, with its three first-ranked variates."""
         shown = self.report.events.sort("peak_score", descending=True)
+        former = {} if self.recorded is None else self.recorded.former
         grouped = bool(self._incidents())
         return [
             {
-                "event_id": row["event_id"],
+                "event_id": former.get(row["event_id"], row["event_id"]),
                 "series_id": row["series_id"],
                 "start": row["start"],
                 "end": row["end"],

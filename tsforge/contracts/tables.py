@@ -109,7 +109,7 @@ class AnomalyReport:
         scores: every scored row.
         events: one row an event: ``event_id`` (stable over re-runs), ``series_id, start, end`` (inclusive),
             ``peak_time, peak_score, p_value, threshold, rule, state, variates`` (a list of structs ``variate,
-            contribution, conditional``, strongest first).
+            contribution, conditional``, strongest first); detectors add ``measure``, what the score is.
         metadata: artifact id, rule, calibration span and size, observed and nominal alarm rate, notices.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -53,6 +54,18 @@ TABLE: dict[str, Any] = {
     "created": pl.Datetime("us", "UTC"),
     "updated": pl.Datetime("us", "UTC"),
 }
+
+
+def event_id(series_id: str, start: datetime | int, rule: str, measure: str = "") -> str:
+    """Return 16 hex digits that name an event: what is the same in all arguments has the same id on every run.
+
+    Args:
+        series_id, start: where it begins.
+        rule: that raised the alarm, as it describes itself.
+        measure: what the score is; empty for the default one, so that its events keep the ids that older versions gave.
+    """
+    text = f"{series_id}\n{start}\n{rule}" + (f"\n{measure}" if measure else "")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def number(time: TimeLike, *, integer: bool) -> int:
@@ -130,7 +143,7 @@ def advance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         if old[name] != new[name]:
             raise DataError(
                 f"event {old['event_id']} is stored with {name} {old[name]} and cannot get {name} {new[name]}; events "
-                "never change their start, and their id names series, start and rule"
+                "never change their start, and their id names series, start, score and rule"
             )
     changes: dict[str, Any] = {}
     grew = new["end"] > old["end"]

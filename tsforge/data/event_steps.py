@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
-from tsforge.data.event_records import advance, facts_of, moment, number
+from tsforge.data.event_records import advance, event_id, facts_of, moment, number
 from tsforge.data.event_tables import EVENTS, LOG, SUPPRESSIONS
 from tsforge.data.grid import TimeLike, show_time
 from tsforge.data.store_records import now
@@ -34,6 +35,7 @@ class Recorded:
         suppressed: of the new ones, those that a rule silences.
         pruned: events that were pruned earlier; they are not stored again.
         notify: ids worth telling somebody: new and not silenced, or just come out of a maintenance window.
+        former: of events that an older version stored, the id they were given now -> the id they keep.
     """
 
     new: int = 0
@@ -42,6 +44,37 @@ class Recorded:
     suppressed: int = 0
     pruned: int = 0
     notify: tuple[str, ...] = ()
+    former: Mapping[str, str] = field(default_factory=dict)
+
+
+def former_ids(connection: Connection, dataset: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return which events are stored under an id without their measure: id -> the older id.
+
+    Versions that left the measure out of the ids left it out of the facts too, so these tell them from events of a
+    detector whose ids still have none. Kind and joint, which only some of them kept (``score``), must be the same.
+    """
+    older: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        measure = json.loads(row["facts"]).get("measure")
+        start = moment(row["start"], integer=bool(row["has_integer_time"]))
+        name = event_id(row["series_id"], start, row["rule"])
+        if measure and name != row["event_id"]:
+            older[row["event_id"]] = (name, measure)
+    names = list(dict.fromkeys([*older, *(name for name, _ in older.values())]))
+    stored: dict[str, dict[str, Any]] = {}
+    for low in range(0, len(names), _IN_LIMIT):
+        found = select(EVENTS.c.event_id, EVENTS.c.facts).where(
+            EVENTS.c.dataset == dataset, EVENTS.c.event_id.in_(names[low : low + _IN_LIMIT])
+        )
+        stored |= {row.event_id: json.loads(row.facts) for row in connection.execute(found)}
+    return {
+        new: name
+        for new, (name, measure) in older.items()
+        if new not in stored
+        and name in stored
+        and stored[name].get("measure", measure) == measure
+        and f"{measure}, ".startswith(f"{stored[name].get('score', measure)}, ")
+    }
 
 
 class Recording:
@@ -75,7 +108,15 @@ class Recording:
                 self.connection.execute(update(EVENTS).where(key_of(row)).values(**stored[name]))
         if self.lines:
             self.connection.execute(insert(LOG), self.lines)
-        return Recorded(**self.counts, notify=tuple(self.notify))
+        counts = self.counts
+        return Recorded(
+            new=counts["new"],
+            updated=counts["updated"],
+            unchanged=counts["unchanged"],
+            suppressed=counts["suppressed"],
+            pruned=counts["pruned"],
+            notify=tuple(self.notify),
+        )
 
     def _known(self, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
         stored: dict[str, dict[str, Any]] = {}

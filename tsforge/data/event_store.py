@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -40,6 +40,7 @@ from tsforge.data.event_steps import (
     comment_counts,
     compare_time,
     find_event,
+    former_ids,
     is_named,
     keep_comment,
     key_of,
@@ -133,8 +134,9 @@ class EventStore:
     ) -> Recorded:
         """Store what a detector found; storing the same again changes nothing.
 
-        An event known by its id gets a later end, a higher peak, a smaller p-value, and goes from open to closed; never
-        back, and what people said about it stays. New events that a suppression rule covers are stored with its number.
+        An event known by its id (or by the one of an older version, ``former_ids``) gets a later end, a higher peak, a
+        smaller p-value, and goes from open to closed; never back, and what people said about it stays. New events that
+        a suppression rule covers are stored with its number.
 
         Args:
             dataset: what the events are about.
@@ -153,6 +155,9 @@ class EventStore:
         if not rows:
             return Recorded()
         with self._writing(f"record events of '{dataset}' in") as connection:
+            former = former_ids(connection, dataset, rows)
+            for row in rows:
+                row |= {name: former.get(row[name], row[name]) for name in ("event_id", "continues")}
             named: dict[str, str | None] = {}
             if incidents is not None:
                 named = name_incidents(connection, dataset, rows, incidents)
@@ -160,7 +165,7 @@ class EventStore:
             done = Recording(connection, dataset, checked_actor(source), artifact).take(rows)
             told = {row["event_id"] for row in rows}
             move_events(connection, dataset, {name: found for name, found in named.items() if name not in told})
-        return done
+        return replace(done, former=former)
 
     def silenced(self, dataset: str, events: pl.DataFrame) -> dict[str, int]:
         """Return which events of a table the rules in force would silence: id -> number of the rule.

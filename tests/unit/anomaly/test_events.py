@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsforge.anomaly.config import EventConfig
-from tsforge.anomaly.segments import SegmentTracker, event_id, find_segments, is_continuation
+from tsforge.anomaly.config import DetectConfig, EventConfig
+from tsforge.anomaly.segments import SegmentTracker, find_segments, is_continuation
 from tsforge.anomaly.thresholds import Decisions
+from tsforge.core.config import validate
+from tsforge.data.event_records import event_id
 
 
 def decide(scores: np.ndarray, threshold: float = 2.0, low: float = 1.0) -> Decisions:
@@ -81,10 +84,41 @@ def test_row_by_row_with_saved_state_equals_one_pass(
     assert find_segments(values, decisions, config) == found
 
 
-def test_ids_depend_on_series_start_and_rule_only() -> None:
+def test_ids_depend_on_series_start_rule_and_measure_only() -> None:
     assert event_id("a", "2013-02-12", "quantile(alpha=0.01)") == event_id("a", "2013-02-12", "quantile(alpha=0.01)")
-    others = [("b", "2013-02-12", "q"), ("a", "2013-02-13", "q"), ("a", "2013-02-12", "r")]
-    assert len({event_id(*item) for item in [*others, ("a", "2013-02-12", "q")]}) == 4
+    others = [
+        ("b", "2013-02-12", "q"),
+        ("a", "2013-02-13", "q"),
+        ("a", "2013-02-12", "r"),
+        ("a", "2013-02-12", "q", "m"),
+    ]
+    assert len({event_id(*item) for item in [*others, ("a", "2013-02-12", "q")]}) == 5
+    assert event_id("a", "2013-02-12", "quantile(alpha=0.01)") == "0f3cdaceb2d86805", "as older versions named it"
+
+
+@pytest.mark.parametrize(
+    ("settings", "measure"),
+    [
+        ({}, "normalised, mahalanobis"),
+        ({"rule": {"kind": "fixed", "value": 3}, "events": {"merge_gap": 3}}, "normalised, mahalanobis"),
+        ({"calibration": {"min_rows": 50}}, "normalised, mahalanobis"),
+        ({"score": {"joint": "max_abs", "ewma": 0.1}}, "normalised, max_abs, ewma=0.1"),
+        ({"score": {"joint": "top_k", "top_k": 2, "steps": [1, 3]}}, "normalised, top_k, top_k=2, steps=(1, 3)"),
+        ({"score": {"horizon_reduction": "first"}}, "normalised, mahalanobis, horizon_reduction=first"),
+        ({"score": {"smoothing": 0.2}}, "normalised, mahalanobis, smoothing=(exponential, weight=0.2)"),
+        ({"score": {"smoothing": {"kind": "cusum"}}}, "normalised, mahalanobis, smoothing=(cusum)"),
+        (
+            {"score": {"smoothing": {"kind": "median", "window": 9}}},
+            "normalised, mahalanobis, smoothing=(median, window=9)",
+        ),
+        ({"score": {"kind": "spectrum", "window": 64}}, "spectrum, mahalanobis, window=64"),
+        ({"calibration": {"by": "hour_of_week"}}, "normalised, mahalanobis, by=hour_of_week"),
+        ({"guard": True}, "normalised, mahalanobis, guard=()"),
+        ({"guard": {"max_rows": 48}}, "normalised, mahalanobis, guard=(max_rows=48)"),
+    ],
+)
+def test_a_measure_names_what_changes_the_number_and_nothing_else(settings: dict[str, Any], measure: str) -> None:
+    assert validate(DetectConfig, settings).measure == measure
 
 
 @pytest.mark.parametrize(
