@@ -183,7 +183,10 @@ def compose(
                 if not _default_choices(path):  # else Hydra knows better, after it has read what they bring
                     _check_no_choice(name, choices, roots)
                 settings = [_struct_override(text, roots, placed, stored) for text in choices]
-                composed = hydra_compose(path.stem, overrides=[*extra, *settings])
+                try:
+                    composed = hydra_compose(path.stem, overrides=[*extra, *settings])
+                except (TypeError, ValueError) as error:  # what OmegaConf says of a word where a list is indexed
+                    raise _below_a_list(path.stem, extra, settings) or error from error
                 for text in plain_ones:  # Hydra would take them for choices
                     key, _, value = text.partition("=")
                     OmegaConf.update(composed, key, safe_load(value))
@@ -318,6 +321,22 @@ def _check_choice(key: str, value: str, roots: set[Path], stored: StoredChoices 
         more = f"; ingested: {listing(kept, 30)}" if kept else ""
         close = nearest(value, [*choices, *kept])
         raise ConfigError(f"{key}={value}: no such choice{close} (known: {listing(choices, 30)}{more})")
+
+
+def _below_a_list(name: str, extra: Sequence[str], settings: Sequence[str]) -> ConfigError | None:
+    """Return what to say of the first setting whose key takes a list for a mapping, None where there is no such one."""
+    from hydra import compose as hydra_compose
+    from omegaconf import ListConfig, OmegaConf
+
+    for place, text in enumerate(settings):
+        before = hydra_compose(name, overrides=[*extra, *settings[:place]])
+        parts = text.lstrip("+").partition("=")[0].split(".")
+        for depth in range(1, len(parts)):
+            key = ".".join(parts[:depth])
+            if isinstance(OmegaConf.select(before, key), ListConfig) and not parts[depth].isdecimal():
+                example = ".".join([key, "0", *parts[depth + 1 :]])
+                return ConfigError(f"{key} is a list; index it by number ({example}) or give it whole")
+    return None
 
 
 def _readable(key: str, value: str) -> str:

@@ -69,6 +69,28 @@ def test_a_mistake_is_one_line_that_names_it(tree: Path, overrides: list[str], f
         assert fragment in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checks.old.severity=warn"], "checks is a list; index it by number (checks.0.severity) or give it whole"),
+        (["name=y", "inner.names.x=3"], "inner.names is a list; index it by number (inner.names.0) or give it whole"),
+        (["inner.names=[a]", "+inner.names.x=3"], None),  # Hydra's own words for one that must not be there yet
+        (["made=[{a: 1}]", "made.b.a=3"], "made is a list; index it by number (made.0.a) or give it whole"),
+        (["checks.0.x.y=3", "checks.0.x.z=[1]", "checks.0.x.z.w=1"], "checks.0.x.z is a list"),
+    ],
+)
+def test_a_word_below_a_list_is_one_line_that_names_the_list(
+    tree: Path, overrides: list[str], message: str | None
+) -> None:
+    text = "checks:\n  - {kind: old}\ninner: {names: [a, b]}\n"
+    (tree / "lists.yaml").write_text(text, encoding="utf-8")
+    assert compose("lists", ["checks.0.severity=warn"], tree)["checks"] == [{"kind": "old", "severity": "warn"}]
+    with pytest.raises(ConfigError) as caught:
+        compose("lists", overrides, tree)
+    assert (message or "") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_required_key_and_several_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         validate(Outer, {"rate": "fast", "inner": {"width": 0}})
