@@ -96,6 +96,70 @@ def test_ingesting_twice_and_correcting(workspace: Workspace, tmp_path: Path) ->
     assert load_dataset(workspace, "d").table["x"].to_list() == [1.0, 2.0, 3.0, 4.0, 5.0, 60.0, 7.0, 8.0]
 
 
+KNOWN = {"known": ["k"], "targets": ["x", "z"], "freq": "1d"}
+LONG = {**KNOWN, "layout": "long", "series": "s"}
+PAST = "ds,x,z,k\n" + "".join(f"2024-01-0{day},{day},1,{day}\n" for day in range(1, 8))
+AHEAD = "ds,x,z,k\n2024-01-08,,,8\n2024-01-09,,,9\n"
+
+
+def test_future_values_of_known_covariates_come_alone(workspace: Workspace, tmp_path: Path) -> None:
+    limits = [{"kind": "fresh", "max_age": "3d"}, {"kind": "null_share"}]
+    checks = [{"kind": "non_empty"}, *limits, {"kind": "schema", "columns": ["k"]}]
+    run(workspace, csv(tmp_path, PAST) | KNOWN)
+    result = run(workspace, csv(tmp_path, AHEAD) | KNOWN, checks=checks, as_of=datetime(2024, 1, 8, tzinfo=UTC))
+    assert result.record.rows_new == 2
+    assert [check.passed for check in result.checks] == [True] * 4
+    frame = load_dataset(workspace, "d")
+    assert frame.table["k"].to_list() == [float(day) for day in range(1, 10)]
+    assert frame.last_observed()["time"].to_list() == [datetime(2024, 1, 7, tzinfo=UTC)]
+    revised = run(workspace, csv(tmp_path, AHEAD.replace(",9", ",9.5")) | KNOWN)
+    assert (revised.record.rows_changed, revised.record.rows_unchanged) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (AHEAD.replace("09,,", "09,1,"), r"column\(s\) z hold no value in any of 2 rows"),  # a column that has gone
+        (AHEAD.replace(",8", ",").replace(",9", ","), r"column\(s\) x, z hold no value"),
+    ],
+)
+def test_a_lost_target_is_no_news_of_the_future(
+    workspace: Workspace, tmp_path: Path, content: str, message: str
+) -> None:
+    run(workspace, csv(tmp_path, PAST) | KNOWN)
+    with pytest.raises(DataError, match=message):
+        run(workspace, csv(tmp_path, content) | KNOWN)
+
+
+def test_covariates_of_unknown_series_name_the_way_out(workspace: Workspace, tmp_path: Path) -> None:
+    data = csv(tmp_path, AHEAD) | KNOWN
+    with pytest.raises(DataError, match=r"are taken for series that are stored already.*data\.empty_targets=keep"):
+        run(workspace, data)
+    checks = [{"kind": "schema", "columns": ["k"]}, {"kind": "non_empty"}]
+    with pytest.raises(DataError, match=r"non_empty: 1 of 1 series.*\(checks\.1\.severity=warn\)"):
+        run(workspace, data | {"empty_targets": "keep"}, checks=checks)
+    checks[1] |= {"severity": "warn"}
+    assert run(workspace, data | {"empty_targets": "keep"}, checks=checks).record.rows_new == 2
+
+
+def test_some_series_may_bring_covariates_only(workspace: Workspace, tmp_path: Path) -> None:
+    head = "s,ds,x,z,k\n"
+    both = head + "".join(f"{s},2024-01-0{day},1,1,2\n" for s in "ab" for day in range(1, 4))
+    run(workspace, csv(tmp_path, both) | LONG)
+    news = head + "a,2024-01-04,1,1,2\nb,2024-01-04,,,2\n"
+    assert run(workspace, csv(tmp_path, news) | LONG).record.rows_new == 2
+    with pytest.raises(DataError, match="non_empty: 1 of 2 series have fewer than 1 observed row"):
+        run(workspace, csv(tmp_path, news + "c,2024-01-04,,,2\n") | LONG)
+
+
+def test_issued_forecasts_of_a_covariate_come_alone_too(workspace: Workspace, tmp_path: Path) -> None:
+    data = KNOWN | {"published": "out"}
+    run(workspace, csv(tmp_path, "ds,out,x,z,k\n2024-01-01,2024-01-01,1,1,2\n2024-01-02,2024-01-02,1,1,2\n") | data)
+    issued = csv(tmp_path, "ds,out,x,z,k\n2024-01-03,2024-01-02,,,3\n2024-01-03,2024-01-03,,,4\n") | data
+    assert run(workspace, issued).record.rows_new == 2
+    assert load_dataset(workspace, "d").table["k"].to_list() == [2.0, 2.0, 4.0]
+
+
 def test_a_refused_batch_changes_nothing_and_leaves_a_record(workspace: Workspace, tmp_path: Path) -> None:
     run(workspace, csv(tmp_path, GOOD))
     bad = csv(tmp_path, "ds,x\n2024-01-08,8\n2024-01-09,what\n", "bad.csv")

@@ -17,7 +17,7 @@ from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.aggregates import with_aggregates
 from tsforge.data.calendar import CalendarConfig, add_calendar
-from tsforge.data.cleaning import Dataset, read_dataset
+from tsforge.data.cleaning import Dataset, covariates_alone, read_dataset
 from tsforge.data.config import DataConfig
 from tsforge.data.findings import IngestReport
 from tsforge.data.frame import SeriesFrame
@@ -100,9 +100,11 @@ def ingest(config: IngestConfig, workspace: Workspace, *, progress: bool = False
     name = config.data.name
     with closing(SeriesStore(workspace.database_url)) as store, _steps(progress) as step:
         step(f"reading {name}")
-        dataset = _read(config.data, store)
+        stored = store.series_ids(name) if config.data.known else frozenset()
+        dataset = _read(config.data, store, stored)
         step(f"checking {name}")
-        checks = _check(config, dataset, store, config.as_of or started)
+        ahead = covariates_alone(dataset.frame) & stored
+        checks = _check(config, dataset, store, config.as_of or started, ahead)
         step(f"storing {dataset.report.rows_out} rows of {name}")
         record = store.write(
             name,
@@ -134,9 +136,9 @@ def _steps(progress: bool) -> Iterator[Any]:
         yield status.update
 
 
-def _read(data: DataConfig, store: SeriesStore) -> Dataset:
+def _read(data: DataConfig, store: SeriesStore, stored: frozenset[str]) -> Dataset:
     try:
-        return read_dataset(data)
+        return read_dataset(data, stored)
     except (DataError, BackendError) as error:
         _record_refusal(store, data.name, IngestReport(f"{data.source.kind} source"), error)
         raise
@@ -151,31 +153,37 @@ def _record_refusal(store: SeriesStore, name: str, report: IngestReport, error: 
     log_event(_LOG, "refused", dataset=name, batch=record.id)
 
 
-def _check(config: IngestConfig, dataset: Dataset, store: SeriesStore, as_of: datetime) -> tuple[CheckResult, ...]:
+def _check(
+    config: IngestConfig, dataset: Dataset, store: SeriesStore, as_of: datetime, ahead: set[str]
+) -> tuple[CheckResult, ...]:
     try:
-        return _demand(config, dataset.frame, as_of)
+        return _demand(config, dataset.frame, as_of, ahead)
     except DataError as error:
         _record_refusal(store, config.data.name, dataset.report, error)
         raise
 
 
-def _demand(config: IngestConfig, frame: SeriesFrame, as_of: datetime) -> tuple[CheckResult, ...]:
-    """Return the results of all checks; a failed one of severity ``block`` is an error."""
+def _demand(config: IngestConfig, frame: SeriesFrame, as_of: datetime, ahead: set[str]) -> tuple[CheckResult, ...]:
+    """Return the results of all checks; a failed one of severity ``block`` is an error.
+
+    Of series that only bring known covariates (``ahead``) no targets are demanded.
+    """
     name = config.data.name
     timed = [check.kind for check in config.checks if check.kind not in TIMELESS]
     if timed and frame.schema.has_integer_time:
         raise DataError(f"dataset '{name}' has integer time; remove the check(s) {listing(timed)}")
     moment = as_of if as_of.tzinfo else as_of.replace(tzinfo=UTC)
-    results = tuple(run_checks(frame, config.checks, moment))
+    results = tuple(run_checks(frame, config.checks, moment, ahead))
     failed = [result for result in results if not result.passed]
     for result in failed:
         if result.severity == "warn":
             _LOG.warning("check %s: %s", result.kind, result.message)
     blocking = [f"{result.kind}: {result.message}" for result in failed if result.severity == "block"]
     if blocking:
+        first = results.index(next(result for result in failed if result.severity == "block"))
         raise DataError(
             f"dataset '{name}': {len(blocking)} blocking check(s) failed ({listing(blocking, 3)}); nothing was stored, "
-            "repair the source or change the checks"
+            f"repair the source or let the checks warn (checks.{first}.severity=warn)"
         )
     return results
 

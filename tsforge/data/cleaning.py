@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import polars as pl
@@ -40,8 +41,12 @@ class Dataset:
     vintages: VintageFrame | None = None
 
 
-def read_dataset(config: DataConfig) -> Dataset:
+def read_dataset(config: DataConfig, stored: Collection[str] = ()) -> Dataset:
     """Return the series of a configured source.
+
+    Args:
+        config: of the data set.
+        stored: series that are known already: of these a batch may hold nothing but known covariates.
 
     Raises:
         DataError: the source or its rows do not satisfy the config; the message names the dataset, the place, the count
@@ -58,11 +63,13 @@ def read_dataset(config: DataConfig) -> Dataset:
         raw = read_source(config.source)
     except DataError as error:
         raise DataError(f"dataset '{config.name}': {error}") from error
-    return clean(raw, config)
+    return clean(raw, config, stored)
 
 
-def clean(raw: RawTable, config: DataConfig) -> Dataset:
+def clean(raw: RawTable, config: DataConfig, stored: Collection[str] = ()) -> Dataset:
     """Return the series of a raw table, by the settings of ``config`` for everything but its source.
+
+    ``stored`` as for ``read_dataset``.
 
     Raises:
         DataError: as for ``read_dataset``.
@@ -71,6 +78,8 @@ def clean(raw: RawTable, config: DataConfig) -> Dataset:
     try:
         history = _clean(raw, config, report)
         frame = newest(history)
+        if config.empty_targets == "error":
+            _check_targets(frame, stored)
         Delays.of(config.publication_delay, frame.schema, frame.grid)  # one that does not fit is refused before storing
     except DataError as error:
         raise DataError(f"dataset '{config.name}': {error}") from error
@@ -80,6 +89,31 @@ def clean(raw: RawTable, config: DataConfig) -> Dataset:
         return Dataset(frame, report)
     _note_revisions(history, report)
     return Dataset(frame, report, vintages=history)
+
+
+def covariates_alone(frame: SeriesFrame) -> set[str]:
+    """Return the series of a batch that hold values of known covariates and of no target: news of the future."""
+    if not frame.schema.known:
+        return set()
+    has_target, has_known = (
+        pl.any_horizontal(pl.col(names).is_not_null()).any() for names in (frame.schema.targets, frame.schema.known)
+    )
+    found = frame.table.group_by("series_id").agg(alone=has_known & ~has_target)
+    return set(found.filter("alone")["series_id"])
+
+
+def _check_targets(frame: SeriesFrame, stored: Collection[str]) -> None:
+    targets = frame.schema.targets
+    empty = [name for name in targets if frame.table[name].null_count() == frame.num_rows]
+    known = covariates_alone(frame) & set(stored)
+    if not empty or known == set(frame.series_ids):
+        return
+    more = "; known covariates alone are taken for series that are stored already" if frame.schema.known else ""
+    raise DataError(
+        f"target column(s) {listing(empty)} hold no value in any of {frame.num_rows} rows{more}; check the column, "
+        "leave it out, or keep it with data.empty_targets=keep and a non_empty check that warns "
+        "(checks.0.severity=warn)"
+    )
 
 
 def _filled(frame: History) -> int:
@@ -295,10 +329,9 @@ def _frame(table: pl.DataFrame, group: str | None, roles: dict[str, tuple[str, .
         )
         if freq is None:
             _check_one_frequency(plain.unique(["series_id", "time"]), schema.freq)
-    require = config.empty_targets == "error"
     if config.published is None:
-        return SeriesFrame(plain, schema, static, require_targets=require)
-    return VintageFrame(plain, schema, static, require_targets=require)
+        return SeriesFrame(plain, schema, static, require_targets=False)
+    return VintageFrame(plain, schema, static, require_targets=False)
 
 
 def _check_one_frequency(table: pl.DataFrame, freq: str) -> None:

@@ -195,6 +195,12 @@ class SeriesStore:
         if series is not None and len(series) > _IN_LIMIT:
             rows = rows.filter(pl.col("series_id").is_in(list(series)))
         if not rows.height:
+            if (
+                start is not None
+                and end is not None
+                and _number(end, integer=integer) < _number(start, integer=integer)
+            ):
+                raise DataError(f"end {end} lies before start {start}")
             raise DataError(f"dataset '{name}' has no rows between {start or 'its start'} and {end or 'its end'}")
         if not integer:
             rows = rows.with_columns(pl.col(keys[1:]).cast(TIME_DTYPE))
@@ -204,6 +210,16 @@ class SeriesStore:
         """Return the settings kept with a dataset (plain types, empty if none were given)."""
         with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
             return dict(definition(connection, name).config)
+
+    def series_ids(self, name: str) -> frozenset[str]:
+        """Return the series of a dataset, none where it is unknown."""
+        with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
+            if not has_tables(connection):
+                return frozenset()
+            of_it = select(DATASETS.c.id).where(DATASETS.c.name == name).scalar_subquery()
+            return frozenset(
+                connection.execute(select(SERIES.c.series_id).where(SERIES.c.dataset_id == of_it)).scalars()
+            )
 
     def labels(self, name: str) -> pl.DataFrame:
         """Return the known anomalies of a dataset: ``series_id, start, end, kind, variates`` (no rows if none)."""

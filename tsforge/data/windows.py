@@ -445,5 +445,6 @@ def _check_known(panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints) -> 
     raise DataError(
         f"known covariate(s) {listing(names)} are missing in {int(row_missing.sum())} of {row_missing.size} forecast "
         f"rows of {int(row_missing.any(axis=1).sum())} series (first: '{panel.series_ids[series[window]]}' at "
-        f"{show_time(time)}); give their values for {spec.horizon} rows after the cutoff"
+        f"{show_time(time)}); give their values for {spec.horizon} rows after the cutoff "
+        "(tsforge ingest takes rows with these columns and empty targets)"
     )
