@@ -96,6 +96,20 @@ def test_events_are_printed_and_undelivered_ones_are_an_error(
     assert [(event, transition) for transition, event in lines] == keys(plant.told())
 
 
+def test_dead_letters_of_the_run_are_an_error_too(plant: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    plant.write("0.parquet", new_rows(40))
+    dead = {"kind": "webhook", "url": "http://127.0.0.1:9/", "backoff_seconds": 0.01, "tries": 1}
+    name = settings_file(plant, sinks=plant.plain()["sinks"] | {"hook": dead})
+    count = None
+    for more in ([], ["--redeliver"]):
+        status, _, errors = command(capsys, "watch", name, "--once", *more)
+        count = count or len(plant.told())
+        assert status == 6
+        assert f"{count} transitions were refused and are dead letters (--status says why)" in errors
+    status, out, _ = command(capsys, "watch", name, "--once")
+    assert (status, "dead_letters" in out) == (0, True), "those of earlier runs are shown and end nothing"
+
+
 def test_another_detector_is_refused_until_it_is_started_anew(plant: Watched) -> None:
     rows = new_rows()
     plant.write("0.parquet", rows)

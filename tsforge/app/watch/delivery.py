@@ -49,6 +49,9 @@ class Delivery:
         workspace: whose event store. watch: its name.
         clock: seconds since 1970, for tests.
 
+    Attributes:
+        refused: transitions that became dead letters since it was made, or stayed so when they were sent again.
+
     Raises:
         ConfigError: a sink's environment variable is not set, or its address is malformed.
     """
@@ -65,6 +68,7 @@ class Delivery:
         self._clock = clock
         self._stack = ExitStack()
         self._sinks: dict[str, tuple[Sink, Patience]] = {}
+        self.refused = 0
         for name, settings in sinks.items():
             sink = open_sink(settings, workspace, watch)
             self._stack.callback(sink.close)
@@ -111,6 +115,7 @@ class Delivery:
                 self._sinks[letter["sink"]][0].send([item], 0)
             except DeliveryError as error:
                 _LOG.warning("dead letter %s of sink '%s' stays: %s", item.seq, letter["sink"], error)
+                self.refused += 1
                 continue
             self._state.revive(letter["sink"], item.seq)
             sent += 1
@@ -130,6 +135,7 @@ class Delivery:
         if patience.tries is not None and attempts >= patience.tries:
             _LOG.warning("sink '%s' refused number %s %s times, laid aside: %s", name, item.seq, attempts, error)
             self._state.bury(name, item, str(error))
+            self.refused += 1
             return 1
         wait = patience.wait(attempts, error.wait)
         log_event(

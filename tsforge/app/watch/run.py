@@ -61,13 +61,15 @@ class WatchResult:
 
     Attributes:
         facts: what ``watch_status`` says. signal: what ended it, None where it ended by itself.
-        undelivered: transitions that sinks did not take in time.
+        undelivered: transitions that sinks did not take in time. refused: transitions that this run laid aside as dead
+            letters, or sent again in vain.
     """
 
     facts: dict[str, Any]
     events: tuple[dict[str, Any], ...]
     signal: int | None
     undelivered: int
+    refused: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Return what a person wants to know first."""
@@ -117,7 +119,13 @@ def watch(
         undelivered = _run(watcher, delivery, stop, once=once)
         facts = watcher.status(state)
         watcher.tell({"watch": name, "ended": True, "signal": stop.signal, **counts(facts)})
-        return WatchResult(facts=facts, events=tuple(watcher.recent), signal=stop.signal, undelivered=undelivered)
+        return WatchResult(
+            facts=facts,
+            events=tuple(watcher.recent),
+            signal=stop.signal,
+            undelivered=undelivered,
+            refused=delivery.refused,
+        )
 
 
 def _run(watcher: Watcher, delivery: Delivery, stop: Stop, *, once: bool) -> int:

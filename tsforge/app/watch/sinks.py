@@ -165,13 +165,14 @@ class StoredEvents:
 def event_frame(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
     """Return records as an event table, times as datetimes again."""
     columns: dict[str, list[Any]] = {}
-    for name in dict.fromkeys([*EVENT_COLUMNS, "length", "continues"]):
+    for name in dict.fromkeys([*EVENT_COLUMNS, "length", "continues", "measure"]):
         cells = [record.get(name) for record in records]
         if name in _TIMES:
             cells = [datetime.fromisoformat(cell) if isinstance(cell, str) else cell for cell in cells]
         columns[name] = cells
-    kinds = {"p_value": pl.Float64, "threshold": pl.Float64, "peak_score": pl.Float64, "continues": pl.String}
-    table = pl.DataFrame(columns, schema_overrides={**kinds, "length": pl.Int64})
+    kinds = dict.fromkeys(("p_value", "threshold", "peak_score"), pl.Float64)
+    texts = dict.fromkeys(("continues", "measure"), pl.String)
+    table = pl.DataFrame(columns, schema_overrides={**kinds, **texts, "length": pl.Int64})
     zoned = [name for name in _TIMES if table[name].dtype != pl.Int64]
     return table.with_columns(pl.col(name).cast(pl.Datetime("us", "UTC")) for name in zoned)
 
