@@ -20,7 +20,11 @@ from dashboards.views import (
 )
 
 PAGES = {
-    "": [st.Page(overview.show, title="Overview", icon=":material/dashboard:", url_path="overview", default=True)],
+    "": [
+        st.Page(overview.show, title="Overview", icon=":material/dashboard:", default=True),
+        # the default page has no path of its own, but links name one
+        st.Page(overview.show, title="Overview", url_path="overview", visibility="hidden"),
+    ],
     "Results": [
         st.Page(forecasts.show, title="Forecasts", icon=":material/show_chart:", url_path="forecasts"),
         st.Page(triage.show, title="Triage", icon=":material/assignment_late:", url_path="triage"),

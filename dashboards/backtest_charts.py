@@ -1,31 +1,81 @@
-"""Charts of a backtest: errors by regime, skill by series; tables in, plotly figures out."""
+"""Charts of a backtest: errors by model, step and regime, skill by series; tables in, plotly figures out."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import plotly.graph_objects as go
 import polars as pl
 
-from dashboards.charts import ALARM, CYCLE, OBSERVED, short_name, style
+from dashboards.style import ALARM, FORECAST, OBSERVED, colour_map, label, name_axis, names_across, style
 
 _MOST_SERIES = 15
 
 
-def regime_chart(regimes: pl.DataFrame, *, metric: str, name: str = "") -> go.Figure:
-    """Return bars of a metric, one group a regime and one colour a model; columns ``model, regime`` and the metric."""
+def leaderboard_chart(summary: pl.DataFrame, *, metric: str, name: str = "") -> go.Figure:
+    """Return bars of one metric per model, best on top; columns ``model`` and the metric (``name`` in words)."""
+    table = summary.drop_nulls(metric).sort(metric, descending=True)
+    figure = go.Figure(
+        go.Bar(
+            x=table[metric].to_list(),
+            y=table["model"].to_list(),
+            orientation="h",
+            marker_color=FORECAST,
+            texttemplate="%{x:.4g}",
+            textposition="auto",
+        )
+    )
+    figure = style(figure, height=120 + 40 * table.height, title=f"{name or metric} (smaller is better)")
+    figure.update_layout(hovermode="closest")
+    figure.update_yaxes(**name_axis(table["model"].to_list()))
+    return figure
+
+
+def error_by_step(
+    metrics: pl.DataFrame, *, metric: str, name: str = "", colours: Mapping[str, str] | None = None
+) -> go.Figure:
+    """Return one line per model over the forecast step; columns ``model, step`` and the metric (``name`` in words).
+
+    ``colours`` are those of the models where other charts of the report show them too.
+    """
     figure = go.Figure()
-    for index, model in enumerate(regimes["model"].unique(maintain_order=True).to_list()):
+    colours = colours or colour_map(metrics["model"])
+    for model in metrics["model"].unique(maintain_order=True).to_list():
+        part = metrics.filter(pl.col("model") == model).sort("step")
+        figure.add_trace(
+            go.Scatter(
+                x=part["step"].to_list(),
+                y=part[metric].to_list(),
+                name=label(model, most=40),
+                line={"color": colours[model]},
+            )
+        )
+    figure.update_xaxes(title_text="steps ahead")
+    return style(figure, y_title=name or metric)
+
+
+def regime_chart(
+    regimes: pl.DataFrame, *, metric: str, name: str = "", colours: Mapping[str, str] | None = None
+) -> go.Figure:
+    """Return bars of a metric, one group a regime and one colour a model; columns ``model, regime`` and the metric.
+
+    ``colours`` as in ``error_by_step``.
+    """
+    figure = go.Figure()
+    colours = colours or colour_map(regimes["model"])
+    for model in regimes["model"].unique(maintain_order=True).to_list():
         part = regimes.filter(pl.col("model") == model)
         figure.add_trace(
             go.Bar(
                 x=part["regime"].to_list(),
                 y=part[metric].to_list(),
-                name=model,
-                marker_color=CYCLE[index % len(CYCLE)],
+                name=label(model, most=40),
+                marker_color=colours[model],
                 hovertemplate="%{y:.4g}",
             )
         )
     figure.update_layout(barmode="group")
-    figure.update_xaxes(type="category")  # codes such as 1 and 2 are names, not numbers
+    figure.update_xaxes(**names_across(regimes["regime"].unique(maintain_order=True).to_list()))
     return style(figure, height=320, y_title=name or metric)
 
 
@@ -48,7 +98,6 @@ def skill_chart(worst: pl.DataFrame, *, skill: str, reference: str) -> go.Figure
     title = f"Skill against {reference}{more} (below 0: worse)"
     figure = style(figure, height=140 + 28 * shown.height, title=title)
     figure.update_xaxes(tickformat=".0%")
-    names = shown["series_id"].to_list()
-    figure.update_yaxes(type="category", tickvals=names, ticktext=[short_name(name) for name in names])
+    figure.update_yaxes(**name_axis(shown["series_id"].to_list()))
     figure.update_layout(hovermode="closest")
     return figure

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import polars as pl
 from plotly.subplots import make_subplots
 
-from dashboards.charts import ACCENT, ALARM, CYCLE, FORECAST, HISTORY, OBSERVED, style
+from dashboards.style import ACCENT, ALARM, CYCLE, FORECAST, HISTORY, OBSERVED, label, panel_titles, style
 
 _SERIES = (("data", "data", HISTORY), ("free_run", "free run", FORECAST))
 # both plotly's flat and its 3-D markers know these symbols
@@ -53,11 +53,16 @@ def phase_chart(trajectory: pl.DataFrame, cycles: pl.DataFrame, *, variates: Seq
             )
     _style(figure, height=560)
     if flat:
-        figure.update_xaxes(title_text=axes[0])
-        figure.update_yaxes(title_text=axes[1])
+        figure.update_xaxes(title_text=label(axes[0], most=60))
+        figure.update_yaxes(title_text=label(axes[1], most=60))
     else:
-        titles = {f"{axis}axis": {"title": {"text": name}} for axis, name in zip("xyz", axes, strict=True)}
-        figure.update_layout(scene=titles)
+        titles = {
+            f"{axis}axis": {"title": {"text": label(name, most=22)}} for axis, name in zip("xyz", axes, strict=True)
+        }
+        # the default eye is so near that the axes in front are cut off
+        figure.update_layout(
+            scene={**titles, "camera": {"eye": {"x": 1.5, "y": 1.5, "z": 1.1}, "center": {"z": -0.15}}}
+        )
     return figure
 
 
@@ -90,7 +95,7 @@ def spectra_chart(spectra: pl.DataFrame, *, variates: Sequence[str]) -> go.Figur
         rows=max(len(variates), 1),
         cols=1,
         shared_xaxes=True,
-        subplot_titles=list(variates),
+        subplot_titles=panel_titles(variates),
         vertical_spacing=34 / height,
     )
     for row, variate in enumerate(variates, start=1):

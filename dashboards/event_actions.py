@@ -8,7 +8,9 @@ from typing import Any
 import polars as pl
 import streamlit as st
 
+from dashboards import address
 from dashboards.state import MINUTE
+from dashboards.text import plain
 from tsforge.app import triage
 from tsforge.app.events import FROM, Action, comment
 from tsforge.core.errors import TsforgeError
@@ -33,7 +35,7 @@ _VERBS: dict[Action, tuple[str, str, str, str]] = {
     ),
     "reopened": ("Reopen", "O", ":material/undo:", "Back to new."),
 }
-_FINAL = ("dismissed", "confirmed")  # the row is done with: the next one comes up
+_DONE = ("acknowledged", "dismissed", "confirmed")  # the row leaves its place: the next one comes up
 
 
 def said() -> None:
@@ -47,11 +49,11 @@ def said() -> None:
 
 def drop_event() -> None:
     """Forget which event the address names, so that the queue decides."""
-    if "event" in st.query_params:
-        del st.query_params["event"]
+    address.put("event", "")
 
 
 def _say(kind: str, text: str) -> None:
+    """Keep Markdown for ``said``."""
     st.session_state.setdefault(_SAID, []).append((kind, text))
 
 
@@ -126,14 +128,14 @@ def _act(workspace: Workspace, events: pl.DataFrame, action: Action) -> None:
             workspace, events, action, actor=st.session_state[_AUTHOR], comment=words
         )
     except TsforgeError as error:
-        _say("error", str(error))
+        _say("error", plain(error))
         return
     for text in refused[:3]:
-        _say("error", text)
+        _say("error", plain(text))
     if changed:
         _say("done", f"{_count(changed, 'event')} {action}.")
         st.session_state[_WORDS] = ""
-        if action in _FINAL:
+        if action in _DONE:
             drop_event()
 
 
@@ -142,7 +144,7 @@ def _comment(workspace: Workspace, event: dict[str, Any]) -> None:
         words, name = st.session_state[_WORDS], st.session_state[_AUTHOR]
         comment(workspace, event["event_id"], words, by=name, dataset=event["dataset"])
     except TsforgeError as error:
-        _say("error", str(error))
+        _say("error", plain(error))
         return
     st.session_state[_WORDS] = ""
 
@@ -171,10 +173,11 @@ def _maintenance(workspace: Workspace, event: dict[str, Any], name: str) -> None
             workspace, event, series=pattern, start=first, end=last, weekly=weekly, reason=reason, actor=name
         )
     except TsforgeError as error:
-        st.error(str(error))
+        st.error(plain(error))
         return
     _say(
         "done",
-        f"Rule {number} is in force: {pattern} is silent from {first} to {last}{', every week' * weekly}.",
+        f"Rule {number} is in force: {plain(pattern)} is silent from {plain(first)} to {plain(last)}"
+        f"{', every week' * weekly}.",
     )
     st.rerun()

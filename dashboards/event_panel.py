@@ -7,9 +7,10 @@ from typing import Any, Literal
 import polars as pl
 import streamlit as st
 
-from dashboards import triage_charts
+from dashboards import address, triage_charts
 from dashboards.event_actions import action_bar
 from dashboards.state import detection, moment, series_table, table
+from dashboards.text import code, plain
 from tsforge.app import triage
 from tsforge.app.events import audit_trail, list_maintenance
 from tsforge.core.errors import TsforgeError
@@ -68,17 +69,12 @@ def _choose(mine: pl.DataFrame) -> dict[str, Any]:
         key: f"{row['series_id']}, {_span(row)}, {row['human_state']}, peak {row['peak_score'] or 0:.3g}"
         for key, row in rows.items()
     }
-    named = st.query_params.get("event", "").rpartition("/")[2]
-    index = list(rows).index(named) if named in rows else 0
-    chosen = st.selectbox(
-        "Event of the incident",
-        list(rows),
-        index=index,
-        format_func=lambda key: names[key],
-        key=f"member-{ranked[0]['event_id']}",
-    )
-    if index != list(rows).index(chosen):
-        st.query_params["event"] = f"{rows[chosen]['dataset']}/{chosen}"
+    named, state = address.get("event").rpartition("/")[2], f"member-{ranked[0]['event_id']}"
+    first = named if named in rows else ranked[0]["event_id"]
+    address.adopt(state, first, valid=st.session_state.get(state) in rows)
+    chosen = st.selectbox("Event of the incident", list(rows), format_func=lambda key: names[key], key=state)
+    if chosen != first:
+        address.put("event", f"{rows[chosen]['dataset']}/{chosen}")
     return rows[chosen]
 
 
@@ -92,7 +88,7 @@ def _span(event: dict[str, Any]) -> str:
 
 def _head(workspace: Workspace, event: dict[str, Any], mine: pl.DataFrame) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown(f"##### {event['series_id']}, {_span(event)}" if mine.height > 1 else f"#### {_title(event)}")
+        st.markdown(f"{'#####' if mine.height > 1 else '####'} {plain(event['series_id'])}, {_span(event)}")
         st.badge(event["human_state"], color=STATE_COLOURS[event["human_state"]])
         if event["state"] == "open":
             st.badge("still going on", icon=":material/sensors:", color="blue")
@@ -100,14 +96,12 @@ def _head(workspace: Workspace, event: dict[str, Any], mine: pl.DataFrame) -> No
             st.badge(f"silenced by rule {event['suppressed_by']}", icon=":material/notifications_off:", color="gray")
     st.caption(_sentence(event))
     if event["acted_by"] is not None:
-        st.caption(f"{event['human_state'].capitalize()} by {event['acted_by']}, {moment(event['acted_at'])} UTC")
+        st.caption(
+            f"{event['human_state'].capitalize()} by {plain(event['acted_by'])}, {moment(event['acted_at'])} UTC"
+        )
     if event["suppressed_by"] is not None:
         for rule in list_maintenance(workspace, lifted=True).filter(id=event["suppressed_by"]).to_dicts():
-            st.caption(f"Rule {rule['id']} by {rule['author']}: {rule['reason']}")
-
-
-def _title(event: dict[str, Any]) -> str:
-    return f"{event['series_id']}, {_span(event)}"
+            st.caption(f"Rule {rule['id']} by {plain(rule['author'])}: {plain(rule['reason'])}")
 
 
 def _around(workspace: Workspace, event: dict[str, Any], mine: pl.DataFrame, events: pl.DataFrame) -> None:
@@ -156,11 +150,11 @@ def _window(
         try:
             window = triage.event_window(detection(record), event, variates, around=around)
         except TsforgeError as error:  # a damaged report must not hide the event: its values are in the store
-            st.warning(str(error))
+            st.warning(plain(error))
         else:
             if window.scores.height and window.values.height:
                 shade = "Red: this event; orange: others of the series. Shaded blue: expected value and usual error."
-                return window, f"{shade} Scores of {record['source']} ({record['id']})."
+                return window, f"{shade} Scores of {plain(record['source'])} ({plain(record['id'])})."
     try:
         rows = series_table(event["dataset"], event["series_id"])
     except TsforgeError:  # events of rows that were never stored: what is known of the event is shown all the same
@@ -190,7 +184,7 @@ def _origin(event: dict[str, Any]) -> None:
         "found by": event["source"],
         "model": event["artifact"],
     }
-    st.caption(", ".join(f"{name} `{value}`" for name, value in facts.items() if value))
+    st.caption(", ".join(f"{name} {code(value)}" for name, value in facts.items() if value))
 
 
 def _similar(workspace: Workspace, event: dict[str, Any], events: pl.DataFrame) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 import polars as pl
 
-from dashboards.charts import ALARM, FORECAST, GRID, HISTORY, OWN, style
+from dashboards.style import ALARM, FORECAST, GRID, HISTORY, OWN, extra_height, label, name_axis, names_across, style
 
 MOST = 12  # inputs drawn one by one; the others are one bar
 OTHERS = "all others"
@@ -24,25 +24,39 @@ def waterfall_chart(parts: pl.DataFrame, *, baseline: float, forecast: float, va
     rest = forecast - baseline - sum(values)
     if abs(rest) > 1e-3 * (abs(forecast - baseline) + sum(map(abs, values))):
         names, values = [*names, "remainder"], [*values, rest]
+    texts = ["baseline", *names, "forecast"]  # an input may have either name too: places are numbers
     figure = go.Figure(
         go.Waterfall(
-            x=["baseline", *names, "forecast"],
-            y=[baseline, *values, forecast],
-            measure=["absolute", *["relative"] * len(values), "total"],
+            x=list(range(1, len(names) + 1)),
+            y=values,
+            base=baseline,
             increasing={"marker": {"color": FORECAST}},
             decreasing={"marker": {"color": ALARM}},
-            totals={"marker": {"color": HISTORY}},
             connector={"line": {"color": GRID}},
-            hovertemplate="%{x}: %{y:.4~g}<extra></extra>",
+            customdata=[label(name) for name in names],
+            hovertemplate="%{customdata}: %{delta:+.4~g}<extra></extra>",
         )
     )
+    figure.add_scatter(  # a bar would have to begin at 0, far from where the steps can be seen
+        x=[0, len(names) + 1],
+        y=[baseline, forecast],
+        customdata=[texts[0], texts[-1]],
+        mode="markers",
+        marker={"symbol": "line-ew", "size": 44, "line": {"width": 3, "color": HISTORY}},
+        hovertemplate="%{customdata}: %{y:.4~g}<extra></extra>",
+    )
     figure = style(figure, y_title=variate)
+    across = names_across(texts)
+    figure.update_layout(height=figure.layout.height + extra_height(across))
+    figure.update_xaxes(
+        **{**across, "type": "linear", "tickvals": list(range(len(texts)))}, range=[-0.6, len(texts) - 0.4]
+    )
     corners = [baseline]
     for value in values:
         corners.append(corners[-1] + value)
     low, high = min(*corners, forecast), max(*corners, forecast)
     room = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
-    figure.update_yaxes(range=[low - room, high + room])  # from 0 the steps of a level far from it could not be seen
+    figure.update_yaxes(range=[low - room, high + room])
     figure.update_layout(showlegend=False, hovermode="closest")
     return figure
 
@@ -66,13 +80,14 @@ def lags_chart(cells: pl.DataFrame) -> go.Figure:
             colorscale=[[0, ALARM], [0.5, _PALE], [1, FORECAST]],
             zmin=-most,
             zmax=most,
-            hovertemplate="%{y} at %{x}<br>%{z:.4~g}<extra></extra>",
+            customdata=[[label(name)] * len(times) for name in names],
+            hovertemplate="%{customdata} at %{x}<br>%{z:.4~g}<extra></extra>",
             colorbar={"len": 1, "thickness": 12},
         )
     )
     figure = style(figure, height=120 + 30 * max(2, len(names)))
     figure.update_layout(hovermode="closest")
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, **name_axis(names))
     return figure
 
 
@@ -86,15 +101,16 @@ def importance_chart(importance: pl.DataFrame) -> go.Figure:
     figure = go.Figure(
         go.Bar(
             x=shown["importance"],
-            y=shown["label"],
+            y=shown["label"].to_list(),
+            customdata=[label(name) for name in shown["label"]],
             orientation="h",
             error_x={"type": "data", "array": shown["sd"].fill_null(0.0).to_list(), "color": OWN, "thickness": 1.5},
             marker_color=[FORECAST if value is not None and value > 0 else OWN for value in shown["importance"]],
-            hovertemplate="%{y}: %{x:+.1%}<extra></extra>",
+            hovertemplate="%{customdata}: %{x:+.1%}<extra></extra>",
         )
     )
     figure = style(figure, height=100 + 26 * max(2, shown.height))
     figure.update_layout(showlegend=False, hovermode="closest")
     figure.update_xaxes(tickformat="+.0%", title_text="growth of the error when the input is exchanged")
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, **name_axis(shown["label"].to_list()))
     return figure

@@ -8,9 +8,22 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from dashboards.charts import ALARM, CYCLE, FORECAST, GRID, HISTORY, short_name, style
+from dashboards.style import (
+    ALARM,
+    CYCLE,
+    FORECAST,
+    GRID,
+    HISTORY,
+    extra_height,
+    label,
+    name_axis,
+    names_across,
+    short_name,
+    style,
+)
 
 _READABLE = 12  # variates whose cells have room for numbers
+_NARROW = 16  # characters of a name beside a small map
 _PALE = "#eef1f4"
 _ROOM = 0.12  # of the circle's radius, between an arrow and a name
 
@@ -37,22 +50,21 @@ def matrix_chart(
     found = {(row["row"], row["column"]): row[value] for row in cells.iter_rows(named=True)}
     values = [[found.get((a, b)) for b in columns] for a in rows]
     flat = [cell for row in values for cell in row if cell is not None]
-    most = max((abs(cell) for cell in flat), default=0.0) or 1.0
+    largest = max((abs(cell) for cell in flat), default=0.0) or 1.0
     signed = min(flat, default=0.0) < 0
     low = [[0, ALARM], [0.5, _PALE]] if signed else [[0, _PALE]]
-    readable = len(rows) <= _READABLE
+    readable = max(len(rows), len(columns)) <= (_READABLE // 2 if small else _READABLE)
     figure = go.Figure(
         go.Heatmap(
             z=values,
-            text=[["" if cell is None else _number(cell, most) for cell in row] for row in values],
+            text=[["" if cell is None else _number(cell, largest) for cell in row] for row in values],
             texttemplate="%{text}" if readable else None,
-            textfont={"size": 11},
             colorscale=[*low, [1, FORECAST]],
-            zmin=-most if signed else 0.0,
-            zmax=most,
+            zmin=-largest if signed else 0.0,
+            zmax=largest,
             xgap=2,
             ygap=2,
-            customdata=[[[a, b] for b in columns] for a in rows],
+            customdata=[[[label(a), label(b)] for b in columns] for a in rows],
             hovertemplate="%{customdata[0]} from %{customdata[1]}<br>%{z:.3~g}<extra></extra>",
             colorbar={"len": 1, "thickness": 12},
             showscale=not small,
@@ -60,11 +72,13 @@ def matrix_chart(
     )
     figure = style(figure, height=150 + (34 if readable else 18) * len(rows), title=title)
     figure.update_layout(hovermode="closest")
-    shown = {"showgrid": False, "tickfont": {"size": 11}}
-    names = [short_name(name) for name in columns]
-    figure.update_xaxes(title_text=across, tickvals=list(range(len(columns))), ticktext=names, **shown)
-    names = [short_name(name) for name in rows]
-    figure.update_yaxes(title_text=down, tickvals=list(range(len(rows))), ticktext=names, autorange="reversed", **shown)
+    shown = {"showgrid": False, "tickfont": {"size": 11}, "type": "linear"}
+    most = _NARROW if small else 22
+    below = {**names_across(columns, room=30 if small else 90, most=most), "tickvals": list(range(len(columns)))}
+    figure.update_layout(height=figure.layout.height + extra_height(below))
+    figure.update_xaxes(title_text=across, **{**below, **shown})
+    beside = {**name_axis(rows, most=most), "tickvals": list(range(len(rows)))}
+    figure.update_yaxes(title_text=down, autorange="reversed", **{**beside, **shown})
     return figure
 
 
@@ -90,7 +104,8 @@ def network_chart(weights: pl.DataFrame, *, least: float) -> go.Figure:
             x=[place[name][0] for name in names],
             y=[place[name][1] for name in names],
             mode="markers+text",
-            text=[short_name(name) for name in names],
+            text=[label(name, most=22) for name in names],
+            hovertext=[label(name) for name in names],
             textposition=["top center" if place[name][1] >= 0 else "bottom center" for name in names],
             marker={"size": 14, "color": HISTORY},
             hoverinfo="text",
@@ -145,7 +160,7 @@ def epochs_chart(weights: pl.DataFrame, *, most: int = 8) -> go.Figure:
         figure.add_scatter(
             x=part["epoch"],
             y=part["value"],
-            name=f"{short_name(cell['row'])} from {'itself' if own else short_name(cell['column'])}",
+            name=label(f"{short_name(cell['row'])} from {'itself' if own else short_name(cell['column'])}"),
             mode="lines+markers",
             line={"color": CYCLE[number % len(CYCLE)], "width": 2},
             marker={"size": 4},
@@ -165,7 +180,7 @@ def contributions_chart(contributions: pl.DataFrame, *, variate: str) -> go.Figu
     figure = go.Figure()
     for number, source in enumerate(contributions["source"].unique(maintain_order=True)):
         part = contributions.filter(pl.col("source") == source)
-        name = f"{source} (itself)" if source == variate else str(source)
+        name = label(f"{short_name(str(source))} (itself)" if source == variate else short_name(str(source)))
         figure.add_bar(x=part["time"], y=part["value"], name=name, marker_color=CYCLE[number % len(CYCLE)])
     total = contributions.group_by("time", maintain_order=True).agg(pl.col("value").sum())
     figure.add_scatter(

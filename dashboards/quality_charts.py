@@ -6,8 +6,9 @@ import plotly.graph_objects as go
 import polars as pl
 from plotly.subplots import make_subplots
 
-from dashboards.charts import ALARM, FORECAST, GRID, style
+from dashboards.style import ALARM, FORECAST, GRID, style
 
+_ACROSS = 2  # panels side by side: more have no room in a narrow window
 PATH = "rgba(224,145,47,0.5)"
 
 
@@ -46,10 +47,18 @@ def pit_chart(pit: pl.DataFrame) -> go.Figure:
     bins = bins.with_columns((share / (pl.col("high") - pl.col("low"))).fill_nan(None).alias("density"))
     groups = list(bins.group_by(keys, maintain_order=True))
     titles = [f"step {first}" if first == last else f"steps {first} to {last}" for (first, last), _ in groups]
+    lines = max(-(-len(groups) // _ACROSS), 1)
     figure = make_subplots(
-        rows=1, cols=max(len(groups), 1), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03
+        rows=lines,
+        cols=min(max(len(groups), 1), _ACROSS),
+        shared_xaxes=True,
+        shared_yaxes="all",
+        subplot_titles=titles,
+        horizontal_spacing=0.03,
+        vertical_spacing=0.2 / lines,
     )
-    for column, (_, rows) in enumerate(groups, start=1):
+    for place, (_, rows) in enumerate(groups):
+        panel = {"row": place // _ACROSS + 1, "col": place % _ACROSS + 1}
         low, high = rows["low"], rows["high"]
         bars = go.Bar(
             x=((low + high) / 2).to_list(),
@@ -61,11 +70,12 @@ def pit_chart(pit: pl.DataFrame) -> go.Figure:
             "(%{customdata[2]:.0f} values)<extra></extra>",
             showlegend=False,
         )
-        figure.add_trace(bars, row=1, col=column)
-        figure.add_hline(y=1.0, line_width=1.2, line_dash="dash", line_color=ALARM, row=1, col=column)
-    figure = style(figure, height=300)
+        figure.add_trace(bars, **panel)
+        figure.add_hline(y=1.0, line_width=1.2, line_dash="dash", line_color=ALARM, **panel)
+    figure = style(figure, height=80 + 220 * lines)
     figure.update_layout(hovermode="closest", margin={"t": 34})
-    figure.update_xaxes(range=[0, 1], title_text="forecast probability")
+    figure.update_xaxes(range=[0, 1])
+    figure.update_xaxes(title_text="forecast probability", row=lines)
     figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title_text="observed / nominal", selector=0)
+    figure.update_yaxes(title_text="observed / nominal", col=1)
     return figure

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import streamlit as st
 
+from dashboards import address
+from dashboards.text import code, plain
 from tsforge.app import catalog, catalog_results, triage
-from tsforge.core.errors import TsforgeError
+from tsforge.core.errors import TsforgeError, listing
 from tsforge.core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -28,18 +30,26 @@ def workspace() -> Workspace:
 
 def page(title: str, draw: Callable[[Workspace], None], *, lead: str = "") -> None:
     """Draw a page below its title; an error a user can cause becomes one message, never a traceback."""
+    address.begin(title)
     st.title(title)
     if lead:
         st.caption(lead)
     try:
         draw(workspace())
     except TsforgeError as error:
-        st.error(f"**This page cannot be shown.** {error}", icon=":material/error:")
+        st.error(f"**This page cannot be shown.** {plain(error)}", icon=":material/error:")
         st.caption("Nothing was changed. `tsforge doctor` tells what is reachable.")
+    address.end(title)
 
 
 def choose(
-    label: str, options: Sequence[str], key: str, *, names: Mapping[str, str] | None = None, where: Any = st
+    label: str,
+    options: Sequence[str],
+    key: str,
+    *,
+    names: Mapping[str, str] | None = None,
+    where: Any = st,
+    damaged: Container[str] = (),
 ) -> str:
     """Return the chosen option of a select box; the choice is part of the URL, so that it can be sent as a link.
 
@@ -49,18 +59,36 @@ def choose(
         key: name in the URL.
         names: shown text per option.
         where: the column or container to draw in.
+        damaged: values that were left out of the options for that reason.
     """
-    wanted = st.query_params.get(key)
-    if wanted is not None and wanted not in options:
-        where.warning(f"The link names {label.lower()} '{wanted}', which is not here; showing another one.")
-    index = options.index(wanted) if wanted in options else 0
-    shown = dict(names or {})
-    value: str = where.selectbox(
-        label, options, index=index, format_func=lambda item: shown.get(item, item), key=f"choice-{key}"
-    )
-    if st.query_params.get(key) != value:
-        st.query_params[key] = value
+    wanted, state, shown = address.get(key), f"choice-{key}", dict(names or {})
+    if wanted and wanted not in options and address.is_news():
+        warn_of_link(label.lower(), wanted, where=where, why="is damaged" if wanted in damaged else "is not here")
+    first = wanted if wanted in options else options[0]
+    address.adopt(state, first, valid=st.session_state.get(state) in options)
+    value: str = where.selectbox(label, options, format_func=lambda item: shown.get(item, item), key=state)
+    address.put(key, value)
     return value
+
+
+def flag(label: str, key: str, *, help: str | None = None) -> bool:
+    """Return whether a toggle is on; the choice is part of the URL."""
+    address.adopt(f"choice-{key}", address.get(key) == "1")
+    chosen = st.toggle(label, key=f"choice-{key}", help=help)
+    address.put(key, "1" if chosen else "")
+    return chosen
+
+
+def warn_of_link(what: str, wanted: str, *, where: Any = st, why: str = "is not here") -> None:
+    """Say that what a link names cannot be shown."""
+    where.warning(f"The link names {what} '{plain(wanted)}', which {why}; showing another one.")
+
+
+def left_out(damaged: Mapping[str, str], again: str) -> None:
+    """Name the results that a list lacks because they are damaged, why, and what makes them anew."""
+    if damaged:
+        names = listing([f"{code(name)} ({plain(why)})" for name, why in damaged.items()])
+        st.warning(f"Left out, because damaged: {names}. {again}", icon=":material/broken_image:")
 
 
 def labels(records: Iterable[Mapping[str, Any]], text: Callable[[Mapping[str, Any]], str]) -> dict[str, str]:

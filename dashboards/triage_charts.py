@@ -1,4 +1,4 @@
-"""Charts of the triage page and of model health, from tables; the look is that of ``charts``."""
+"""Charts of the triage page and of model health, from tables; the look is that of ``style``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ import plotly.graph_objects as go
 import polars as pl
 from plotly.subplots import make_subplots
 
-from dashboards.charts import ACCENT, ALARM, ALARM_BAND, BAND, CYCLE, FORECAST, HISTORY, style
+from dashboards.style import (
+    ACCENT,
+    ALARM,
+    ALARM_BAND,
+    BAND,
+    CYCLE,
+    FORECAST,
+    HISTORY,
+    add_line,
+    label,
+    name_axis,
+    panel_titles,
+    short_names,
+    style,
+    value_axis,
+)
 
 OTHER_BAND = "rgba(224,145,47,0.16)"
 _LOG_ABOVE = 50  # times the median: such a score leaves nothing to see on a linear axis
@@ -35,7 +50,7 @@ def event_chart(
         rows=rows,
         cols=1,
         shared_xaxes=True,
-        subplot_titles=[*names, *(["score"] if has_scores else [])],
+        subplot_titles=panel_titles([*names, *(["score"] if has_scores else [])]),
         vertical_spacing=38 / height,
     )
     for row, name in enumerate(names, start=1):
@@ -74,12 +89,15 @@ def _variate(figure: go.Figure, part: pl.DataFrame, row: int) -> None:
             )
     if "expected" in part.columns and part["expected"].count():
         line = {"color": FORECAST, "width": 1.4, "dash": "dot"}
-        _line(figure, times, part["expected"], "expected", line, row, legend=is_first)
-    _line(figure, times, part["value"], "observed", {"color": HISTORY, "width": 1.8}, row, legend=is_first)
+        _line(figure, part["time"], part["expected"], "expected", line, row, legend=is_first)
+    line = {"color": HISTORY, "width": 1.8}
+    _line(figure, part["time"], part["value"], "observed", line, row, legend=is_first)
+    drawn = [part[name] for name in ("value", "expected", "low", "high") if name in part.columns]
+    figure.update_yaxes(**value_axis(*drawn), row=row, col=1)
 
 
 def _score(figure: go.Figure, scores: pl.DataFrame, row: int) -> None:
-    times = scores["time"].to_list()
+    times = scores["time"]
     _line(figure, times, scores["score"], "score", {"color": CYCLE[3], "width": 1.8}, row)
     if scores["threshold"].count():
         _line(figure, times, scores["threshold"], "threshold", {"color": ACCENT, "dash": "dash", "width": 1.4}, row)
@@ -90,7 +108,7 @@ def _score(figure: go.Figure, scores: pl.DataFrame, row: int) -> None:
 
 def _line(
     figure: go.Figure,
-    times: list[Any],
+    times: pl.Series,
     values: pl.Series,
     name: str,
     line: dict[str, Any],
@@ -98,11 +116,7 @@ def _line(
     *,
     legend: bool = True,
 ) -> None:
-    figure.add_trace(
-        go.Scatter(x=times, y=values.to_list(), name=name, legendgroup=name, showlegend=legend, line=line),
-        row=row,
-        col=1,
-    )
+    add_line(figure, times, values, name=name, line=line, row=row, legendgroup=name, showlegend=legend)
 
 
 def _shade(figure: go.Figure, event: Mapping[str, Any], fill: str, edge: str) -> None:
@@ -147,6 +161,7 @@ def contribution_chart(variates: Sequence[Mapping[str, Any]], *, shown: int = 8)
     figure = style(figure, height=150 + 28 * len(ranked))
     figure.update_layout(hovermode="y unified", margin={"t": 36})
     figure.update_xaxes(title_text="standard deviations", rangemode="tozero")
+    figure.update_yaxes(**name_axis(names))
     return figure
 
 
@@ -161,13 +176,14 @@ def health_chart(history: pl.DataFrame, *, bound: float, shown: int = 8) -> go.F
     name = "ratio" if history["ratio"].count() else "rate"
     last = history.sort("time").group_by("series_id").last().sort(name, descending=True, nulls_last=True)
     figure = go.Figure()
-    for index, series in enumerate(last["series_id"].head(shown)):
+    drawn = last["series_id"].head(shown)
+    for index, (series, short) in enumerate(zip(drawn, short_names(drawn, 28), strict=True)):
         part = history.filter(pl.col("series_id") == series).sort("time")
         figure.add_trace(
             go.Scatter(
                 x=part["time"].to_list(),
                 y=part[name].to_list(),
-                name=series,
+                name=label(short),
                 line={"color": CYCLE[index % len(CYCLE)], "width": 1.8},
             )
         )
@@ -177,8 +193,12 @@ def health_chart(history: pl.DataFrame, *, bound: float, shown: int = 8) -> go.F
                 y=level,
                 line={"color": color, "width": 1.2, "dash": "dash"},
                 annotation={"text": text, "font": {"size": 12}},
+                annotation_position="right",
             )
         figure.update_yaxes(ticksuffix=" x", rangemode="tozero")
     else:
         figure.update_yaxes(tickformat=".1%", rangemode="tozero")
-    return style(figure, height=320, y_title="alarm rate / nominal" if name == "ratio" else "alarm rate")
+    figure = style(figure, height=320, y_title="alarm rate / nominal" if name == "ratio" else "alarm rate")
+    if name == "ratio":
+        figure.update_layout(margin_r=92)  # the words stand beside the lines, where no curve crosses them
+    return figure

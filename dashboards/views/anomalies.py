@@ -8,7 +8,20 @@ import polars as pl
 import streamlit as st
 
 from dashboards import charts, triage_charts
-from dashboards.state import MINUTE, choose, detection, empty, health, labels, moment, page, series_table, table
+from dashboards.state import (
+    MINUTE,
+    choose,
+    detection,
+    empty,
+    health,
+    labels,
+    left_out,
+    moment,
+    page,
+    series_table,
+    table,
+)
+from dashboards.text import plain
 from tsforge.app import catalog_results, triage
 from tsforge.app.catalog_results import StoredDetection
 from tsforge.contracts.tables import JOINT
@@ -43,6 +56,8 @@ def show() -> None:
 
 def _draw(workspace: Workspace) -> None:
     detections = catalog_results.list_detections(workspace)
+    damaged = catalog_results.damaged_reports(workspace, catalog_results.DETECTIONS)
+    left_out(damaged, "Run `tsforge detect` again.")
     if not detections:
         empty("detection", "tsforge detect artifact=latest")
         return
@@ -54,12 +69,12 @@ def _draw(workspace: Workspace) -> None:
         ),
     )
     left, right = st.columns([2, 1])
-    chosen = choose("Detection", list(names), "detection", names=names, where=left)
+    chosen = choose("Detection", list(names), "detection", names=names, where=left, damaged=damaged)
     record = next(item for item in detections if item["id"] == chosen)
     report = detection(record)
     series = _choose_series(report, right)
     for notice in report.metadata["notices"]:
-        st.warning(str(notice), icon=":material/monitor_heart:")
+        st.warning(plain(notice), icon=":material/monitor_heart:")
     events = report.events.filter(pl.col("series_id") == series).sort("peak_score", descending=True)
     if events.is_empty():
         st.success("No event in this series: every score stayed below its threshold.", icon=":material/check_circle:")
@@ -68,7 +83,7 @@ def _draw(workspace: Workspace) -> None:
         event = _choose_event(events)
         _timeline(report, series, event, events)
         _one_event(event)
-        with st.expander(f"All events of {series} ({events.height})", expanded=True):
+        with st.expander(f"All events of {plain(series)} ({events.height})", expanded=True):
             first = events.with_columns(first=pl.col("variates").list.first().struct.field("variate"))
             table(first.sort("start"), _EVENTS)
             st.download_button("Download CSV", events.drop("variates").write_csv(), file_name=f"events-{series}.csv")
@@ -144,7 +159,7 @@ def _one_event(event: dict[str, Any]) -> None:
     with right:
         st.markdown(f"**Event of {_span(event)}**")
         table([{"fact": name, "value": value} for name, value in facts.items() if value])
-        st.caption(f"Rule: {event['rule']}")
+        st.caption(f"Rule: {plain(event['rule'])}")
 
 
 def _health(history: pl.DataFrame, nominal: float | None) -> None:
@@ -158,7 +173,7 @@ def _health(history: pl.DataFrame, nominal: float | None) -> None:
     stale = last.filter(pl.col("is_stale"))["series_id"].to_list()
     said = "Share of alarm rows in the last 7 days or 5,000 rows, whichever is less."
     if nominal:
-        names = f"{', '.join(stale[:5])}{' ...' * (len(stale) > 5)}"
+        names = f"{plain(', '.join(stale[:5]))}{' ...' * (len(stale) > 5)}"
         said += f" {nominal:.3%} of normal rows should alarm. " + (
             f"Stale: {names}." if stale else "No series is stale."
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import polars as pl
 import streamlit as st
 
-from dashboards import backtest_charts, charts, quality_charts
-from dashboards.state import MINUTE, backtest, choose, empty, labels, page, table
+from dashboards import backtest_charts, quality_charts
+from dashboards.state import MINUTE, backtest, choose, empty, labels, left_out, page, table
+from dashboards.style import colour_map
+from dashboards.text import plain
 from tsforge.app import catalog_results
 from tsforge.app.catalog_results import StoredBacktest
 from tsforge.core.workspace import Workspace
@@ -49,25 +51,28 @@ def show() -> None:
 
 def _draw(workspace: Workspace) -> None:
     backtests = catalog_results.list_backtests(workspace)
+    damaged = catalog_results.damaged_reports(workspace, catalog_results.BACKTESTS)
+    left_out(damaged, "Run `tsforge backtest` again.")
     if not backtests:
         empty("backtest", "tsforge backtest data=nyc_weather model=ar_net")
         return
     names = labels(backtests, lambda item: f"{item['dataset']}, {item['model']}, {item['created']:{MINUTE}}")
     left, right = st.columns([2, 1])
-    chosen = choose("Backtest", list(names), "backtest", names=names, where=left)
+    chosen = choose("Backtest", list(names), "backtest", names=names, where=left, damaged=damaged)
     report = backtest(chosen)
     metric_names = {name: _metric_name(name) for name in report.metrics}
     metric = choose("Metric", list(report.metrics), "metric", names=metric_names, where=right)
     _verdict(report, metric)
     left, right = st.columns(2)
     left.plotly_chart(
-        charts.leaderboard_chart(report.summary, metric=metric, name=metric_names[metric]),
+        backtest_charts.leaderboard_chart(report.summary, metric=metric, name=metric_names[metric]),
         width="stretch",
         key="leaderboard",
     )
-    right.plotly_chart(
-        charts.error_by_step(report.by_step, metric=metric, name=metric_names[metric]), width="stretch", key="by-step"
+    steps = backtest_charts.error_by_step(
+        report.by_step, metric=metric, name=metric_names[metric], colours=_colours(report)
     )
+    right.plotly_chart(steps, width="stretch", key="by-step")
     st.subheader("All metrics")
     intervals = {
         name: f"inside {name.removeprefix('coverage_')} %"
@@ -77,17 +82,21 @@ def _draw(workspace: Workspace) -> None:
     shares = (*intervals, "win_share", "skill_mae")
     table(report.summary, {**_ERRORS, **intervals, **_RANKS}, percentages=shares)
     st.caption(
-        f"Skill is 1 - error / error of {report.metadata['reference']}; ranks and wins count series, variates and "
-        "cutoffs; p-values are against the reference, adjusted for the number of models (Holm)."
+        f"Skill is 1 - error / error of {plain(report.metadata['reference'])}; ranks and wins count series, variates "
+        "and cutoffs; p-values are against the reference, adjusted for the number of models (Holm)."
     )
     _tests(report)
     _calibration(report)
     _by_regime(report, metric)
     _worst_series(report, metric)
     for note in report.metadata["notes"]:
-        st.info(str(note))
+        st.info(plain(note))
     with st.expander("How this was measured"):
         st.json(report.metadata, expanded=1)
+
+
+def _colours(report: StoredBacktest) -> dict[str, str]:
+    return colour_map(report.summary["model"])
 
 
 def _metric_name(name: str) -> str:
@@ -105,7 +114,8 @@ def _verdict(report: StoredBacktest, metric: str) -> None:
     best = min(rivals, key=lambda name: rivals[name])
     if own >= rivals[best]:
         st.warning(
-            f"{model} does not beat {best} on {_metric_name(metric)}: {own:.4g} against {rivals[best]:.4g}.",
+            f"{plain(model)} does not beat {plain(best)} on {_metric_name(metric)}: {own:.4g} against "
+            f"{rivals[best]:.4g}.",
             icon=":material/trending_down:",
         )
 
@@ -120,7 +130,7 @@ def _tests(report: StoredBacktest) -> None:
     others = report.tests["against"].unique(maintain_order=True).to_list()
     kinds = {name: "the reference" if name == report.metadata["reference"] else "the best model" for name in others}
     for name in others:
-        st.markdown(f"Against {name}, {kinds[name]}")
+        st.markdown(f"Against {plain(name)}, {kinds[name]}")
         table(report.tests.filter(pl.col("against") == name), _TESTS)
     st.caption(
         f"Difference in {facts['loss']}, negative is better. Diebold-Mariano over cutoffs, Wilcoxon over units "
@@ -144,11 +154,17 @@ def _calibration(report: StoredBacktest) -> None:
     st.plotly_chart(figure, width="stretch", key="pit")
     joint = report.summary.filter(pl.col("model") == model)
     if "energy" in joint.columns and joint["energy"][0] is not None:
-        gain = 1.0 - joint["energy"][0] / joint["energy_apart"][0]
+        gain = _gain(joint["energy"][0], joint["energy_apart"][0])
         st.caption(
-            f"Energy score of its sample paths {joint['energy'][0]:.4g}, {gain:.1%} better than with independent "
+            f"Energy score of its sample paths {joint['energy'][0]:.4g}, {gain} independent "
             f"steps; variogram score {joint['variogram'][0]:.4g} against {joint['variogram_apart'][0]:.4g}."
         )
+
+
+def _gain(error: float, other: float) -> str:
+    """Return how an error compares with another in words, to a tenth of a percent."""
+    share = round(100 * (1.0 - error / other), 1)
+    return "the same as with" if share == 0.0 else f"{abs(share)} % {'better' if share > 0.0 else 'worse'} than with"
 
 
 def _by_regime(report: StoredBacktest, metric: str) -> None:
@@ -160,7 +176,7 @@ def _by_regime(report: StoredBacktest, metric: str) -> None:
         return
     kind = choose("Regime", kinds, "regime")
     rows = report.regimes.filter(pl.col("kind") == kind)
-    figure = backtest_charts.regime_chart(rows, metric=metric, name=_metric_name(metric))
+    figure = backtest_charts.regime_chart(rows, metric=metric, name=_metric_name(metric), colours=_colours(report))
     st.plotly_chart(figure, width="stretch", key="by-regime")
     wide = rows.pivot(on="model", index="regime", values=metric, maintain_order=True)
     cells = rows.filter(pl.col("model") == report.metadata["model"]).select("regime", "count")
@@ -175,10 +191,10 @@ def _worst_series(report: StoredBacktest, metric: str) -> None:
     worst, skill = report.worst[metric], f"skill_{metric}"
     if model == reference or not worst[skill].count():
         why = "it is the reference itself" if model == reference else f"{reference} makes no error here"
-        st.info(f"{model} has no skill to order series by: {why}.")
+        st.info(f"{plain(model)} has no skill to order series by: {plain(why)}.")
     else:
         lost = int((worst[skill] < 0).sum())
-        st.caption(f"{model} is worse than {reference} on {lost} of {worst.height} series.")
+        st.caption(f"{plain(model)} is worse than {plain(reference)} on {lost} of {worst.height} series.")
         figure = backtest_charts.skill_chart(worst, skill=skill, reference=reference)
         st.plotly_chart(figure, width="stretch", key="worst-series")
     headings = {

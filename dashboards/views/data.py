@@ -9,6 +9,7 @@ import streamlit as st
 
 from dashboards import charts
 from dashboards.state import choose, data_report, empty, page, series_table, table
+from dashboards.text import plain
 from tsforge.app import catalog
 from tsforge.core.workspace import Workspace
 
@@ -59,7 +60,7 @@ def _draw(workspace: Workspace) -> None:
     series = choose("Series", report["series_id"].unique(maintain_order=True).to_list(), "series", where=right)
     st.subheader("Missing cells")
     st.plotly_chart(charts.null_share_chart(report), width="stretch", key="missing")
-    st.subheader(f"Values of {series}")
+    st.subheader(f"Values of {plain(series)}")
     rows = series_table(name, series)
     columns = [column for column in rows.columns if column not in ("series_id", "time")]
     chosen = st.multiselect("Columns", columns, default=columns[:3], key=f"columns-{name}")

@@ -9,7 +9,8 @@ import polars as pl
 import streamlit as st
 
 from dashboards import dynamics_charts as charts
-from dashboards.state import MINUTE, choose, empty, labels, page, table
+from dashboards.state import MINUTE, choose, empty, labels, left_out, page, table
+from dashboards.text import plain
 from tsforge.app import catalog_dynamics
 from tsforge.app.catalog_dynamics import StoredReconstruction, seed_rank
 from tsforge.core.errors import TsforgeError, listing
@@ -53,47 +54,52 @@ def show() -> None:
 
 def _draw(workspace: Workspace) -> None:
     damaged = catalog_dynamics.damaged_reconstructions(workspace)
-    if damaged:
-        st.warning(f"Left out, because damaged: {listing(damaged)}. Run the same `tsforge reconstruct` again.")
+    left_out(dict.fromkeys(damaged, "result.json cannot be used"), "Run the same `tsforge reconstruct` again.")
     found = catalog_dynamics.list_reconstructions(workspace)
     if not found:
         empty("reconstruction", "tsforge reconstruct experiment/demo_lorenz")
         return
     names = labels(found, lambda item: f"{item['name']}, {item['seeds']} seed(s), {item['created']:{MINUTE}}")
     left, right = st.columns([2, 1])
-    chosen = choose("Reconstruction", list(names), "reconstruction", names=names, where=left)
+    chosen = choose("Reconstruction", list(names), "reconstruction", names=names, where=left, damaged=damaged)
     report = catalog_dynamics.load_reconstruction(workspace, chosen)
     usable = sorted(report.seeds, key=seed_rank)
     seed = int(choose("Seed (best first)", [str(row["seed"]) for row in usable], "seed", where=right))
     row = next(row for row in usable if row["seed"] == seed)
     for note in report.summary.get("notes", []):
-        st.info(str(note))
+        st.info(plain(note))
     if report.summary.get("in_sample"):
         st.info("Judged on the training series itself: the figures say nothing about new data.")
     if report.inputs:
-        st.caption(
-            f"Driven by {listing(list(report.inputs))}: the free runs take the recorded inputs of the test series."
-        )
+        drivers = plain(listing(list(report.inputs)))
+        st.caption(f"Driven by {drivers}: the free runs take the recorded inputs of the test series.")
     _verdict(row)
     _seed(workspace, report, seed)
     st.subheader("All seeds")
     validated = any(row.get("validation") for row in report.seeds)
     table(_rows(report), {**_SEEDS, **(_VALIDATED if validated else {})})
     st.caption(
-        "MAD: median absolute deviation, over the seeds with a value. Captured: share of free runs that do not end as "
-        "the data do. A good PE says little about the long run."
+        "MAD: median absolute deviation, over the seeds with a value. Captured: share of free runs that "
+        f"{_captured(report)}. A good PE says little about the long run."
     )
     _training(workspace, report)
     with st.expander("How this was measured"):
         st.json(report.definition, expanded=1)
 
 
+def _captured(report: StoredReconstruction) -> str:
+    """Return what the ends of free runs were held against."""
+    if report.expected is None:
+        return "do not end as most moving ones do (nobody said how the data end)"
+    return f"do not end in {plain(report.expected)}, as the data do"
+
+
 def _verdict(row: dict[str, Any]) -> None:
     """Say in words what the check after the fit found."""
     if row.get("failed"):
-        st.warning(f"Seed {row['seed']} failed: {row['failed']}.", icon=":material/error:")
+        st.warning(f"Seed {row['seed']} failed: {plain(row['failed'])}.", icon=":material/error:")
     for warning in row["warnings"]:
-        st.warning(str(warning), icon=":material/warning:")
+        st.warning(plain(warning), icon=":material/warning:")
     if row.get("healthy"):
         st.success("No warning: the free runs keep to what the data do.", icon=":material/check_circle:")
     elif row.get("healthy") is None and not row.get("failed") and not row["findings"]:
@@ -102,7 +108,7 @@ def _verdict(row: dict[str, Any]) -> None:
     if validation.get("epoch") is not None:
         st.caption(f"Weights of epoch {validation['epoch']}: the best on the validation rows.")
     for note in row["findings"].get("notes", []):
-        st.caption(str(note))
+        st.caption(plain(note))
 
 
 def _seed(workspace: Workspace, report: StoredReconstruction, seed: int) -> None:
@@ -111,7 +117,7 @@ def _seed(workspace: Workspace, report: StoredReconstruction, seed: int) -> None
         stored = catalog_dynamics.load_seed(workspace, report.id, seed)
         cycles = catalog_dynamics.cycle_table(report, seed)
     except TsforgeError as error:
-        st.error(f"**Seed {seed} cannot be drawn.** {error}", icon=":material/error:")
+        st.error(f"**Seed {seed} cannot be drawn.** {plain(error)}", icon=":material/error:")
         return
     st.subheader("Trajectories")
     variates = _choose_variates(report.columns)
@@ -185,7 +191,7 @@ def _training(workspace: Workspace, report: StoredReconstruction) -> None:
     try:
         traces = catalog_dynamics.load_traces(workspace, report.id, [row["seed"] for row in report.seeds])
     except TsforgeError as error:
-        right.error(f"**The training cannot be drawn.** {error}", icon=":material/error:")
+        right.error(f"**The training cannot be drawn.** {plain(error)}", icon=":material/error:")
         return
     there = [name for name in _TRACES if traces[name].is_not_null().any()]
     if not there:

@@ -9,7 +9,7 @@ import streamlit as st
 
 from dashboards import explanation_charts
 from dashboards.explanation_charts import MOST, OTHERS
-from dashboards.state import MINUTE, attribution, choose, empty, importance, labels, page, table
+from dashboards.state import MINUTE, attribution, choose, empty, importance, labels, left_out, page, table
 from dashboards.views.forecasts import Shown, choose_forecast
 from tsforge.app import catalog
 from tsforge.core.workspace import Workspace
@@ -34,12 +34,14 @@ def show() -> None:
 
 def _draw(workspace: Workspace) -> None:
     artifacts = catalog.list_artifacts(workspace)
+    damaged = catalog.damaged_artifacts(workspace)
+    left_out(damaged, "Fit them again.")
     if not artifacts:
         empty("fitted model", "tsforge ingest data=nyc_weather\ntsforge fit data=nyc_weather model=ar_net")
         return
     columns = st.columns([2, 1, 1])
     names = labels(artifacts, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
-    artifact = choose("Model", list(names), "artifact", names=names, where=columns[0])
+    artifact = choose("Model", list(names), "artifact", names=names, where=columns[0], damaged=damaged)
     facts = catalog.artifact_facts(workspace, artifact)
     shown = choose_forecast(facts, columns[1:])
     if shown is not None:

@@ -9,8 +9,23 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import streamlit as st
 
-from dashboards import charts, graph_charts, quality_charts
-from dashboards.state import MINUTE, choose, empty, labels, live_forecast, live_paths, moment, page, series_table, table
+from dashboards import address, charts, graph_charts, model_charts, quality_charts
+from dashboards.state import (
+    MINUTE,
+    choose,
+    empty,
+    flag,
+    labels,
+    left_out,
+    live_forecast,
+    live_paths,
+    moment,
+    page,
+    series_table,
+    table,
+    warn_of_link,
+)
+from dashboards.text import plain
 from tsforge.app import catalog, catalog_results
 from tsforge.core.workspace import Workspace
 
@@ -47,6 +62,8 @@ def show() -> None:
 def _draw(workspace: Workspace) -> None:
     artifacts = catalog.list_artifacts(workspace)
     published = catalog_results.list_forecasts(workspace)
+    damaged = catalog.damaged_artifacts(workspace)
+    left_out(damaged, "Fit them again.")
     if not artifacts and not published:
         empty("fitted model", "tsforge ingest data=nyc_weather\ntsforge fit data=nyc_weather model=ar_net")
         return
@@ -54,7 +71,7 @@ def _draw(workspace: Workspace) -> None:
     sources = [name for name, found in ((LIVE, artifacts), (PUBLISHED, published)) if found]
     source = choose("Source", sources, "source", names=_SOURCES, where=columns[0])
     if source == LIVE:
-        shown = _live(workspace, artifacts, columns[1:])
+        shown = _live(workspace, artifacts, damaged, columns[1:])
     else:
         shown = _published(workspace, published, columns[1:])
     if shown is None:
@@ -65,30 +82,22 @@ def _draw(workspace: Workspace) -> None:
         table(shown.forecast.select(pl.exclude("series_id", "variate")))
         st.download_button("Download CSV", shown.forecast.write_csv(), file_name=f"{shown.name}.csv")
     if source == LIVE:
-        _explanation(catalog.artifact_facts(workspace, st.query_params["artifact"]), shown.variate)
+        _explanation(catalog.artifact_facts(workspace, address.get("artifact")), shown.variate)
 
 
-def _live(workspace: Workspace, artifacts: list[dict[str, Any]], where: list[Any]) -> Shown | None:
+def _live(
+    workspace: Workspace, artifacts: list[dict[str, Any]], damaged: dict[str, str], where: list[Any]
+) -> Shown | None:
     """Return the forecast of a chosen model from a chosen cutoff, None when the series is too short."""
     names = labels(artifacts, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
-    artifact = choose("Model", list(names), "artifact", names=names, where=where[0])
+    artifact = choose("Model", list(names), "artifact", names=names, where=where[0], damaged=damaged)
     facts = catalog.artifact_facts(workspace, artifact)
     shown = choose_forecast(facts, where[1:])
-    if shown is None or not facts["paths"] or not _wants_paths():
+    if shown is None or not facts["paths"] or not flag("Sample paths", "paths"):
         return shown
     first = shown.forecast.row(0, named=True)
     paths = live_paths(artifact, facts["dataset"], first["series_id"], first["cutoff"], _PATHS)
     return replace(shown, paths=paths.filter(pl.col("variate") == shown.variate))
-
-
-def _wants_paths() -> bool:
-    """Return whether whole futures are to be drawn; the choice is kept in the URL."""
-    chosen = st.toggle("Sample paths", value=st.query_params.get("paths") == "1", key="choice-paths")
-    if chosen:
-        st.query_params["paths"] = "1"
-    elif "paths" in st.query_params:
-        del st.query_params["paths"]
-    return chosen
 
 
 def choose_forecast(facts: dict[str, Any], where: list[Any]) -> Shown | None:
@@ -106,7 +115,8 @@ def choose_forecast(facts: dict[str, Any], where: list[Any]) -> Shown | None:
     if times.is_empty():
         seen = rows[variate].count() if variate in rows.columns else 0
         st.warning(
-            f"{series} has {seen} observed rows of {variate}; this model reads {facts['context_length']} rows"
+            f"{plain(series)} has {seen} observed rows of {plain(variate)}; "
+            f"this model reads {facts['context_length']} rows"
             + (f" and {facts['horizon']} of its known covariates ahead." if facts["known"] else ".")
         )
         return None
@@ -153,11 +163,15 @@ def _cutoffs(rows: pl.DataFrame, facts: dict[str, Any], variate: str) -> pl.Seri
 def _choose_cutoff(times: pl.Series) -> object:
     """Return the chosen cutoff; the position from the end is kept in the URL."""
     last = min(times.len() - 1, _FURTHEST)
-    wanted = st.query_params.get("back", "0")
-    back = min(int(wanted), last) if wanted.isdigit() else 0
-    choice = st.slider("Steps back from the newest cutoff", 0, last, back, key="choice-back") if last else 0
-    if st.query_params.get("back") != str(choice):
-        st.query_params["back"] = str(choice)
+    wanted = address.get("back", "0")
+    back = address.whole_number(wanted, 0, last)
+    if back is None and address.is_news():
+        warn_of_link("steps back", wanted)
+    choice = 0
+    if last:
+        address.adopt("choice-back", back or 0, valid=st.session_state.get("choice-back", 0) <= last)
+        choice = st.slider("Steps back from the newest cutoff", 0, last, key="choice-back")
+    address.put("back", str(choice))
     cutoff = times[times.len() - 1 - choice]
     st.caption(f"Cutoff **{moment(cutoff)}**: the model sees nothing that was observed after it.")
     return cutoff
@@ -214,7 +228,7 @@ def _parts(shown: Shown) -> None:
     nothing = pl.col("value").abs().max().over("component") == 0
     absent = shown.parts.filter(nothing)["component"].unique(maintain_order=True).to_list()
     note = "They add up to the forecast; every panel has its own scale."
-    st.caption(note + (f" Zero throughout, not drawn: {', '.join(absent)}." if absent else ""))
+    st.caption(note + (f" Zero throughout, not drawn: {plain(', '.join(absent))}." if absent else ""))
     drawn = shown.parts.filter(~nothing)
     if not drawn.is_empty():
         st.plotly_chart(charts.components_chart(drawn), width="stretch", key="parts")
@@ -246,7 +260,7 @@ def _coupling(records: pl.DataFrame, facts: dict[str, Any]) -> None:
     )
     names = dict(enumerate(facts["variates"]))
     named = pl.col("source", "variate").replace_strict(names, return_dtype=pl.String)
-    st.plotly_chart(charts.coupling_chart(records.with_columns(named)), width="stretch", key="learnt-coupling")
+    st.plotly_chart(model_charts.coupling_chart(records.with_columns(named)), width="stretch", key="learnt-coupling")
 
 
 _SCALES = {
@@ -271,7 +285,7 @@ def _time_scales(records: pl.DataFrame, facts: dict[str, Any]) -> None:
         "How long the states of each head last, until 1/e is left: the median, the middle 80 % and, as a diamond, the "
         f"median period. Dotted: the context{more if coupled else ''}."
     )
-    figure = charts.time_scales_chart(
+    figure = model_charts.time_scales_chart(
         records, step=facts["freq"], context=facts["context_length"], variates=len(facts["variates"])
     )
     st.plotly_chart(figure, width="stretch", key="learnt-time-scales")
@@ -281,7 +295,8 @@ def _time_scales(records: pl.DataFrame, facts: dict[str, Any]) -> None:
 
 def _order(records: pl.DataFrame, facts: dict[str, Any]) -> None:
     st.caption("The order that the coupling runs along, both ways: neighbours are variates that move together.")
-    st.write(", ".join(facts["variates"][number] for number in records.sort("position")["variate"]))
+    names = [facts["variates"][number] for number in records.sort("position")["variate"]]
+    st.write(plain(", ".join(names)))
 
 
 def _observer(records: pl.DataFrame, facts: dict[str, Any]) -> None:
@@ -291,7 +306,7 @@ def _observer(records: pl.DataFrame, facts: dict[str, Any]) -> None:
     )
     names = dict(enumerate(facts["variates"]))
     named = records.with_columns(pl.col("variate").replace_strict(names, return_dtype=pl.String))
-    st.plotly_chart(charts.observer_chart(named), width="stretch", key="learnt-observer")
+    st.plotly_chart(model_charts.observer_chart(named), width="stretch", key="learnt-observer")
     headings = {"variate": "variate", "gain": "gain", "one_step_error": "one-step error"}
     table(named, {name: heading for name, heading in headings.items() if name in named.columns})
 
@@ -318,12 +333,12 @@ _DRAWN: dict[str, _Draw] = {  # parts of an explanation that people would rather
     "kernels": _chart(
         "kernels",
         "Impulse responses of some features, from the shortest to the longest memory, each as a share of its peak.",
-        charts.kernels_chart,
+        model_charts.kernels_chart,
     ),
     "timescales": _chart(
         "timescales",
         "How many steps back hold 95 % of a feature's weight, against the step size of its system.",
-        charts.memory_chart,
+        model_charts.memory_chart,
     ),
     "time_scales": _time_scales,
     "coupling": _coupling,
@@ -347,7 +362,7 @@ def _explanation(facts: dict[str, Any], variate: str) -> None:
         training = facts["provenance"].get("training") or {}
         if training.get("epochs") and training.get("best_epoch", 0) < 0:
             earlier = training.get("started_from")
-            start = f"the weights of {earlier} that it began at" if earlier else "its closed-form start"
+            start = f"the weights of {plain(earlier)} that it began at" if earlier else "its closed-form start"
             st.info(f"This fit kept {start}: training did not clearly improve on that, and was taken back.")
         tabs = st.tabs([name.replace("_", " ") for name in found])
         for tab, (name, records) in zip(tabs, found.items(), strict=True):
@@ -371,7 +386,8 @@ def _named(records: list[dict[str, Any]], facts: dict[str, Any], variate: str) -
         shown = {key: value for key, value in record.items() if key != "variate"}
         if isinstance(shown.get("column"), str):
             kind, _, place = shown["column"].partition(" ")
-            if kind in covariates and place.isdigit():
-                shown["column"] = covariates[kind][int(place)]
+            number = address.whole_number(place, 0, len(covariates.get(kind, ())) - 1)
+            if number is not None:
+                shown["column"] = covariates[kind][number]
         chosen.append(shown)
     return chosen

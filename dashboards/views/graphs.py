@@ -9,6 +9,7 @@ import streamlit as st
 
 from dashboards import graph_charts as charts
 from dashboards.state import MINUTE, choose, empty, labels, page, table
+from dashboards.text import code, plain
 from dashboards.views.forecasts import Shown, choose_forecast
 from tsforge.app import catalog, catalog_graphs
 from tsforge.app.catalog_graphs import WEIGHTS
@@ -35,7 +36,8 @@ def _draw(workspace: Workspace) -> None:
         return
     names = labels(found, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
     left, right = st.columns([2, 1])
-    artifact = choose("Model", list(names), "artifact", names=names, where=left)
+    damaged = catalog.damaged_artifacts(workspace)
+    artifact = choose("Model", list(names), "artifact", names=names, where=left, damaged=damaged)
     layer = choose("Layer", list(_LAYERS), "layer", names=_LAYERS, where=right)
     st.warning(
         "Weights are not causes. They are determined only up to scale and sign, which the other layers take up, and a "
@@ -100,10 +102,10 @@ def _weights(cells: pl.DataFrame) -> None:
 def _epochs(cells: pl.DataFrame, facts: dict[str, Any]) -> None:
     st.subheader("Over the epochs")
     if cells.is_empty():
+        command = f"tsforge fit data={facts['dataset']} model={facts['model']} log_graphs=1"
         st.caption(
             "This fit stored the graphs of its final weights only. To see how they came about, fit with `log_graphs=1` "
-            f"(after every epoch, or every so many), as in `tsforge fit data={facts['dataset']} model={facts['model']} "
-            "log_graphs=1`."
+            f"(after every epoch, or every so many), as in {code(command)}."
         )
         return
     weights = cells.filter(matrix=WEIGHTS)
@@ -119,10 +121,10 @@ def _stability(workspace: Workspace, artifact: str, layer: str, facts: dict[str,
     runs = catalog_graphs.sibling_graphs(workspace, artifact)
     count = runs["run"].n_unique()
     if count < _ENOUGH:
+        command = f"tsforge fit data={facts['dataset']} model={facts['model']} train.seed=1"
         st.caption(
             f"{count} seed(s) of this model are stored; {_ENOUGH} or more tell what is stable. Fit others with the "
-            f"same settings and another `train.seed`, as in `tsforge fit data={facts['dataset']} "
-            f"model={facts['model']} train.seed=1`."
+            f"same settings and another `train.seed`, as in {code(command)}."
         )
         return
     found = catalog_graphs.graph_stability(runs).filter(layer=layer, matrix=WEIGHTS)
@@ -148,7 +150,7 @@ def _forecast(facts: dict[str, Any]) -> None:
             "training did not clearly improve on it."
         )
     else:
-        st.caption(f"What each variate gives through the target layer to the network's part of {shown.variate}.")
+        st.caption(f"What each variate gives through the target layer to the network's part of {plain(shown.variate)}.")
         st.plotly_chart(
             charts.contributions_chart(given, variate=shown.variate), width="stretch", key="graph-contributions"
         )

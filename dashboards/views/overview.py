@@ -6,7 +6,8 @@ from typing import Any
 
 import streamlit as st
 
-from dashboards.state import empty, page, table
+from dashboards.state import empty, left_out, page, table
+from dashboards.text import plain
 from tsforge.app import catalog, catalog_results
 from tsforge.core.workspace import Workspace
 
@@ -53,6 +54,10 @@ def _draw(workspace: Workspace) -> None:
         empty("data", "tsforge ingest data=nyc_weather")
         return
     artifacts = catalog.list_artifacts(workspace)
+    broken = catalog.damaged_artifacts(workspace)
+    for kind in (catalog_results.DETECTIONS, catalog_results.BACKTESTS):
+        broken |= catalog_results.damaged_reports(workspace, kind)
+    left_out(broken, "Make them again, or remove their folders.")
     detections = catalog_results.list_detections(workspace)
     jobs = catalog.job_runs(workspace, limit=20)
     failed = sum(run["status"] == "failed" for run in jobs)
@@ -68,7 +73,7 @@ def _draw(workspace: Workspace) -> None:
     table([{**item, "freshness": _freshness(item)} for item in datasets], _DATASETS, integers=("rows", "series"))
     stale = [item["name"] for item in datasets if item["stale"]]
     if stale:
-        st.warning(f"Older than their stated maximum age: {', '.join(stale)}", icon=":material/schedule:")
+        st.warning(f"Older than their stated maximum age: {plain(', '.join(stale))}", icon=":material/schedule:")
     st.subheader("Fitted models")
     if artifacts:
         table(artifacts[:20], _MODELS)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import polars as pl
 import streamlit as st
 
-from dashboards import charts
+from dashboards import model_charts
 from dashboards.state import MINUTE, choose, empty, labels, page, table
+from dashboards.text import plain
 from dashboards.views.overview import JOBS
 from tsforge.app import catalog
 from tsforge.core.workspace import Workspace
@@ -19,6 +20,12 @@ _RUNS = {
     "valid_mae": "validation MAE",
     "test_mae": "test MAE",
     "error": "why it failed",
+}
+_ENDED = ": it ended before its second epoch."
+_WHY = {
+    "running": " yet: it is still running, and they begin with its second epoch.",
+    "scheduled": " yet: it has not begun.",
+    "finished": ": it was solved in closed form, or had a single epoch.",
 }
 _SPEED = ("seconds", "windows_per_second")  # of the machine, not of the model
 
@@ -35,15 +42,15 @@ def _draw(workspace: Workspace) -> None:
         table([{**run, "state": run["status"].lower()} for run in runs], _RUNS)
         names = labels(runs, lambda run: f"{run['name']}, {run['started']:{MINUTE}} ({run['status'].lower()})")
         chosen = choose("Run", list(names), "run", names=names)
-        error = next(run["error"] for run in runs if run["id"] == chosen)
-        if error:
-            st.warning(error, icon=":material/error:")
+        run = next(run for run in runs if run["id"] == chosen)
+        if error := run["error"]:
+            st.warning(plain(error), icon=":material/error:")
         history = catalog.run_history(workspace, chosen)
         if history.is_empty():
-            st.caption("This run has no curves: it was solved in closed form, or it ended before the second epoch.")
+            st.caption(f"This run has no curves{_WHY.get(run['status'].lower(), _ENDED)}")
         else:
             changing = history.filter(pl.col("value").n_unique().over("name") > 1, ~pl.col("name").is_in(_SPEED))
-            st.plotly_chart(charts.history_chart(changing), width="stretch", key="history")
+            st.plotly_chart(model_charts.history_chart(changing), width="stretch", key="history")
     else:
         empty("tracked run", "tsforge fit data=nyc_weather model=dlinear")
     st.subheader("Scheduled jobs")

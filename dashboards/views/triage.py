@@ -6,13 +6,15 @@ import hashlib
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+from urllib.parse import quote
 
 import polars as pl
 import streamlit as st
 
-from dashboards import event_panel
-from dashboards.event_actions import bulk_bar, drop_event, said
-from dashboards.state import choose, detection, empty, page, stored_events
+from dashboards import address, event_panel
+from dashboards.event_actions import bulk_bar, said
+from dashboards.state import choose, detection, empty, flag, page, stored_events
+from dashboards.text import code, plain
 from tsforge.app import catalog_results, triage
 from tsforge.app.catalog import in_words
 from tsforge.core.errors import BackendError
@@ -51,10 +53,10 @@ def _draw(workspace: Workspace) -> None:
     silenced = int(rows["suppressed"].sum())
     with st.container(horizontal=True, vertical_alignment="center"):
         _counts(events)
-        several = _flag("Select several", "several", help="Tick rows of the list, then act on all of them at once.")
-        if silenced and not _flag(f"Silenced ({silenced})", "silenced", help="Also events that a rule keeps quiet."):
+        several = flag("Select several", "several", help="Tick rows of the list, then act on all of them at once.")
+        if silenced and not flag(f"Silenced ({silenced})", "silenced", help="Also events that a rule keeps quiet."):
             rows = rows.filter(~pl.col("suppressed"))
-        if _flag("Refresh", "refresh", help=f"Looks every {_REFRESH} s whether there is anything new."):
+        if flag("Refresh", "refresh", help=f"Looks every {_REFRESH} s whether there is anything new."):
             _wait_for_news(version)
     _health(workspace, events)
     if several:
@@ -87,32 +89,16 @@ def _filtered(events: pl.DataFrame, where: list[Any]) -> pl.DataFrame:
         since = choose("When", list(_SINCE), "since", names=_SINCE, where=where[1])
         if since in _SPANS:
             found = found.filter(pl.col("end") >= datetime.now(UTC) - _SPANS[since])
-    wanted = where[2].text_input(
-        "Series", value=st.query_params.get("series", ""), key="triage-series", placeholder="a part of its name, or a*b"
-    )
-    _keep("series", wanted.strip())
+    address.adopt("triage-series", address.get("series"))
+    wanted = where[2].text_input("Series", key="triage-series", placeholder="a part of its name, or a*b")
+    address.put("series", wanted.strip())
     if wanted.strip():
-        pattern = wanted.strip() if "*" in wanted else f"*{wanted.strip()}*"
+        pattern = (wanted.strip() if "*" in wanted else f"*{wanted.strip()}*").replace("[", "[[]")
         names = [name for name in found["series_id"].unique() if fnmatchcase(name.lower(), pattern.lower())]
         found = found.filter(pl.col("series_id").is_in(names))
     keys = found.select(triage.row_key().unique()).to_series()
     rows = triage.queue(events)
     return rows.filter(pl.col("human_state").is_in(_SHOWN[shown][1]), pl.col("key").is_in(keys.implode()))
-
-
-def _keep(name: str, value: str) -> None:
-    """Keep a choice in the address, nothing where it is empty."""
-    if value:
-        if st.query_params.get(name) != value:
-            st.query_params[name] = value
-    elif name in st.query_params:
-        del st.query_params[name]
-
-
-def _flag(label: str, key: str, *, help: str) -> bool:
-    chosen = st.toggle(label, value=st.query_params.get(key) == "1", key=f"choice-{key}", help=help)
-    _keep(key, "1" if chosen else "")
-    return chosen
 
 
 def _counts(events: pl.DataFrame) -> None:
@@ -140,10 +126,12 @@ def _health(workspace: Workspace, events: pl.DataFrame) -> None:
         if stale:
             worst, ratio = next(iter(stale.items()))
             more = "" if len(stale) == 1 else f" and {len(stale) - 1} more series"
+            detected, series = (quote(text, safe="") for text in (newest[name]["id"], worst))
             st.warning(
-                f"**Model health of {name}:** {worst}{more} alarmed {ratio:.0f} times as often as normal data should. "
-                "The data have moved away from the model: fit again before working through the list. "
-                f"[How the rate moved](anomalies?detection={newest[name]['id']}&series={worst})",
+                f"**Model health of {plain(name)}:** {plain(worst)}{more} alarmed {ratio:.0f} times as often as "
+                "normal data should. The data have moved away from the model: fit again before working through the "
+                "list. "
+                f"[How the rate moved](anomalies?detection={detected}&series={series})",
                 icon=":material/monitor_heart:",
             )
 
@@ -156,16 +144,21 @@ def _table(rows: pl.DataFrame, mode: Literal["multi-row", "single-row-required"]
             "state": shown["human_state"],
             "from": _plain(shown["start"]),
             "lasted": [_lasted(row) for row in shown.iter_rows(named=True)],
-            "series": [_place(row) for row in shown.iter_rows(named=True)],
+            "series": shown["series_id"],
+            "in series": shown["series"],
             "variates": shown["variates"],
             "strength": shown["strength"],
             "events": shown["events"],
         }
     )
+    if shown["series"].max() == 1:
+        frame = frame.drop("in series")
     if rows["dataset"].n_unique() > 1:
         frame.insert_column(3, shown["dataset"].alias("data set"))
     key = f"queue-{mode}-{hashlib.sha256(chr(10).join(shown['key']).encode()).hexdigest()[:12]}"
     st.session_state["triage-table"] = key
+    if mode == "single-row-required" and address.is_news():
+        _select(chosen)  # of the address come back to, not the row last ticked
     state = st.dataframe(
         frame,
         key=key,
@@ -177,6 +170,9 @@ def _table(rows: pl.DataFrame, mode: Literal["multi-row", "single-row-required"]
         column_config={
             "state": st.column_config.TextColumn(width=115),
             "events": st.column_config.NumberColumn(width=60),
+            "in series": st.column_config.NumberColumn(
+                width=70, help="Series of the incident; the one named has most events of it."
+            ),
             "from": st.column_config.DatetimeColumn("from (UTC)", format="YYYY-MM-DD HH:mm")
             if isinstance(frame.schema["from"], pl.Datetime)
             else "from",
@@ -203,17 +199,23 @@ def _lasted(row: dict[str, Any]) -> str:
     return f"{text}, going on" if row["state"] == "open" else text
 
 
-def _place(row: dict[str, Any]) -> str:
-    return row["series_id"] if row["series"] == 1 else f"{row['series']} series, most {row['series_id']}"
+def _select(place: int) -> None:
+    """Tick a row of the queue."""
+    st.session_state[st.session_state["triage-table"]] = {"selection": {"rows": [place], "columns": [], "cells": []}}
 
 
-def _nothing() -> None:
-    st.success("Nothing to do: no event passes these filters.", icon=":material/check_circle:")
+def _nothing(events: pl.DataFrame) -> None:
+    """Say that the queue is empty; only if no series was asked for is that good news."""
+    wanted = address.get("series")
+    if wanted and events.height:
+        st.info(f"No event of a series like {code(wanted)} passes these filters.", icon=":material/filter_alt:")
+    else:
+        st.success("Nothing to do: no event passes these filters.", icon=":material/check_circle:")
 
 
 def _several(workspace: Workspace, rows: pl.DataFrame, events: pl.DataFrame) -> None:
     if rows.is_empty():
-        _nothing()
+        _nothing(events)
         return
     chosen = _table(rows, "multi-row", 0)
     keys = rows["key"].gather(chosen)
@@ -222,26 +224,26 @@ def _several(workspace: Workspace, rows: pl.DataFrame, events: pl.DataFrame) -> 
 
 def _one(workspace: Workspace, rows: pl.DataFrame, events: pl.DataFrame) -> None:
     """Draw the queue and, below, the chosen row of it (or an event of a link that the filters hide)."""
-    wanted = st.query_params.get("event", "")
+    wanted = address.get("event")
     hidden = _key_of(events, wanted)
     is_gone = bool(wanted) and hidden is None
     keys = rows["key"].head(_MOST).to_list()
     place = keys.index(hidden) if hidden in keys else min(int(st.session_state.get("triage-place", 0)), len(keys) - 1)
     if rows.is_empty():
-        _nothing()
+        _nothing(events)
     else:
         selected = _table(rows, "single-row-required", max(place, 0))
         if selected and (hidden is None or hidden in keys or selected[0] != max(place, 0)):
             place, hidden = selected[0], keys[selected[0]]
         _walk(keys, place)
     if is_gone:
-        st.warning(f"The link names event '{wanted}', which is not here; it may have been pruned.")
+        st.warning(f"The link names event '{plain(wanted)}', which is not here; it may have been pruned.")
     key = hidden if hidden is not None else (keys[max(place, 0)] if keys else None)
     if key is None:
         return
     st.session_state["triage-place"] = max(place, 0)
-    if _key_of(events, st.query_params.get("event", "")) != key:
-        st.query_params["event"] = key
+    if _key_of(events, address.get("event")) != key:
+        address.put("event", key)
     if key not in keys:
         st.caption("The filters above hide this event; it is shown because the link names it.")
     event_panel.draw(workspace, triage.members(events, key), events)
@@ -274,8 +276,5 @@ def _walk(keys: list[str], place: int) -> None:
 
 def _go(key: str, place: int) -> None:
     if key:
-        drop_event()
-        st.query_params["event"] = key
-        st.session_state[st.session_state["triage-table"]] = {
-            "selection": {"rows": [place], "columns": [], "cells": []}
-        }
+        address.put("event", key)
+        _select(place)

@@ -189,6 +189,45 @@ def test_a_finding_can_be_sent_as_a_link(visitor: Visitor, browser: Any) -> None
     other.page.close()
 
 
+def test_the_back_button_leads_from_choice_to_choice_and_out(dashboard: str, browser: Any) -> None:
+    visitor = Visitor(browser)
+    visitor.open(dashboard)
+    visitor.choose("Data")
+    first = visitor.page.url
+    box = visitor.page.get_by_test_id("stSelectbox").filter(has_text="Series").locator("input")
+    shown = box.get_attribute("value")
+    box.click(timeout=PATIENCE)
+    visitor.page.get_by_role("option").nth(1).click(timeout=PATIENCE)
+    visitor.page.wait_for_function("url => location.href !== url", arg=first, timeout=PATIENCE)
+    visitor.settle()
+    assert box.get_attribute("value") != shown
+    visitor.page.go_back()
+    visitor.page.wait_for_function(
+        "shown => [...document.querySelectorAll('[data-testid=stSelectbox] input')].some(box => box.value === shown)",
+        arg=shown,
+        timeout=PATIENCE,
+    )
+    visitor.settle()
+    assert visitor.page.url == first
+    for _ in range(2):  # over the address without choices that the page was opened with
+        visitor.page.go_back()
+        visitor.page.wait_for_timeout(300)
+        visitor.settle()
+    visitor.page.wait_for_selector("h1:has-text('Overview')", timeout=PATIENCE)
+    visitor.check()
+    visitor.page.close()
+
+
+def test_the_first_page_has_an_address_of_its_own(dashboard: str, browser: Any) -> None:
+    visitor = Visitor(browser)
+    visitor.open(f"{dashboard}/overview")
+    visitor.page.wait_for_selector("h1:has-text('Overview')", timeout=PATIENCE)
+    assert visitor.page.get_by_role("dialog").count() == 0
+    assert visitor.page.get_by_test_id("stSidebarNav").get_by_role("link", name="Overview").count() == 1
+    visitor.check()
+    visitor.page.close()
+
+
 def test_kernels_of_a_state_space_model_are_drawn(filled_workspace: Path, dashboard: str, browser: Any) -> None:
     model = next(path.name for path in (filled_workspace / "artifacts").iterdir() if path.name.startswith("s4"))
     visitor = Visitor(browser)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from streamlit.testing.v1 import AppTest
 
 from dashboards import dynamics_charts as charts
@@ -86,6 +87,20 @@ def box(page: Any, label: str) -> Any:
 
 def markdown(found: Any) -> list[str]:
     return [item.value for item in found]
+
+
+def test_the_caption_says_what_lost_runs_were_held_against(filled: Path) -> None:
+    assert any("as most moving ones do" in note for note in markdown(draw().caption))
+    place = filled / "config.yaml"
+    settings = yaml.safe_load(place.read_text())
+    settings["evaluation"]["expected"] = "chaos"
+    place.write_text(yaml.safe_dump(settings))
+    assert any("do not end in chaos, as the data do" in note for note in markdown(draw().caption))
+
+
+def test_the_axes_of_a_space_are_not_cut_off(filled: Path) -> None:
+    eye = json.loads(draw(view="3-D").get("plotly_chart")[0].proto.spec)["layout"]["scene"]["camera"]["eye"]
+    assert np.linalg.norm(list(eye.values())) > np.linalg.norm([1.25] * 3), "further off than the library's own"
 
 
 def test_without_a_reconstruction_the_page_says_the_command(workspace_root: Path) -> None:

@@ -95,9 +95,11 @@ def test_nobody_acts_without_a_name(home: Workspace) -> None:
 def test_acknowledged_events_stay_and_the_trail_knows_who_and_why(home: Workspace) -> None:
     event = single(home)
     page = signed(draw(event=link(event)), "Ada", "I look at the pump")
+    rows = listed(page).height
     page = checked(button(page, "Acknowledge").click().run())
     assert any("1 event acknowledged" in note.value for note in page.success)
-    assert any("Acknowledged by Ada" in note.value for note in page.caption)
+    assert listed(page).height == rows
+    assert any("Acknowledged by Ada" in note.value for note in draw(event=link(event)).caption)
     assert page.text_input(key="triage-words").value == ""
     line = audit_trail(home, event["event_id"], "plant").row(-1, named=True)
     assert (line["actor"], line["what"], line["comment"]) == ("Ada", "acknowledged", "I look at the pump")
@@ -115,6 +117,46 @@ def test_a_dismissed_event_leaves_the_list_and_the_next_one_comes_up(home: Works
     page = checked(button(signed(gone), "Reopen").click().run())
     assert any("Nothing to do" in note.value for note in page.success), "nothing is dismissed any more"
     assert listed(draw()).height == before
+
+
+def test_acknowledging_keeps_the_place_so_that_one_key_walks_the_queue(home: Workspace) -> None:
+    page = signed(draw())
+    queued = list(listed(page).iter_rows(named=True))
+    assert len(queued) > 2
+    page = checked(button(page, "Next").click().run())
+    seen = [page.query_params["event"]]
+    for _ in range(len(queued) - 2):
+        page = checked(button(page, "Acknowledge").click().run())
+        assert any(note.value.startswith("2 of") for note in page.caption), "not thrown to the end"
+        seen.append(page.query_params["event"])
+    assert len(set(seen)) == len(queued) - 1, "a new row each time"
+
+
+def test_the_address_of_the_browser_wins_over_what_the_page_remembers(home: Workspace) -> None:
+    page = draw()
+    first = dict(page.query_params)
+    page = checked(button(page, "Next").click().run())
+    page = checked(page.selectbox(key="choice-show").set_value("all").run())
+    assert page.query_params["event"] != first["event"]
+    page.query_params.clear()
+    for name, value in first.items():  # the Back button
+        page.query_params[name] = value
+    page = checked(page.run())
+    assert page.selectbox(key="choice-show").value == "todo"
+    assert dict(page.query_params) == first
+    assert any(note.value.startswith("1 of") for note in page.caption)
+
+
+def test_names_and_addresses_are_no_markup(home: Workspace) -> None:
+    page = draw(event="[press here](http://evil.example)", series="[a](http://evil.example)")
+    shown = [note.value for note in (*page.warning, *page.info, *page.caption, *page.markdown)]
+    assert any("press here" in text for text in shown)
+    assert not any("](http" in text.replace(r"\](", "") and "`" not in text for text in shown)
+    page = signed(draw(), "*Ada* [x](y)")
+    page = checked(button(page, "Acknowledge").click().run())
+    acted = next(name for name, by in stored(home).select("event_id", "acted_by").iter_rows() if by)
+    told = draw(event=f"plant/{acted}")
+    assert any(r"\*Ada\* \[x\](y)" in note.value for note in told.caption)
 
 
 def test_keys_walk_through_the_queue(home: Workspace) -> None:
@@ -155,7 +197,9 @@ def test_filters_are_part_of_the_address(home: Workspace) -> None:
     mine = draw(series=event["series_id"][-3:], show="all")
     wanted = stored(home).filter(series_id=event["series_id"])["incident_id"].n_unique()
     assert listed(mine).height == wanted
-    assert any("Nothing to do" in note.value for note in draw(series="no such").success)
+    nothing = draw(series="no such")
+    assert not nothing.success, "a filter that matches nothing is no good news"
+    assert any("no such" in note.value for note in nothing.info)
     page = draw()
     page = checked(page.text_input(key="triage-series").set_value("series_1").run())
     assert page.query_params["series"] == "series_1"
@@ -254,6 +298,13 @@ def test_a_stale_model_is_named_above_the_queue(home: Workspace) -> None:
     page = draw()
     assert any("series_1 alarmed 12 times as often" in note.value for note in page.warning)
     assert f"detection={place.parent.name}" in page.warning[0].value
+
+
+def test_the_link_of_a_stale_series_is_quoted(home: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dashboards.views import triage as view
+
+    monkeypatch.setattr(view.triage, "stale_series", lambda report: {"a b&c=[1](d)": 12.0})
+    assert "&series=a%20b%26c%3D%5B1%5D%28d%29)" in draw().warning[0].value
 
 
 def test_the_anomaly_page_shows_how_the_alarm_rate_moved(home: Workspace) -> None:

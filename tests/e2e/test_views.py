@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,59 @@ def test_damaged_results_are_one_message_or_left_out(filled: Path, tmp_path: Pat
     assert len(page.error) == 1
     assert "damaged" in page.error[0].value
     assert draw("backtests").info, "a damaged backtest is not offered"
+
+
+def test_what_is_left_out_is_named_and_a_link_to_it_says_why(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "damaged"
+    shutil.copytree(filled, home)
+    monkeypatch.setenv("TSFORGE_HOME", str(home))
+    broken = next(path for path in (home / "artifacts").iterdir() if path.name.startswith("dlinear"))
+    (broken / "metrics.json").write_text("{")
+    report = next((home / "reports/backtests").rglob("report.json"))
+    report.write_text("{")
+    said = draw("overview").warning[0].value
+    assert f"`{broken.name}` (metrics.json cannot be read)" in said
+    assert report.parent.name in said
+    page = draw("forecasts", artifact=broken.name)
+    assert not page.exception
+    assert any("which is damaged" in note.value for note in page.warning)
+    assert any(report.parent.name in note.value for note in draw("backtests").warning)
+
+
+@pytest.mark.parametrize("view", ["forecasts", "explanations", "graphs"])
+@pytest.mark.parametrize("back", ["\u00b2", "\u2463", "99999999", "-1"])
+def test_a_cutoff_that_is_no_number_or_out_of_range_is_told(filled: Path, view: str, back: str) -> None:
+    page = draw(view, back=back)
+    assert not page.exception
+    assert any("steps back" in note.value and "is not here" in note.value for note in page.warning)
+    assert page.slider(key="choice-back").value == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "why"), [("RUNNING", "still running"), ("FINISHED", "closed form"), ("FAILED", "ended before")]
+)
+def test_a_run_without_curves_says_why(workspace_root: Path, monkeypatch: Any, status: str, why: str) -> None:
+    from tsforge.app import catalog
+
+    run = {"id": "r", "name": "run", "status": status, "started": datetime(2026, 1, 1, tzinfo=UTC), "error": None}
+    empty = pl.DataFrame(schema={"epoch": pl.Int64, "name": pl.String, "value": pl.Float64})
+    monkeypatch.setattr(catalog, "tracking_runs", lambda workspace: [run])
+    monkeypatch.setattr(catalog, "run_history", lambda workspace, name: empty)
+    page = draw("runs")
+    assert not page.exception
+    assert [note.value for note in page.caption if "no curves" in note.value and why in note.value]
+
+
+def test_a_gain_that_rounds_to_nothing_has_no_sign() -> None:
+    from dashboards.views.backtests import _gain
+
+    assert [_gain(error, 1.0) for error in (1.0001, 0.9, 1.002)] == [
+        "the same as with",
+        "10.0 % better than with",
+        "0.2 % worse than with",
+    ]
 
 
 def test_overview_tells_freshness_in_words(filled: Path) -> None:
@@ -410,11 +464,10 @@ def test_explanations_divide_a_forecast_and_measure_inputs(filled: Path) -> None
     assert not page.exception
     assert not page.error
     assert any("so the parts are exact" in caption.value for caption in page.caption)
-    steps = json.loads(page.get("plotly_chart")[0].proto.spec)["data"][0]
-    assert steps["x"][0] == "baseline"
-    assert steps["x"][-1] == "forecast"
-    assert sum(steps["y"][:-1]) == pytest.approx(steps["y"][-1], rel=1e-3)
-    assert "driver" in steps["x"], "the covariate takes part"
+    waterfall = json.loads(page.get("plotly_chart")[0].proto.spec)
+    steps, ends = waterfall["data"]
+    assert steps["base"] + sum(steps["y"]) == pytest.approx(ends["y"][1], rel=1e-3)
+    assert "driver" in waterfall["layout"]["xaxis"]["ticktext"], "the covariate takes part"
     measured = next(button for button in page.button if button.label == "Measure").click().run()
     assert not measured.exception
     assert not measured.error

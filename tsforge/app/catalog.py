@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from tsforge.scheduling.ledger import Ledger
 from tsforge.tracking.runs import Tracker
 
 if TYPE_CHECKING:
-    from tsforge.contracts.model import Capabilities
+    from tsforge.contracts.model import ForecastModel
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -34,16 +35,21 @@ def list_models() -> list[dict[str, Any]]:
             {
                 "model": name,
                 "source": model.source,
-                "fit": _fit_kind(can),
+                "fit": _fit_kind(model),
                 "covariates": ", ".join(takes) or "none",
             }
         )
     return rows
 
 
-def _fit_kind(can: Capabilities) -> str:
-    if not can.trainable:
-        return "nothing to fit"
+def _fit_kind(model: type[ForecastModel[Any]]) -> str:
+    from tsforge.contracts.tensors import DataSpec
+
+    can = model.capabilities
+    if not can.trainable:  # then it is cheap to make, and has something to fit where it has something to keep
+        spec = DataSpec(context_length=16, horizon=1, num_variates=1, train_length=64)
+        made = model(model.config_class(**model.test_configs[0]), spec)
+        return "closed form" if made.state_dict() else "nothing to fit"
     if can.starts_closed:
         return "closed-form start, then gradient"
     return "closed form or gradient" if can.closed_form else "gradient"
@@ -136,20 +142,42 @@ def list_artifacts(workspace: Workspace) -> list[dict[str, Any]]:
     """Return one record a fitted model, newest first; folders that are no complete artifact are left out."""
     records = []
     for path in workspace.artifacts.glob("*/manifest.json"):
-        facts = _facts(path.parent)
-        if facts is not None:
+        with suppress(ArtifactError):
+            facts = _facts(path.parent)
             shown = ("id", "model", "dataset", "created", "horizon", "context_length")
             records.append({**{name: facts[name] for name in shown}, **facts["metrics"]})
     return sorted(records, key=lambda record: record["created"], reverse=True)
 
 
-def _facts(path: Path) -> dict[str, Any] | None:
-    """Return what is shown of an artifact without loading its network, None when the folder is incomplete."""
+def damaged_artifacts(workspace: Workspace) -> dict[str, str]:
+    """Return the fitted models that ``list_artifacts`` leaves out, with what is wrong with each."""
+    found = {}
+    for path in sorted(workspace.artifacts.glob("*/manifest.json")):
+        try:
+            _facts(path.parent)
+        except ArtifactError as error:
+            found[path.parent.name] = str(error)
+    return found
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Return what is shown of an artifact without loading its network.
+
+    Raises:
+        ArtifactError: the folder is incomplete or damaged; the message says what of it.
+    """
+    parts = {}
+    for name in _FACT_FILES:
+        try:
+            parts[name] = json.loads((path / f"{name}.json").read_bytes())
+        except FileNotFoundError:
+            raise ArtifactError(f"{name}.json is missing") from None
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{name}.json cannot be read") from error
     try:
-        parts = {name: json.loads((path / f"{name}.json").read_bytes()) for name in _FACT_FILES}
         return _shown(path.name, **parts) | {"paths": (path / "dependence.safetensors").is_file()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"its JSON files lack something: {error!r}") from error
 
 
 def _shown(
@@ -190,13 +218,16 @@ def artifact_facts(workspace: Workspace, artifact: str) -> dict[str, Any]:
     whether it can draw sample paths.
 
     Raises:
-        ArtifactError: it is not here.
+        ArtifactError: it is not here, or damaged.
     """
-    facts = _facts(workspace.artifacts / artifact)
-    if facts is None:
+    path = workspace.artifacts / artifact
+    if Path(artifact).name != artifact or not (path / "manifest.json").is_file():
         known = [record["id"] for record in list_artifacts(workspace)]
         raise ArtifactError(f"no artifact '{artifact}' in {workspace.artifacts} (known: {listing(known) or 'none'})")
-    return facts
+    try:
+        return _facts(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"artifact {path} is damaged ({error}); fit again") from error
 
 
 def job_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]]:

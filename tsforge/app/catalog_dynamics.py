@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import yaml
 
 from tsforge.core.errors import BackendError, listing
 from tsforge.core.workspace import Workspace
@@ -29,6 +30,7 @@ class StoredReconstruction:
         columns: the N variates.
         definition: how the metrics were computed.
         inputs: the K columns that drive the system.
+        expected: what the data were said to do in the long run (``evaluation.expected``); None where nobody said.
         loc, scale: (N,) latent unit i of an identity read-out is (variate i - loc) / scale; None where the result does
             not say so or the read-out is another one. Needed for results whose cycles lack ``observed``.
     """
@@ -39,6 +41,7 @@ class StoredReconstruction:
     columns: tuple[str, ...]
     definition: dict[str, Any]
     inputs: tuple[str, ...]
+    expected: str | None
     loc: tuple[float, ...] | None
     scale: tuple[float, ...] | None
 
@@ -116,11 +119,21 @@ def load_reconstruction(workspace: Workspace, name: str) -> StoredReconstruction
             columns=columns,
             definition=dict(document["definition"]),
             inputs=tuple(str(item["name"]) for item in document.get("inputs", [])),
+            expected=_expected(place.with_name("config.yaml")),
             loc=loc,
             scale=scale,
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BackendError(f"reconstruction {place.parent} is damaged ({error!r}); {_AGAIN}") from error
+
+
+def _expected(settings: Path) -> str | None:
+    """Return what a config file says that the data do in the long run, None where it does not, or is gone."""
+    try:
+        expected = yaml.safe_load(settings.read_text(encoding="utf-8"))["evaluation"]["expected"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return None if expected is None else str(expected)
 
 
 def load_seed(workspace: Workspace, name: str, seed: int) -> StoredSeed:

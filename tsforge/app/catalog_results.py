@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -60,9 +60,8 @@ def list_detections(workspace: Workspace) -> list[dict[str, Any]]:
     whole, with every event once. Damaged folders are left out.
     """
     records = []
-    for place in (workspace.reports / DETECTIONS).glob("*/report.json"):
-        facts = _json(place)
-        record = _record(place, facts, ("dataset", "model", "created", "events"))
+    for place in _reports(workspace, DETECTIONS):
+        record = _report_record(place)
         if record is not None:
             records.append({**record, "source": "tsforge detect"})
     for job in published.jobs(workspace):
@@ -207,12 +206,7 @@ def load_forecast(workspace: Workspace, name: str) -> pl.DataFrame:
 
 def list_backtests(workspace: Workspace) -> list[dict[str, Any]]:
     """Return one record a backtest, newest first: ``id, dataset, model, created``; damaged ones are left out."""
-    records = []
-    for place in (workspace.reports / BACKTESTS).glob("*/report.json"):
-        settings = (_json(place) or {}).get("settings", {})
-        record = _record(place, settings, ("dataset", "model", "created"))
-        if record is not None:
-            records.append(record)
+    records = [record for place in _reports(workspace, BACKTESTS) if (record := _report_record(place)) is not None]
     return sorted(records, key=lambda record: (record["created"], record["id"]), reverse=True)
 
 
@@ -245,6 +239,24 @@ def load_backtest(workspace: Workspace, name: str) -> StoredBacktest:
         metrics=metrics,
         metadata={**report.settings, "notes": list(report.notes)},
     )
+
+
+def damaged_reports(workspace: Workspace, kind: str) -> dict[str, str]:
+    """Return the detections or backtests (``DETECTIONS, BACKTESTS``) left out of the lists, with what is wrong."""
+    broken = (place.parent.name for place in _reports(workspace, kind) if _report_record(place) is None)
+    return dict.fromkeys(sorted(broken), "report.json cannot be used")
+
+
+def _reports(workspace: Workspace, kind: str) -> Iterable[Path]:
+    return (workspace.reports / kind).glob("*/report.json")
+
+
+def _report_record(place: Path) -> dict[str, Any] | None:
+    """Return the record of a detection or backtest, None where its report is damaged."""
+    facts = _json(place)
+    if place.parent.parent.name == DETECTIONS:
+        return _record(place, facts, ("dataset", "model", "created", "events"))
+    return _record(place, (facts or {}).get("settings", {}), ("dataset", "model", "created"))
 
 
 def _json(place: Path) -> dict[str, Any] | None:

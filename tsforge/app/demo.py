@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -67,9 +70,16 @@ def run_demo(workspace: Workspace, *, progress: bool = True) -> dict[str, Any]:
         made["batch"] = _batch(workspace, say)
     made["seconds"] = round(time.perf_counter() - started, 1)
     say(f"\nDone in {made['seconds']:.0f} s. Everything is in {workspace.root}")
-    say("Look at it:  .venv/bin/tsforge dashboard        (then open http://localhost:8501)")
-    say("Ask for it:  .venv/bin/tsforge predict artifact=weather@champion")
+    where = _home_option(workspace)
+    say(f"Look at it:  .venv/bin/tsforge dashboard{where}        (then open http://localhost:8501)")
+    say(f"Ask for it:  .venv/bin/tsforge predict artifact=weather@champion{where}")
     return made
+
+
+def _home_option(workspace: Workspace) -> str:
+    """Return the option that leads a command of this shell to the workspace, nothing where it goes there anyway."""
+    usual = Path(os.environ.get("TSFORGE_HOME") or ".tsforge").expanduser().resolve()
+    return "" if workspace.root == usual else f" --home {shlex.quote(str(workspace.root))}"
 
 
 def _silent(_: str) -> None:

@@ -44,7 +44,15 @@ def judge_seed(
     figures: dict[str | None, dict[str, Any]] = {}
     for name, test in tests.items():
         model = network.group(index, name)
-        judged[name] = evaluate(model, test, config.evaluation, config.dt, drive=_drive(data), valid=data.valid)
+        judged[name] = evaluate(
+            model,
+            test,
+            config.evaluation,
+            config.dt,
+            drive=_drive(data),
+            valid=data.valid,
+            units=(data.loc, data.scale),
+        )
         figures[name] = _figures(judged[name], model, data)
     weights, first = network.weights(index), next(iter(tests))
     record: dict[str, Any] = {

@@ -112,6 +112,7 @@ def evaluate(
     *,
     drive: Drive | None = None,
     valid: Array | None = None,
+    units: tuple[Array, Array] | None = None,
 ) -> Judgement:
     """Judge one model on a standardised test series (T, N).
 
@@ -120,6 +121,7 @@ def evaluate(
         drive: of a map with inputs.
         valid: (V, N) rows that validated; fixed points and the capture test then look at them instead of the test
             series, so that a seed can be chosen without it, even where its test run diverges.
+        units: (N,) offset and scale that turn observations into the units of the data, in which warnings name places.
 
     Raises:
         ModelError: a map with inputs without their values, or the reverse.
@@ -150,7 +152,7 @@ def evaluate(
     if config.findings and model.params is not None and (valid is not None or len(spectrum)):
         rows = test if valid is None else valid
         try:
-            findings = _findings(model, rows[np.isfinite(rows).all(axis=1)], drive, config)
+            findings = _findings(model, rows[np.isfinite(rows).all(axis=1)], drive, config, units)
             if drive is None:
                 metrics["captured"] = captured_share(findings["capture"], config.expected)
         except _UNFIT as error:
@@ -226,7 +228,9 @@ def _driven_spectrum(
     return np.asarray(found, dtype=np.float64), found.steps
 
 
-def _findings(model: Model, rows: Array, drive: Drive | None, config: EvaluationConfig) -> dict[str, Any]:
+def _findings(
+    model: Model, rows: Array, drive: Drive | None, config: EvaluationConfig, units: tuple[Array, Array] | None
+) -> dict[str, Any]:
     """Examine the map from complete rows (R, N) of data; with inputs, the map at their mean."""
     assert model.params is not None
     every = max(len(rows) // _STATES, 1)
@@ -235,6 +239,13 @@ def _findings(model: Model, rows: Array, drive: Drive | None, config: Evaluation
         held = model.held(torch.from_numpy(drive.mean))
         assert held is not None
         return examine_held(held, states, clipped=model.clipped, periods=config.periods)
+    loc, scale = units or (np.zeros(rows.shape[1]), np.ones(rows.shape[1]))
+
+    def observe(points: Array) -> Array:
+        with torch.no_grad():
+            observed: Array = model.observe(torch.from_numpy(np.ascontiguousarray(points))).numpy() * scale + loc
+        return observed
+
     return examine(
         model.params,
         states,
@@ -242,6 +253,7 @@ def _findings(model: Model, rows: Array, drive: Drive | None, config: Evaluation
         expected=config.expected,
         periods=config.periods,
         settings=config.capture_settings(),
+        observe=observe,
     ).to_dict()
 
 

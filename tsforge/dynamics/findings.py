@@ -6,8 +6,8 @@ range of the data, and attracting points that the search finds on or off the dat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,12 +33,14 @@ class CycleFinding:
         on_data: all its points lie within the range of the data, widened by a tenth.
         distance: from its nearest point to the nearest data state, in standard deviations of the data.
         captured: share of free runs that end on it; None without a capture test.
+        observed: (period, N) its points as the data have them; None where nobody said how to observe a state.
     """
 
     cycle: Cycle
     on_data: bool
     distance: float
     captured: float | None
+    observed: Array | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as plain numbers."""
@@ -94,6 +96,7 @@ def examine(
     budget: SearchBudget | None = None,
     settings: CaptureSettings | None = None,
     seed: int = 0,
+    observe: Callable[[Array], Array] | None = None,
 ) -> Findings:
     """Search fixed points and cycles, run the capture test, and say what is wrong.
 
@@ -106,6 +109,8 @@ def examine(
         periods, budget: of the search, see ``find_cycles``.
         settings: of the capture test.
         seed: of the random starts.
+        observe: states (P, M) to observations (P, N) in the units of the data, in which warnings then name places;
+            else those are latent.
 
     Raises:
         ModelError: shapes that do not fit or values that are not finite.
@@ -115,6 +120,8 @@ def examine(
     cycles = find_cycles(params, data, periods=periods, clipped=clipped, budget=budget, seed=seed)
     capture = capture_test(params, data, clipped=clipped, settings=settings, seed=seed)
     findings = tuple(_place(cycle, data, capture) for cycle in cycles)
+    if observe is not None:
+        findings = tuple(replace(finding, observed=observe(finding.cycle.points)) for finding in findings)
     warnings, notes = judge(findings, capture, expected)
     return Findings(
         warnings=warnings,
@@ -225,7 +232,8 @@ def _describe(finding: CycleFinding) -> str:
     cycle = finding.cycle
     name = "fixed point" if cycle.period == 1 else f"cycle of {cycle.period} steps"
     place = "within" if finding.on_data else "outside"
-    point = ", ".join(f"{value:.3g}" for value in cycle.points[0][:6]) + (", ..." if cycle.points.shape[1] > 6 else "")
+    points = cycle.points if finding.observed is None else finding.observed
+    point = ", ".join(f"{value:.3g}" for value in points[0][:6]) + (", ..." if points.shape[1] > 6 else "")
     return (
         f"An attracting {name} at ({point}) {place} the range of the data, largest multiplier {cycle.modulus:.4g}, "
         f"takes {_percent(finding.captured) if finding.captured else 'none'} of the free runs"

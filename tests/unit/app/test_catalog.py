@@ -20,6 +20,7 @@ from tsforge.core.workspace import Workspace
 from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.runs import Tracker
 
+FITS = {"last_value": "nothing to fit", "var": "closed form", "linear": "closed form or gradient"}
 AS_OF = datetime(2026, 3, 1, 6, tzinfo=UTC)
 
 
@@ -115,6 +116,24 @@ def test_artifacts_newest_first_without_incomplete_ones(workspace: Workspace) ->
     assert facts["freq"] == "1h"
     with pytest.raises(ArtifactError, match=r"no artifact 'gone'.*newer, older"):
         catalog.artifact_facts(workspace, "gone")
+    with pytest.raises(ArtifactError, match=r"lacking is damaged \(schema.json is missing\)"):
+        catalog.artifact_facts(workspace, "lacking")
+
+
+def test_damaged_results_are_named_with_the_reason(workspace: Workspace) -> None:
+    store_artifact(workspace, "whole", "2026-01-01T00:00:00+00:00")
+    (store_artifact(workspace, "lacking", "2026-03-01T00:00:00+00:00") / "schema.json").unlink()
+    (store_artifact(workspace, "broken", "2026-03-01T00:00:00+00:00") / "metrics.json").write_text("{")
+    (store_artifact(workspace, "garbled", "2026-03-01T00:00:00+00:00") / "spec.json").write_text("{}")
+    found = catalog.damaged_artifacts(workspace)
+    assert list(found) == ["broken", "garbled", "lacking"]
+    assert found["lacking"] == "schema.json is missing"
+    assert found["broken"] == "metrics.json cannot be read"
+    assert "network" in found["garbled"]
+    for kind in (catalog_results.DETECTIONS, catalog_results.BACKTESTS):
+        (workspace.reports / kind / "torn").mkdir(parents=True)
+        (workspace.reports / kind / "torn" / "report.json").write_text("{")
+        assert list(catalog_results.damaged_reports(workspace, kind)) == ["torn"]
 
 
 def test_runs_of_all_experiments_and_their_curves(tracked_workspace: Workspace) -> None:
@@ -256,3 +275,13 @@ def test_catalog_loads_neither_torch_nor_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_models_say_how_they_are_fitted() -> None:
+    told = {row["model"]: row["fit"] for row in catalog.list_models()}
+    assert {name: told[name] for name in FITS} == FITS
+    assert [name for name, kind in told.items() if kind == "nothing to fit"] == [
+        "drift",
+        "last_value",
+        "seasonal_naive",
+    ]

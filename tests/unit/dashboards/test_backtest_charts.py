@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from dashboards import backtest_charts
-from dashboards.charts import ALARM, OBSERVED
+from dashboards.style import ALARM, OBSERVED, colour_map
 
 
 def test_skill_chart_puts_the_worst_on_top_and_colours_losses() -> None:
@@ -29,3 +29,13 @@ def test_regime_chart_has_a_bar_for_every_model_and_regime() -> None:
     assert list(figure.data[0].y) == [0.5, None]
     assert figure.layout.xaxis.type == "category"  # codes are names
     assert figure.layout.yaxis.title.text == "MAE"
+
+
+def test_a_model_has_one_colour_on_all_charts_of_a_report() -> None:
+    colours = colour_map(["m", "n"])
+    steps = pl.DataFrame({"model": ["n", "m"], "step": [1, 1], "mae": [0.2, 0.1]})
+    regimes = pl.DataFrame({"model": ["m", "n"], "regime": ["1", "1"], "mae": [0.5, 0.7]})
+    lines = backtest_charts.error_by_step(steps, metric="mae", colours=colours)
+    bars = backtest_charts.regime_chart(regimes, metric="mae", colours=colours)
+    assert {trace.name: trace.line.color for trace in lines.data} == colours
+    assert {trace.name: trace.marker.color for trace in bars.data} == colours

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 import polars as pl
 import pytest
 
-from dashboards import charts
+from dashboards import backtest_charts, charts, model_charts
 
 START = datetime(2024, 1, 1)
 
@@ -97,15 +97,17 @@ def test_attribution_and_leaderboard_put_the_first_on_top() -> None:
         [{"variate": "a", "contribution": 1.0}, {"variate": "b", "contribution": 9.0}]
     ).data[0]
     assert (bars.y[-1], bars.x[-1]) == ("b", 9.0)
-    board = charts.leaderboard_chart(pl.DataFrame({"model": ["x", "y", "z"], "mae": [2.0, 1.0, None]}), metric="mae")
+    board = backtest_charts.leaderboard_chart(
+        pl.DataFrame({"model": ["x", "y", "z"], "mae": [2.0, 1.0, None]}), metric="mae"
+    )
     assert list(board.data[0].y) == ["x", "y"]
 
 
 def test_error_by_step_and_history_have_a_line_a_name() -> None:
     table = pl.DataFrame({"model": ["m", "m", "n"], "step": [2, 1, 1], "mae": [0.2, 0.1, 0.5]})
-    figure = charts.error_by_step(table, metric="mae")
+    figure = backtest_charts.error_by_step(table, metric="mae")
     assert {trace.name: list(trace.y) for trace in figure.data} == {"m": [0.1, 0.2], "n": [0.5]}
-    curves = charts.history_chart(pl.DataFrame({"epoch": [1, 0], "name": ["loss"] * 2, "value": [0.1, 0.2]}))
+    curves = model_charts.history_chart(pl.DataFrame({"epoch": [1, 0], "name": ["loss"] * 2, "value": [0.1, 0.2]}))
     assert list(curves.data[0].y) == [0.2, 0.1]
 
 
@@ -123,7 +125,7 @@ def test_kernels_chart_draws_every_feature_as_a_share_of_its_peak() -> None:
         for layer, feature, weights in ((0, 3, [2.0, -4.0, 1.0]), (0, 1, [0.0, 0.0, 0.0]), (1, 3, [0.5, 0.25, 0.0]))
         for lag, weight in enumerate(weights)
     ]
-    figure = charts.kernels_chart(pl.DataFrame(rows))
+    figure = model_charts.kernels_chart(pl.DataFrame(rows))
     assert [list(trace.y) for trace in figure.data] == [[0.5, -1.0, 0.25], [0.0, 0.0, 0.0], [1.0, 0.5, 0.0]]
     assert [trace.name for trace in figure.data] == ["feature 3", "feature 1", "feature 3"]
     assert [item.text for item in figure.layout.annotations] == ["layer 0", "layer 1"]
@@ -134,7 +136,7 @@ def test_memory_chart_has_one_point_a_feature() -> None:
     table = pl.DataFrame(
         {"layer": [0, 0, 1], "feature": [0, 1, 0], "dt": [0.001, 0.1, 0.01], "memory": [300.0, 4.0, 40.0]}
     )
-    figure = charts.memory_chart(table)
+    figure = model_charts.memory_chart(table)
     assert [list(trace.y) for trace in figure.data] == [[300.0, 4.0], [40.0]]
     assert list(figure.data[0].x) == [0.001, 0.1]
     assert figure.layout.yaxis.type == "log"
@@ -147,7 +149,7 @@ def coupling(names: list[str], effects: list[list[float]]) -> pl.DataFrame:
 
 
 def test_coupling_chart_has_sources_as_rows_and_keeps_own_effects_out_of_the_colours() -> None:
-    figure = charts.coupling_chart(coupling(["temp", "wind"], [[9.0, 0.0001], [0.5, 8.0]]))
+    figure = model_charts.coupling_chart(coupling(["temp", "wind"], [[9.0, 0.0001], [0.5, 8.0]]))
     others, own = figure.data
     assert [list(row) for row in others.z] == [[None, 0.0001], [0.5, None]]
     assert [list(row) for row in own.z] == [[9.0, None], [None, 8.0]]
@@ -162,7 +164,7 @@ def test_coupling_chart_has_sources_as_rows_and_keeps_own_effects_out_of_the_col
 
 def test_coupling_chart_of_many_variates_names_them_all_and_leaves_the_numbers_out() -> None:
     names = [f"particulate matter at station {number}" for number in range(20)]
-    figure = charts.coupling_chart(coupling(names, [[1.0] * 20] * 20))
+    figure = model_charts.coupling_chart(coupling(names, [[1.0] * 20] * 20))
     ticks = list(figure.layout.xaxis.ticktext)
     assert len(set(ticks)) == 20
     assert max(len(tick) for tick in ticks) <= 22
@@ -186,7 +188,7 @@ def scales(*, coupled: bool = True, directions: tuple[str, ...] = ("forward", "b
 
 
 def test_time_scales_chart_has_a_row_a_head_and_direction_on_logarithmic_axes() -> None:
-    figure = charts.time_scales_chart(scales(), step="15m", context=96, variates=7)
+    figure = model_charts.time_scales_chart(scales(), step="15m", context=96, variates=7)
     assert [item.text for item in figure.layout.annotations] == [
         "memory along time (steps of 15m)",
         "reach along variates (number of variates)",
@@ -209,7 +211,7 @@ def test_time_scales_chart_has_a_row_a_head_and_direction_on_logarithmic_axes() 
 
 def test_time_scales_of_a_model_without_coupling_have_no_reach() -> None:
     table = scales(coupled=False, directions=("forward",))
-    figure = charts.time_scales_chart(table, step="1d", context=96, variates=1)
+    figure = model_charts.time_scales_chart(table, step="1d", context=96, variates=1)
     assert [item.text for item in figure.layout.annotations] == ["memory along time (steps of 1d)"]
     assert list(figure.layout.yaxis.ticktext) == ["layer 0, trend", "layer 0, seasonal"]
 
@@ -221,3 +223,72 @@ def test_small_parts_have_powers_of_ten_on_their_axis() -> None:
     figure = charts.components_chart(table)
     assert figure.layout.yaxis.exponentformat is None
     assert figure.layout.yaxis2.exponentformat == "power"
+
+
+NAMES = ["1", "40", "<i>x</i> & y"]
+
+
+def test_names_that_are_numbers_or_tags_are_names_on_every_axis() -> None:
+    report = pl.DataFrame({"series_id": ["7"] * 3, "column": NAMES, "null_share": [0.1, 0.2, 0.3]})
+    missing = charts.null_share_chart(report)
+    assert (missing.layout.xaxis.type, missing.layout.yaxis.type) == ("category", "category")
+    assert list(missing.layout.xaxis.ticktext) == ["1", "40", "&lt;i&gt;x&lt;/i&gt; &amp; y"]
+    assert list(missing.layout.xaxis.tickvals) == NAMES
+    blamed = charts.attribution_chart([{"variate": name, "contribution": 1.0} for name in NAMES])
+    assert blamed.layout.yaxis.type == "category"
+    assert blamed.layout.yaxis.ticktext[2] == "&lt;i&gt;x&lt;/i&gt; &amp; y"
+    assert blamed.layout.autotypenumbers == "strict"
+    values = pl.DataFrame({"time": times(3), "<b>": [1.0, 2.0, 3.0]})
+    assert charts.series_chart(values, columns=["<b>"]).layout.annotations[0].text == "&lt;b&gt;"
+
+
+def test_many_columns_are_all_told_apart_and_have_no_numbers() -> None:
+    names = [f"sensor_number_{number:02d}_of_the_pressure" for number in range(50)]
+    report = pl.DataFrame({"series_id": ["s"] * 50, "column": names, "null_share": [0.0] * 50})
+    figure = charts.null_share_chart(report)
+    assert figure.data[0].texttemplate is None, "cells are too narrow"
+    assert len(set(figure.layout.xaxis.ticktext)) == 50
+    assert figure.layout.xaxis.tickangle == -60
+    short = charts.null_share_chart(report.with_columns(column=pl.lit("n" * 170)).head(1))
+    assert len(short.layout.xaxis.ticktext[0]) <= 40
+
+
+def test_a_value_between_two_gaps_is_a_dot(forecast: pl.DataFrame) -> None:
+    lonely = [None, 1.0, None, 2.0, 3.0, float("nan"), 4.0]
+    values = pl.DataFrame({"time": times(7), "value": lonely})
+    scores = pl.DataFrame({"time": times(7), "score": lonely, "threshold": [3.0] * 7})
+    events = pl.DataFrame(schema={"event_id": pl.String, "start": pl.Datetime, "end": pl.Datetime})
+    for figure, lines in (
+        (charts.fan_chart(values, forecast), 1),
+        (charts.series_chart(values, columns=["value"]), 1),
+        (charts.anomaly_timeline(values, scores, events), 2),
+    ):
+        dots = [trace for trace in figure.data if trace.mode == "markers"]
+        assert [list(trace.y) for trace in dots] == [[1.0, 4.0]] * lines
+        assert list(dots[0].x) == [times(7)[1], times(7)[6]]
+        assert not any(trace.showlegend for trace in dots)
+
+
+def test_a_constant_has_room_around_it_however_small() -> None:
+    values = pl.DataFrame({"time": times(2), "tiny": [1e-6] * 2, "below": [-4.0] * 2, "zero": [0.0] * 2})
+    layout = charts.series_chart(values, columns=["tiny", "below", "zero"]).layout
+    assert list(layout.yaxis.range) == pytest.approx([5e-7, 1.5e-6])
+    assert layout.yaxis.exponentformat == "power"
+    assert list(layout.yaxis2.range) == [-6.0, -2.0]
+    assert layout.yaxis3.range is None
+
+
+def test_small_values_have_no_prefixes_on_any_chart(forecast: pl.DataFrame) -> None:
+    numbers = pl.selectors.float()
+    small = pl.DataFrame({"time": times(3), "value": [1e-5, 2e-5, 3e-5]})
+    assert charts.fan_chart(small, forecast.with_columns(numbers * 1e-5)).layout.yaxis.exponentformat == "power"
+    assert charts.fan_chart(small, forecast).layout.yaxis.exponentformat is None
+    scores = pl.DataFrame({"time": times(3), "score": [1.0] * 3})
+    events = pl.DataFrame(schema={"event_id": pl.String, "start": pl.Datetime, "end": pl.Datetime})
+    assert charts.anomaly_timeline(small, scores, events).layout.yaxis.exponentformat == "power"
+
+
+def test_a_cutoff_of_integer_time_is_marked(forecast: pl.DataFrame) -> None:
+    counted = forecast.with_columns(cutoff=pl.lit(19), time=19 + pl.col("step"))
+    history = pl.DataFrame({"time": [18, 19], "value": [1.0, 2.0]})
+    assert charts.fan_chart(history, counted).layout.shapes[0].x0 == 19

@@ -13,17 +13,32 @@ from dashboards.explanation_charts import importance_chart, lags_chart, waterfal
 
 def test_waterfall_walks_from_the_baseline_to_the_forecast() -> None:
     parts = pl.DataFrame({"label": ["x", "y"], "contribution": [3.0, -1.0]})
-    bars = waterfall_chart(parts, baseline=10.0, forecast=12.0, variate="x").data[0]
-    assert list(bars.x) == ["baseline", "x", "y", "forecast"]
-    assert list(bars.y) == [10.0, 3.0, -1.0, 12.0]
-    assert list(bars.measure) == ["absolute", "relative", "relative", "total"]
+    figure = waterfall_chart(parts, baseline=10.0, forecast=12.0, variate="x")
+    steps, ends = figure.data
+    assert list(figure.layout.xaxis.ticktext) == ["baseline", "x", "y", "forecast"]
+    assert list(steps.y) == [3.0, -1.0]
+    assert steps.base == 10.0
+    assert ends.mode == "markers", "a bar would say that the end is as large as the bar is long"
+    assert dict(zip(ends.x, ends.y, strict=True)) == {0: 10.0, 3: 12.0}
+
+
+def test_inputs_may_be_named_like_numbers_and_like_the_ends() -> None:
+    parts = pl.DataFrame({"label": ["2", "forecast", "10"], "contribution": [3.0, -1.0, 0.5]})
+    figure = waterfall_chart(parts, baseline=10.0, forecast=12.5)
+    assert list(figure.data[0].x) == [1, 2, 3]
+    assert list(figure.layout.xaxis.tickvals) == [0, 1, 2, 3, 4]
+    assert list(figure.layout.xaxis.ticktext) == ["baseline", "2", "forecast", "10", "forecast"]
+    cells = pl.DataFrame({"label": ["2", "10"], "source_time": [1, 2], "contribution": [1.0, 2.0]})
+    assert lags_chart(cells).layout.yaxis.type == "category"
+    table = pl.DataFrame({"label": ["2", "10"], "importance": [0.5, 0.1], "sd": [0.1, None]})
+    assert importance_chart(table).layout.yaxis.type == "category"
 
 
 def test_waterfall_names_what_is_left_over() -> None:
     parts = pl.DataFrame({"label": ["x"], "contribution": [3.0]})
     figure = waterfall_chart(parts, baseline=10.0, forecast=12.5)
-    assert list(figure.data[0].x) == ["baseline", "x", "remainder", "forecast"]
-    assert figure.data[0].y[2] == pytest.approx(-0.5)
+    assert list(figure.layout.xaxis.ticktext) == ["baseline", "x", "remainder", "forecast"]
+    assert figure.data[0].y[1] == pytest.approx(-0.5)
     low, high = figure.layout.yaxis.range
     assert low < 10.0
     assert high > 13.0

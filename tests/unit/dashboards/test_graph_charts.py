@@ -88,3 +88,27 @@ def test_epochs_are_lines_of_the_cells_that_moved_most() -> None:
     assert list(figure.data[1].x) == [0, 4, 8]
     assert list(figure.data[1].y) == [0.0, 1.0, 5.0]
     assert len(charts.epochs_chart(table).data) == 3
+
+
+def test_every_column_of_a_matrix_is_named_however_narrow_it_is() -> None:
+    names = ["temp", "dewp", "humid", "wind_speed"]
+    table = pl.DataFrame([{"row": a, "column": b, "value": 1.0} for a in names for b in names])
+    for small in (False, True):
+        figure = charts.matrix_chart(table, small=small)
+        axis = figure.layout.xaxis
+        assert list(axis.ticktext) == names
+        assert axis.ticklabeloverflow == "allow"
+        assert axis.automargin
+        assert (axis.tickangle == -60) == small
+        assert figure.data[0].textfont.size is None, "numbers shrink with their cells"
+    wide = pl.DataFrame([{"row": a, "column": b, "value": 1.0} for a in "abcdefg" for b in "abcdefg"])
+    assert charts.matrix_chart(wide).data[0].texttemplate is not None
+    assert charts.matrix_chart(wide, small=True).data[0].texttemplate is None
+
+
+def test_tags_in_names_are_text() -> None:
+    table = pl.DataFrame([{"row": a, "column": b, "value": 1.0} for a in ("<b>", "y") for b in ("<b>", "y")])
+    figure = charts.matrix_chart(table)
+    assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "y"]
+    assert list(figure.data[0].customdata[0][1]) == ["&lt;b&gt;", "y"]
+    assert list(charts.network_chart(table, least=0.5).data[0].text) == ["&lt;b&gt;", "y"]

@@ -41,3 +41,7 @@ def test_histogram_has_a_panel_for_each_group_of_steps_and_adds_up_variates() ->
     shares = np.histogram(data.filter(pl.col("step") < 3)["actual"], [0, 0.1, 0.5, 0.9, 1])[0] / 200
     np.testing.assert_allclose(first.y, shares / [0.1, 0.4, 0.4, 0.1])
     assert pit_chart(table.clear()).data == ()
+    four = pl.concat([table.with_columns(pl.col("first_step", "last_step") + more) for more in (0, 10)])
+    panels = pit_chart(four)
+    assert {trace.xaxis for trace in panels.data} == {"x", "x2", "x3", "x4"}
+    assert panels.layout.yaxis3.domain[1] < panels.layout.yaxis.domain[0], "two by two, for narrow windows"

@@ -87,3 +87,30 @@ def test_health_of_a_rule_without_a_nominal_rate_is_the_rate_itself() -> None:
     figure = triage_charts.health_chart(table, bound=5.0)
     assert list(figure.data[0].y) == [0.1] * 4
     assert not figure.layout.shapes
+
+
+def test_long_names_are_short_in_the_legend_and_words_stand_beside_the_lines() -> None:
+    names = [f"plant_north_line_{letter}_pump_07_vibration_in_mm_per_s" for letter in "AB"]
+    figure = triage_charts.health_chart(history(**{name: [0.1] * 4 for name in names}), bound=5.0)
+    shown = [trace.name for trace in figure.data]
+    assert len(set(shown)) == 2
+    assert max(map(len, shown)) <= 40
+    assert {(note.text, note.x, note.xanchor) for note in figure.layout.annotations} == {
+        ("nominal", 1, "left"),
+        ("stale above", 1, "left"),
+    }
+    assert figure.layout.margin.r > 80
+
+
+def test_variates_named_like_numbers_have_their_bars() -> None:
+    ranked = [{"variate": name, "contribution": 1.0, "conditional": 1.0} for name in ("40", "<i>2</i>")]
+    axis = triage_charts.contribution_chart(ranked).layout.yaxis
+    assert (axis.type, list(axis.ticktext)) == ("category", ["&lt;i&gt;2&lt;/i&gt;", "40"])
+
+
+def test_a_lonely_observation_of_an_event_is_a_dot_and_tiny_values_have_no_prefix() -> None:
+    table = values("temp", value=[1e-5, None, 2e-5, None]).select("time", "variate", "value")
+    figure = triage_charts.event_chart(table, scores().clear(), EVENT)
+    (dots,) = (trace for trace in figure.data if trace.mode == "markers")
+    assert list(dots.y) == [1e-5, 2e-5]
+    assert figure.layout.yaxis.exponentformat == "power"

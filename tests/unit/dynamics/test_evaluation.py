@@ -57,6 +57,11 @@ def test_metrics_of_a_rotation() -> None:
     assert judged.metrics["alpha"] == 1.0
 
 
+def test_warnings_name_places_in_the_units_of_the_data() -> None:
+    judged = evaluate(rotation(0.9), circle(), SMALL, 1.0, units=(np.array([10.0, 20.0]), np.array([2.0, 3.0])))
+    assert any("fixed point at (10, 20) within" in warning for warning in judged.findings["warnings"])
+
+
 def test_missing_test_values_cost_the_spectral_distance_only() -> None:
     test = circle()
     test[7, 1] = np.nan

@@ -52,6 +52,11 @@ def test_an_attractor_off_the_data_is_named_even_if_no_run_reaches_it() -> None:
     assert spurious.distance == pytest.approx((0.05 + 2.8) / INSIDE.std())
 
 
+def test_a_place_is_named_in_the_units_of_the_data() -> None:
+    findings = examine(TENT, INSIDE, settings=SMALL, observe=lambda points: 10.0 * points + 100.0)
+    assert "at (72) outside" in text(findings)
+
+
 def test_captured_and_lost_shares_are_named() -> None:
     states = np.concatenate([INSIDE[:160], np.full((40, 1), -0.1)])
     findings = examine(TENT, states, settings=SMALL)
