@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from tsforge.ops.moments import Channel, WindowMoments, channel_moments, observe
 
 MissingRule = Literal["auto", "windows", "filled"]
 _CHUNK_VALUES = 4_000_000
+_BRIDGED = 6  # rows of a gap that a line bridges, and no more than this part of the lags:
+_BRIDGED_SHARE = 16
 
 
 def lag_moments(
@@ -30,8 +33,9 @@ def lag_moments(
 ) -> tuple[WindowMoments, bool]:
     """Return moments summed over variates and series, and whether any are of filled windows.
 
-    Whole windows are exact least squares on every gap-free window. With ``"auto"``, windows with filled gaps take over
-    for a variate whose gaps leave less than half of its windows whole, and fewer than could be filled.
+    Whole windows are exact least squares on every gap-free window. With ``"auto"`` straight lines bridge gaps of a few
+    rows; where the rest leave less than half of a variate's windows whole, and fewer than could be filled, windows with
+    filled gaps take over for it.
     ``uses_scale`` appends one more column, the standard deviation of the context; ``most_values`` limits the values of
     the windows that are filled.
 
@@ -44,16 +48,18 @@ def lag_moments(
     total: WindowMoments | None = None
     gappy = []
     for variate in range(values.shape[1]):
-        seen = mask[:, variate]
+        own, seen = values[:, variate], mask[:, variate]
         if not bool(seen.any()):
             continue
-        channels = layout.channels(values[:, variate], seen, past)
-        if uses_scale:
-            channels.append(window_scale(values[:, variate], seen, layout.lags))
+        if missing == "auto":
+            own, seen = bridge_short(own, seen, bounds, min(_BRIDGED, layout.lags // _BRIDGED_SHARE))
         runs = observed_runs(seen, bounds)
         if missing == "filled" or (missing == "auto" and _too_few(layout, runs, bounds)):
             gappy.append(variate)
             continue
+        channels = layout.channels(own, seen, past)
+        if uses_scale:
+            channels.append(window_scale(own, seen, layout.lags))
         moments = channel_moments(channels, runs, layout.span)
         total = moments if total is None else total + moments
     if gappy:
@@ -70,6 +76,28 @@ def lag_moments(
     if total is None:  # nothing observed at all: say so the way an empty span does
         return channel_moments([Channel(values[:, 0], layout.span)], [], layout.span), False
     return total, bool(gappy)
+
+
+def bridge_short(values: Tensor, mask: Tensor, bounds: Sequence[int], most: int) -> tuple[Tensor, Tensor]:
+    """Return values and mask [N] with straight lines over gaps of at most ``most`` rows between rows of one series."""
+    if most < 1 or bool(mask.all()):
+        return values, mask
+    seen = mask.cpu().numpy()
+    rows = np.flatnonzero(seen)
+    size = np.diff(rows) - 1
+    series = np.searchsorted(np.asarray(bounds), rows, side="right")
+    short = (size > 0) & (size <= most) & (np.diff(series) == 0)
+    count = size[short]
+    place = np.repeat(rows[:-1][short] + 1 - np.concatenate([[0], np.cumsum(count)[:-1]]), count) + np.arange(
+        count.sum()
+    )
+    observed = torch.from_numpy(rows).to(values.device)
+    line = np.interp(place, rows, values[observed].double().cpu().numpy())
+    result, where = values.clone(), torch.from_numpy(place).to(values.device)
+    result[where] = torch.from_numpy(line).to(result)
+    whole = mask.clone()
+    whole[where] = True
+    return result, whole
 
 
 def window_scale(values: Tensor, mask: Tensor, length: int) -> Channel:

@@ -77,7 +77,8 @@ class ARNetConfig(ModelConfig):
     order_selection: Literal["none", "aic", "bic"] = "none"
     """Yule-Walker and Burg: the order, up to ``lags``, by an information criterion."""
     missing: MissingRule = "auto"
-    """Training gaps: whole windows only, or windows with filled gaps; auto takes whole ones while there are enough."""
+    """Training gaps: whole windows only, or windows with filled gaps; auto bridges short gaps, then takes whole windows
+    while there are enough."""
     hidden: tuple[int, ...] = ()
     """Widths of ReLU layers beside the linear one; trained by gradient steps from the exact linear fit."""
     warm_start: bool = True

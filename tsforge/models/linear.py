@@ -54,7 +54,8 @@ class LinearConfig(ModelConfig):
     Auto: a constant where nothing is removed, else nothing (it would continue the mean drift of the training span)."""
     solver: Literal["closed_form", "sgd"] = "closed_form"
     missing: MissingRule = "auto"
-    """Training gaps: whole windows only, or windows with filled gaps; auto takes whole ones while there are enough."""
+    """Training gaps: whole windows only, or windows with filled gaps; auto bridges short gaps, then takes whole windows
+    while there are enough."""
 
     @property
     def fitted_offset(self) -> Offset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tsforge.models import _ar_filled
 from tsforge.models._ar_filled import filled_moments
 from tsforge.models._ar_gaps import GapFiller
 from tsforge.models._ar_layout import LagLayout
-from tsforge.models._ar_moments import lag_moments
+from tsforge.models._ar_moments import MissingRule, bridge_short, lag_moments
 from tsforge.models.ar_net import ARNet, ARNetConfig
 from tsforge.models.linear import Linear, LinearConfig
 from tsforge.ops.moments import least_squares
@@ -104,8 +106,9 @@ def test_every_step_is_least_squares_on_the_windows_that_observed_it(monkeypatch
     assert moments.rows == pytest.approx(np.array(known).mean() * len(rows))
 
 
+@pytest.mark.parametrize("missing", ["auto", "filled"])
 @pytest.mark.parametrize("name", ["ar_net", "linear"])
-def test_gaps_in_smooth_data_cost_little(name: str) -> None:
+def test_gaps_in_smooth_data_cost_little(name: str, missing: MissingRule) -> None:
     values = smooth(2500, seed=5)
     train, test = values[:2000], values[2000:]
     seen = gaps(2000, 0.12, seed=6)
@@ -114,11 +117,12 @@ def test_gaps_in_smooth_data_cost_little(name: str) -> None:
     def error(mask: NDArray[np.bool_]) -> float:
         table, observed = tensors(train, mask)
         data = TrainingSeries(table, observed, torch.tensor([0, 2000]), torch.zeros(1, dtype=torch.int64))
-        model = (ARNet(ARNetConfig(), spec) if name == "ar_net" else Linear(LinearConfig(ridge=1e-3), spec)).double()
+        linear = Linear(LinearConfig(ridge=1e-3, missing=missing), spec)
+        model = (ARNet(ARNetConfig(missing=missing), spec) if name == "ar_net" else linear).double()
         report = model.solve(data)
         assert report is not None
         assert report.details is not None
-        assert report.details["gaps_filled"] == float(not mask.all())
+        assert report.details["gaps_filled"] == float(missing == "filled")  # lines bridge gaps of up to three rows
         windows = np.lib.stride_tricks.sliding_window_view(test, 56)
         context = torch.from_numpy(windows[:, :48].copy())[..., None]
         with torch.no_grad():
@@ -126,6 +130,37 @@ def test_gaps_in_smooth_data_cost_little(name: str) -> None:
         return float(np.square(found.numpy() - windows[:, 48:]).mean())
 
     assert error(seen) < 1.15 * error(np.ones(2000, dtype=bool))
+
+
+def test_lines_bridge_short_gaps_within_a_series() -> None:
+    rng = np.random.default_rng(12)
+    for most in (0, 1, 3, 50):
+        seen, values, bounds = rng.random(200) > 0.5, rng.normal(size=200), [0, 3, 90, 91, 200]
+        expected, whole = values.copy(), seen.copy()
+        for first, last in pairwise(bounds):
+            rows = [row for row in range(first, last) if seen[row]]
+            for left, right in pairwise(rows):
+                if right - left - 1 <= most:
+                    for row in range(left + 1, right):
+                        share = (row - left) / (right - left)
+                        expected[row] = (1.0 - share) * values[left] + share * values[right]
+                        whole[row] = True
+        found, mask = bridge_short(torch.from_numpy(values), torch.from_numpy(seen), bounds, most)
+        np.testing.assert_array_equal(mask.numpy(), whole)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+def test_long_gaps_are_filled_and_not_bridged() -> None:
+    values, seen = smooth(900), np.ones(900, dtype=bool)
+    for start in range(40, 880, 60):
+        seen[start : start + 7] = False
+    layout, (table, mask) = LagLayout(112, 1), tensors(values, seen)
+    assert lag_moments(layout, table, mask, [0, 900])[1]
+    for start in range(40, 880, 60):
+        seen[start] = True  # six rows are left
+    moments, filled = lag_moments(layout, *tensors(values, seen), [0, 900])
+    assert not filled
+    assert moments.rows == 900 - 113 + 1
 
 
 def test_more_windows_than_fit_are_a_choice_that_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
