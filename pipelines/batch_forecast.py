@@ -18,6 +18,7 @@ from tsforge.console import print_error, print_json
 from tsforge.core.config import Config, load
 from tsforge.core.errors import TsforgeError
 from tsforge.core.logs import configure_logging
+from tsforge.core.signals import termination_as_interrupt
 from tsforge.core.workspace import Workspace
 
 C = TypeVar("C", bound=Config)
@@ -39,8 +40,9 @@ def command_line(
     given = parser.parse_intermixed_args(arguments)
     configure_logging(as_json=True)
     try:
-        config = load(cls, given.config, given.overrides, stored=StoredData())
-        result = job(config, parse_as_of(given.as_of), Workspace.open())
+        with termination_as_interrupt():
+            config = load(cls, given.config, given.overrides, stored=StoredData())
+            result = job(config, parse_as_of(given.as_of), Workspace.open())
     except TsforgeError as error:
         print_error(str(error))
         return error.exit_code

@@ -18,6 +18,7 @@ from tsforge.console import print_error, print_json
 from tsforge.core.config import load
 from tsforge.core.errors import DataError, TsforgeError
 from tsforge.core.logs import configure_logging
+from tsforge.core.signals import termination_as_interrupt
 from tsforge.core.workspace import Workspace
 
 
@@ -34,10 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     configure_logging(as_json=True)
     try:
-        results = run(load(IngestConfig, given.config, given.overrides, stored=StoredData()), Workspace.open())
+        with termination_as_interrupt():
+            results = run(load(IngestConfig, given.config, given.overrides, stored=StoredData()), Workspace.open())
     except TsforgeError as error:
         print_error(str(error))
         return error.exit_code
+    except KeyboardInterrupt:
+        print_error("interrupted; nothing was changed")
+        return 130
     failed = [result for result in results if not result.passed and result.severity == "block"]
     print_json({"passed": not failed, "checks": [asdict(result) for result in results]})
     return DataError.exit_code if failed else 0

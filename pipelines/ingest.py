@@ -16,6 +16,7 @@ from tsforge.console import print_error, print_json
 from tsforge.core.config import load
 from tsforge.core.errors import TsforgeError
 from tsforge.core.logs import configure_logging
+from tsforge.core.signals import termination_as_interrupt
 from tsforge.core.workspace import Workspace
 
 
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     configure_logging(as_json=True)
     try:
-        result = run(load(IngestConfig, given.config, given.overrides, stored=StoredData()), Workspace.open())
+        with termination_as_interrupt():
+            result = run(load(IngestConfig, given.config, given.overrides, stored=StoredData()), Workspace.open())
     except TsforgeError as error:
         print_error(str(error))
         return error.exit_code

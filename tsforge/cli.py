@@ -31,6 +31,7 @@ from tsforge.cli_parts import workspace as _workspace
 from tsforge.cli_parts import write_table as _write_table
 from tsforge.console import print_error, print_facts, print_json, print_table
 from tsforge.core.errors import BackendError, ConfigError, TsforgeError
+from tsforge.core.signals import termination_as_interrupt
 
 app = typer.Typer(
     name="tsforge",
@@ -58,7 +59,8 @@ def main() -> None:
     """Run the command line; every error a user can cause is one line and a non-zero exit status."""
     try:
         # Typer returns the status of typer.Exit instead of raising it, and turns Ctrl-C into status 130
-        code = app(standalone_mode=False) or 0
+        with termination_as_interrupt():
+            code = app(standalone_mode=False) or 0
     except TsforgeError as error:
         print_error(str(error))
         sys.exit(error.exit_code)
@@ -287,6 +289,11 @@ def watch(
         raise BackendError(
             f"{result.undelivered} transitions could not be delivered in time; they go out with the next run"
         )
+    if result.refused and result.signal is None:
+        raise BackendError(
+            f"{result.refused} transitions were refused and are dead letters (--status says why); send them again with "
+            "--redeliver"
+        )
 
 
 def _print_line(turn: dict[str, Any]) -> None:
@@ -363,10 +370,7 @@ def doctor(as_json: AsJson = False, home: Home = None) -> None:
 
 
 @app.command()
-def demo(
-    as_json: AsJson = False,
-    home: Annotated[Path, typer.Option("--home", help="Workspace of the demo.")] = Path(".tsforge"),
-) -> None:
+def demo(as_json: AsJson = False, home: Home = None) -> None:
     """Run the main job on the embedded data: weather forecasts, a real sensor error found, labels graded."""
     result = _attribute("tsforge.app.demo:run_demo")(_workspace(home), progress=not as_json)
     if as_json:

@@ -85,6 +85,19 @@ def test_read_only_workspace(tsforge: Any, tmp_path: Path, monkeypatch: pytest.M
     assert "cannot create the workspace" in outcome.err
 
 
+def test_the_demo_lands_where_every_other_command_looks(tsforge: Any, workspace_root: Path, monkeypatch: Any) -> None:
+    from tsforge.app import demo
+
+    seen = []
+    monkeypatch.setattr(demo, "run_demo", lambda workspace, progress: seen.append(workspace) or {})
+    assert tsforge("demo", "--json").code == 0
+    assert tsforge("demo", "--json", "--home", str(workspace_root / "other one")).code == 0
+    usual, other = seen
+    assert usual.root == workspace_root
+    assert demo._home_option(usual) == ""
+    assert demo._home_option(other) == f" --home '{other.root}'"
+
+
 def test_closed_pipe_is_no_error(workspace_root: Path) -> None:
     command = f"{sys.executable} -m tsforge models --json | head -c 1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)

@@ -17,11 +17,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tsforge.contracts.tensors import SolveReport, TrainingSeries
 from tsforge.core.config import fingerprint
 from tsforge.core.errors import BackendError, ConfigError, ModelError
 from tsforge.core.logs import get_logger, log_event
+from tsforge.core.signals import Terminated
 from tsforge.network import ForecastNetwork
 from tsforge.training.callbacks import EpochCheckpoint, EpochRecord, OnEpoch, ProgressLine, StopTraining, mean_metrics
 from tsforge.training.config import TrainConfig
@@ -413,14 +415,20 @@ def own_random_state() -> Iterator[None]:
 
 @contextmanager
 def plain_interrupt() -> Iterator[None]:
-    """Turn Lightning's way out of Ctrl-C (exit code 1, signal ignored for good) back into a ``KeyboardInterrupt``."""
+    """Turn Lightning's ways out of Ctrl-C (status 1, signal ignored for good) and SIGTERM (status 0) into interrupts.
+
+    Raises:
+        KeyboardInterrupt: the one that came; ``Terminated`` for a SIGTERM that only Lightning caught.
+    """
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main else None
     try:
         yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+            raise error.__context__ from None
+        if isinstance(error, SIGTERMException):
+            raise Terminated("ended by signal SIGTERM") from None
         raise
     finally:
         if in_main:

@@ -321,20 +321,23 @@ def test_checkpoints_hold_no_arbitrary_objects(parts: Parts, tmp_path: Path) -> 
     torch.load(tmp_path / CHECKPOINT, weights_only=True)
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_handler(parts: Parts, noisy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_checkpoint_and_the_handler(
+    number: signal.Signals, parts: Parts, noisy, tmp_path: Path
+) -> None:
     config = QUICK.model_copy(update={"max_epochs": 5})
     whole = parts.network(model="noisy")
     parts.fit(whole, config)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
 
     def press(epoch: int, metrics: dict[str, float]) -> None:
         if epoch == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.2)
 
     with pytest.raises(KeyboardInterrupt):
         parts.fit(parts.network(model="noisy"), config, checkpoint_dir=tmp_path, on_epoch=press)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     resumed = parts.network(model="noisy")
     parts.fit(resumed, config, checkpoint_dir=tmp_path, resume=True)
     assert _same(whole, resumed)
