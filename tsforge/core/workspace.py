@@ -6,7 +6,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsforge.core.errors import BackendError
+from tsforge.core.errors import BackendError, ConfigError
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the SQLAlchemy URL of a SQLite file.
+
+    Raises:
+        ConfigError: the path holds ``?`` or ``%``. In the text of a URL, which Optuna, MLflow and child processes are
+            given, they begin options and escapes, and the file would lie elsewhere.
+    """
+    found = next((mark for mark in "?%" if mark in str(path)), None)
+    if found is not None:
+        raise ConfigError(f"{path} cannot hold a database: its path has a '{found}'; choose a folder without ? and %")
+    return f"sqlite:///{path}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +42,10 @@ class Workspace:
 
         Raises:
             BackendError: the folder cannot be created or written.
+            ConfigError: its path holds ``?`` or ``%``.
         """
         path = Path(root or os.environ.get("TSFORGE_HOME") or ".tsforge").expanduser().resolve()
+        store, runs = sqlite_url(path / "store.db"), sqlite_url(path / "mlflow.db")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -41,8 +56,8 @@ class Workspace:
             raise BackendError(f"the workspace {path} is read-only; set TSFORGE_HOME to a writable folder")
         return cls(
             root=path,
-            database_url=os.environ.get("TSFORGE_DATABASE_URL") or f"sqlite:///{path / 'store.db'}",
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path / 'mlflow.db'}",
+            database_url=os.environ.get("TSFORGE_DATABASE_URL") or store,
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or runs,
         )
 
     @property

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from sqlalchemy import MetaData, Table, select, text
+from sqlalchemy import URL, MetaData, Table, select, text
 from sqlalchemy.exc import NoSuchTableError, OperationalError, ProgrammingError
 from sqlalchemy.sql.expression import Executable
 
@@ -247,14 +247,14 @@ def _read_parquet(path: str, origin: str | None = None) -> RawTable:
     return raw
 
 
-def source_url(source: SqlSource) -> str:
+def source_url(source: SqlSource) -> str | URL:
     """Return the database URL of a source; from its environment variable where it names one.
 
     Raises:
         ConfigError: the variable is not set.
     """
     if source.path is not None:
-        return f"sqlite:///{source.path}"
+        return URL.create("sqlite", database=source.path)  # a path may hold what means something in a URL
     if source.url is not None:
         return source.url
     name = source.url_env or ""

@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
     return text if advice is None else f"{text} ({advice})"
 
 
-def open_engine(url: str, *, read_only: bool = False) -> Engine:
+def open_engine(url: str | URL, *, read_only: bool = False) -> Engine:
     """Return an engine for ``url``; nothing is connected yet.
 
     SQLite: write-ahead log, ``synchronous=FULL`` (a finished batch survives a power cut), explicit transactions so that

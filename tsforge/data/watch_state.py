@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     BigInteger,
     Column,
     Float,
@@ -165,7 +166,7 @@ class WatchState:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
-        self._engine = open_engine(f"sqlite:///{path}", read_only=read_only)
+        self._engine = open_engine(URL.create("sqlite", database=str(path)), read_only=read_only)
         if not read_only:
             with transaction(self._engine, "make the tables of") as connection:
                 _META.create_all(connection)

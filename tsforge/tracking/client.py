@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tsforge.core.errors import BackendError, ConfigError
+from tsforge.core.workspace import sqlite_url
 from tsforge.tracking.redact import redact
 
 _IMPORT_LOCK = threading.Lock()
@@ -56,7 +57,8 @@ def normalise_uri(uri: str) -> str:
     """Return ``uri`` with an absolute path where it names a SQLite file.
 
     Raises:
-        ConfigError: it is a plain folder or ``file:`` address, which MLflow no longer stores runs in.
+        ConfigError: it is a plain folder or ``file:`` address, which MLflow no longer stores runs in, or its path is
+            none for a database (``sqlite_url``).
     """
     scheme = urlsplit(uri).scheme
     if not scheme or scheme == "file":
@@ -70,7 +72,8 @@ def normalise_uri(uri: str) -> str:
     path, mark, query = tail.partition("?")
     if not path:
         raise ConfigError(f"tracking address '{uri}' names no file; use sqlite:////absolute/path/mlflow.db")
-    return f"{head}:///{Path(unquote(path)).expanduser().resolve()}{mark}{query}"
+    place = sqlite_url(Path(unquote(path)).expanduser().resolve()).removeprefix("sqlite:///")
+    return f"{head}:///{place}{mark}{query}"
 
 
 def is_database(uri: str) -> bool:
@@ -131,7 +134,7 @@ def _create_sqlite(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
             fresh = Path(folder) / "new.db"
-            _client(f"sqlite:///{fresh}")
+            _client(sqlite_url(fresh))
             with sqlite3.connect(fresh) as connection:
                 # the default experiment points into whatever folder the process started in; runs never go there
                 location = (path.parent / "mlartifacts" / "default").as_uri()

@@ -121,3 +121,13 @@ def test_workspace_in_an_impossible_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(BackendError, match="cannot create the workspace"):
         Workspace.open(tmp_path / "file" / "home")
+
+
+@pytest.mark.parametrize("name", ["what?", "a?timeout=3", "100%", "a%41b"])
+def test_a_workspace_whose_databases_would_lie_elsewhere_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TSFORGE_DATABASE_URL", "postgresql+psycopg://u@h/db")  # studies lie in the folder all the same
+    with pytest.raises(ConfigError, match=r"its path has a '[?%]'; choose a folder without \? and %"):
+        Workspace.open(tmp_path / name / "home")
+    assert not list(tmp_path.iterdir())

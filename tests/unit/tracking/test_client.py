@@ -35,6 +35,13 @@ def test_a_relative_sqlite_file_becomes_absolute(tmp_path: Path, monkeypatch: py
     assert normalise_uri("http://host:5000") == "http://host:5000"
 
 
+@pytest.mark.parametrize("escaped", ["a%3Fb", "a%2541"])
+def test_a_sqlite_file_that_would_lie_elsewhere_is_refused(escaped: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot hold a database"):
+        open_client(f"sqlite:///{tmp_path}/{escaped}/m.db")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("scheme", ["http://127.0.0.1:{port}", "postgresql://ann:s3cr3t@127.0.0.1:{port}/x"])
 def test_a_dead_server_is_reported_in_seconds_without_its_password(scheme: str) -> None:
     start = time.monotonic()
