@@ -116,6 +116,14 @@ def test_changed_data_or_settings_are_not_mixed_into_a_study(workspace: Workspac
         tune(job("study.num_trials=2", "fit.window.horizon=6"), workspace)
     with pytest.raises(ConfigError, match=r"other settings \(data\)"):
         tune(job("study.num_trials=2", "fit.data.targets=[temp,dewp]"), workspace)
+    with pytest.raises(ConfigError, match=r"other settings \(study\.seed\)"):
+        tune(job("study.num_trials=2", "study.seed=1"), workspace)
+
+
+def test_other_values_to_start_from_are_the_next_trial(workspace: Workspace) -> None:
+    tune(job("study.num_trials=2"), workspace)
+    result = tune(job("study.num_trials=3", "fit.model.ridge=0.125"), workspace)
+    assert result.trials[2].values["model.ridge"] == pytest.approx(0.125)
 
 
 def test_a_refusal_leaves_the_run_of_the_study_as_it_was(workspace: Workspace) -> None:

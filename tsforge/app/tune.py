@@ -125,6 +125,8 @@ def _context(config: TuneJobConfig, space: Space, frame: History) -> dict[str, A
     """Return everything that must be equal for two trials to be comparable, by section."""
     plain = leaves(config.fit.model_dump(mode="json", exclude={"tracking", "calibration"}))
     sections: dict[str, Any] = {"data": frame.fingerprint()}
+    if config.study.seed:  # older versions did not record it; their studies with the default go on
+        sections["study.seed"] = config.study.seed
     for name, value in plain.items():
         if name not in space and not name.startswith("data."):
             sections.setdefault(f"fit.{name.partition('.')[0]}", {})[name] = value

@@ -20,6 +20,7 @@ from tsforge.core.errors import BackendError, ConfigError, ModelError, TsforgeEr
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.seeding import derive_seed
 from tsforge.core.signals import interruption, termination_as_interrupt
+from tsforge.core.workspace import sqlite_url
 from tsforge.tuning.config import TuneConfig
 from tsforge.tuning.progress import trial_progress
 from tsforge.tuning.result import TrialRecord, TuneResult
@@ -86,7 +87,8 @@ def tune(
         space: what to search.
         config: budget, sampler, pruner.
         directory: holds ``NAME.db``; one process at a time works on a study.
-        defaults: present values of the fields; tried first when they lie inside the space.
+        defaults: present values of the fields; tried first when they lie inside the space, and next where they
+            changed since.
         context: whatever else must be equal for results to be comparable (data, split, seed).
         on_trial: called after every finished trial with its record and the result so far (None before a success).
         progress: show a progress bar on standard error.
@@ -167,7 +169,7 @@ def _open(path: Path) -> Any:
         for suffix in ("-wal", "-shm", "-journal"):  # of a study that was removed: SQLite would replay them into ours
             path.with_name(path.name + suffix).unlink(missing_ok=True)
         with atomic_file(path) as temporary:
-            storage = optuna.storages.RDBStorage(f"sqlite:///{temporary}")
+            storage = optuna.storages.RDBStorage(sqlite_url(temporary))
             storage.remove_session()
             storage.engine.dispose()
     try:
@@ -180,7 +182,7 @@ def _open(path: Path) -> Any:
         ) from error
     try:
         return optuna.storages.RDBStorage(
-            f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"factory": _Connection, "timeout": 20}}
+            sqlite_url(path.resolve()), engine_kwargs={"connect_args": {"factory": _Connection, "timeout": 20}}
         )
     except RuntimeError as error:
         raise BackendError(f"{path} was written by another version of Optuna: {error}") from error
@@ -206,7 +208,7 @@ class Session:
         )
         self.was_timed_out = False
         self._check_identity(context)
-        if config.starts_from_defaults and not self.study.get_trials(deepcopy=False):
+        if config.starts_from_defaults:
             self._enqueue_defaults(defaults)
 
     def _check_identity(self, context: Mapping[str, Any]) -> None:
@@ -229,12 +231,19 @@ class Session:
             )
 
     def _enqueue_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Queue the configured values unless the study tried or queued them before."""
         encoded = {name: dimension.encode(defaults.get(name)) for name, dimension in self.space.items()}
         outside = [name for name, value in encoded.items() if value is None]
         if outside:
             log_event(_logger, "the configured values lie outside the search space, not tried", fields=outside)
-        else:
-            self.study.enqueue_trial(encoded)
+            return
+        known = len(self.study.get_trials(deepcopy=False))
+        self.study.enqueue_trial(encoded, skip_if_exists=True)
+        if known and len(self.study.get_trials(deepcopy=False)) > known:
+            message = "the configured values are new to the study and tried next"
+            if self._num_finished() >= self.config.num_trials:
+                message += "; its trials are used up, raise study.num_trials"
+            log_event(_logger, message, fields=list(encoded))
 
     def _recover(self) -> None:
         """Queue again what a vanished process left unfinished."""

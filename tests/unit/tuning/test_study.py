@@ -74,6 +74,34 @@ def test_a_study_continues_and_counts_earlier_trials(tmp_path: Path) -> None:
     assert again.best == whole.best or again.best.value == whole.best.value
 
 
+def test_changed_starting_values_are_tried_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def started_from(trials: int, **values: Any) -> TuneResult:
+        config = TuneConfig(name="ridge", num_trials=trials, num_startup_trials=5)
+        return tune(objective, SPACE, config, directory=tmp_path, defaults=DEFAULTS | values)
+
+    def told() -> list[str]:
+        found = [message for message in caplog.messages if "configured values" in message]
+        caplog.clear()
+        return found
+
+    caplog.set_level("INFO")
+    started_from(3)
+    started_from(4)
+    assert told() == []
+    result = started_from(6, lags=24, ridge=2.0)
+    assert result.trials[4].values == {"lags": 24, "ridge": 2.0}
+    assert result.trials[5].values != result.trials[4].values, "tried once"
+    (message,) = told()
+    assert message.startswith("the configured values are new to the study and tried next")
+    assert "num_trials" not in message
+    assert len(started_from(6, lags=25).trials) == 6
+    (message,) = told()
+    assert "raise study.num_trials" in message
+    assert started_from(7, lags=25).trials[6].values == DEFAULTS | {"lags": 25}
+    started_from(8)
+    assert told() == []
+
+
 @contextmanager
 def started(folder: Path, trials: int, seconds: float) -> Iterator[subprocess.Popen[str]]:
     arguments = [sys.executable, ridge_study.__file__, str(folder), str(trials), str(seconds)]
