@@ -126,6 +126,28 @@ def test_a_run_that_dies_between_scores_and_state_repeats_and_skips_nothing(
     assert read_scores(workspace, name).equals(done.scores)
 
 
+FULL = """
+import resource, signal, sys, tempfile
+import tsforge.app.stream
+from tsforge.cli import main
+tempfile.gettempdir()  # it is found by writing
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is then an error, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+main()
+"""
+
+
+@pytest.mark.parametrize(("room", "what"), [(0, "write"), (2048, "read")], ids=["lock", "store"])
+def test_a_full_disk_is_one_message(site: Any, room: int, what: str) -> None:
+    command = [sys.executable, "-c", FULL, str(room), "stream", "name=plant", "artifact=latest"]
+    full = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert full.returncode == 6, full.stderr
+    assert "Traceback" not in full.stderr
+    (message,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert message.startswith(f"error: cannot {what}")
+    assert stream(StreamConfig(name="plant"), Workspace.open(site.home)).revision == 0, "the lock is free"
+
+
 HOLD = """
 import sys
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ def alone(folder: Path, busy: str) -> Iterator[None]:
         busy: what to say when another process holds it: ``stream 'x' is being brought up to date``.
 
     Raises:
-        BackendError: another process holds it, or the folder cannot be written.
+        BackendError: another process holds it, or the folder cannot be written (a full disk too).
     """
     place = folder / LOCK
     try:
@@ -39,9 +40,11 @@ def alone(folder: Path, busy: str) -> Iterator[None]:
             raise BackendError(f"{busy} by another process ({holder}); wait until it has ended") from error
         except OSError as error:
             raise BackendError(f"cannot lock {place}: {error.strerror or error}") from error
-        handle.truncate(0)
-        handle.write(str(Owner.current()))
-        handle.flush()
+        try:
+            handle.truncate(0)
+            os.write(handle.fileno(), str(Owner.current()).encode())  # unbuffered: nothing is left to fail at the close
+        except OSError as error:
+            raise BackendError(f"cannot write {place}: {error.strerror or error}; free space") from error
         try:
             yield
         finally:

@@ -35,7 +35,7 @@ def run_scheduler(config: ScheduleConfig, workspace: Workspace, *, once: bool = 
                     return 1
                 if scheduler.stop.is_set():
                     return INTERRUPTED_EXIT_CODE
-                return BUSY_EXIT_CODE if "interrupted" in statuses else 0
+                return BUSY_EXIT_CODE if statuses & {"interrupted", "busy"} else 0
             scheduler.run()
     finally:
         scheduler.ledger.close()

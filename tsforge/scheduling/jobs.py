@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
@@ -18,6 +18,8 @@ from tsforge.scheduling.ledger import SETTLED, LedgerRun
 _MODULES = {"batch": "pipelines.batch_forecast", "retrain": "pipelines.retrain", "ingest": "pipelines.ingest"}
 BUSY_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: somebody else works on it, ask again later
 INTERRUPTED_EXIT_CODE = 130  # the shell's status of a process ended by Ctrl-C
+# a hundred years: longer than anybody means, and clocks can still be moved by it
+Seconds = Annotated[float, Field(gt=0, le=100 * 366 * 86400)]
 
 
 class JobConfig(Config):
@@ -36,7 +38,8 @@ class JobConfig(Config):
         grace_seconds: with ``catch_up: none``, how late a slot still counts as on time.
         retries: a failed slot is run again at most so often, each time at the next look; attempts that were interrupted
             or found the work busy do not count.
-        start: slots count from here on; None = from the first time a scheduler sees the job.
+        start: slots count from here on, one at it included; None = from the first time a scheduler sees the job. Slots
+            that are settled stay so: an earlier ``start`` for a job seen before takes another ``name``.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,99}$")
@@ -45,12 +48,12 @@ class JobConfig(Config):
     run: Literal["batch", "retrain", "ingest"]
     config: str = Field(min_length=1)
     overrides: tuple[str, ...] = ()
-    timeout_seconds: float = Field(3600.0, gt=0)
+    timeout_seconds: Seconds = 3600.0
     catch_up: Literal["all", "latest", "none"] = "latest"
-    max_delay_seconds: float = Field(7 * 86400.0, gt=0)
-    grace_seconds: float = Field(60.0, gt=0)
+    max_delay_seconds: Seconds = 7 * 86400.0
+    grace_seconds: Seconds = 60.0
     retries: int = Field(0, ge=0, le=100)
-    start: AwareDatetime | None = None
+    start: AwareDatetime | None = Field(None, ge=datetime(1970, 1, 1, tzinfo=UTC), le=datetime(2200, 1, 1, tzinfo=UTC))
 
     @field_validator("cron")
     @classmethod
@@ -100,9 +103,9 @@ class ScheduleConfig(Config):
 
     timezone: str = "UTC"
     jobs: tuple[JobConfig, ...]
-    poll_seconds: float = Field(30.0, gt=0)
-    stop_seconds: float = Field(30.0, gt=0)
-    stale_seconds: float = Field(90.0, gt=0)
+    poll_seconds: Seconds = 30.0
+    stop_seconds: Seconds = 30.0
+    stale_seconds: Seconds = 90.0
 
     @field_validator("timezone")
     @classmethod

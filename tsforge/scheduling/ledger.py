@@ -357,22 +357,25 @@ class Ledger:
             return [_record(row) for row in connection.execute(query.limit(limit))]
 
     def frontier(self, job: str, start: datetime | None = None, *, register: bool = True) -> datetime:
-        """Return the moment up to which every slot of the job is settled.
+        """Return the moment up to which no slot of the job is left to run.
 
         Args:
             job: the job.
-            start: frontier of a job never seen before (default: now, so that nothing before is due).
+            start: slots before it do not count, the one at it does. A job never seen before counts from here on
+                (default: from now, so that nothing before is due); what is settled of one seen before stays settled.
             register: write the frontier of a job never seen before down, so that slots count from here on.
         """
         with self._transaction(read=not register) as connection:
             now = self._now(connection)
-            first = _aware(start, "start") if start is not None else now
+            first = now if start is None else _aware(start, "start") - timedelta(microseconds=1)
             if register:
                 values = {"job": job, "registered": now, "settled_until": first}
                 connection.execute(self._insert(_FRONTIERS, values))
             query = sa.select(_FRONTIERS.c.settled_until).where(_FRONTIERS.c.job == job)
             known: datetime | None = connection.execute(query).scalar_one_or_none()
-            return first if known is None else known
+            if known is None:
+                return first
+            return known if start is None else max(known, first)
 
     def advance(self, job: str, until: datetime) -> None:
         """Move the frontier of a registered job forward; it never moves back."""

@@ -41,12 +41,13 @@ class SlotResult:
     """What became of one slot in this process.
 
     Attributes:
-        status: ``done``, ``failed``, ``interrupted`` (stopped or busy; will be run again) or ``skipped``.
+        status: ``done``, ``failed``, ``interrupted`` (stopped, or its work was busy; will be run again), ``busy``
+            (another scheduler runs it) or ``skipped``.
     """
 
     job: str
     slot: datetime
-    status: Literal["done", "failed", "interrupted", "skipped"]
+    status: Literal["done", "failed", "interrupted", "busy", "skipped"]
     message: str = ""
 
 
@@ -104,6 +105,7 @@ class Scheduler:
         self.stop = threading.Event()
         self._crons = {job.name: config.cron_of(job) for job in config.jobs}
         self._locks = {job.name: threading.Lock() for job in config.jobs}
+        self._starts_checked: set[str] = set()
 
     def run_due(self) -> list[SlotResult]:
         """Run everything that is due, job after job, and return what became of it."""
@@ -112,7 +114,8 @@ class Scheduler:
     def tick(self, job: JobConfig) -> list[SlotResult]:
         """Run what is due of one job until nothing is left; slots of a job never overlap.
 
-        A slot is tried once in a tick; if it has to run again, the next tick does it, and later slots wait for it.
+        A slot is tried once in a tick; if it has to run again, the next tick does it, and later slots wait for it. A
+        slot that another scheduler works on is reported as ``busy``.
         """
         results: list[SlotResult] = []
         if not self._locks[job.name].acquire(blocking=False):
@@ -122,20 +125,49 @@ class Scheduler:
             while not self.stop.is_set():
                 plan = self._plan(job)
                 results += self._record_skips(job, plan)
-                if not plan.run or plan.run[0] in tried:
-                    break
-                tried.add(plan.run[0])
-                result = self._run_slot(job, plan.run[0])
+                result = None
+                if plan.run and plan.run[0] not in tried:
+                    tried.add(plan.run[0])
+                    result = self._run_slot(job, plan.run[0])
                 if result is None:
+                    results += self._busy(job)
                     break
                 results.append(result)
         finally:
             self._locks[job.name].release()
         return results
 
+    def _busy(self, job: JobConfig) -> list[SlotResult]:
+        return [
+            SlotResult(job=job.name, slot=run.slot, status="busy", message=f"{run.claimed_by} works on it")
+            for run in self._running(job, self.ledger.now())
+        ]
+
+    def _running(self, job: JobConfig, now: datetime) -> list[LedgerRun]:
+        """Return the slots of the job that a living process works on."""
+        claimed = self.ledger.runs(job.key, statuses=["claimed"])
+        return [run for run in claimed if not self.ledger.is_abandoned(run, now)]
+
+    def _check_start(self, job: JobConfig, frontier: datetime) -> None:
+        """Say, once, that slots from ``start`` on were settled before the job had that start."""
+        if job.start is None or job.name in self._starts_checked:
+            return
+        self._starts_checked.add(job.name)
+        first = self._crons[job.name].next_after(job.start - timedelta(microseconds=1))
+        if first is None or first > frontier or self.ledger.runs(job.key, until=first, limit=1):
+            return
+        LOGGER.warning(
+            "job %s is settled up to %s, so its start %s runs nothing before; give it another name to backfill",
+            job.name,
+            frontier.isoformat(),
+            job.start.isoformat(),
+        )
+
     def _plan(self, job: JobConfig, *, register: bool = True) -> Plan:
         now = self.ledger.now()
         frontier = self.ledger.frontier(job.key, job.start, register=register)
+        if register:
+            self._check_start(job, frontier)
         runs = {run.slot: run for run in self.ledger.runs(job.key, since=frontier, limit=None)}
         abandoned = frozenset(slot for slot, run in runs.items() if self.ledger.is_abandoned(run, now))
         return make_plan(job, self._crons[job.name], frontier, now, Seen(runs=runs, abandoned=abandoned))
@@ -240,7 +272,8 @@ class Scheduler:
         found = []
         for job in self.config.jobs:
             now = self.ledger.now()
-            cron, moments, moment = self._crons[job.name], [], now
+            cron, moments = self._crons[job.name], []
+            moment = max(now, self.ledger.frontier(job.key, job.start, register=False))  # a start may lie ahead
             for _ in range(upcoming):
                 following = cron.next_after(moment)
                 if following is None:
@@ -248,8 +281,7 @@ class Scheduler:
                 moments.append(following)
                 moment = following
             runs = self.ledger.runs(job.key, limit=last)
-            claimed = self.ledger.runs(job.key, statuses=["claimed"])
-            running = [run.slot for run in claimed if not self.ledger.is_abandoned(run, now)]
+            running = [run.slot for run in self._running(job, now)]
             found.append(
                 JobStatus(
                     name=job.name,

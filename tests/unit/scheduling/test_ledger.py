@@ -225,7 +225,15 @@ def test_the_frontier_is_registered_once_and_never_moves_back(ledger: Ledger, cl
     ledger.advance("new", registered + timedelta(hours=1))
     ledger.advance("new", registered)
     assert ledger.frontier("new") == registered + timedelta(hours=1)
-    assert ledger.frontier("backfilled", SLOT - timedelta(days=9)) == SLOT - timedelta(days=9)
+
+
+def test_a_start_counts_itself_and_holds_for_known_jobs_too(ledger: Ledger) -> None:
+    start, just_before = SLOT - timedelta(days=9), timedelta(microseconds=1)
+    assert ledger.frontier("backfilled", start) == start - just_before
+    later = SLOT + timedelta(days=9)
+    assert ledger.frontier("backfilled", later) == later - just_before
+    assert ledger.frontier("backfilled", later, register=False) == later - just_before
+    assert ledger.frontier("backfilled", start) == start - just_before, "nothing was given up by looking"
 
 
 def test_messages_keep_their_end(ledger: Ledger) -> None:

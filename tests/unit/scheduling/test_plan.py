@@ -146,6 +146,9 @@ def test_the_command_names_the_slot_in_utc() -> None:
         ({"name": "batch/demo"}, r"jobs.0.name"),
         ({"timeout_seconds": 0}, r"jobs.0.timeout_seconds"),
         ({"catch_up": "some"}, r"jobs.0.catch_up"),
+        ({"max_delay_seconds": 1e11}, r"jobs.0.max_delay_seconds"),
+        ({"grace_seconds": 1e20}, r"jobs.0.grace_seconds"),
+        ({"start": "9999-12-31T00:00Z"}, r"jobs.0.start"),
         ({"start": "2026-01-01T00:00"}, r"jobs.0.start: .*timezone"),
         ({"catchup": "all"}, r"jobs.0.catchup: unknown key; did you mean 'catch_up'"),
     ],
@@ -154,6 +157,15 @@ def test_mistakes_name_their_place(change: dict[str, Any], message: str) -> None
     settings = {"name": "demo", "cron": "0 * * * *", "run": "batch", "config": "batch/demo"} | change
     with pytest.raises(ConfigError, match=message):
         validate(ScheduleConfig, {"jobs": [settings]})
+
+
+def test_the_longest_durations_can_be_planned_with() -> None:
+    longest = 100 * 366 * 86400
+    config = job(max_delay_seconds=longest, grace_seconds=longest, catch_up="none")
+    assert hours(plan(config, hour(8)).run) == [9, 10]
+    for field in ("poll_seconds", "stop_seconds", "stale_seconds"):
+        with pytest.raises(ConfigError, match=field):
+            validate(ScheduleConfig, {"jobs": [job().model_dump()], field: 10 * longest})
 
 
 def test_names_are_unique_and_there_is_a_job() -> None:

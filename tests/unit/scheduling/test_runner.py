@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tsforge.app.schedule import run_scheduler
 from tsforge.core.workspace import Workspace
 from tsforge.scheduling.child import ChildLimits, run_child
 from tsforge.scheduling.jobs import JobConfig, ScheduleConfig
@@ -214,6 +215,60 @@ def test_a_second_scheduler_does_not_overlap(make: Callable[..., Scheduler], clo
     assert spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]
 
 
+def test_a_slot_that_runs_elsewhere_is_busy(make: Callable[..., Scheduler], clock: Clock) -> None:
+    one, other = make(APPEND), make(APPEND, catch_up="all")
+    clock.time = START + timedelta(hours=1)
+    claim = one.ledger.claim("schedule/demo", START.replace(hour=6, minute=0))
+    assert claim is not None
+    assert [(result.slot.hour, result.status) for result in other.run_due()] == [(6, "busy")]
+    one.ledger.finish(claim)
+    assert other.run_due() == []
+
+
+def test_running_once_says_that_another_scheduler_runs_the_slot(workspace: Workspace) -> None:
+    slot = datetime.now(UTC).replace(second=0, microsecond=0)
+    job = ScriptJob(name="demo", cron="* * * * *", run="batch", config="x", script="pass", start=slot)
+    ledger = Ledger(workspace.database_url)
+    assert ledger.claim(job.key, slot) is not None
+    assert run_scheduler(ScheduleConfig(jobs=(job,)), workspace, once=True) == 75
+    ledger.close()
+
+
+def test_the_slot_at_start_runs(make: Callable[..., Scheduler], clock: Clock) -> None:
+    begin = START.replace(hour=4, minute=0)
+    scheduler = make(APPEND, catch_up="all", start=begin)
+    done = scheduler.ledger.runs(statuses=["done"])
+    assert [run.slot.hour for run in reversed(done)] == [4, 5]
+
+
+def test_a_later_start_of_a_known_job_holds(make: Callable[..., Scheduler], clock: Clock) -> None:
+    make(APPEND)
+    scheduler = make(APPEND, catch_up="all", start=START + timedelta(hours=3))
+    clock.time = START + timedelta(hours=2)
+    assert scheduler.run_due() == []
+    (status,) = scheduler.status()
+    assert [moment.hour for moment in status.upcoming] == [9, 10, 11]
+    clock.time = START + timedelta(hours=4)
+    assert [result.slot.hour for result in scheduler.run_due()] == [9]
+
+
+def test_an_earlier_start_of_a_known_job_is_answered_once(
+    make: Callable[..., Scheduler], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin = START - timedelta(hours=3)
+    backfilled = make(APPEND, name="backfilled", catch_up="all", start=begin)
+    assert len(backfilled.ledger.runs(statuses=["done"])) == 3
+    make(APPEND, name="backfilled", start=begin)
+    assert not any("give it another name" in message for message in caplog.messages)
+    make(APPEND)
+    clock.time = START + timedelta(hours=1)
+    scheduler = make(APPEND, start=begin)
+    scheduler.run_due()
+    warned = [message for message in caplog.messages if "give it another name" in message]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"job demo is settled up to {START.isoformat()}, so its start {begin.isoformat()}")
+
+
 def test_status_shows_next_due_and_last_and_writes_nothing(make: Callable[..., Scheduler], clock: Clock) -> None:
     scheduler = make(APPEND, catch_up="all", timezone="Europe/Berlin")
     clock.time = START + timedelta(hours=1)
@@ -282,7 +337,7 @@ def start_service(script: str, begin: datetime) -> subprocess.Popen[str]:
 def test_a_stopped_scheduler_leaves_the_slot_to_be_run_again(workspace: Workspace, number: signal.Signals) -> None:
     """The real service in real time: one minute slot is due at once; stop it in the middle, start it again."""
     home, now = workspace.root, datetime.now(UTC)
-    begin = now.replace(second=0, microsecond=0) - timedelta(seconds=1)  # exactly the current minute is due
+    begin = now.replace(second=0, microsecond=0)  # exactly the current minute is due
     service = start_service(SLOW, begin)
     wait_for(lambda: (home / "started").exists() and (home / "started").read_text() != "")
     if number == signal.SIGTERM:
