@@ -21,7 +21,6 @@ from tsforge.data.versions import PanelVersions
 _BLOCK = 65_536  # rows checked in one go
 _CHANGES = 20  # from row to row that must be lost to say that a column is
 _NOTHING = 1e-12  # relative: what the arithmetic that made a column leaves behind is no change
-_RESOLVED = 4.0  # least change in units of what a number type can tell apart: rounding is 7 % of it
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -248,7 +247,7 @@ class Panel:
 
         That is so where most of at least ``_CHANGES`` changes from row to row are lost.
         """
-        least = _RESOLVED * torch.finfo(dtype).eps
+        least = torch.finfo(dtype).eps  # relative: numbers closer than this may be one
         owner = np.repeat(np.arange(self.num_series), self.lengths)
         changes = np.zeros((self.values.shape[1], self.num_series), dtype=np.int64)
         lost = np.zeros_like(changes)
