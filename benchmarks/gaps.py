@@ -33,6 +33,7 @@ from tsforge.core.atomic import atomic_file
 from tsforge.core.errors import ModelError
 from tsforge.models.ar_net import ARNet, ARNetConfig
 from tsforge.models.linear import Linear, LinearConfig
+from tsforge.ops.toeplitz import bridged
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -56,13 +57,6 @@ def hide(shape: tuple[int, int], share: float, size: int) -> Mask:
     for step in range(1, size):
         hidden[step:] |= starts[:-step]
     return hidden
-
-
-def bridged(values: Array, mask: Mask) -> Array:
-    """Return the values with straight lines over gaps, the nearest value at the ends."""
-    rows = np.arange(len(values))
-    columns = [np.interp(rows, rows[seen], column[seen]) for column, seen in zip(values.T, mask.T, strict=True)]
-    return np.stack(columns, axis=1)
 
 
 def error(model: Any, values: Array, mask: Mask, first: int, context: int, horizon: int) -> float:
@@ -89,7 +83,8 @@ def measure(path: Path, context: int, horizon: int) -> Iterator[dict[str, Any]]:
         mask[:stop] &= ~hide((stop, raw.shape[1]), share, size)
         train = np.where(mask[:stop], raw[:stop], np.nan)
         values = np.where(observed, (raw - np.nanmean(train, 0)) / np.nanstd(train, 0), 0.0)
-        lines = bridged(values[:stop], mask[:stop])
+        columns = zip(values[:stop].T, mask[:stop].T, strict=True)
+        lines = np.stack([bridged(column, seen, [0, stop]) for column, seen in columns], axis=1)
         for name in ("ar_net", "linear"):
             for way in ("auto", "filled", "interpolated", "windows"):
                 rule = {"interpolated": "auto"}.get(way, way)

@@ -93,10 +93,10 @@ def extra_height(axis: Mapping[str, Any]) -> int:
 
 def value_axis(*values: pl.Series) -> dict[str, Any]:
     """Return settings of an axis for these values: powers of ten for tiny ones, room around a constant."""
-    known = pl.concat([part.cast(pl.Float64).fill_nan(None).drop_nulls() for part in values])
-    if known.is_empty():
+    known = pl.concat([part.cast(pl.Float64).fill_nan(None).drop_nulls() for part in values]).to_numpy()
+    if not len(known):
         return {}
-    low, high = float(known.min()), float(known.max())  # type: ignore[arg-type]
+    low, high = float(known.min()), float(known.max())
     settings: dict[str, Any] = {"exponentformat": "power"} if 0.0 < max(-low, high) < _SMALL else {}
     if low == high != 0.0:  # the library would draw 1e-6 at 0, between -1 and 1
         settings["range"] = [low - 0.5 * abs(low), low + 0.5 * abs(low)]
