@@ -33,6 +33,7 @@ CLASSES = {
     "benchmark/anomaly_quick": "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig",
     "benchmark/anomaly_rules": "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig",
     "benchmark/anomaly_scores": "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig",
+    "benchmark/anomaly_two_sided": "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig",
     "benchmark/anomaly_networks": "tsforge.app.anomaly_benchmark:AnomalyBenchmarkConfig",
     "tune/": "tsforge.app.tune:TuneJobConfig",
     "batch/": "tsforge.app.batch:BatchConfig",

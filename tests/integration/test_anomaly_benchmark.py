@@ -346,6 +346,55 @@ def test_a_recipe_that_cannot_score_a_series_fails_alone(
     assert run(workspace, folder).table.filter(status="failed")["cached"].all()
 
 
+def test_two_sided_scores_stand_beside_plain_scorers_that_know_as_much_and_their_delay_counts(
+    workspace: Workspace, folder: Path
+) -> None:
+    scores = {
+        "causal": {"joint": "product", "smoothing": 0.2},
+        "late": {"joint": "product", "smoothing": {"kind": "two_sided", "weight": 0.2}},
+    }
+    rule = {"kind": "quantile", "alpha": 0.05}
+    result = run(workspace, folder, scores=scores, two_sided=True, smoothing=0.2, ensemble=None, rule=rule)
+    rows = {(row["series"], row["method"]): row for row in result.table.to_dicts()}
+    assert {"mean_abs, two-sided", "var1_mahalanobis, two-sided"} <= {method for _, method in rows}
+    assert "random, two-sided" not in {method for _, method in rows}
+    for name in ("ar_net, late", "mean_abs, two-sided"):
+        row = rows["a", name]
+        assert row["unscored"] == 15  # 3 / 0.2 rows at the end
+        assert row["found"] == 2
+        assert len(row["delays"]) == 2
+        assert min(row["delays"]) >= 15  # flagged at the first row of a fault, but known so much later
+        assert max(row["delays"]) <= 25
+    assert rows["a", "ar_net, causal"]["unscored"] == 0
+    assert max(rows["a", "ar_net, causal"]["delays"]) <= 5
+    assert rows["a", "ar_net, late"]["auc_pr"] > rows["a", "ar_net, causal"]["auc_pr"]
+    assert "mean_abs, two-sided" not in set(run(workspace, folder).table["method"])
+    # the calibration scores that read test rows calibrate nothing
+    data = read_family(str(folder)).series[0]
+    judgement = AnomalyBenchmarkConfig(families=("x",), rule=validate(AnomalyBenchmarkConfig, {"families": ["x"]}).rule)
+    values = np.ones(100 + len(data.test))
+    spoiled = values.copy()
+    spoiled[85:100] = 50.0
+    calm = replace(judgement.judgement, rule=validate(AnomalyBenchmarkConfig, {"families": ["x"], "rule": rule}).rule)
+    assert not judge(spoiled, 100, data, calm, 15).flagged.any()
+    np.testing.assert_array_equal(
+        judge(spoiled * 1.0 + np.arange(spoiled.size) % 7, 100, data, calm, 15).flagged,
+        judge(values + np.arange(values.size) % 7, 100, data, calm, 15).flagged,
+    )
+
+
+def test_a_series_too_short_to_calibrate_late_scores_keeps_its_other_rows(workspace: Workspace, folder: Path) -> None:
+    place = folder / "b_train.parquet"
+    pl.read_parquet(place).tail(160).write_parquet(place)
+    result = run(workspace, folder, two_sided=True, models=[], rule={"kind": "quantile", "alpha": 0.05}, smoothing=0.05)
+    failed = result.table.filter(status="failed")
+    assert set(failed["series"]) == {"b"}
+    assert "plain ensemble" in set(failed["method"])  # 48 rows calibrate, which places no score
+    assert all(method.endswith(", two-sided") for method in failed["method"] if method != "plain ensemble")
+    assert failed.height == 7
+    assert result.table.filter(status="ok", series="b").height > 10
+
+
 def test_seeds_of_a_trained_model_are_runs_and_of_a_closed_form_are_not(workspace: Workspace, folder: Path) -> None:
     train = {"max_epochs": 1, "max_steps_per_epoch": 2}
     models = ["ar_net", {"name": "gru", "model": {"d_model": 8}}]
@@ -453,3 +502,9 @@ def test_the_configs_measure_what_they_say() -> None:
     assert not {"asd", "smd"} & set(scores.families)  # of which nothing may be chosen
     told = {(score.joint, score.ewma, score.smoothing is not None) for score in scores.scores.values()}
     assert len(told) == len(scores.scores) == 8
+    late = load(AnomalyBenchmarkConfig, "benchmark/anomaly_two_sided", ())
+    assert set(late.families) == set(known_families())
+    assert late.two_sided
+    assert {(score.joint, score.latency) for score in late.scores.values()} == {
+        (joint, rows) for joint in ("mean_abs", "mahalanobis", "product") for rows in (0, 30)
+    }

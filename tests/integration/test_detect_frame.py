@@ -136,18 +136,23 @@ def test_a_missing_block_has_no_score_and_no_event_spans_it(report: AnomalyRepor
         assert found.filter((pl.col("series_id") == "a") & across).height == expected
 
 
-@pytest.mark.parametrize("memory", [{"smoothing": 0.3}, {"ewma": 0.1}], ids=["smoothing", "ewma"])
-@pytest.mark.parametrize("name", ["mahalanobis", "mean_abs", "fisher"])
+@pytest.mark.parametrize(
+    "memory",
+    [{"smoothing": 0.3}, {"ewma": 0.1}, {"smoothing": {"kind": "two_sided", "reach": 7}}],
+    ids=["smoothing", "ewma", "two_sided"],
+)
+@pytest.mark.parametrize("name", ["mahalanobis", "mean_abs", "fisher", "product"])
 def test_changing_the_future_changes_no_score_up_to_now(
-    artifact: Artifact, data: pl.DataFrame, name: str, memory: dict[str, float]
+    artifact: Artifact, data: pl.DataFrame, name: str, memory: dict[str, Any]
 ) -> None:
     settings = config(score={"joint": name, **memory})
     now = 1150
     after = changed(data, "a", "x", slice(now + 1, ROWS), 25.0)
     one, two = (joint(detect(artifact, as_frame(part), settings), "a") for part in (data, after))
-    until = now + 1 - VALID
+    until = now + 1 - VALID - settings.score.latency  # what such a row is told rests on so many later ones, as it says
     for column in ("score", "p_value", "threshold", "alarm"):
         assert one[column][:until].equals(two[column][:until]), column
+    assert one["score"][:until].drop_nulls().len() > 100
     assert not one["score"][until:].equals(two["score"][until:])
 
 

@@ -261,6 +261,8 @@ def test_what_cannot_be_guarded_is_refused(linear: Artifact, table: pl.DataFrame
         settings(guard={"max_row": 3})
     with pytest.raises(ConfigError, match="kind 'reconstruction' makes none"):
         settings(guard=True, score={"kind": "reconstruction"})
+    with pytest.raises(ConfigError, match=r"two_sided judges it 30 rows later; use exponential smoothing"):
+        settings(guard=True, score={"smoothing": {"kind": "two_sided"}})
     coupled = fitted(as_frame(table), "regenn", dropout=0.0, ff_dim=16, attend="entities", graph="identity")
     with pytest.raises(ModelError, match="'regenn' reads several series at once"):
         detect(coupled, as_frame(table), settings(guard=True), start=hours(BEGIN))

@@ -295,6 +295,10 @@ def test_every_rule_goes_on_where_it_stopped(linear: Artifact, table: pl.DataFra
         {"score": {"smoothing": {"kind": "exponential", "weight": 0.3, "gaps": "decay"}}},
         {"score": {"smoothing": {"kind": "median", "window": 5}}},
         {"score": {"smoothing": {"kind": "cusum", "shift": 2.0}}},
+        {"score": {"joint": "product"}},
+        {"score": {"joint": "product", "smoothing": {"kind": "two_sided", "weight": 0.2}}},
+        {"score": {"smoothing": {"kind": "two_sided", "reach": 4}}, "keep_variate_scores": False},
+        {"score": {"smoothing": {"kind": "two_sided"}, "ewma": 0.2}, "rule": {"kind": "rolling_quantile"}},
         {"calibration": {"min_rows": 60, "min_scale_rows": 50, "ties": "random", "seed": 3, "method": "conformal"}},
     ],
     ids=lambda changes: str(next(iter(changes.values())))[:60],
@@ -303,9 +307,11 @@ def test_every_score_smoothing_and_calibration_equals_the_batch_run(
     linear: Artifact, table: pl.DataFrame, changes: dict[str, Any]
 ) -> None:
     config = settings(**changes)
+    late = config.score.latency
     report = detect(linear, as_frame(table), config, start=hours(BEGIN))
-    check_equal(report, streamed(linear, table, config, cuts("random"), reload=True))
-    check_equal(report, streamed(linear, table, config, [BEGIN, *range(BEGIN + 56, BEGIN + 70), ROWS]))
+    assert report.events.height
+    check_equal(report, streamed(linear, table, config, cuts("random"), reload=True), late)
+    check_equal(report, streamed(linear, table, config, [BEGIN, *range(BEGIN + 56, BEGIN + 70), ROWS]), late)
 
 
 def test_scores_by_bucket_equal_the_batch_run(table: pl.DataFrame) -> None:

@@ -59,6 +59,13 @@ SCORES: list[tuple[str, dict[str, Any]]] = [
     ("linear", {"kind": "reconstruction", "window": 6}),
     ("linear", {"kind": "reconstruction", "window": 9, "overlap_reduction": "mean"}),
     ("linear", {"kind": "reconstruction", "window": 5, "overlap_reduction": "median", "smoothing": 0.3}),
+    (
+        "linear",
+        {
+            **{"kind": "reconstruction", "window": 5, "overlap_reduction": "mean", "joint": "product"},
+            "smoothing": {"kind": "two_sided", "reach": 6},
+        },
+    ),
     ("s4", {"kind": "latent", "joint": "mean_abs"}),
     ("gru", {"kind": "latent", "explained": 0.8}),
     ("chimera", {"kind": "latent", "joint": "max_abs"}),
@@ -140,7 +147,7 @@ def check_later_rows_move_nothing(artifact: Artifact, table: pl.DataFrame, score
     assert not told[0].equals(told[1])
 
 
-@pytest.mark.parametrize("number", [0, 2, 4, 5, 7, 10, 11, 12, 16], ids=lambda number: IDS[number])
+@pytest.mark.parametrize("number", [0, 2, 4, 5, 7, 8, 11, 12, 13, 17], ids=lambda number: IDS[number])
 def test_later_rows_never_move_earlier_scores(artifacts: dict[str, Artifact], table: pl.DataFrame, number: int) -> None:
     name, score = SCORES[number]
     check_later_rows_move_nothing(artifacts[name], table, score)

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tsforge.anomaly.incidents import check_grouping
 from tsforge.core.config import Config
 
-JointName = Literal["mahalanobis", "mean_abs", "max_abs", "top_k", "fisher"]
+JointName = Literal["mahalanobis", "mean_abs", "product", "max_abs", "top_k", "fisher"]
 HorizonReduction = Literal["first", "last", "median", "max"]
 ScoreKind = Literal[
     "normalised",
@@ -67,7 +67,24 @@ class CusumSmoothing(Config):
     """Shift worth finding, in robust standard deviations of the calibration scores; half of it is forgiven a row."""
 
 
-SmoothingConfig = Annotated[ExponentialSmoothing | MedianSmoothing | CusumSmoothing, Field(discriminator="kind")]
+class TwoSidedSmoothing(Config):
+    """Weighted mean of the scores of the rows around a row, weights falling by ``1 - weight`` a row to both sides."""
+
+    kind: Literal["two_sided"] = "two_sided"
+    weight: float = Field(0.1, gt=0.0, lt=1.0)
+    reach: int | None = Field(None, ge=1, le=10_000)
+    """Rows to each side, so a score is known that much later; null: ``3 / weight``, beyond which a row weighs below
+    5 % of the middle one."""
+
+    @property
+    def rows(self) -> int:
+        """Rows to each side."""
+        return math.ceil(round(3.0 / self.weight, 9)) if self.reach is None else self.reach
+
+
+SmoothingConfig = Annotated[
+    ExponentialSmoothing | MedianSmoothing | CusumSmoothing | TwoSidedSmoothing, Field(discriminator="kind")
+]
 
 
 def settling_rows(weight: float) -> int:
@@ -88,7 +105,8 @@ class ScoreConfig(Config):
     that the model forecasts from; ``free_energy``: what it costs a ``pvrnn`` to explain the row. All of them then in
     robust standard deviations of step and variate."""
     joint: JointName = "mahalanobis"
-    """``mahalanobis`` sees broken correlations, ``max_abs`` single sensors, ``mean_abs`` broad faults."""
+    """``mahalanobis`` sees broken correlations, ``max_abs`` single sensors, ``mean_abs`` broad faults, ``product`` (the
+    Mahalanobis distance times ``mean_abs``) both of the outer ones."""
     top_k: int | None = Field(None, ge=1)
     """Variates averaged by ``joint: top_k``."""
     steps: tuple[int, ...] | None = None
@@ -106,7 +124,8 @@ class ScoreConfig(Config):
     joined: pushes in one direction add up, noise cancels. Needs residuals with a sign; 0.1 suits faults that last."""
     smoothing: SmoothingConfig | None = None
     """A number is the weight of exponential smoothing: 0.1 suits sustained faults, null suits spikes. Other kinds:
-    ``{kind: median, window: 9}``, ``{kind: cusum, shift: 1.0}``."""
+    ``{kind: median, window: 9}``, ``{kind: cusum, shift: 1.0}``, and ``{kind: two_sided, weight: 0.1}``, which reads
+    later rows too."""
     interval: float | None = Field(None, gt=0.0, lt=1.0)
     """Share of the predictive distribution inside the interval of ``interval`` (default 0.8)."""
     window: int | None = Field(None, ge=2)
@@ -183,6 +202,16 @@ class ScoreConfig(Config):
     @property
     def latency(self) -> int:
         """Rows after a row that its score reads: it is known that much later."""
+        return self.window_latency + self.smoothing_latency
+
+    @property
+    def smoothing_latency(self) -> int:
+        """Rows after a row whose scores its smoothed score reads."""
+        return self.smoothing.rows if isinstance(self.smoothing, TwoSidedSmoothing) else 0
+
+    @property
+    def window_latency(self) -> int:
+        """Rows after a row whose values its score before smoothing reads."""
         if self.kind != "reconstruction" or self.overlap_reduction in (None, "last"):
             return 0
         return (self.window or RECONSTRUCTED_ROWS) - 1
@@ -471,6 +500,11 @@ class DetectConfig(Config):
             raise ValueError(f"guard keeps alarms out of forecasts; kind '{self.score.kind}' makes none")
         if self.guard is not None and self.score.ewma is not None:
             raise ValueError("guard hides values by the residual of their own row, which score.ewma joins with others")
+        if self.guard is not None and self.score.latency:
+            raise ValueError(
+                "guard hides a row before the next one is forecast, and score.smoothing.kind=two_sided judges it "
+                f"{self.score.latency} rows later; use exponential smoothing"
+            )
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 A batch run is one call of ``Monitor.run``, a stream many: cutting the rows differently changes no bit. Every stage
 either looks at one row at a time (score model, p-values, contributions) or advances a state of its own (memory of
-residuals, smoother, rule, segments, the event under way).
+residuals, smoother, rule, segments, the event under way). Where smoothing reads later rows, a row waits for its score.
 """
 
 from __future__ import annotations
@@ -47,11 +47,14 @@ class Judged:
     """Rows judged, and the events that ended in them.
 
     Shapes:
-        joint, p_values and the decisions [N]; z [N, V]; variate_p_values [N, V], None where they are not kept.
+        joint, p_values and the decisions [N]; z, values and expected [N, V]; variate_p_values [N, V], None where they
+        are not kept.
     """
 
     joint: FloatArray
     z: FloatArray
+    values: FloatArray
+    expected: FloatArray
     p_values: FloatArray
     variate_p_values: FloatArray | None
     decisions: Decisions
@@ -64,10 +67,28 @@ class Judged:
         return cls(
             joint=none,
             z=wide,
+            values=wide,
+            expected=wide,
             p_values=none,
             variate_p_values=wide if by_variate else None,
             decisions=Decisions(np.zeros(rows, dtype=bool), none, none),
             closed=[],
+        )
+
+    def since(self, row: int) -> Judged:
+        """Return the rows from the one at position ``row`` on, with all events that ended."""
+        if not row:
+            return self
+        sizes, said = self.variate_p_values, self.decisions
+        return Judged(
+            joint=self.joint[row:],
+            z=self.z[row:],
+            values=self.values[row:],
+            expected=self.expected[row:],
+            p_values=self.p_values[row:],
+            variate_p_values=None if sizes is None else sizes[row:],
+            decisions=Decisions(said.alarm[row:], said.threshold[row:], said.low[row:]),
+            closed=self.closed,
         )
 
     @classmethod
@@ -80,10 +101,48 @@ class Judged:
         return cls(
             joint=np.concatenate([part.joint for part in parts]),
             z=np.concatenate([part.z for part in parts]),
+            values=np.concatenate([part.values for part in parts]),
+            expected=np.concatenate([part.expected for part in parts]),
             p_values=np.concatenate([part.p_values for part in parts]),
             variate_p_values=np.concatenate(kept) if len(kept) == len(parts) else None,
             decisions=Decisions(*(np.concatenate(each) for each in zip(*(p.decisions for p in parts), strict=True))),
             closed=[event for part in parts for event in part.closed],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Rows taken that wait for their smoothed score: z, values, expected [N, V], confirmed [N]."""
+
+    z: FloatArray
+    values: FloatArray
+    expected: FloatArray
+    confirmed: BoolArray
+
+    @classmethod
+    def nothing(cls, width: int) -> Waiting:
+        """Return no rows of ``width`` variates."""
+        none = np.empty((0, width))
+        return cls(z=none, values=none, expected=none, confirmed=np.zeros(0, dtype=bool))
+
+    def __len__(self) -> int:
+        return len(self.confirmed)
+
+    def part(self, rows: slice) -> Waiting:
+        """Return some of the rows."""
+        return Waiting(
+            z=self.z[rows], values=self.values[rows], expected=self.expected[rows], confirmed=self.confirmed[rows]
+        )
+
+    def then(self, later: Waiting) -> Waiting:
+        """Return these rows and later ones."""
+        if not len(self):
+            return later
+        return Waiting(
+            z=np.concatenate([self.z, later.z]),
+            values=np.concatenate([self.values, later.values]),
+            expected=np.concatenate([self.expected, later.expected]),
+            confirmed=np.concatenate([self.confirmed, later.confirmed]),
         )
 
 
@@ -128,8 +187,9 @@ class Monitor:
         model, buckets, calibration: fitted, never changed again.
         memory, smoother, rule: advance with every row.
         samples: sorted sizes of normal deviates a variate, for its p-values; None where they are not kept.
-        row: absolute row that comes next. start: first row that counts; events that end before it are nobody's.
+        row: absolute row that is judged next. start: first row that counts; events that end before it are nobody's.
         tracker, under, ended: of events.
+        waiting: rows from ``row`` on that have been taken and wait for a smoothed score.
         alarms, scored: flags of the most recent rows from ``start`` on, at most ``recent`` of them.
     """
 
@@ -146,6 +206,7 @@ class Monitor:
     row: int
     start: int
     recent: int
+    waiting: Waiting | None = None
     tracker: SegmentTracker = field(init=False)
     under: Under = field(init=False)
     ended: Ended | None = None
@@ -156,36 +217,51 @@ class Monitor:
         self.tracker = SegmentTracker(self.config, first=self.row)
         self.under = Under.nothing(len(self.names))
 
+    @property
+    def next_row(self) -> int:
+        """The absolute row that is taken next."""
+        return self.row + (0 if self.waiting is None else len(self.waiting))
+
     def run(
         self,
         deviations: FloatArray,
         values: FloatArray,
         buckets: FloatArray | None = None,
         confirmed: BoolArray | None = None,
+        expected: FloatArray | None = None,
     ) -> Judged:
-        """Judge the next rows in time order.
+        """Take the next rows in time order and return those that can be judged now, from ``row`` on.
 
         Args:
             deviations: [N, K, V]. values: [N, V].
             buckets: [N], where scores are compared within buckets.
             confirmed: [N] rows that a rule must not learn from; none by default.
+            expected: [N, V], told again of the rows judged; default unknown.
         """
         found = self.model.raw(deviations, values, self.memory)
         raw = found.joint
         if self.buckets is not None and buckets is not None:
             raw = self.buckets.apply(raw, buckets)
-        joint, decisions = self._judge(raw, confirmed)
+        rows = Waiting(
+            z=found.z,
+            values=values,
+            expected=np.full(values.shape, np.nan) if expected is None else expected,
+            confirmed=np.zeros(raw.size, dtype=bool) if confirmed is None else confirmed,
+        )
+        joint, decisions, rows = self._judge(raw, rows)
         p_values = self.calibration.p_values(joint, self.row + np.arange(joint.size))
-        closed = self._walk(found.z, joint, p_values, decisions)
-        if self.row >= self.start:
-            self.alarms = np.concatenate([self.alarms, decisions.alarm])[-self.recent :]
-            self.scored = np.concatenate([self.scored, ~np.isnan(joint)])[-self.recent :]
+        closed = self._walk(rows.z, joint, p_values, decisions)
+        counted = slice(max(self.start - self.row, 0), joint.size)
+        self.alarms = np.concatenate([self.alarms, decisions.alarm[counted]])[-self.recent :]
+        self.scored = np.concatenate([self.scored, ~np.isnan(joint[counted])])[-self.recent :]
         self.row += joint.size
         return Judged(
             joint=joint,
-            z=found.z,
+            z=rows.z,
+            values=rows.values,
+            expected=rows.expected,
             p_values=p_values,
-            variate_p_values=self._variate_p_values(found.z),
+            variate_p_values=self._variate_p_values(rows.z),
             decisions=decisions,
             closed=closed,
         )
@@ -195,9 +271,20 @@ class Monitor:
         segment = self.tracker.current
         return None if segment is None or segment.end < self.start else self._event(segment)
 
-    def _judge(self, raw: FloatArray, confirmed: BoolArray | None) -> tuple[FloatArray, Decisions]:
-        smoother, rule = self.smoother, self.rule
-        if confirmed is None or not confirmed.any():
+    def _judge(self, raw: FloatArray, rows: Waiting) -> tuple[FloatArray, Decisions, Waiting]:
+        """Return the scores that are known now, what the rule says of them, and the rows that they are of."""
+        smoother = self.smoother
+        if smoother is None or not smoother.latency:
+            return (*self._decide(raw, smoother, rows.confirmed), rows)
+        joint = smoother.run(raw)
+        rows = rows if self.waiting is None else self.waiting.then(rows)
+        self.waiting = rows.part(slice(joint.size, None))
+        rows = rows.part(slice(joint.size))
+        return (*self._decide(joint, None, rows.confirmed), rows)
+
+    def _decide(self, raw: FloatArray, smoother: Smoother | None, confirmed: BoolArray) -> tuple[FloatArray, Decisions]:
+        rule = self.rule
+        if not confirmed.any():
             return smooth_and_judge(raw, smoother, rule)
         if smoother is None or not smoother.resets:
             joint = raw if smoother is None else smoother.run(raw)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import polars as pl
@@ -49,14 +49,6 @@ CELLS_AT_ONCE = 4_000_000  # deviations held while many rows are taken at once
 Event: TypeAlias = tuple[str, str, EventRow]  # series, rule, event
 SIGN_OF_LIFE_SECONDS = 10.0  # a long update that goes row by row says so often how far it is
 _LOG = get_logger(__name__)
-
-
-class _Piece(NamedTuple):
-    """Rows of one series, judged: [N, V] values and forecasts of the nearest step."""
-
-    values: FloatArray
-    expected: FloatArray
-    judged: Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +257,7 @@ class OnlineDetector:
         if new is None:
             new = collect_rows(rows, place, known=known, judged=judged)
         self.is_torn = True
-        parts: dict[str, list[_Piece]] = {}
+        parts: dict[str, list[Judged]] = {}
         before: dict[str, Segment | None] = {}
         if self.guard is None:
             self._judge(new, parts, before)
@@ -277,8 +269,8 @@ class OnlineDetector:
         return result
 
     def _judge(
-        self, new: NewRows, parts: dict[str, list[_Piece]], before: dict[str, Segment | None]
-    ) -> list[tuple[int, _Piece]]:
+        self, new: NewRows, parts: dict[str, list[Judged]], before: dict[str, Segment | None]
+    ) -> list[tuple[int, Judged]]:
         """Judge the rows of watched series that can be judged now; return them with the positions of their series.
 
         A long update goes in stretches. ``parts`` gets the rows of each series, ``before`` the event it was in.
@@ -297,14 +289,13 @@ class OnlineDetector:
                 monitor = self.monitors[name]
                 before.setdefault(name, monitor.tracker.current)
                 buckets = self._buckets(found, part, monitor)
-                judged = monitor.run(found.deviations[part], found.values[part], buckets)
-                piece = _Piece(found.values[part], found.expected[part], judged)
-                parts.setdefault(name, []).append(piece)
-                told.append((int(places[start]), piece))
+                judged = monitor.run(found.deviations[part], found.values[part], buckets, expected=found.expected[part])
+                parts.setdefault(name, []).append(judged)
+                told.append((int(places[start]), judged))
         return told
 
     def _judge_guarded(
-        self, new: NewRows, parts: dict[str, list[_Piece]], before: dict[str, Segment | None], guard: Guard
+        self, new: NewRows, parts: dict[str, list[Judged]], before: dict[str, Segment | None], guard: Guard
     ) -> None:
         """Judge and take rows one of each series at a time: a forecast depends on the alarms before it."""
         told = time.monotonic()
@@ -315,12 +306,13 @@ class OnlineDetector:
                 told = time.monotonic()
                 log_event(_LOG, "rows judged one by one", done=number + 1, of=int(new.count.max()))
 
-    def _hide(self, turn: NewRows, told: Sequence[tuple[int, _Piece]], guard: Guard) -> None:
+    def _hide(self, turn: NewRows, told: Sequence[tuple[int, Judged]], guard: Guard) -> None:
         """Put forecasts in the place of values that later ones must not see; ``turn`` holds one row a series."""
         start, values = turn.start.numpy(), turn.values.numpy()
-        for place, (_, forecast, judged) in told:
-            row = values[start[place], : forecast.shape[1]]
-            expected = np.where(np.isnan(row), np.nan, forecast[0])  # what the network does not see needs no hiding
+        for place, judged in told:
+            row = values[start[place], : judged.expected.shape[1]]
+            # what the network does not see needs no hiding
+            expected = np.where(np.isnan(row), np.nan, judged.expected[0])
             alarm = bool(judged.decisions.alarm[0])
             hidden = guard.hidden(self.recent.buffer.series[place], judged.z[0], expected, alarm)
             row[hidden] = expected[hidden]
@@ -330,16 +322,12 @@ class OnlineDetector:
         """Deviations of one row of every series."""
         return len(self.artifact.schema.targets) * MAX_STEPS * max(len(self.recent.buffer.series), 1)
 
-    def _joined(self, name: str, pieces: list[_Piece]) -> ScoredRows:
-        judged = Judged.join([piece.judged for piece in pieces])
-        values, expected = [piece.values for piece in pieces], [piece.expected for piece in pieces]
-        return ScoredRows(
-            series_id=name,
-            start=self.monitors[name].row - judged.joint.size,
-            judged=judged,
-            values=values[0] if len(pieces) == 1 else np.concatenate(values),
-            expected=expected[0] if len(pieces) == 1 else np.concatenate(expected),
-        )
+    def _joined(self, name: str, pieces: list[Judged]) -> ScoredRows:
+        """Return the rows judged of a series; the first ones may lie before the start, where nobody asked for them."""
+        judged, monitor = Judged.join(pieces), self.monitors[name]
+        first = monitor.row - judged.joint.size
+        early = min(max(monitor.start - first, 0), judged.joint.size)
+        return ScoredRows(series_id=name, start=first + early, judged=judged.since(early))
 
     def _modes(self, new: NewRows) -> FloatArray | None:
         """Return the operating mode of every new row, None where scores are not compared by one."""
@@ -353,7 +341,8 @@ class OnlineDetector:
     def _buckets(self, found: Compared, part: slice, monitor: Monitor) -> FloatArray | None:
         """Return the bucket of each row of one series, None where scores are not compared by bucket."""
         if self.config.calibration.by == HOUR_OF_WEEK:
-            return hour_of_week(self.artifact.grid, monitor.row, monitor.row + part.stop - part.start)
+            row = monitor.next_row
+            return hour_of_week(self.artifact.grid, row, row + part.stop - part.start)
         return None if found.modes is None else found.modes[part]
 
     def _result(self, scored: Sequence[ScoredRows], before: dict[str, Segment | None]) -> OnlineResult:

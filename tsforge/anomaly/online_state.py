@@ -22,7 +22,7 @@ from tsforge.anomaly.covariance import Covariance, DenseCovariance, LowRankCovar
 from tsforge.anomaly.ewma import Ewma
 from tsforge.anomaly.gpd import ParetoTail
 from tsforge.anomaly.guard import Guard
-from tsforge.anomaly.monitor import Ended, Monitor, Under
+from tsforge.anomaly.monitor import Ended, Monitor, Under, Waiting
 from tsforge.anomaly.online import OnlineDetector
 from tsforge.anomaly.online_rows import Recent, RecentRows, ring_size
 from tsforge.anomaly.online_windows import KeptWindows, RecentWindows
@@ -38,7 +38,9 @@ from tsforge.core.errors import ArtifactError, ModelError, TsforgeError
 from tsforge.forecasting.stream_buffer import Buffer
 
 FORMAT = "tsforge-online-detector"
-FORMAT_VERSION = 5  # 2: scores of windows and free runs; 3: guarded contexts; 4: residuals that add up; 5: event ids
+FORMAT_VERSION = 6
+"""2: scores of windows and free runs; 3: guarded contexts; 4: residuals that add up; 5: event ids; 6: rows that wait
+for a smoothed score."""
 _ARRAY, _LIST = "$array", "$list"
 _SHORT = 16  # lists up to this length stay among the facts
 
@@ -169,11 +171,13 @@ def _monitor_state(monitor: Monitor) -> dict[str, Any]:
         else {"end": ended.end, "leading": sorted(ended.leading), "origin": ended.origin},
         "alarms": monitor.alarms,
         "scored": monitor.scored,
+        "waiting": None if monitor.waiting is None else _plain_fields(monitor.waiting),
     }
 
 
 def _monitor(state: dict[str, Any], config: DetectConfig, names: tuple[str, ...]) -> Monitor:
     ended, smoother, samples = state["ended"], state["smoother"], state["samples"]
+    waiting = state.get("waiting")
     model = _model(state["model"], config)
     memory = model.memory()
     if memory is not None:
@@ -195,6 +199,7 @@ def _monitor(state: dict[str, Any], config: DetectConfig, names: tuple[str, ...]
         ended=None if ended is None else Ended(ended["end"], frozenset(ended["leading"]), ended["origin"]),
         alarms=state["alarms"],
         scored=state["scored"],
+        waiting=None if waiting is None else Waiting(**waiting),
     )
     monitor.tracker = SegmentTracker.restore(config.events, state["tracker"])
     monitor.under = Under(Extremes(**state["settled"]), Extremes(**state["since"]))
@@ -202,7 +207,7 @@ def _monitor(state: dict[str, Any], config: DetectConfig, names: tuple[str, ...]
 
 
 def _model_state(model: ScoreModel) -> dict[str, Any]:
-    scale = {item.name: getattr(model.scale, item.name) for item in fields(ResidualScale)}
+    scale = _plain_fields(model.scale)
     calibrations = [None if one is None else _calibration_state(one) for one in model.variate_calibrations]
     return {
         "scale": scale,
@@ -238,12 +243,16 @@ def _covariance(state: dict[str, Any]) -> Covariance:
 
 
 def _calibration_state(calibration: Calibration) -> dict[str, Any]:
-    plain = {item.name: getattr(calibration, item.name) for item in fields(Calibration)}
-    return plain | {"tail": None if calibration.tail is None else asdict(calibration.tail)}
+    return _plain_fields(calibration) | {"tail": None if calibration.tail is None else asdict(calibration.tail)}
 
 
 def _calibration(state: dict[str, Any]) -> Calibration:
     return Calibration(**state | {"tail": None if state["tail"] is None else ParetoTail(**state["tail"])})
+
+
+def _plain_fields(value: Calibration | ResidualScale | Waiting) -> dict[str, Any]:
+    """Return the fields of a dataclass as they are, arrays not copied."""
+    return {item.name: getattr(value, item.name) for item in fields(value)}
 
 
 def _bucket_state(buckets: BucketScale) -> dict[str, Any]:

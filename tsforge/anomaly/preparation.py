@@ -76,10 +76,9 @@ def prepare(
         artifact, frame, config.score, (first, span.stop), panel, (span.train_start, span.train_stop)
     )
 
-    late = config.score.latency
+    before, late = span.start - first, config.score.window_latency
     if late:  # scores of the rows just before scoring read scored rows: nothing may rest on them
-        place = span.start - first
-        found.deviations[:, max(place - late, 0) : place] = np.nan
+        found.deviations[:, max(before - late, 0) : before] = np.nan
 
     def new_rule() -> ThresholdRule:
         return _rule(config, panel.grid, len(found.series_ids))
@@ -103,8 +102,9 @@ def prepare(
             confirmed=confirmed.mask(name, first, span.stop - first),
             buckets=None if buckets is None else buckets[place],
         )
-        usable = np.asarray((~np.isnan(rows.deviations[: span.start - first])).any(axis=(1, 2)))
-        usable &= ~rows.confirmed[: span.start - first]
+        usable = np.asarray((~np.isnan(rows.deviations[:before])).any(axis=(1, 2)))
+        usable &= ~rows.confirmed[:before]
+        usable[max(before - config.score.latency, 0) :] = False  # their scores are not known before scoring
         spans = series_spans(
             usable, first, panel.num_targets, config.calibration, remembered=config.score.remembered_rows
         )

@@ -65,6 +65,17 @@ def mahalanobis(z: ArrayLike, covariance: Covariance | None, constant: NDArray[n
     return squared_distance(covariance, r[:, ~own]) + added
 
 
+def product(z: ArrayLike, covariance: Covariance | None, constant: NDArray[np.bool_] | None = None) -> FloatArray:
+    """Return ``mean_v |z_v| sqrt(d2)``: broad faults and broken correlations; arguments as of ``mahalanobis``.
+
+    Not a standard score: the product of the two that see different faults, which needs no scale between them.
+
+    Raises:
+        DataError: see ``mahalanobis``.
+    """
+    return mean_abs(z) * np.sqrt(mahalanobis(z, covariance, constant))
+
+
 def fisher(p_values: ArrayLike) -> FloatArray:
     """Return ``-2 sum_v log p_v`` over observed variates, scaled up to V where some are missing.
 

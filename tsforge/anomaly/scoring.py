@@ -16,7 +16,7 @@ from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.covariance import Covariance, fit_covariance
 from tsforge.anomaly.ewma import Ewma, fit_ewma
 from tsforge.anomaly.residuals import ResidualScale, TrainingRange, fit_residual_scale, reduce_horizon
-from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, top_k, winsorise
+from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, product, top_k, winsorise
 from tsforge.anomaly.smoothing import build_smoother
 
 FloatArray = NDArray[np.float64]
@@ -50,6 +50,8 @@ class ScoreModel:
     def score(self, deviations: ArrayLike, values: ArrayLike) -> Scores:
         """Return the scores of rows in time order, smoothed from the first row on; row t depends on rows up to t only.
 
+        With ``smoothing.kind: two_sided`` on ``latency`` rows after it too, and so many last rows have no score.
+
         Shapes:
             deviations [N, K, V]; values [N, V], which judge variates that were constant in training.
 
@@ -57,7 +59,10 @@ class ScoreModel:
             DataError: ``smoothing.kind: cusum``, which needs calibration scores: smooth the scores of ``raw``.
         """
         scores, smoother = self.raw(deviations, values, self.memory()), build_smoother(self.config)
-        return scores if smoother is None else Scores(z=scores.z, joint=smoother.run(scores.joint))
+        if smoother is None:
+            return scores
+        joint = smoother.run(scores.joint)
+        return Scores(z=scores.z, joint=np.pad(joint, (0, len(scores.joint) - len(joint)), constant_values=np.nan))
 
     def memory(self) -> Ewma | None:
         """Return what ``raw`` remembers from row to row, with no row behind it; None where each stands by itself."""
@@ -89,6 +94,8 @@ class ScoreModel:
             return top_k(z, self.config.top_k or 1)
         if name == "mahalanobis":
             return mahalanobis(z, self.covariance, self.constant)
+        if name == "product":
+            return product(z, self.covariance, self.constant)
         columns = [
             np.full(len(z), np.nan) if calibration is None else calibration.p_values(np.abs(z[:, v]))
             for v, calibration in enumerate(self.variate_calibrations)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from tsforge.anomaly.calibration import Calibration, fit_calibration
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.confirmed import left_out
 from tsforge.anomaly.health import HEALTH_ROWS
-from tsforge.anomaly.monitor import EventRow, Judged, Monitor
+from tsforge.anomaly.monitor import EventRow, Judged, Monitor, Waiting
 from tsforge.anomaly.residuals import TrainingRange
 from tsforge.anomaly.scoring import ScoreModel, Scores, fit_score_model
 from tsforge.anomaly.smoothing import build_smoother
@@ -53,16 +54,11 @@ class SeriesResult:
 
     Attributes:
         guarded: rows with values hidden from later forecasts, None where contexts are not guarded.
-
-    Shapes:
-        values, expected [N, V].
     """
 
     series_id: str
     start: int
     judged: Judged
-    values: FloatArray
-    expected: FloatArray
     events: list[EventRow]
     spans: SeriesSpans
     calibration: Calibration
@@ -75,9 +71,7 @@ class SeriesResult:
     @property
     def scored(self) -> ScoredRows:
         """The rows as ``score_table`` takes them."""
-        return ScoredRows(
-            series_id=self.series_id, start=self.start, judged=self.judged, values=self.values, expected=self.expected
-        )
+        return ScoredRows(series_id=self.series_id, start=self.start, judged=self.judged)
 
     @property
     def joint(self) -> FloatArray:
@@ -136,11 +130,21 @@ def fit_monitor(
             raise ConfigError(f"calibration.by has no effect with rule {rule.describe()}: it promises no alarm rate")
         buckets = fit_buckets(np.where(confirmed, np.nan, joint), rows.buckets[known], rule.alpha)
         joint = buckets.apply(joint, rows.buckets[known])
+    judged, waiting = before, None
     if smoother is not None:
         smoother.fit(np.where(confirmed, np.nan, joint))
         smoothed = smoother.run(joint[:before])
+        judged = smoothed.size
         joint = np.concatenate([smoothed, copy.deepcopy(smoother).run(joint[before:])])
-    sample = np.where(confirmed, np.nan, joint)
+        if smoother.latency:
+            waits = slice(known.start + judged, known.start + before)
+            waiting = Waiting(
+                z=parts[0].z[judged:],
+                values=rows.values[waits],
+                expected=rows.expected[waits],
+                confirmed=rows.confirmed[waits],
+            )
+    sample = np.where(confirmed[: joint.size], np.nan, joint)
     calibration = fit_calibration(
         sample,
         method=settings.method,
@@ -148,7 +152,7 @@ def fit_monitor(
         shape=settings.tail_shape,
         seed=settings.seed if settings.ties == "random" else None,
     )
-    rule.fit(sample[:before] if rule.learns else sample)
+    rule.fit(sample[:judged] if rule.learns else sample)
     monitor = Monitor(
         series_id=rows.series_id,
         names=names,
@@ -160,11 +164,12 @@ def fit_monitor(
         smoother=smoother,
         rule=rule,
         samples=_variate_samples(scores.z[~confirmed]) if config.keep_variate_scores else None,
-        row=start - lead,
+        row=start - lead - (before - judged),
         start=start,
         recent=recent,
+        waiting=waiting,
     )
-    monitor.run(*_inputs(rows, leading), confirmed=rows.confirmed[leading])
+    monitor.run(**_inputs(rows, leading), confirmed=rows.confirmed[leading])
     return monitor
 
 
@@ -182,15 +187,15 @@ def detect_series(
     """
     monitor = fit_monitor(rows, spans, start, config, new_rule, names)
     first = start - rows.start
-    judged = max(len(rows.values) - config.score.latency, first)
-    found = monitor.run(*_inputs(rows, slice(first, judged)))
-    if judged < len(rows.values):
-        waiting = Judged.nothing(len(names), len(rows.values) - judged, by_variate=monitor.samples is not None)
+    complete = max(len(rows.values) - config.score.window_latency, first)
+    before = max(start - monitor.row, 0)
+    found = monitor.run(**_inputs(rows, slice(first, complete))).since(before)
+    late = len(rows.values) - first - found.joint.size
+    if late:
+        waiting = Judged.nothing(len(names), late, by_variate=monitor.samples is not None)
+        waiting = replace(waiting, values=rows.values[-late:], expected=rows.expected[-late:])
         found = Judged.join([found, waiting])
-    scored = ScoredRows(
-        series_id=rows.series_id, start=start, judged=found, values=rows.values[first:], expected=rows.expected[first:]
-    )
-    return series_result(rows, spans, monitor, scored)
+    return series_result(rows, spans, monitor, ScoredRows(series_id=rows.series_id, start=start, judged=found))
 
 
 def series_result(
@@ -215,8 +220,6 @@ def series_result(
         series_id=rows.series_id,
         start=scored.start,
         judged=found,
-        values=scored.values,
-        expected=scored.expected,
         events=found.closed + ([] if current is None else [current]),
         spans=spans,
         calibration=monitor.calibration,
@@ -228,8 +231,13 @@ def series_result(
     )
 
 
-def _inputs(rows: SeriesRows, part: slice) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    return rows.deviations[part], rows.values[part], None if rows.buckets is None else rows.buckets[part]
+def _inputs(rows: SeriesRows, part: slice) -> dict[str, Any]:
+    return {
+        "deviations": rows.deviations[part],
+        "values": rows.values[part],
+        "buckets": None if rows.buckets is None else rows.buckets[part],
+        "expected": rows.expected[part],
+    }
 
 
 def _variate_samples(z: FloatArray) -> tuple[FloatArray, ...]:

@@ -1,11 +1,14 @@
-"""Scores with memory over rows: exponential, causal median, one-sided cumulative sum; state survives a restart.
+"""Scores with memory over rows: exponential, causal median, one-sided cumulative sum, two-sided mean; state survives a
+restart.
 
     exponential  S[t] = a s[t] + (1 - a) S[t-1],  S[0] = s[0]
     median       median of the scores observed among the last ``window`` rows
     cusum        C[t] = max(0, C[t-1] + s[t] - k),  k = median of the calibration scores + shift / 2;  0 after an alarm
+    two_sided    S[t] = sum_j w[j] s[t+j] / sum_j w[j],  w[j] = (1 - a)^|j|,  j = -r .. r, over the scores observed
 
-All are causal, a missing score (NaN) gives NaN, and what they return is a score like any other: calibrate after them.
-``run`` is ``step`` over and over, so that cutting the rows differently changes no bit.
+The first three are causal; the last is known r rows later, and its first rows have fewer than r before them. A missing
+score (NaN) gives NaN, and what they return is a score like any other: calibrate after them. ``run`` is ``step`` over
+and over, so that cutting the rows differently changes no bit.
 
 Sources: exponential: Roberts (1959), Technometrics 1 (3); cusum: Page (1954), Biometrika 41, with the reference value k
 half a shift above the usual level. Deviation: the shift is in robust standard deviations (interquartile range / 1.349)
@@ -22,7 +25,13 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tsforge.anomaly.config import CusumSmoothing, ExponentialSmoothing, MedianSmoothing, ScoreConfig
+from tsforge.anomaly.config import (
+    CusumSmoothing,
+    ExponentialSmoothing,
+    MedianSmoothing,
+    ScoreConfig,
+    TwoSidedSmoothing,
+)
 from tsforge.anomaly.residuals import IQR_OF_NORMAL
 from tsforge.anomaly.thresholds import Decisions, ThresholdRule
 from tsforge.core.errors import DataError
@@ -36,6 +45,8 @@ class Smoother(ABC):
     """Turns scores into scores, row by row, remembering rows before."""
 
     kind: str
+    latency = 0
+    """Rows after a row that its smoothed score reads."""
     resets = False
     """Whether alarms change later scores: such a smoother must hear of each alarm by ``notify`` before the next row."""
 
@@ -45,10 +56,17 @@ class Smoother(ABC):
 
     @abstractmethod
     def step(self, score: float) -> float:
-        """Return the smoothed score of the next row; NaN stays NaN."""
+        """Take the score of the next row and return the smoothed one of the row ``latency`` rows before it.
+
+        NaN stays NaN, and is also what is returned while there is no such row.
+        """
 
     def run(self, scores: ArrayLike) -> FloatArray:
-        """Return the smoothed scores of rows in time order: the same as repeated ``step``, from the state as it is."""
+        """Take the scores of rows in time order and return the smoothed ones that are known now, in time order.
+
+        The same as repeated ``step``, from the state as it is. Of the first ``latency`` rows ever taken none is known:
+        that many are returned less, and wait.
+        """
         s = np.asarray(scores, dtype=np.float64).ravel()
         return np.array([self.step(score) for score in s.tolist()], dtype=np.float64)
 
@@ -183,6 +201,69 @@ class CumulativeSum(Smoother):
         return {"kind": self.kind, "shift": self.shift, "reference": self.reference, "sum": self._sum}
 
 
+class TwoSided(Smoother):
+    """Weighted mean over the rows around a row, the same to both sides: nothing lags, and everything is told late.
+
+    A row that misses its score has none and counts for no other. Sums go from the oldest row to the newest.
+    """
+
+    kind = "two_sided"
+
+    def __init__(self, weight: float, reach: int) -> None:
+        self.weight, self.reach, self.latency = weight, reach, reach
+        self._weights = ((1.0 - weight) ** np.abs(np.arange(-reach, reach + 1.0))).tolist()
+        self._recent: deque[float] = deque(maxlen=2 * reach + 1)
+        self._waiting = 0  # rows taken whose own score is not known yet
+
+    def step(self, score: float) -> float:
+        """Return the mean around the row ``reach`` rows before; NaN while there is none."""
+        self._recent.append(score)
+        if self._waiting < self.reach:
+            self._waiting += 1
+            return NAN
+        recent = list(self._recent)
+        if recent[-1 - self.reach] != recent[-1 - self.reach]:
+            return NAN
+        total = mass = 0.0
+        for weight, one in zip(self._weights[-len(recent) :], recent, strict=True):
+            if one == one:
+                total += weight * one
+                mass += weight
+        return total / mass
+
+    def run(self, scores: ArrayLike) -> FloatArray:
+        """Return the means that are known now: ``step`` for all rows side by side, with the same bits."""
+        new = np.asarray(scores, dtype=np.float64).ravel()
+        known = max(self._waiting + new.size - self.reach, 0)
+        if new.size <= _FEW:
+            return np.array([self.step(score) for score in new.tolist()][new.size - known :], dtype=np.float64)
+        rows = np.concatenate([np.array(self._recent, dtype=np.float64), new])
+        first = rows.size - self.reach - known  # of the rows told
+        lead = self.reach - first  # rows lacking before it
+        padded = np.pad(rows, (max(lead, 0), 0), constant_values=NAN)[max(-lead, 0) :]
+        seen = ~np.isnan(padded)
+        filled, counted = np.where(seen, padded, 0.0), seen.astype(np.float64)
+        total, mass = np.zeros(known), np.zeros(known)
+        for place, weight in enumerate(self._weights):
+            total += weight * filled[place : place + known]
+            mass += weight * counted[place : place + known]
+        self._recent.extend(new.tolist())
+        self._waiting = min(self._waiting + new.size, self.reach)
+        own = rows[first : first + known]
+        return np.where(np.isnan(own), NAN, total / np.where(mass > 0.0, mass, 1.0))
+
+    def state(self) -> dict[str, Any]:
+        """Return the settings and the rows around those that wait, oldest first; a missing row is None."""
+        recent = [None if score != score else score for score in self._recent]
+        return {
+            "kind": self.kind,
+            "weight": self.weight,
+            "reach": self.reach,
+            "waiting": self._waiting,
+            "recent": recent,
+        }
+
+
 def build_smoother(config: ScoreConfig) -> Smoother | None:
     """Return the smoother that ``score.smoothing`` asks for, with no memory yet; None where scores stay as they are."""
     settings = config.smoothing
@@ -192,6 +273,8 @@ def build_smoother(config: ScoreConfig) -> Smoother | None:
         return MovingMedian(settings.window)
     if isinstance(settings, CusumSmoothing):
         return CumulativeSum(settings.shift)
+    if isinstance(settings, TwoSidedSmoothing):
+        return TwoSided(settings.weight, settings.rows)
     return None
 
 
@@ -215,17 +298,24 @@ def restore_smoother(state: dict[str, Any]) -> Smoother:
             cusum = CumulativeSum(state["shift"])
             cusum.reference, cusum._sum = state["reference"], state["sum"]
             return cusum
+        if kind == TwoSided.kind:
+            two_sided = TwoSided(state["weight"], state["reach"])
+            two_sided._recent.extend(NAN if score is None else score for score in state["recent"])
+            two_sided._waiting = state["waiting"]
+            return two_sided
     except KeyError as error:
         raise DataError(f"the stored state of a smoother lacks {error}; start the detector again") from error
     raise DataError(f"the stored state names the unknown smoother {kind!r}; start the detector again")
 
 
 def smooth_and_judge(scores: ArrayLike, smoother: Smoother | None, rule: ThresholdRule) -> tuple[FloatArray, Decisions]:
-    """Return the smoothed scores of rows in time order and what the rule says of them; both advance their state.
+    """Return the smoothed scores that are known now and what the rule says of them; both advance their state.
 
     The one place that knows that a cumulative sum must hear of an alarm before the next row.
     """
     s = np.asarray(scores, dtype=np.float64).ravel()
+    if smoother is not None and smoother.latency:
+        s, smoother = smoother.run(s), None
     if s.size > _FEW and (smoother is None or not smoother.resets):
         smoothed = s if smoother is None else smoother.run(s)
         return smoothed, rule.run(smoothed)

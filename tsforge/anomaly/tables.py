@@ -23,19 +23,16 @@ VARIATE_TYPE = pl.Struct(
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredRows:
-    """Rows of one series from absolute row ``start`` on, judged. Shapes: values and expected [N, V]."""
+    """Rows of one series from absolute row ``start`` on, judged."""
 
     series_id: str
     start: int
     judged: Judged
-    values: FloatArray
-    expected: FloatArray
 
     @classmethod
     def nothing(cls, width: int) -> ScoredRows:
         """Return no rows of ``width`` variates."""
-        none = np.empty((0, width))
-        return cls(series_id="", start=0, judged=Judged.nothing(width), values=none, expected=none)
+        return cls(series_id="", start=0, judged=Judged.nothing(width))
 
 
 def score_table(rows: ScoredRows, grid: TimeGrid, names: Sequence[str], *, by_variate: bool) -> pl.DataFrame:
@@ -50,8 +47,8 @@ def score_table(rows: ScoredRows, grid: TimeGrid, names: Sequence[str], *, by_va
     columns = [(JOINT, judged.joint, judged.p_values, judged.decisions.threshold, nothing, nothing)]
     if by_variate and judged.variate_p_values is not None:
         columns += [
-            (name, np.abs(judged.z[:, v]), judged.variate_p_values[:, v], nothing, rows.values[:, v], expected)
-            for v, (name, expected) in enumerate(zip(names, rows.expected.T, strict=True))
+            (name, np.abs(judged.z[:, v]), judged.variate_p_values[:, v], nothing, judged.values[:, v], expected)
+            for v, (name, expected) in enumerate(zip(names, judged.expected.T, strict=True))
         ]
     alarm = np.zeros(size * len(columns), dtype=bool)
     alarm[:size] = judged.decisions.alarm

@@ -74,7 +74,7 @@ class WindowJudge:
     @property
     def latency(self) -> int:
         """Rows after a row whose traces its score reads."""
-        return self.config.latency
+        return self.config.window_latency
 
     def judge(self, traces: FloatArray, values: FloatArray, first: int) -> Found:
         """Return what is found in consecutive rows.

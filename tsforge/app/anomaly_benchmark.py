@@ -115,6 +115,9 @@ class AnomalyBenchmarkConfig(Config):
     """Of ``detect``; its least sizes are below the usual ones, since some families have a few hundred training rows."""
     smoothing: float = Field(0.1, gt=0.0, le=1.0)
     """Of the second row of every plain scorer."""
+    two_sided: bool = False
+    """A third row of every plain scorer, smoothed to both sides: fair beside scores with ``smoothing.kind=two_sided``,
+    which know later rows."""
     rule: RuleConfig = BudgetRule()
     """How alarms are raised; a budget takes rows a day from the family, or 10,000 rows for a day."""
     rules: dict[str, RuleConfig] = Field(default_factory=dict)
@@ -275,7 +278,12 @@ class _Run(Pass):
                 about = {"family": family.name, "series": series, "method": "all", "status": "failed", "error": reason}
                 self._rows.append((-1, {**about, "cached": False}))
             for data in family.series:
-                plain = BaselineSetting(judgement=config.judgement, smoothing=config.smoothing, ensembles=ensembles)
+                plain = BaselineSetting(
+                    judgement=config.judgement,
+                    smoothing=config.smoothing,
+                    two_sided=config.two_sided,
+                    ensembles=ensembles,
+                )
                 settings: list[BaselineSetting | ModelSetting] = [plain]
                 settings += [
                     _setting(entry, config)

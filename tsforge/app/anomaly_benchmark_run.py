@@ -19,11 +19,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tsforge.anomaly.baselines import BASELINES, build_baseline
-from tsforge.anomaly.config import BudgetRule, DetectConfig, EventConfig, RuleConfig
+from tsforge.anomaly.config import BudgetRule, DetectConfig, EventConfig, RuleConfig, TwoSidedSmoothing
 from tsforge.anomaly.detector import detect
 from tsforge.anomaly.ensemble import EnsembleConfig, combine, ensemble_scores, filled, plain_members
 from tsforge.anomaly.segments import find_segments
-from tsforge.anomaly.smoothing import Exponential
+from tsforge.anomaly.smoothing import Exponential, TwoSided
 from tsforge.anomaly.thresholds import build_rule
 from tsforge.app.anomaly_benchmark_data import LabelledSeries
 from tsforge.app.fit import FitConfig, fit_frame
@@ -38,6 +38,7 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 ROWS_WITHOUT_CLOCK = 10_000.0  # stands for a day where a source gives no clock
 SMOOTHED = ", smoothed"
+TWO_SIDED = ", two-sided"
 BASELINES_LABEL = "baselines"
 
 
@@ -78,23 +79,29 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a method says of the test rows: scores [M], rows inside events [M], z [M, V] for ranking, if it has any."""
+    """What a method says of the test rows: scores [M], rows inside events [M], z [M, V] for ranking, if it has any.
+
+    Attributes:
+        latency: rows after a row until its score is known.
+    """
 
     scores: FloatArray
     flagged: BoolArray
     z: FloatArray | None = None
     nominal: float | None = None
+    latency: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineSetting:
-    """All plain scorers of a series, raw and smoothed, and ensembles of plain scorers alone.
+    """All plain scorers of a series, raw, smoothed and if asked for to both sides, and ensembles of them alone.
 
     Variates that are constant over the training rows are left out; a missing value is the last one before it.
     """
 
     judgement: Judgement
     smoothing: float
+    two_sided: bool = False
     seed: int = 0
     ensembles: tuple[tuple[str, EnsembleConfig], ...] = ()
     label: str = BASELINES_LABEL
@@ -105,6 +112,7 @@ class BaselineSetting:
         return {
             "kind": "baselines",
             "smoothing": self.smoothing,
+            "two_sided": self.two_sided,
             "seed": self.seed,
             "ensembles": {name: config.model_dump(mode="json") for name, config in self.ensembles},
             **self.judgement.plain(),
@@ -124,11 +132,21 @@ class BaselineSetting:
         found: list[dict[str, Any]] = []
         ruled: list[dict[str, Any]] = []
 
-        def take(label: str, values: FloatArray, seconds: float, role: str) -> None:
+        def take(label: str, values: FloatArray, seconds: float, role: str, latency: int = 0) -> None:
             about = {"method": label, "role": role}
-            graded = grade_scores(judge(values, calibrating, data, self.judgement), data, self.judgement.width)
+
+            def judged(part: Judgement) -> Scored:
+                return judge(values, calibrating, data, part, latency)
+
+            try:
+                graded = grade_scores(judged(self.judgement), data, self.judgement.width)
+            except DataError as error:  # too few calibration rows for one that knows later rows; others can be judged
+                if not latency:
+                    raise
+                found.append({**about, "status": "failed", "error": str(error)})
+                return
             found.append({**about, "seconds": seconds, "closed_form": True, **graded})
-            ruled.extend(by_rule(about, data, self.judgement, lambda part: judge(values, calibrating, data, part)))
+            ruled.extend(by_rule(about, data, self.judgement, judged))
 
         for name in BASELINES:
             season = data.season if name == "seasonal_naive" else None
@@ -138,22 +156,22 @@ class BaselineSetting:
             scorer = build_baseline(name, seed=self.seed, season_length=season).fit(fit)
             scores = scorer.score(later)
             seconds = time.perf_counter() - started
-            variants = {name: scores}
-            if name not in ("random",):
-                variants[name + SMOOTHED] = Exponential(self.smoothing).run(scores)
-            for label, values in variants.items():
-                take(label, values, seconds, "baseline")
+            take(name, scores, seconds, "baseline")
+            if name == "random":
+                continue
+            take(name + SMOOTHED, Exponential(self.smoothing).run(scores), seconds, "baseline")
+            if self.two_sided:
+                reach = TwoSidedSmoothing(weight=self.smoothing).rows
+                values = TwoSided(self.smoothing, reach).run(scores)
+                values = np.pad(values, (0, len(scores) - len(values)), constant_values=np.nan)
+                take(name + TWO_SIDED, values, seconds, "baseline", reach)
         for label, config in self.ensembles:
             started = time.perf_counter()
-            moving = np.ptp(fit, axis=0) > 0.0
-            if not moving.any():
-                error = f"every variate of series '{data.name}' is constant over its {len(fit)} rows that fit"
-                found.append({"method": label, "role": "model", "status": "failed", "error": error})
+            try:
+                scores = plain_ensemble(config, fit, later, calibrating, data.name)
+            except DataError as error:  # the scorers alone can be judged all the same
+                found.append({"method": label, "role": "model", "status": "failed", "error": str(error)})
                 continue
-            members = plain_members(config.plain, fit[:, moving], later[:, moving])
-            scores = combine(
-                members, calibrating, join=config.join, smoothing=config.smoothing, recentre=config.recentre
-            )
             take(label, scores, time.perf_counter() - started, "model")
         return {"rows": found, "rules": ruled}
 
@@ -207,6 +225,21 @@ class ModelSetting:
         return {"rows": found, "rules": ruled, "closed_form": closed_form}
 
 
+def plain_ensemble(
+    config: EnsembleConfig, fit: FloatArray, later: FloatArray, calibrating: int, series: str
+) -> FloatArray:
+    """Return the joined score of ``later`` rows by plain scorers of ``fit`` rows.
+
+    Raises:
+        DataError: nothing varies over the rows that fit, or too few rows calibrate.
+    """
+    moving = np.ptp(fit, axis=0) > 0.0
+    if not moving.any():
+        raise DataError(f"every variate of series '{series}' is constant over its {len(fit)} rows that fit")
+    members = plain_members(config.plain, fit[:, moving], later[:, moving])
+    return combine(members, calibrating, join=config.join, smoothing=config.smoothing, recentre=config.recentre)
+
+
 def fit_series(
     data: LabelledSeries, settings: dict[str, Any], judgement: Judgement, *, seed: int, progress: bool = False
 ) -> tuple[Artifact, bool]:
@@ -252,7 +285,7 @@ def _run_recipe(
         found = ensemble_scores(artifact, frame, config, start=start)[0]
         scored = judge(found.scores, found.known, data, judgement)
         z = np.stack([found.z[name] for name in data.columns], axis=1)[found.known :]
-        return Scored(scores=scored.scores, flagged=scored.flagged, z=z, nominal=scored.nominal)
+        return replace(scored, z=z)
     settings = config.model_copy(update={"rule": judgement.rule_for(data), "events": judgement.events})
     report = detect(artifact, frame, settings, start=start)
     table = report.scores.table
@@ -263,19 +296,23 @@ def _run_recipe(
     flagged = np.zeros(len(scores), dtype=bool)
     for first, last in report.events.select("start", "end").iter_rows():
         flagged[max(int(first) - start, 0) : int(last) - start + 1] = True
-    return Scored(scores=scores, flagged=flagged, z=z, nominal=report.metadata["alarm_rate_nominal"])
+    nominal, latency = report.metadata["alarm_rate_nominal"], report.metadata["latency"]
+    return Scored(scores=scores, flagged=flagged, z=z, nominal=nominal, latency=latency)
 
 
-def judge(scores: FloatArray, known: int, data: LabelledSeries, judgement: Judgement) -> Scored:
-    """Return the test rows of a score with its alarms: the rule is fitted on the first ``known`` scores."""
+def judge(scores: FloatArray, known: int, data: LabelledSeries, judgement: Judgement, latency: int = 0) -> Scored:
+    """Return the test rows of a score with its alarms.
+
+    The rule is fitted on the first ``known`` scores but the last ``latency`` of them, which read test rows.
+    """
     rule = build_rule(
         judgement.rule_for(data), low_factor=judgement.events.low_factor, season_length=data.season, num_series=1
-    ).fit(scores[:known])
+    ).fit(scores[: max(known - latency, 0)])
     judged = scores[known:]
     flagged = np.zeros(len(judged), dtype=bool)
     for segment in find_segments(judged, rule.run(judged), judgement.events):
         flagged[segment.start : segment.end + 1] = True
-    return Scored(scores=judged, flagged=flagged, nominal=rule.alpha)
+    return Scored(scores=judged, flagged=flagged, nominal=rule.alpha, latency=latency)
 
 
 def by_rule(
@@ -320,8 +357,8 @@ def grade_events(scored: Scored, data: LabelledSeries) -> dict[str, Any]:
     """Return what the alarms of a method are worth on one series.
 
     Returns:
-        ``events, found, segments, false_segments, normal_rows, alarmed_normal_rows``, ``delays`` (list, rows),
-        ``rows``, ``rows_per_day``, ``nominal``.
+        ``events, found, segments, false_segments, normal_rows, alarmed_normal_rows``, ``delays`` (list, rows,
+        to when the alarm is known), ``rows``, ``rows_per_day``, ``nominal``.
     """
     labels = data.labels
     events = event_score(labels, scored.flagged)
@@ -333,7 +370,7 @@ def grade_events(scored: Scored, data: LabelledSeries) -> dict[str, Any]:
         "false_segments": events.false_segments,
         "normal_rows": int((~labels).sum()),
         "alarmed_normal_rows": int((scored.flagged & ~labels).sum()),
-        "delays": [float(delay) for delay in delays if np.isfinite(delay)],
+        "delays": [float(delay) + scored.latency for delay in delays if np.isfinite(delay)],
         "rows": len(labels),
         "rows_per_day": data.rows_per_day,
         "nominal": scored.nominal,

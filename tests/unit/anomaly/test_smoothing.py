@@ -12,6 +12,7 @@ from tsforge.anomaly.smoothing import (
     Exponential,
     MovingMedian,
     Smoother,
+    TwoSided,
     build_smoother,
     restore_smoother,
     smooth_and_judge,
@@ -95,6 +96,82 @@ def test_cumulative_sum_finds_a_small_lasting_shift_that_no_single_score_shows()
     assert (smoother.run(shifted)[100:] > level).mean() > 0.95
 
 
+def around(s: np.ndarray, weight: float, reach: int) -> np.ndarray:
+    """Return the two-sided mean of every row by its definition; NaN of the last rows, whose mean is not known."""
+    expected = np.full(s.size, NAN)
+    for t in range(s.size - reach):
+        if np.isnan(s[t]):
+            continue
+        near = np.arange(max(0, t - reach), t + reach + 1)
+        near = near[~np.isnan(s[near])]
+        expected[t] = np.average(s[near], weights=(1.0 - weight) ** np.abs(near - t))
+    return expected
+
+
+def test_two_sided_mean_weighs_the_observed_rows_around_a_row_and_is_told_late() -> None:
+    for rows, weight, reach in (
+        (300, 0.1, 30),
+        (300, 0.4, 3),
+        (300, 0.05, 250),
+        (20, 0.2, 15),
+        (7, 0.2, 15),
+        (7, 0.5, 6),
+    ):
+        s = noisy()[-rows:]
+        told = TwoSided(weight, reach).run(s)
+        assert told.size == max(rows - reach, 0)
+        np.testing.assert_allclose(told, around(s, weight, reach)[: told.size], rtol=1e-13)
+    # nothing lags: turned around in time, complete scores give means turned around
+    s = np.random.default_rng(1).gamma(2.0, size=200)
+    inner, reverse = TwoSided(0.2, 15).run(s)[15:], TwoSided(0.2, 15).run(s[::-1])[15:]
+    np.testing.assert_allclose(inner, reverse[::-1], rtol=1e-12)
+    stepped = TwoSided(0.2, 15)
+    np.testing.assert_array_equal([stepped.step(score) for score in s], [*[NAN] * 15, *TwoSided(0.2, 15).run(s)])
+
+
+@pytest.mark.parametrize(("weight", "reach"), [(0.1, 30), (0.4, 3), (0.1, 149), (0.3, 400)])
+def test_two_sided_rows_cut_anywhere_and_stored_between_keep_their_bits(weight: float, reach: int) -> None:
+    """Checklist 7, the smoother's part, with rows that wait in the state."""
+    s = noisy()
+    whole = TwoSided(weight, reach).run(s)
+    for cuts in ([0, 1, 2, 99, 100, 110, 121, 300], [0, 150, 150, 300], list(range(301))):
+        smoother: Smoother = TwoSided(weight, reach)
+        parts = []
+        for start, stop in pairwise(cuts):
+            smoother = restore_smoother(json.loads(json.dumps(smoother.state())))
+            parts.append(smoother.run(s[start:stop]))
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        assert len(json.dumps(smoother.state())) < 40 * (2 * reach + 1) + 200
+
+
+def test_two_sided_scores_depend_on_no_row_beyond_their_reach() -> None:
+    """Checklist 5: perturb what comes later."""
+    s, reach = noisy(), 12
+    changed = s.copy()
+    changed[200:] = 1_000.0
+    told, moved = TwoSided(0.2, reach).run(s), TwoSided(0.2, reach).run(changed)
+    np.testing.assert_array_equal(told[: 200 - reach], moved[: 200 - reach])
+    assert (
+        told[200 - reach : 200] < moved[200 - reach : 200]
+    ).sum() > 8  # it does read so far, where a row has a score
+
+
+def test_two_sided_mean_finds_both_edges_of_a_fault_where_exponential_smoothing_lags() -> None:
+    generator = np.random.default_rng(4)
+    s = generator.gamma(2.0, size=4_000)
+    s[2_000:2_100] += 6.0
+    level = 4.5  # between usual (2) and fault (8)
+
+    def span(scores: np.ndarray) -> tuple[int, int]:
+        found = np.flatnonzero(scores[1_900:2_300] > level) + 1_900
+        return int(found[0]), int(found[-1]) + 1
+
+    lag, center = span(Exponential(0.1).run(s)), span(TwoSided(0.1, 30).run(s))
+    assert lag[1] - 2_100 >= 5
+    assert abs(center[0] - 2_000) <= 3
+    assert abs(center[1] - 2_100) <= 3
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cutting_the_rows_and_storing_the_state_between_changes_no_bit(setting: object) -> None:
     """Checklist 7, the smoother's part: a state goes through JSON at every cut."""
@@ -154,9 +231,19 @@ def test_settings_and_what_they_refuse() -> None:
         ({"kind": "median"}, "window"),
         ({"kind": "cusum", "shift": -1.0}, "shift"),
         ({"window": 5}, "kind"),
+        ({"kind": "two_sided", "reach": 0}, "reach"),
+        ({"kind": "two_sided", "weight": 1.0}, "weight"),
     ):
         with pytest.raises(ConfigError, match=message):
             validate(ScoreConfig, {"smoothing": wrong})
+    for two_sided, rows in (({}, 30), ({"weight": 0.3}, 10), ({"weight": 0.07}, 43), ({"reach": 4}, 4)):
+        config = validate(ScoreConfig, {"smoothing": {"kind": "two_sided", **two_sided}})
+        assert (config.latency, config.smoothing_latency, config.window_latency) == (rows, rows, 0)
+        smoother = build_smoother(config)
+        assert smoother is not None
+        assert smoother.latency == rows
+    late = {"kind": "reconstruction", "window": 6, "overlap_reduction": "mean", "smoothing": {"kind": "two_sided"}}
+    assert validate(ScoreConfig, late).latency == 35
     with pytest.raises(DataError, match="half of the 3 calibration scores are equal"):
         CumulativeSum(1.0).fit([1.0, 1.0, 1.0])
     with pytest.raises(DataError, match="none that is a number"):
