@@ -52,7 +52,7 @@ def time_zone(name: str) -> ZoneInfo:
 
 def _weekdays(field: str) -> str:
     """Return a cron weekday field (0 and 7 are Sunday) as the day names APScheduler understands."""
-    if field in {"*", "?"}:
+    if field == "*":
         return "*"
     chosen: set[int] = set()
     for part in field.lower().split(","):
@@ -97,10 +97,10 @@ class Cron:
                 f"or one of {listing(_MACROS, 7)}"
             )
         minute, hour, day, month, weekday = fields
-        day = "*" if day == "?" else day  # APScheduler does not know it
+        day, weekday = ("*" if field == "?" else field for field in (day, weekday))  # APScheduler does not know it
         names = _weekdays(weekday)
         days = [(day, names)]
-        if day != "*" and names != "*":  # cron joins the two day fields by "or"
+        if not day.startswith("*") and not weekday.startswith("*"):  # cron joins two restricted day fields by "or"
             days = [(day, "*"), ("*", names)]
         try:
             self._triggers = [

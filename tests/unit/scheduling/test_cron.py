@@ -38,7 +38,7 @@ def brute_force(expression: str, after: datetime, until: datetime) -> list[datet
     while moment <= until:
         on_day = moment.day in allowed(day, 1, 31)
         on_weekday = moment.isoweekday() % 7 in {value % 7 for value in allowed(weekday, 0, 7)}
-        days_match = (on_day or on_weekday) if "*" not in (day, weekday) else (on_day and on_weekday)
+        days_match = (on_day or on_weekday) if "*" not in (day[0], weekday[0]) else (on_day and on_weekday)
         if (
             moment.minute in allowed(minute, 0, 59)
             and moment.hour in allowed(hour, 0, 23)
@@ -58,6 +58,8 @@ def brute_force(expression: str, after: datetime, until: datetime) -> list[datet
         "5,35 3-5 * * *",
         "0 0 1 * *",
         "30 12 13 * 5",  # the 13th or a Friday
+        "30 12 */2 * 1",  # a Monday with an odd date: a field that begins with a star restricts the other one
+        "0 9 1-7 * */2",
         "0 */7 * 2,3 *",
         "10 4 * * 1-5",
         "10 4 * * 5-7",
