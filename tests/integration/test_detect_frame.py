@@ -226,6 +226,10 @@ def test_a_series_without_enough_rows_is_left_out_and_named(artifact: Artifact, 
 def test_too_few_rows_before_the_start_is_an_error_with_the_number(artifact: Artifact, data: pl.DataFrame) -> None:
     with pytest.raises(DataError, match=r"at least 100 rows with a forecast and a value are needed, 'a' has 80"):
         detect(artifact, as_frame(data), start=hours(TRAIN + 80))
+    late = config(score={"smoothing": {"kind": "two_sided"}})  # the last 30 of 120 read scored rows
+    with pytest.raises(DataError, match=r"at least 100 rows with a forecast and a value are needed, 'a' has 90"):
+        detect(artifact, as_frame(data), late, start=hours(TRAIN + 120))
+    assert detect(artifact, as_frame(data), config(), start=hours(TRAIN + 120)).scores.table.height
     with pytest.raises(DataError, match="no row lies between training"):
         detect(artifact, as_frame(data), start=hours(TRAIN))
     with pytest.raises(DataError, match="would reach into the rows that fitted artifact"):

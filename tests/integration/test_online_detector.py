@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -318,13 +318,15 @@ def test_scores_by_bucket_equal_the_batch_run(table: pl.DataFrame) -> None:
     spoken = table.with_columns(p=(pl.col("time").dt.hour() < 12).cast(pl.Float64) * 0.1)
     frame = as_frame(spoken, past=["p"])
     artifact = artifact_of(frame, {"name": "ar_net"})
-    for by in ("p", "hour_of_week"):
+    for by, smoothing in product(("p", "hour_of_week"), (None, {"kind": "two_sided", "reach": 5})):
         config = settings(
-            calibration={"min_rows": 60, "min_scale_rows": 50, "by": by}, rule={"kind": "quantile", "alpha": 0.2}
+            calibration={"min_rows": 60, "min_scale_rows": 50, "by": by},
+            rule={"kind": "quantile", "alpha": 0.2},
+            score={"smoothing": smoothing},
         )
         report = detect(artifact, frame, config, start=hours(BEGIN))
         log = streamed(artifact, spoken, config, cuts("random"), frame=frame, reload=True)
-        check_equal(report, log)
+        check_equal(report, log, config.score.latency)
         small = [notice for notice in report.metadata["notices"] if notice.startswith("calibration.by")]
         assert [notice for notice in log.detector.notices if notice.startswith("calibration.by")] == small
         assert bool(small) == (by == "hour_of_week")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -15,13 +15,15 @@ import torch
 from tsforge.anomaly.attribution import contributions, leading_variates, rank_variates
 from tsforge.anomaly.calibration import fit_calibration
 from tsforge.anomaly.config import EventConfig, ScoreConfig
+from tsforge.anomaly.confirmed import judge as judge_confirmed
 from tsforge.anomaly.covariance import DenseCovariance, LowRankCovariance
-from tsforge.anomaly.monitor import EventRow, Monitor
+from tsforge.anomaly.monitor import EventRow, Judged, Monitor
 from tsforge.anomaly.online_intake import plain_rows
 from tsforge.anomaly.residuals import TrainingRange, reduce_horizon
 from tsforge.anomaly.scoring import fit_score_model
 from tsforge.anomaly.segments import Segment, find_segments
-from tsforge.anomaly.thresholds import Quantile
+from tsforge.anomaly.smoothing import TwoSided
+from tsforge.anomaly.thresholds import Quantile, RollingQuantile
 from tsforge.data.grid import TimeGrid
 from tsforge.data.schema import SeriesSchema
 from tsforge.forecasting.fixed_blocks import Block, is_steady, padded
@@ -118,6 +120,61 @@ def test_a_monitor_finds_the_events_of_the_whole_span_whatever_the_cuts(seed: in
         found += calm.run(deviations[start:stop], np.zeros((stop - start, 4))).closed
     current = calm.current()
     assert [*found, *([] if current is None else [current])] == expected
+
+
+def late_monitor(deviations: np.ndarray, reach: int) -> Monitor:
+    """Return a monitor whose scores wait, with a rule that learns from the rows it judges."""
+    calm = monitor_of(deviations, EventConfig(merge_gap=2), 200)
+    rule = RollingQuantile(0.2, 100).fit(calm.model.raw(deviations[:200], np.zeros((200, 4)), None).joint)
+    return replace(calm, smoother=TwoSided(0.3, reach), rule=rule)
+
+
+def test_rows_wait_for_their_score_with_all_that_belongs_to_them_whatever_the_cuts() -> None:
+    reach, deviations = 9, rough(700, 3)
+    generator = np.random.default_rng(5)
+    values, expected = generator.normal(size=(2, 700, 4))
+    confirmed = generator.random(700) < 0.1
+    confirmed[300:330] = True
+
+    def told(edges: list[int]) -> tuple[Judged, Monitor]:
+        monitor, parts = late_monitor(deviations, reach), []
+        for start, stop in pairwise(edges):
+            rows = slice(start, stop)
+            assert monitor.next_row == start
+            parts.append(
+                monitor.run(deviations[rows], values[rows], confirmed=confirmed[rows], expected=expected[rows])
+            )
+            assert monitor.row == max(stop - reach, 200)
+        return Judged.join(parts), monitor
+
+    whole, monitor = told([200, 700])
+    size = 500 - reach
+    raw = monitor.model.raw(deviations[200:], values[200:], None)
+    smoothed = TwoSided(0.3, reach).run(raw.joint)
+    np.testing.assert_array_equal(whole.joint, smoothed)
+    np.testing.assert_array_equal(whole.z, raw.z[:size])
+    np.testing.assert_array_equal(whole.values, values[200 : 700 - reach])
+    np.testing.assert_array_equal(whole.expected, expected[200 : 700 - reach])
+    rule = late_monitor(deviations, reach).rule
+    by_hand = judge_confirmed(rule, smoothed, confirmed[200 : 700 - reach])  # the flag of a row goes with its own score
+    np.testing.assert_array_equal(whole.decisions.alarm, by_hand.alarm)
+    np.testing.assert_array_equal(whole.decisions.threshold, by_hand.threshold)
+    shifted = judge_confirmed(late_monitor(deviations, reach).rule, smoothed, confirmed[200 + reach :])
+    assert not np.array_equal(whole.decisions.threshold, shifted.threshold)
+    segments = find_segments(smoothed, by_hand, monitor.config)
+    closed = [event.segment for event in whole.closed]
+    assert len(closed) > 5
+    assert (
+        closed
+        == [type(one)(one.start + 200, one.end + 200, one.peak + 200, one.is_open) for one in segments][: len(closed)]
+    )
+    for edges in (list(range(200, 701)), [200, 203, 209, 210, 211, 400, 700]):
+        found, _ = told(edges)
+        for name in ("joint", "z", "p_values", "values", "expected"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+        for one, other in zip(found.decisions, whole.decisions, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert found.closed == whole.closed
 
 
 def test_the_cases_above_cover_chains_gaps_and_open_events() -> None:
