@@ -60,7 +60,7 @@ class ForecastNetwork(nn.Module):
         self.likelihood: Likelihood = build_likelihood(config.likelihood)
         self.spec = replace(spec, num_params=self.likelihood.num_params)
         self.scaling = _choose_scaling(config, self.capabilities)
-        self.scaler = Scaler(self.scaling, self.spec, robust=config.scaling.robust)
+        self.scaler = Scaler(self.scaling, self.spec, robust=config.scaling.robust, unknown=config.scaling.unknown)
         self.model: ForecastModel[Any] = model_class(config.model, self.spec)
         ones = torch.ones(spec.horizon, spec.num_variates)
         self.register_buffer("param_offset", self.likelihood.initial_raw(ones))
@@ -68,7 +68,7 @@ class ForecastNetwork(nn.Module):
     @property
     def needs_known_series(self) -> bool:
         """True when a series that was not trained on cannot be forecast (its statistics are part of the scaling)."""
-        return self.scaling in SERIES_KINDS
+        return self.scaling in SERIES_KINDS and self.config.scaling.unknown == "refuse"
 
     def fit_scaler(self, data: TrainingSeries) -> None:
         """Take scaling statistics from the training span in data units."""

@@ -20,7 +20,7 @@ from tsforge.app.forecast import predict as forecast_stored
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.artifact import Artifact, load_artifact
 from tsforge.core.config import load, validate
-from tsforge.core.errors import ConfigError, DataError
+from tsforge.core.errors import ArtifactError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
@@ -368,3 +368,90 @@ def test_some_series_of_a_joint_forecast_are_forecast_with_all(tmp_path: Path, m
         forecast_stored(load(PredictConfig, "predict", ["series=[nowhere]"]), workspace)
     with pytest.raises(ConfigError, match="forecasts all series together.*leave series out"):
         detect(load(DetectJobConfig, "detect", ["series=[cairo]"]), workspace)
+
+
+# ---- panels whose series differ in level
+
+
+LEVELS = {"small": 1.0, "middle": 100.0, "large": 10_000.0}
+
+
+def levelled(names: tuple[str, ...] = tuple(LEVELS)) -> SeriesFrame:
+    """Return one wave with noise for each name, its amplitude and noise in proportion to its level."""
+    parts = []
+    time = np.arange(420)
+    for number, name in enumerate(names):
+        rng = np.random.default_rng([7, number])
+        wave = 5.0 + np.sin(2 * np.pi * time / 12 + number) + 0.05 * rng.normal(size=len(time))
+        parts.append(pl.DataFrame({"entity": name, "day": time, "sales": LEVELS.get(name, 30.0) * wave}))
+    return SeriesFrame.from_long(pl.concat(parts), time="day", series_id="entity", targets=["sales"])
+
+
+def relative_errors(artifact: Artifact, frame: SeriesFrame, cut: int = 400) -> dict[str, tuple[float, float]]:
+    """Return the mean error and the mean width of 90 % intervals of each series after a cut, in parts of its level."""
+    found = predict(artifact, frame.until(cut - 1)).table.join(
+        frame.table, left_on=["series_id", "time"], right_on=["series_id", "time"]
+    )
+    return {
+        name: (
+            float((part["mean"] - part["sales"]).abs().mean()) / LEVELS.get(name, 30.0),  # type: ignore[arg-type]
+            float((part["q0.95"] - part["q0.05"]).mean()) / LEVELS.get(name, 30.0),  # type: ignore[arg-type]
+        )
+        for (name,), part in found.group_by("series_id")
+    }
+
+
+def levelled_fit(model: str | dict[str, Any], frame: SeriesFrame, **changes: Any) -> Artifact:
+    settings: dict[str, Any] = {
+        "data": {"name": "made", "source": {"kind": "parquet", "path": "unused.parquet"}},
+        "model": {"name": model} if isinstance(model, str) else model,
+        "window": {"context_length": 36, "horizon": 6},
+        "split": {"train": 0.8, "valid": 0.2, "test": 0.0},
+        "tracking": {"enabled": False},
+    }
+    return fit_frame(frame, validate(FitConfig, settings | changes))[0]
+
+
+@pytest.mark.parametrize(
+    "model", ["ar_net", "linear", "var", {"name": "auto", "minutes": 0, "candidates": ["ar_net", "linear"]}], ids=str
+)
+def test_a_small_series_beside_large_ones_gets_its_own_forecast_and_its_own_width(model: Any) -> None:
+    frame = levelled()
+    found = relative_errors(levelled_fit(model, frame.until(399)), frame)
+    assert set(found) == set(LEVELS)
+    for error, width in found.values():
+        assert error < 0.12  # noise 0.05, amplitude 1, level 5
+        assert 0.08 < width < 0.6
+    shared = relative_errors(levelled_fit("linear", frame.until(399), scaling={"kind": "global"}), frame)
+    assert shared["small"][1] > 20 * found["small"][1]  # what one scale for all gives
+
+
+def test_a_new_series_of_a_diverse_panel_is_scaled_by_its_context() -> None:
+    frame = levelled()
+    artifact = levelled_fit("ar_net", frame.until(399))
+    assert (artifact.network.scaling, artifact.network.config.scaling.unknown) == ("series", "context")
+    later = levelled(("small", "fresh"))
+    found = relative_errors(artifact, later)
+    assert found["fresh"][0] < 0.15
+    assert 0.08 < found["fresh"][1] < 0.8
+    strict = levelled_fit("ar_net", frame.until(399), scaling={"kind": "series"})
+    with pytest.raises(ArtifactError, match=r"scaling.unknown=context"):
+        predict(strict, later.until(399))
+
+
+def test_a_panel_of_alike_series_keeps_one_scale() -> None:
+    kept = levelled(("one", "two", "three"))
+    assert levelled_fit("linear", kept.until(399)).network.scaling == "global"
+    assert levelled_fit("regenn", levelled().until(399), train=FAST).network.scaling == "global"
+
+
+def test_a_variate_without_a_value_to_learn_from_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    frame = levelled()
+    late = frame.table.with_columns(dead=pl.when(pl.col("time") >= 350).then(pl.col("sales")))
+    both = SeriesFrame.from_long(late, time="time", series_id="series_id", targets=["sales", "dead"])
+    artifact = levelled_fit("ar_net", both)
+    assert "1 of 2 variates have no observed value in the training span (dead)" in caplog.text
+    assert predict(artifact, both).table.filter(variate="sales")["mean"].null_count() == 0
+    caplog.clear()
+    levelled_fit("ar_net", frame)
+    assert "no observed value" not in caplog.text

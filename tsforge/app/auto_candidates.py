@@ -20,6 +20,7 @@ from tsforge.data.schema import SeriesSchema
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.ensemble import member_batch
 from tsforge.forecasting.seasons import season_length
+from tsforge.layers.scaling import scaling_for
 from tsforge.models.auto import AutoConfig
 from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
@@ -77,6 +78,7 @@ class RaceData:
         network: the settings of auto, the likelihood and the scaling asked for.
         training: how gradient training runs.
         unit: size of an error of 1 in each variate [V].
+        diverse: series differ so much in level or spread that models scale each by itself, unless asked otherwise.
         only: series that take part [num_series], None = all.
     """
 
@@ -88,6 +90,7 @@ class RaceData:
     network: NetworkConfig
     training: TrainConfig
     unit: NDArray[np.float64]
+    diverse: bool = False
     only: Bools | None = None
 
     @property
@@ -218,8 +221,9 @@ def _candidate(data: RaceData, settings: dict[str, Any], length: int, *, trained
     name, wanted = settings["name"], data.settings.candidates
     if wanted is not None and name not in wanted:
         return None
-    scaling = data.network.scaling
-    if scaling.kind != "auto" and scaling.kind not in MODELS.get(name).capabilities.scaling:
+    can = MODELS.get(name).capabilities
+    scaling = scaling_for(data.network.scaling, can, diverse=data.diverse)
+    if scaling.kind != "auto" and scaling.kind not in can.scaling:
         return None
     plain = {"model": settings, "likelihood": data.network.likelihood, "scaling": scaling}
     extra = [f"{key}={value}" for key, value in settings.items() if key != "name"]

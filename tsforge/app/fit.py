@@ -14,7 +14,7 @@ unseen entities in training, validation and test time: Spadon et al. (2022), IEE
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ from tsforge.forecasting.dependence import DependenceKind, estimate_dependence
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.layers.likelihoods import LikelihoodConfig, Point
-from tsforge.layers.scaling import SERIES_KINDS, ScalingConfig
+from tsforge.layers.scaling import SERIES_KINDS, ScalingConfig, is_diverse, scaling_for
 from tsforge.metrics.point import ErrorSums
 from tsforge.models.auto import AutoConfig
 from tsforge.models.registry import MODELS, resolve_model_config
@@ -178,6 +178,27 @@ class FitResult:
         return records
 
 
+def settled(network: NetworkConfig, series: TrainingSeries) -> NetworkConfig:
+    """Return the settings of a network with what ``scaling.kind=auto`` means on a training span."""
+    if isinstance(network.model, AutoConfig) or network.scaling.kind != "auto":
+        return network
+    can = MODELS.get(network.model.name).capabilities_of(network.model)
+    return network.model_copy(update={"scaling": scaling_for(network.scaling, can, diverse=is_diverse(series))})
+
+
+def _tell_of_unseen(targets: Sequence[str], series: TrainingSeries) -> None:
+    """Warn of variates without a single value to learn from: a dead sensor should not stop the fit of the others."""
+    seen = series.mask.any(dim=0).tolist()
+    if unseen := [name for name, any_value in zip(targets, seen, strict=True) if not any_value]:
+        _LOG.warning(
+            "%d of %d variates have no observed value in the training span (%s); what is forecast of them rests on "
+            "nothing: fit on rows that hold some, or leave the target out",
+            len(unseen),
+            len(targets),
+            listing(unseen),
+        )
+
+
 def _spans_of(panel: Panel, config: FitConfig, splits: Splits, held_out: Bools, network: ForecastNetwork) -> Spans:
     aligned = network.capabilities.rows_coupled
     return make_spans(panel, config.window_spec, config.entities.watch, splits, held_out, aligned=aligned)
@@ -209,6 +230,7 @@ def _race(
         network=config.network,
         training=config.train,
         unit=training_unit(series),
+        diverse=is_diverse(series),
         only=~held_out if held_out.any() else None,
     )
     return race(data, progress=progress)
@@ -349,11 +371,13 @@ def fit_frame(
         frame = _usable(frame, config.model)
     panel = panel_of(history, frame)
     splits = make_splits(panel, config.split)
-    network = build_network(config.network, _data_spec(panel, config, splits), seed=derive_seed(seed, "weights"))
     names = choose_held_out(config.entities, panel.series_ids)
-    _check_held_out(network, names)
     held_out = np.isin(panel.series_ids, names)
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
+    _tell_of_unseen(frame.schema.targets, series)
+    settings = settled(config.network, series)
+    network = build_network(settings, _data_spec(panel, config, splits), seed=derive_seed(seed, "weights"))
+    _check_held_out(network, names)
     spans = _spans_of(panel, config, splits, held_out, network)
     raced, fitted_rows = config.model.name == AUTO, _fitted_rows(config, splits)
     log: GraphLog | None = None

@@ -42,6 +42,7 @@ class Capabilities:
         variate_coupling: a forecast of one variate may depend on the context of another.
         scaling: scalings allowed, the first is the default used for ``scaling.kind: auto``.
         teacher_forced: sees the target while it is trained, and never otherwise.
+        own_units: anchors each window itself: ``auto`` never means ``series`` for it.
         probabilistic: honours num_params > 1 by itself; False means only the location is modelled and the
             remaining parameters stay at the constants the network sets from residuals.
     """
@@ -58,6 +59,7 @@ class Capabilities:
     variate_coupling: bool = False
     teacher_forced: bool = False
     scaling: tuple[ScalingKind, ...] = ("global", "series", "window", "window_mean", "last", "none")
+    own_units: bool = False
     probabilistic: bool = True
 
 

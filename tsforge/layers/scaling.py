@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from tsforge.contracts.model import ScalingKind
+from tsforge.contracts.model import Capabilities, ScalingKind
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.core.config import Config
 from tsforge.core.errors import ModelError, listing
@@ -16,14 +17,64 @@ SERIES_KINDS: tuple[ScalingKind, ...] = ("series", "series_max")  # forecast no 
 WINDOW_KINDS: tuple[ScalingKind, ...] = ("window", "window_mean", "last")
 IQR_TO_SD = 1.3489795003921634  # interquartile range of a standard Normal
 WINDOW_FLOOR = 1e-3  # smallest window scale, in standard deviations of the calmest training series
+DIVERSE_LEVELS = 2.0  # spread of all series together, in those of the middle one, from which on levels count as apart
+DIVERSE_SPREADS = 3.0  # the same for the spread of a lively series in those of a calm one (0.9 and 0.1 quantile)
+_PRIOR_ROWS = 8.0  # of its context, that the usual relative spread weighs in the scale of a series not trained on
 
 
 class ScalingConfig(Config):
-    """How values reach the model. ``auto`` takes the first scaling the model allows."""
+    """How values reach the model. ``auto`` takes the first scaling the model allows; where a panel's series differ much
+    in level or spread, ``series`` with ``unknown: context``, if the model can be scaled by series."""
 
     kind: Literal["auto", "none", "global", "series", "series_max", "window", "window_mean", "last"] = "auto"
     robust: bool = False
     """Median and interquartile range instead of mean and standard deviation."""
+    unknown: Literal["refuse", "context"] = "refuse"
+    """What ``series`` does with a series that was not trained on: refuse it, or take the statistics of its context."""
+
+    @model_validator(mode="after")
+    def _unknown_belongs_to_series(self) -> "ScalingConfig":
+        if self.unknown != "refuse" and self.kind != "series":
+            raise ValueError(f"unknown={self.unknown} has an effect with scaling.kind=series only, not {self.kind}")
+        return self
+
+
+def is_diverse(data: TrainingSeries) -> bool:
+    """Return whether levels or spreads of the series of a panel differ so much that one scale cannot serve them all.
+
+    For some variate the spread of all series together exceeds ``DIVERSE_LEVELS`` times the median spread of a series,
+    or a lively series (0.9 quantile) spreads ``DIVERSE_SPREADS`` times as far as a calm one (0.1 quantile).
+    """
+    count = torch.diff(data.indptr)
+    if len(count) < 2:
+        return False
+    owner = torch.repeat_interleave(count)
+    values, mask = data.values.double(), data.mask & torch.isfinite(data.values)
+
+    def by_series(part: Tensor) -> Tensor:
+        return part.new_zeros(len(count), part.shape[1]).index_add(0, owner, part)
+
+    seen = by_series(mask.double())
+    filled = torch.where(mask, values, 0.0)
+    mean = by_series(filled) / seen.clamp(min=1)
+    own = (by_series(torch.where(mask, values - mean[owner], 0.0).square()) / seen.clamp(min=1)).sqrt()
+    together = masked_moments(values, mask)[1]
+    peak = filled.abs().amax(dim=0)
+    for variate in range(values.shape[1]):
+        spreads = own[:, variate][(seen[:, variate] > 1) & (own[:, variate] > 1e-9 * peak[variate])]
+        if len(spreads) < 2:
+            continue
+        calm, middle, lively = spreads.quantile(spreads.new_tensor([0.1, 0.5, 0.9])).tolist()
+        if together[variate] > DIVERSE_LEVELS * middle or lively > DIVERSE_SPREADS * calm:
+            return True
+    return False
+
+
+def scaling_for(scaling: ScalingConfig, can: Capabilities, *, diverse: bool) -> ScalingConfig:
+    """Return the scaling of a fit: what ``auto`` means for a diverse panel, else as it is."""
+    if not diverse or scaling.kind != "auto" or "series" not in can.scaling or can.rows_coupled or can.own_units:
+        return scaling
+    return ScalingConfig(kind="series", robust=scaling.robust, unknown="context")
 
 
 def masked_quantile(
@@ -76,9 +127,11 @@ class Scaler(nn.Module):
     """Maps data units to scaled units and back; holds its statistics as buffers, so they travel with the weights.
 
     Kinds: ``none`` leaves everything as it is. ``global``: mean and standard deviation of each variate over all series
-    of the training span. ``series``: the same for each series. ``series_max``: 0 and the largest size of each variate
-    of a series in the training span. ``window``: mean and standard deviation of the observed context. ``window_mean``
-    and ``last``: subtract the context's mean or last observed value, divide by the global standard deviation.
+    of the training span. ``series``: the same for each series; with ``unknown="context"`` what was not observed there
+    takes those of the observed context, its spread drawn to the usual share of its size (as if ``_PRIOR_ROWS`` rows had
+    shown that). ``series_max``: 0 and the largest size of each variate of a series in the training span. ``window``:
+    mean and standard deviation of the observed context. ``window_mean`` and ``last``: subtract the context's mean or
+    last observed value, divide by the global standard deviation.
     Covariates are standardised over the training span, binary ones (0/1) are left alone.
 
     Shapes:
@@ -92,10 +145,18 @@ class Scaler(nn.Module):
     series_scale: Tensor
     floor: Tensor
 
-    def __init__(self, kind: ScalingKind, spec: DataSpec, *, robust: bool = False) -> None:
+    def __init__(
+        self,
+        kind: ScalingKind,
+        spec: DataSpec,
+        *,
+        robust: bool = False,
+        unknown: Literal["refuse", "context"] = "refuse",
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.robust = robust
+        self.unknown = unknown
         self.spec = spec
         self.is_fitted = kind == "none"
         variates = spec.num_variates
@@ -115,7 +176,8 @@ class Scaler(nn.Module):
     def fit(self, data: TrainingSeries) -> None:
         """Take every statistic from the training span (unscaled), in float64; constant variates get scale 1.
 
-        A series without a single observation of a variate takes the global statistics of that variate.
+        A series without a single observation of a variate takes the global statistics of that variate, or with
+        ``unknown="context"`` a scale of 0, which stands for those of the context.
 
         Raises:
             ModelError: no observed value at all, or values that are not finite.
@@ -137,7 +199,8 @@ class Scaler(nn.Module):
         self._set("global_loc", mean)
         self._set("global_scale", scale)
         self._set("series_loc", torch.where(seen, series_loc, mean))
-        self._set("series_scale", torch.where(seen & ~constant, series_spread, torch.where(seen, 1.0, scale)))
+        unseen_scale = torch.zeros_like(scale) if self.unknown == "context" else scale
+        self._set("series_scale", torch.where(seen & ~constant, series_spread, torch.where(seen, 1.0, unseen_scale)))
         if self.kind == "series_max":
             peaks = torch.stack([_peak(values[a:b], mask[a:b]) for a, b in _spans(data.indptr)])
             unseen = torch.where(size > 0, size, 1.0)
@@ -192,6 +255,8 @@ class Scaler(nn.Module):
         if not self.is_fitted:
             raise ModelError("the scaler knows no training data yet; call fit_scaler(series) first")
         loc, scale = self.global_loc.to(context.dtype), self.global_scale.to(context.dtype)
+        if self.unknown == "context":
+            return self._own_or_context(batch)
         if self.kind in SERIES_KINDS:
             rows = self._known_series(batch)
             return self.series_loc[rows].to(context.dtype).unsqueeze(1), self.series_scale[rows].to(
@@ -225,6 +290,30 @@ class Scaler(nn.Module):
             reference = torch.where(known[:, None, None], own, reference)
         return scale / reference
 
+    def _own_or_context(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the statistics of each series, of its context where the training span has none of it."""
+        context, mask, index = batch.context, batch.context_mask, batch.series_index
+        if index is None:
+            raise ModelError(f"scaling '{self.kind}' needs the series of every window, but the batch does not say it")
+        known = (index >= 0) & (index < len(self.series_loc))
+        row = torch.where(known, index, 0)
+        own_loc, own_scale = self.series_loc.double()[row], self.series_scale.double()[row]  # [B, V]
+        trained = known.unsqueeze(1) & (own_scale > 0)
+        centre, spread = masked_moments(context.double(), mask, robust=self.robust)
+        rows = mask.sum(dim=1)
+        usual = self._relative_spread() * (centre.square() + spread.square()).sqrt()
+        drawn = ((rows * spread.square() + _PRIOR_ROWS * usual.square()) / (rows + _PRIOR_ROWS)).sqrt()
+        drawn = torch.maximum(drawn, self.floor.double())
+        loc = torch.where(trained, own_loc, torch.where(rows > 0, centre, self.global_loc.double()))
+        scale = torch.where(trained, own_scale, torch.where(rows > 0, drawn, self.global_scale.double()))
+        return loc.to(context.dtype).unsqueeze(1), scale.to(context.dtype).unsqueeze(1)
+
+    def _relative_spread(self) -> Tensor:
+        """Return what share of its size (root mean square) the spread of a series usually is [V]: 1 without a level."""
+        loc, scale = self.series_loc.double(), self.series_scale.double()
+        share = torch.where(scale > 0, scale / (loc.square() + scale.square()).sqrt(), torch.nan)
+        return torch.nan_to_num(share.nanmedian(dim=0).values, nan=1.0)
+
     def _known_series(self, batch: Batch) -> Tensor:
         index = batch.series_index
         if index is None:
@@ -235,7 +324,7 @@ class Scaler(nn.Module):
             strangers = listing(sorted(set(index[outside].tolist())))
             raise ModelError(
                 f"{int(outside.sum())} windows belong to series that were not trained on (index {strangers}; "
-                f"trained series: {count}); refit with them, or use scaling 'window'"
+                f"trained series: {count}); refit with them, or use scaling 'window', or scaling.unknown=context"
             )
         return index
 

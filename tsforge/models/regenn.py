@@ -161,6 +161,7 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         variate_coupling=True,
         probabilistic=False,
         scaling=("global", "series", "series_max", "none"),
+        own_units=True,
     )
     source = (
         "Spadon et al. (2022), Pay Attention to Evolution: Time Series Forecasting with Deep Graph-Evolution Learning, "

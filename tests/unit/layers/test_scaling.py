@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+from tsforge.contracts.model import Capabilities
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
-from tsforge.core.errors import ModelError
-from tsforge.layers.scaling import WINDOW_FLOOR, Scaler, masked_moments, masked_quantile
+from tsforge.core.config import validate
+from tsforge.core.errors import ConfigError, ModelError
+from tsforge.layers.scaling import (
+    WINDOW_FLOOR,
+    Scaler,
+    ScalingConfig,
+    is_diverse,
+    masked_moments,
+    masked_quantile,
+    scaling_for,
+)
 
 SPEC = DataSpec(context_length=8, horizon=3, num_variates=3)
 KINDS = ("none", "global", "series", "window", "window_mean", "last")
@@ -267,3 +277,95 @@ def test_masked_moments_and_quantiles_of_nothing_are_zero() -> None:
     one = torch.tensor([1.0, 9.0, 4.0, 2.0]).reshape(1, 4, 1)
     seen = torch.tensor([True, False, True, True]).reshape(1, 4, 1)
     assert masked_quantile(one, seen, 0.75).item() == pytest.approx(np.quantile([1.0, 4.0, 2.0], 0.75))
+
+
+def test_what_was_not_trained_on_takes_the_statistics_of_its_context() -> None:
+    data = _series()
+    mask = data.mask.clone()
+    mask[30:, 1] = False  # the second series was never seen with variate 1
+    scaler = Scaler("series", SPEC, unknown="context").double()
+    scaler.fit(data._replace(mask=mask))
+    batch = _batch()
+    some = batch.context_mask.clone()
+    some[4, :, 2] = False
+    batch = batch._replace(series_index=torch.tensor([0, 1, 2, -1, 7]), context_mask=some)
+    loc, scale = scaler.stats(batch)
+    known = Scaler("series", SPEC).double()
+    known.fit(data._replace(mask=mask))
+    plain = known.stats(batch._replace(series_index=torch.tensor([0, 1, 0, 0, 0])))
+    rows = data.values.numpy()
+    for window in range(5):
+        for variate in range(3):
+            if window == 0 or (window == 1 and variate != 1):
+                expected = plain[0][window, 0, variate], plain[1][window, 0, variate]
+            elif window == 4 and variate == 2:  # nothing at all: the training span of all series
+                expected = _oracle(rows[mask[:, 2].numpy(), 2], robust=False)
+            else:
+                here = batch.context[window, :, variate][some[window, :, variate]].numpy()
+                shares = []
+                for low, high in ((0, 30), (30, 90)):
+                    own = rows[low:high, variate][mask[low:high, variate].numpy()]
+                    if len(own):
+                        shares.append(own.std() / np.sqrt(own.mean() ** 2 + own.var()))
+                usual = sorted(shares)[(len(shares) - 1) // 2] * np.sqrt(np.mean(here**2))
+                spread = np.sqrt((len(here) * here.var() + 8 * usual**2) / (len(here) + 8))
+                expected = here.mean(), spread
+            assert float(loc[window, 0, variate]) == pytest.approx(float(expected[0]), rel=1e-9)
+            assert float(scale[window, 0, variate]) == pytest.approx(float(expected[1]), rel=1e-9)
+    hidden = scaler.stats(batch._replace(context=torch.where(some, batch.context, 1e9), target=None))
+    assert torch.equal(hidden[0], loc)
+    assert torch.equal(hidden[1], scale)
+    with pytest.raises(ModelError, match="needs the series of every window"):
+        scaler.stats(batch._replace(series_index=None))
+    again = Scaler("series", SPEC, unknown="context").double()
+    again.load_state_dict(scaler.state_dict())
+    assert torch.equal(again.stats(batch)[1], scale)
+
+
+@pytest.mark.parametrize(
+    ("levels", "spreads", "expected"),
+    [
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False),
+        ((0.0, 1.0, 2.0), (1.0, 1.2, 0.8), False),
+        ((0.0, 10.0, 20.0), (1.0, 1.0, 1.0), True),  # levels apart
+        ((1e6, 1e6 + 9.0, 1e6 + 20.0), (1.0, 1.0, 1.0), True),
+        ((0.0, 0.0, 0.0), (1.0, 5.0, 1.0), True),  # a lively one
+        ((5.0,), (1.0,), False),
+        ((0.0, 50.0), (0.0, 0.0), False),  # constants have no spread to compare
+    ],
+)
+def test_a_panel_is_diverse_where_levels_or_spreads_of_a_variate_are_apart(
+    levels: tuple[float, ...], spreads: tuple[float, ...], expected: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    parts = [
+        np.stack([rng.normal(size=200), level + spread * rng.normal(size=200)], axis=1)
+        for level, spread in zip(levels, spreads, strict=True)
+    ]
+    values = np.concatenate([np.full((3, 2), 1e12), *parts])
+    mask = np.ones(values.shape, dtype=bool)
+    mask[:3] = False  # what is not observed says nothing
+    data = TrainingSeries(
+        values=torch.from_numpy(values),
+        mask=torch.from_numpy(mask),
+        indptr=torch.tensor([0, *(3 + 200 * (k + 1) for k in range(len(levels)))]),
+        offset=torch.zeros(len(levels), dtype=torch.int64),
+    )
+    assert is_diverse(data) is expected
+
+
+def test_auto_means_series_for_a_diverse_panel_where_the_model_can_be_scaled_so() -> None:
+    can = Capabilities(scaling=("global", "series"))
+    own = ScalingConfig(kind="series", unknown="context", robust=True)
+    assert scaling_for(ScalingConfig(robust=True), can, diverse=True) == own
+    assert scaling_for(ScalingConfig(robust=True), can, diverse=False) == ScalingConfig(robust=True)
+    for given in ("global", "none", "series"):
+        assert scaling_for(ScalingConfig(kind=given), can, diverse=True) == ScalingConfig(kind=given)
+    for cannot in (
+        Capabilities(scaling=("global", "none")),
+        Capabilities(scaling=("global", "series"), rows_coupled=True),
+        Capabilities(scaling=("global", "series"), own_units=True),
+    ):
+        assert scaling_for(ScalingConfig(), cannot, diverse=True) == ScalingConfig()
+    with pytest.raises(ConfigError, match=r"unknown=context has an effect with scaling.kind=series only"):
+        validate(ScalingConfig, {"kind": "global", "unknown": "context"})
