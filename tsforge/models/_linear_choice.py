@@ -23,6 +23,9 @@ from tsforge.models._ar_moments import MissingRule, lag_moments
 from tsforge.ops.moments import WindowMoments
 
 USUAL_RIDGE = 100.0
+USUAL_SHARE = 0.1  # of the mean diagonal of X'X without levels: where 100 is more, the data say how much they bear
+MOST_DOF = 0.5  # of the windows, that a fit chosen by generalised cross-validation may use up
+_ALPHAS = torch.logspace(-6, 2, 33, dtype=torch.float64)
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5, 1e8)
 BLOCKS = 5
 FACTORS = (1.0, 10.0)  # of the shared penalty a row, tried for a matrix of each variate's own
@@ -101,15 +104,50 @@ def held_out_error(weight: Tensor, moments: WindowMoments, layout: LagLayout) ->
     return float(total / (moments.rows * layout.horizon))
 
 
-def choose(span: Span, removes: Sequence[str], ridges: Sequence[float], *, may_separate: bool = False) -> Choice:
+def usual_ridge(free: WindowMoments, length: int, horizon: int) -> float:
+    """Return ``USUAL_RIDGE``; where that would rule the fit (few windows, or smooth ones) what the data say, if less.
+
+    They say it by generalised cross-validation, rss / (1 - dof / rows)^2, among 33 multiples of the mean diagonal whose
+    effective coefficients are at most half as many as the windows. These overlap, so more could not be told apart.
+
+    Args:
+        free: moments after the level of the context was removed.
+        length, horizon: columns of the context, and of the target after them.
+    """
+    inner, cross = free.gram[:length, :length], free.gram[:length, length : length + horizon]
+    mean = float(inner.diagonal().mean())
+    if USUAL_SHARE * mean >= USUAL_RIDGE or mean <= 0.0:
+        return USUAL_RIDGE
+    eigenvalues, vectors = torch.linalg.eigh(inner)
+    eigenvalues = eigenvalues.clamp(min=0.0)
+    alphas = _ALPHAS * mean
+    shrunk = 1.0 / (eigenvalues + alphas[:, None])  # [candidates, length]
+    explained = (2.0 * shrunk - eigenvalues * shrunk.square()) @ (vectors.T @ cross).square().sum(1)
+    share = (eigenvalues * shrunk).sum(1) / float(free.rows)
+    errors = (free.gram.diagonal()[length : length + horizon].sum() - explained).clamp(min=0.0) / (1.0 - share).square()
+    allowed = share <= MOST_DOF
+    if not bool(allowed.any()):
+        return USUAL_RIDGE
+    return min(USUAL_RIDGE, float(alphas[torch.where(allowed, errors, torch.inf).argmin()]))
+
+
+def choose(
+    span: Span,
+    removes: Sequence[str],
+    ridges: Sequence[float],
+    *,
+    default: float = USUAL_RIDGE,
+    may_separate: bool = False,
+) -> Choice:
     """Return the candidate that forecasts held-out blocks best, or the usual one where that is not clear.
 
     Args:
         span: the data.
-        removes, ridges: candidates; the first ``remove`` with ``USUAL_RIDGE`` (or the only ridge) is the usual choice.
+        removes, ridges: candidates; the first ``remove`` with the usual (or the only) ridge is the usual choice.
+        default: that ridge.
         may_separate: also try a matrix of its own for every variate.
     """
-    usual = (removes[0], USUAL_RIDGE if USUAL_RIDGE in ridges else ridges[0])
+    usual = (removes[0], default if default in ridges else ridges[0])
     candidates = [usual, *((name, ridge) for name in removes for ridge in ridges if (name, ridge) != usual)]
     everything = slice(None)
     if len(candidates) == 1 and not may_separate:

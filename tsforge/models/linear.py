@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
@@ -27,7 +29,7 @@ from tsforge.models._ar_gaps import GapFiller
 from tsforge.models._ar_layout import LagLayout
 from tsforge.models._ar_moments import MissingRule, explicit_windows, lag_moments
 from tsforge.models._ar_windows import residual_scale, series_bounds
-from tsforge.models._linear_choice import RIDGES, USUAL_RIDGE, Span, choose
+from tsforge.models._linear_choice import RIDGES, USUAL_RIDGE, Span, choose, usual_ridge
 from tsforge.models.registry import register
 from tsforge.ops.moments import LeastSquares, WindowMoments, least_squares
 
@@ -46,9 +48,10 @@ class LinearConfig(ModelConfig):
     remove: Literal["auto"] | Removal = tunable("window_mean", choices=["none", "window_mean", "last"])
     """What is subtracted from each context and added back: ``last`` is NLinear. ``auto``: the mean or the last value,
     chosen with the ridge."""
-    ridge: float | None = tunable(USUAL_RIDGE, low=1e-2, high=1e6, log=True, ge=0.0)
-    """Added to the diagonal of X'X summed over all windows (and variates when shared), scikit-learn's alpha; null
-    chooses it by blocked cross-validation of the training span."""
+    ridge: Annotated[float, Field(ge=0.0)] | Literal["usual"] | None = tunable("usual", low=1e-2, high=1e6, log=True)
+    """Added to the diagonal of X'X summed over all windows (and variates when shared), scikit-learn's alpha. Usual: 100
+    or less, by generalised cross-validation where 100 exceeds a tenth of that diagonal; null chooses by blocked
+    cross-validation of the training span."""
     offset: Literal["auto"] | Offset = "auto"
     """What a step adds besides the lags: nothing, a constant, or a multiple of the context's standard deviation.
     Auto: a constant where nothing is removed, else nothing (it would continue the mean drift of the training span)."""
@@ -107,12 +110,11 @@ def fit_moments(moments: WindowMoments, layout: LagLayout, config: LinearConfig)
     if config.remove == "auto" or config.ridge is None:
         raise ConfigError("a fit needs to know what to remove and its ridge; `Linear.solve` chooses them first")
     centred = remove_level(moments, columns, length, config.remove)
+    ridge = usual_ridge(centred, length, layout.horizon) if config.ridge == "usual" else config.ridge
     features = torch.arange(length)
     if config.fitted_offset == "window_scale":
         features = torch.cat([features, torch.tensor([columns])])
-    fit = least_squares(
-        centred, features, layout.targets, ridge=config.ridge, intercept=config.fitted_offset == "constant"
-    )
+    fit = least_squares(centred, features, layout.targets, ridge=ridge, intercept=config.fitted_offset == "constant")
     if config.fitted_offset != "window_scale":
         return fit, fit.bias
     return replace(fit, weight=fit.weight[:, :-1].contiguous()), fit.weight[:, -1]
@@ -120,7 +122,7 @@ def fit_moments(moments: WindowMoments, layout: LagLayout, config: LinearConfig)
 
 def fit_windows_reference(context: Tensor, target: Tensor, config: LinearConfig) -> tuple[Tensor, Tensor]:
     """Return weight [H, L] and offset weights [H] fitted on explicit windows [m, L] and [m, H] (slow, for tests)."""
-    if config.remove == "auto" or config.ridge is None:
+    if config.remove == "auto" or not isinstance(config.ridge, float):
         raise ConfigError("the reference takes a fixed level and ridge")
     level = {
         "none": torch.zeros_like(context[:, :1]),
@@ -228,7 +230,7 @@ class Linear(ForecastModel[LinearConfig]):
             return None
         layout = LagLayout(self.spec.context_length, self.spec.horizon)
         config, separate = self._chosen(data, bounds, layout)
-        details = {"rows": 0.0, "dof": 0.0, "gaps_filled": 0.0, "ridge": config.ridge or 0.0, "groups": 0.0}
+        details = {"rows": 0.0, "dof": 0.0, "gaps_filled": 0.0, "ridge": 0.0, "groups": 0.0}
         if self.config.remove == "auto":
             self.from_last.fill_(config.remove == "last")
         groups = len(self.weight) if separate else 1
@@ -269,6 +271,10 @@ class Linear(ForecastModel[LinearConfig]):
             missing=config.missing,
             uses_scale=config.fitted_offset == "window_scale",
         )
+        if config.ridge == "usual":
+            free = remove_level(moments, layout.lags + layout.horizon, layout.lags, config.remove)  # type: ignore[arg-type]
+            config = config.model_copy(update={"ridge": usual_ridge(free, layout.lags, layout.horizon)})
+        details["ridge"] = max(details["ridge"], float(config.ridge or 0.0))
         fit, offset = fit_moments(moments, layout, config)
         if config.remove == "none" and config.fitted_offset == "constant":  # undo the centring
             offset = offset + center * (1.0 - fit.weight.sum(1))
@@ -283,6 +289,7 @@ class Linear(ForecastModel[LinearConfig]):
         config = self.config
         if config.ridge is not None and config.remove != "auto" and config.weights != "auto":
             return config, config.weights == "per_variate"
+        removes = _CHOICES if config.remove == "auto" else (config.remove,)
         columns = layout.lags + layout.horizon
         count = data.mask.sum(0).clamp(min=1)
         center = torch.where(data.mask, data.values.double(), 0.0).sum(0) / count
@@ -297,10 +304,17 @@ class Linear(ForecastModel[LinearConfig]):
             ),
             free=lambda moments, remove: remove_level(moments, columns, layout.lags, remove),  # type: ignore[arg-type]
         )
+        usual = USUAL_RIDGE
+        if not isinstance(config.ridge, float):
+            whole = span.moments(list(pairwise(bounds)), slice(None))
+            if whole is not None:
+                usual = usual_ridge(span.free(whole, removes[0]), layout.lags, layout.horizon)
+        ridges = [usual if ridge == USUAL_RIDGE else ridge * usual / USUAL_RIDGE for ridge in RIDGES]
         chosen = choose(
             span,
-            _CHOICES if config.remove == "auto" else (config.remove,),
-            RIDGES if config.ridge is None else (config.ridge,),
+            removes,
+            ridges if config.ridge is None else (usual if config.ridge == "usual" else config.ridge,),
+            default=usual,
             may_separate=config.weights == "auto" and len(self.weight) > 1,
         )
         update: dict[str, Any] = {"remove": chosen.remove, "ridge": chosen.ridge}

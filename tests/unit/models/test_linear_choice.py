@@ -115,7 +115,7 @@ def test_variates_of_one_kind_share_a_matrix() -> None:
 def test_too_few_blocks_choose_nothing() -> None:
     data = span(walk(40))
     model, details = solved(data, remove="auto", ridge=None)
-    assert details["ridge"] == USUAL_RIDGE
+    assert details["ridge"] == solved(data)[1]["ridge"]  # the usual one
     assert not bool(model.from_last.any())
 
 
@@ -214,3 +214,48 @@ def test_a_gain_must_exceed_its_standard_error(gains: list[float], best: int) ->
 def test_contradictions_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LinearConfig.model_validate(settings)
+
+
+def by_hand(context: np.ndarray, target: np.ndarray) -> float:
+    """Return what generalised cross-validation picks from explicit level-free windows, with hat matrices."""
+    inputs = context - context.mean(1, keepdims=True)
+    outputs = target - context.mean(1, keepdims=True)
+    mean = np.mean(np.diag(inputs.T @ inputs))
+    inputs = np.vstack(
+        [inputs, np.sqrt(mean) * np.full(inputs.shape[1], inputs.shape[1] ** -0.5)]
+    )  # the null direction
+    outputs = np.vstack([outputs, np.zeros(outputs.shape[1])])
+    rows, mean = len(context), np.mean(np.diag(inputs.T @ inputs))
+    errors = {}
+    for alpha in np.logspace(-6, 2, 33) * mean:
+        hat = inputs @ np.linalg.solve(inputs.T @ inputs + alpha * np.eye(inputs.shape[1]), inputs.T)
+        share = np.trace(hat) / rows
+        if share <= 0.5:
+            errors[alpha] = np.square(outputs - hat @ outputs).sum() / (1 - share) ** 2
+    return float(min(errors, key=lambda alpha: errors[alpha]))
+
+
+@pytest.mark.parametrize("kind", ["seasonal", "walk", "noise"])
+def test_the_usual_penalty_of_a_short_span_is_what_cross_validation_of_its_windows_says(kind: str) -> None:
+    rng = np.random.default_rng(4)
+    wave = np.sin(2 * np.pi * np.arange(90) / 12) + 0.05 * rng.normal(size=90)
+    values = {"seasonal": wave, "walk": walk(90), "noise": rng.normal(size=90)}[kind]
+    values = (values - values.mean()) / values.std()
+    data = span(values)
+    _, details = solved(data)
+    context, target = windows_of(data, LENGTH, HORIZON)
+    assert details["ridge"] == pytest.approx(min(by_hand(context.numpy(), target.numpy()), USUAL_RIDGE), rel=1e-6)
+    assert details["ridge"] < USUAL_RIDGE or kind == "noise"
+    _, long = solved(span(rng.normal(size=9_000)))
+    assert long["ridge"] == USUAL_RIDGE  # a small part of what the windows hold: as it always was
+
+
+def test_a_trend_and_a_short_seasonal_series_are_forecast_not_averaged() -> None:
+    steps = np.arange(600.0)
+    model, _ = solved(span((steps - steps.mean()) / steps.std()))
+    context, target = windows_of(span((steps - steps.mean()) / steps.std()), LENGTH, HORIZON)
+    level = context.mean(1, keepdim=True)
+    error = (target - level - (context - level) @ model.weight[0].T).abs().mean()
+    assert error < 0.01 * (target - level).abs().mean()
+    chosen, _ = solved(span((steps - steps.mean()) / steps.std()), remove="auto", ridge=None)
+    assert (chosen.weight[0] @ context[0] - chosen.weight[0].sum(1) * context[0].mean()).abs().sum() > 0
