@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from tsforge.app.detect import DetectJobConfig, detect
-from tsforge.app.fit import FitConfig, FitResult, fit, fit_frame
+from tsforge.app.fit import FitConfig, FitResult, fit, fit_frame, series_units
 from tsforge.app.forecast import PredictConfig
 from tsforge.app.forecast import predict as forecast_stored
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.artifact import Artifact, load_artifact
+from tsforge.contracts.tensors import TrainingSeries
 from tsforge.core.config import load, validate
 from tsforge.core.errors import ArtifactError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
@@ -455,3 +456,33 @@ def test_a_variate_without_a_value_to_learn_from_is_named(caplog: pytest.LogCapt
     caplog.clear()
     levelled_fit("ar_net", frame)
     assert "no observed value" not in caplog.text
+
+
+def test_no_large_series_chooses_the_mixture_for_the_others() -> None:
+    """What ``auto`` is made of depends on no unit: multiplying one series by 1,000 changes no weight."""
+    frame = levelled()
+    factor = pl.when(pl.col("series_id") == "middle").then(1000.0).otherwise(1.0)
+    larger = SeriesFrame.from_long(
+        frame.table.with_columns(pl.col("sales") * factor), time="time", series_id="series_id", targets=["sales"]
+    )
+    settings = {"name": "auto", "minutes": 0, "candidates": ["ar_net", "linear", "seasonal_naive"]}
+    one, other = (levelled_fit(settings, each.until(399)) for each in (frame, larger))
+    rows = [{row["candidate"]: row for row in found.explanation["race"]} for found in (one, other)]
+    assert set(rows[0]) == set(rows[1])
+    assert len(rows[0]) > 3
+    for name, row in rows[0].items():
+        assert rows[1][name]["weight"] == pytest.approx(row["weight"], abs=0.02), name
+
+
+def test_units_of_series_are_their_deviations_over_the_training_span() -> None:
+    values = np.array([[1.0, 5.0], [3.0, 5.0], [8.0, np.nan], [100.0, 7.0], [140.0, 7.0]])
+    mask = ~np.isnan(values)
+    series = TrainingSeries(
+        values=torch.from_numpy(np.nan_to_num(values)),
+        mask=torch.from_numpy(mask),
+        indptr=torch.tensor([0, 3, 3, 5]),
+        offset=torch.tensor([0, 0, 0]),
+    )
+    together = [np.std(values[:, 0]), np.std([5.0, 5.0, 7.0, 7.0])]
+    expected = [[np.std([1.0, 3.0, 8.0]), together[1]], together, [20.0, together[1]]]
+    np.testing.assert_allclose(series_units(series), expected, rtol=1e-12)

@@ -242,15 +242,16 @@ def _fold(data: RaceData, start: int, stop: int) -> _Fold:
 
 @torch.no_grad()
 def _errors_in(network: ForecastNetwork, fold: _Fold, unit: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return forecast minus target [N, H, V] in units, 0 where not observed."""
+    """Return forecast minus target [N, H, V] in units [V], or [S, V] of each series; 0 where not observed."""
     parts = []
     with evaluating(network):
         for batch in window_batches(network, fold.windows, indices=fold.chosen):
             mean = as_array(network.predict(member_batch(batch, network.spec)).mean)
             check_finite(network, mean)
-            if batch.target is None or batch.target_mask is None:
+            if batch.target is None or batch.target_mask is None or batch.series_index is None:
                 raise DataError("held-out windows lost their targets")
-            error = (mean - as_array(batch.target)) / unit
+            size = unit if unit.ndim == 1 else unit[batch.series_index.cpu().numpy()][:, None]
+            error = (mean - as_array(batch.target)) / size
             parts.append(np.where(batch.target_mask.cpu().numpy(), error, 0.0).astype(np.float32))
     return np.concatenate(parts)
 

@@ -77,7 +77,7 @@ class RaceData:
         window: the longest look-back and the horizon.
         network: the settings of auto, the likelihood and the scaling asked for.
         training: how gradient training runs.
-        unit: size of an error of 1 in each variate [V].
+        unit: size of an error of 1 in each variate [V], or of each series [S, V]: no large one then chooses for all.
         diverse: series differ so much in level or spread that models scale each by itself, unless asked otherwise.
         only: series that take part [num_series], None = all.
     """

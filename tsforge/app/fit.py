@@ -16,6 +16,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -220,7 +221,7 @@ def _race(
     if config.log_graphs or config.warm_start.artifact is not None:
         name = "log_graphs" if config.log_graphs else "warm_start.artifact"
         raise ConfigError(f"{name} has no effect with model=auto, which tries many models; leave it out")
-    select = choosing_span(splits, config.window.horizon)
+    select, diverse = choosing_span(splits, config.window.horizon), is_diverse(series)
     data = RaceData(
         final_stop=_fitted_rows(config, splits)[1],
         panel=panel,
@@ -229,8 +230,8 @@ def _race(
         window=config.window_spec,
         network=config.network,
         training=config.train,
-        unit=training_unit(series),
-        diverse=is_diverse(series),
+        unit=series_units(series) if diverse else training_unit(series),
+        diverse=diverse,
         only=~held_out if held_out.any() else None,
     )
     return race(data, progress=progress)
@@ -326,6 +327,21 @@ def _grade(network: ForecastNetwork, spans: Spans, series: TrainingSeries) -> di
         metrics[f"{name}_mse"] = float(sums.mse().value)
         metrics[f"{name}_mae"] = float(sums.mae().value)
     return metrics
+
+
+def series_units(series: TrainingSeries) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the standard deviation [S, V] of the observed training values of each series and variate.
+
+    Where a series has none, or a constant, it is that of all series together (1 where these are constant too).
+    """
+    together, parts = training_unit(series), []
+    for start, stop in pairwise(series.indptr.tolist()):
+        values, mask = series.values[start:stop].numpy(), series.mask[start:stop].numpy()
+        count = np.maximum(mask.sum(axis=0), 1)
+        mean = np.where(mask, values, 0.0).sum(axis=0) / count
+        deviation = np.sqrt(np.where(mask, (values - mean) ** 2, 0.0).sum(axis=0) / count)
+        parts.append(np.where(deviation > 0, deviation, together))
+    return np.stack(parts)
 
 
 def training_unit(series: TrainingSeries) -> np.ndarray[Any, np.dtype[np.float64]]:
