@@ -2,12 +2,12 @@
 
 Usage: python benchmarks/anomaly_choice.py --choose SUMMARY.json --grade SUMMARY.json --out benchmarks/results/NAME
 
-Both files are ``summary.json`` of ``tsforge benchmark --task anomaly``: ``--choose`` of ``benchmark/anomaly_scores``
-or another set of scores (eight families), ``--grade`` of the same scores on families that no choice may look at (asd, smd). Within a family
-every area is divided by that of the plain scorer that is best by it, chosen with hindsight; a score is worth the
-geometric mean over families and both areas (AUC-PR, VUS-PR). The choice is made once from all families of the first
-file and graded on the second. ``left out``: for each family of the first file, the choice from the other seven and
-what it is worth there. Writes OUT.json and OUT.md.
+Both files are ``summary.json`` of ``tsforge benchmark --task anomaly``: ``--choose`` of ``benchmark/anomaly_scores`` or
+another set of scores (eight families), ``--grade`` of the same scores on families that no choice may look at (asd,
+smd). Within a family every area is divided by that of the plain scorer that is best by it, chosen with hindsight; a
+score is worth the geometric mean over families and both areas (AUC-PR, VUS-PR). The choice is made once from all
+families of the first file and graded on the second. ``left out``: for each family of the first file, the choice from
+the other seven and what it is worth there. Writes OUT.json and OUT.md.
 """
 
 from __future__ import annotations
