@@ -1,7 +1,8 @@
 """The whole batch: ingest, check, forecast, detect, publish. ``python -m pipelines.batch_forecast CONFIG --as-of T``.
 
-Exit status: 0 published or nothing to do, 75 another process works on it (ask again later), anything else failed and
-nothing was published. One JSON line a stage on standard error, the result as one JSON document on standard output.
+Exit status: 0 published or nothing to do, 75 another process works on it (ask again later), 130 interrupted (where it
+was published already, the message says so), anything else failed and nothing was published. One JSON line a stage on
+standard error, the result as one JSON document on standard output.
 """
 
 from __future__ import annotations

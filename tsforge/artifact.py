@@ -32,6 +32,7 @@ from tsforge.contracts.tensors import DataSpec
 from tsforge.core.atomic import atomic_directory, atomic_file
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, DataError, TsforgeError, listing
+from tsforge.core.formats import check_version
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid
 from tsforge.data.schema import SeriesSchema
@@ -288,14 +289,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{place} is damaged ({error}); restore a copy or fit again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{place} does not describe a tsforge artifact")
-    found = manifest.get("format_version")
-    if not isinstance(found, int) or found < 1:
-        raise ArtifactError(f"{place} states no valid format version ({found!r}); restore a copy or fit again")
-    if found > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} was made by a newer tsforge (artifact format {found}, this one reads up to {FORMAT_VERSION}); "
-            "upgrade tsforge"
-        )
+    version, remedy = manifest.get("format_version"), "restore a copy or fit again"
+    check_version(version, FORMAT_VERSION, what=str(place), kind="artifact format", remedy=remedy)
     if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("id"), str):
         raise ArtifactError(f"{place} lacks its id or its list of files; restore a copy or fit again")
     return manifest
@@ -414,7 +409,7 @@ def match_frame(artifact: Artifact, frame: SeriesFrame) -> SeriesFrame:
     if strangers and artifact.network.needs_known_series:
         raise ArtifactError(
             f"{name} was not fitted on {len(strangers)} of {len(frame.series_ids)} series ({listing(strangers)}) and "
-            "its scaling 'series' needs them; refit with them, or fit with scaling 'window'"
+            "its scaling 'series' needs them; refit with them, or fit with scaling 'window' or scaling.unknown=context"
         )
     if mine == theirs:
         return frame

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -15,9 +16,10 @@ import polars as pl
 import pytest
 
 from tsforge.app import published
-from tsforge.app.batch import BatchBusy, BatchConfig, BatchResult, backfill, parse_as_of, run_batch
+from tsforge.app.batch import BatchBusy, BatchConfig, BatchInterrupted, BatchResult, backfill, parse_as_of, run_batch
 from tsforge.core.config import validate
 from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError
+from tsforge.core.signals import termination_as_interrupt
 from tsforge.core.workspace import Workspace
 from tsforge.scheduling.ledger import Ledger, LedgerRun
 
@@ -334,6 +336,30 @@ class TestPipelines:
         assert partition is not None
         assert set(partition.manifest["files"]) == {"scores.parquet", "events.parquet"}
         assert self.call(site, "pipelines.batch_detect", "detect=null").returncode == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_publishing_is_told_after_it(
+    site: Any, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """What was stored before is not untouched then, so the message must not be that of other interruptions."""
+    write = published.write_partition
+
+    def interrupted(*arguments: Any, **options: Any) -> published.Partition:
+        partition = write(*arguments, **options)
+        signal.raise_signal(number)
+        return partition
+
+    run(site, detect=None)
+    monkeypatch.setattr(published, "write_partition", interrupted)
+    with termination_as_interrupt(), pytest.raises(BatchInterrupted, match="that batch is complete") as caught:
+        run(site, detect=None, force=True)
+    assert caught.value.exit_code == 130
+    row = ledger_row()
+    assert row is not None
+    assert (row.status, row.message, row.attempt) == ("done", "published", 2)
+    with termination_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)  # signals are heard again
 
 
 def test_the_summary_leaves_room_for_the_table(site: Any) -> None:

@@ -111,6 +111,7 @@ import json, os, signal, sys
 from datetime import datetime
 from tsforge.app import batch_online
 from tsforge.app.batch import BatchConfig, run_batch
+from tsforge.core import atomic
 from tsforge.core.config import validate
 from tsforge.core.workspace import Workspace
 
@@ -131,7 +132,11 @@ def renaming(source, target, **options):
     if moment == "publishing" and "as_of=" in str(target):
         die()
     rename(source, target, **options)
+    if moment == "between the renames" and str(target).endswith(".old"):
+        die()
 
+if moment == "between the renames":
+    atomic._exchange = lambda first, second: False  # as where two names cannot be exchanged in one step
 batch_online.adapt, os.rename = adapting, renaming
 config = validate(BatchConfig, json.loads(sys.argv[1]))
 run_batch(config, datetime.fromisoformat(sys.argv[2]), Workspace.open(), force=True)
@@ -160,6 +165,43 @@ def test_a_killed_batch_loses_and_repeats_nothing(site: Any, tmp_path: Path) -> 
         if moment == "publishing":
             run(site, number)
     assert hashes() == undisturbed
+
+
+def test_a_batch_killed_while_it_exchanges_its_folder_is_not_left_out(site: Any, tmp_path: Path) -> None:
+    for number in range(2):
+        run(site, number)
+    before = hashes()
+    script = tmp_path / "one.py"
+    script.write_text(_KILLED)
+    config = validate(BatchConfig, site.batch(detect=None, forecast=ONLINE)).model_dump_json()
+    command = [sys.executable, str(script), config, (AS_OF + STEP).isoformat(), "between the renames"]
+    child = subprocess.run(command, env=dict(os.environ), timeout=120, check=False)
+    assert child.returncode == -signal.SIGKILL
+    workspace = Workspace.open()
+    path = published.partition_path(workspace, "daily", AS_OF + STEP)
+    assert not path.exists()
+    assert hashes().keys() == {"as_of=2026-03-04T06-00-00Z", next(path.parent.glob(".as_of=*.old")).name}
+    assert run(site, 2).partition.manifest["online"]["from"] == (AS_OF + STEP).isoformat()
+    assert path.exists()
+    assert before.items() <= hashes().items()
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (3, r"newer tsforge \(online format 3, this one reads up to 2\); upgrade tsforge"),
+        ("x", "is damaged: it states no valid format version .*; publish that batch again with --force"),
+        (None, "is damaged"),
+        (0, "is damaged"),
+        (True, "is damaged"),
+    ],
+)
+def test_a_newer_or_damaged_state_is_refused(site: Any, version: object, message: str) -> None:
+    path = run(site, 0).partition.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "online": {**manifest["online"], "format": version}}))
+    with pytest.raises(ArtifactError, match=message):
+        run(site, 1)
 
 
 def test_other_settings_start_anew_and_a_changed_state_is_refused(site: Any) -> None:

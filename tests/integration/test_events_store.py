@@ -494,6 +494,13 @@ def test_a_newer_format_is_refused(store: EventStore, url: str) -> None:
         connection.execute(text("UPDATE tsf_info SET value = '99' WHERE key = 'event_format'"))
     later = EventStore(url)
     for use in (lambda: later.events(), lambda: record(later, event(TWO))):
-        with pytest.raises(BackendError, match="format 99.*update tsforge"):
+        with pytest.raises(BackendError, match="event format 99.*upgrade tsforge"):
             use()
+    for value in ("abc", ""):
+        with store.engine.begin() as connection:
+            statement = text("UPDATE tsf_info SET value = :value WHERE key = 'event_format'")
+            connection.execute(statement, {"value": value})
+        for use in (lambda: later.events(), lambda: record(later, event(TWO))):
+            with pytest.raises(BackendError, match="damaged"):
+                use()
     later.close()

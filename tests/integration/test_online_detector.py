@@ -468,6 +468,9 @@ def test_a_damaged_foreign_or_newer_state_is_one_clear_error(
     tensors, facts = read_tensor_bytes(whole, "the state")
     with pytest.raises(ArtifactError, match="newer tsforge"):
         OnlineDetector.load(tensor_file_bytes(tensors, {**facts, "format_version": FORMAT_VERSION + 1}), linear)
+    for version in (0, True, "1", None):
+        with pytest.raises(ArtifactError, match="no valid format version"):
+            OnlineDetector.load(tensor_file_bytes(tensors, {**facts, "format_version": version}), linear)
 
 
 def test_a_state_from_before_scores_of_windows_goes_on(linear: Artifact, table: pl.DataFrame) -> None:

@@ -176,8 +176,12 @@ def test_the_state_of_a_newer_format_and_a_damaged_detector_are_refused(plant: W
         plant.watch()
     with sqlite3.connect(place) as connection:
         connection.execute("UPDATE watch SET format = 99")
+    with pytest.raises(BackendError, match=r"made by a newer tsforge \(watch format 99"):
+        plant.watch()
+    with sqlite3.connect(place) as connection:
+        connection.execute("UPDATE watch SET format = 'x'")
     connection.close()
-    with pytest.raises(BackendError, match="written by a newer tsforge"):
+    with pytest.raises(BackendError, match="damaged"):
         plant.watch()
 
 

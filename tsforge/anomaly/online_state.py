@@ -35,6 +35,7 @@ from tsforge.anomaly.windowed import WindowJudge
 from tsforge.artifact import Artifact, load_tensor_file, read_tensor_bytes, save_tensor_file, tensor_file_bytes
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, ModelError, TsforgeError
+from tsforge.core.formats import check_version
 from tsforge.forecasting.stream_buffer import Buffer
 
 FORMAT = "tsforge-online-detector"
@@ -70,12 +71,8 @@ def load_detector(stored: Path | bytes, artifact: Artifact) -> OnlineDetector:
     tensors, facts = read_tensor_bytes(stored, what) if isinstance(stored, bytes) else load_tensor_file(Path(stored))
     if facts.get("format") != FORMAT:
         raise ArtifactError(f"{what} does not hold an online detector")
-    version = facts.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{what} was made by a newer tsforge (format {version}, this one reads up to {FORMAT_VERSION}); upgrade "
-            "tsforge or start the detector anew"
-        )
+    version, anew = facts.get("format_version"), "start the detector anew"
+    check_version(version, FORMAT_VERSION, what=what, kind="detector format", remedy=anew)
     if facts.get("artifact_id") != artifact.id:
         raise ArtifactError(
             f"{what} holds the detector of artifact {facts.get('artifact_id')}, not of {artifact.id}; a state fits "

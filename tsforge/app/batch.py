@@ -26,8 +26,9 @@ from tsforge.app.events import Recorded, confirmed_spans, record_report
 from tsforge.app.ingest import IngestConfig, ingest, load_history, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config, QuantileLevel, fingerprint
-from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError
+from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
+from tsforge.core.signals import interrupts_held
 from tsforge.core.workspace import Workspace
 from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.config import DataConfig
@@ -49,6 +50,12 @@ class BatchBusy(BackendError):
     """Another living process works on the same batch; ask again later."""
 
     exit_code = BUSY_EXIT_CODE
+
+
+class BatchInterrupted(TsforgeError):
+    """Ctrl-C or SIGTERM came when the batch was being published already, so it was completed."""
+
+    exit_code = 130  # the shell's status of an interrupted command
 
 
 class ForecastStage(Config):
@@ -217,6 +224,7 @@ def run_batch(config: BatchConfig, as_of: datetime, workspace: Workspace, force:
 
     Raises:
         BatchBusy: another living process works on it (exit code 75).
+        BatchInterrupted: Ctrl-C or SIGTERM came while it was being published; it is published and recorded.
         DataError: a blocking check failed, or the data does not reach the model; nothing is published.
         TsforgeError: of the stages; nothing is published, the ledger keeps the message.
     """
@@ -248,16 +256,42 @@ def _published(ledger: Ledger, config: BatchConfig, as_of: datetime, path: Path)
 
 def _claimed(ledger: Ledger, claim: Claim, work: _Work, path: Path, force: bool) -> BatchResult:
     """Do the work under a claim and close it in the ledger, whatever happens short of a kill."""
-    try:
+    with _on_record(ledger, claim):
         leftovers = published.recover(path)
         if leftovers:
             log_event(LOGGER, "removed unfinished folders", job=work.config.name, folders=leftovers)
-        partition = None if force else published.read_partition(path)
-        if partition is not None:
-            published.verify_partition(partition)
-            result = BatchResult(status="adopted", partition=partition)
-        else:
-            result = _make(work, path, replace=force and path.exists())
+        _recover_earlier(ledger, work)
+        found = None if force else published.read_partition(path)
+        if found is not None:
+            published.verify_partition(found)
+        made = _make(work) if found is None else ({}, [])
+        with interrupts_held() as came:  # what is published is recorded as published, and no message says otherwise
+            if found is None:
+                result = _publish(work, path, *made, replace=force and path.exists())
+            else:
+                result = BatchResult(status="adopted", partition=found)
+            rows = sum(facts["rows"] for facts in result.partition.manifest["files"].values())
+            ledger.finish(
+                claim,
+                rows=rows,
+                output=str(result.partition.path / "manifest.json"),
+                message=result.status,
+                details={**result.partition.manifest["counts"], "artifact": result.partition.manifest["artifact"]},
+            )
+    log_event(LOGGER, f"batch {result.status}", job=work.config.name, as_of=work.as_of.isoformat(), rows=rows)
+    if came:
+        raise BatchInterrupted(
+            f"interrupted when {work.config.name} as of {work.as_of.isoformat()} was being published: that batch is "
+            f"complete ({result.partition.path}); run the same command again to go on"
+        )
+    return result
+
+
+@contextmanager
+def _on_record(ledger: Ledger, claim: Claim) -> Iterator[None]:
+    """Close the claim in the ledger when the block fails or is interrupted."""
+    try:
+        yield
     except TsforgeError as error:
         ledger.fail(claim, f"{type(error).__name__}: {error}")
         raise
@@ -267,20 +301,23 @@ def _claimed(ledger: Ledger, claim: Claim, work: _Work, path: Path, force: bool)
     except BaseException as error:
         ledger.fail(claim, f"{type(error).__name__}: {error} (a bug in tsforge)")
         raise
-    rows = sum(facts["rows"] for facts in result.partition.manifest["files"].values())
-    ledger.finish(
-        claim,
-        rows=rows,
-        output=str(result.partition.path / "manifest.json"),
-        message=result.status,
-        details={**result.partition.manifest["counts"], "artifact": result.partition.manifest["artifact"]},
-    )
-    log_event(LOGGER, f"batch {result.status}", job=work.config.name, as_of=work.as_of.isoformat(), rows=rows)
-    return result
 
 
-def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
-    """Run the five stages and publish."""
+def _recover_earlier(ledger: Ledger, work: _Work) -> None:
+    """Give batches that killed runs had set aside their names back, before anything is read of them."""
+    config = work.config
+
+    def is_free(as_of: datetime) -> bool:
+        run = ledger.find(config.key, as_of)
+        return as_of != work.as_of and (run is None or run.status != "claimed" or ledger.is_abandoned(run))
+
+    back = published.recover_others(work.workspace, config.name, is_free)
+    if back:
+        log_event(LOGGER, "brought back published folders", job=config.name, folders=listing(back))
+
+
+def _make(work: _Work) -> tuple[dict[str, Any], list[CheckResult]]:
+    """Run the stages before publishing and return manifest and check results; the tables lie with ``work``."""
     config = work.config
     with work.stage("ingest") as facts:
         raw = _known_at(work, facts)
@@ -310,7 +347,13 @@ def _make(work: _Work, path: Path, *, replace: bool) -> BatchResult:
             recorded = _detect(artifact, frame.until(work.as_of), raw.until(work.as_of), work)
             facts.update(stored=recorded.new, suppressed=recorded.suppressed)
             facts.update(rows=work.tables["scores"].height, events=work.counts["events"], new=work.counts["new_events"])
-    manifest = _manifest(work, artifact, frame, checks) | {"trained_until": trained_until}
+    return _manifest(work, artifact, frame, checks) | {"trained_until": trained_until}, checks
+
+
+def _publish(
+    work: _Work, path: Path, manifest: dict[str, Any], checks: list[CheckResult], *, replace: bool
+) -> BatchResult:
+    """Run the last stage."""
     with work.stage("publish") as facts:
         partition = published.write_partition(path, work.tables, manifest, replace=replace)
         facts["files"] = len(partition.manifest["files"])

@@ -15,6 +15,7 @@ import polars as pl
 from tsforge.app import published
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError
+from tsforge.core.formats import check_version
 from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
@@ -43,7 +44,7 @@ def adapt(
 
     Raises:
         DataError: the forecasts have no interval.
-        ArtifactError: the earlier state was changed after it was published.
+        ArtifactError: the earlier state was changed after it was published, is damaged or of a newer format.
     """
     columns = [name for name in forecast.columns if name.startswith("q")]
     if len(columns) < 2:
@@ -87,7 +88,10 @@ def _earlier(
     if partition is None:
         return OnlineConformal(config), None
     facts = partition.manifest[FACT]
-    if facts["format"] > FORMAT or not _same_settings(facts["settings"], config):
+    about = facts if isinstance(facts, dict) else {}
+    what, remedy = f"the online state of the batch in {partition.path}", "publish that batch again with --force"
+    check_version(about.get("format"), FORMAT, what=what, kind="online format", remedy=remedy)
+    if not _same_settings(about.get("settings"), config):
         LOGGER.warning(
             "the online intervals of %s start anew: the batch of %s was made with other settings",
             job,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ import polars as pl
 
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.errors import ArtifactError
+from tsforge.core.formats import check_version
 from tsforge.core.workspace import Workspace
 
 FORMAT = 1
@@ -57,22 +59,20 @@ def read_partition(path: Path) -> Partition | None:
     Raises:
         ArtifactError: the manifest is unreadable or of a newer format, or a file it names is missing.
     """
+    again = "publish it again with --force"
     if not path.is_dir():
         return None
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         as_of = datetime.fromisoformat(manifest["as_of"])
         missing = [name for name in manifest["files"] if not (path / name).is_file()]
-        version = int(manifest["format"])
+        job, version = manifest["job"], manifest.get("format")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"the batch in {path} has no readable manifest ({error}); publish it again with --force"
-        ) from error
-    if version > FORMAT:
-        raise ArtifactError(f"the batch in {path} has format {version}; this tsforge reads up to {FORMAT}, upgrade it")
+        raise ArtifactError(f"the batch in {path} has no readable manifest ({error}); {again}") from error
+    check_version(version, FORMAT, what=f"the batch in {path}", remedy=again)
     if missing:
-        raise ArtifactError(f"the batch in {path} lacks {', '.join(missing)}; publish it again with --force")
-    return Partition(job=manifest["job"], as_of=as_of, path=path, manifest=manifest)
+        raise ArtifactError(f"the batch in {path} lacks {', '.join(missing)}; {again}")
+    return Partition(job=job, as_of=as_of, path=path, manifest=manifest)
 
 
 def verify_partition(partition: Partition, only: Sequence[str] | None = None) -> None:
@@ -125,18 +125,48 @@ def recover(path: Path) -> int:
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            aside.rename(path)
+            _give_back(aside, path)
     unfinished = list(path.parent.glob(f".{path.name}.*.tmp"))
     for folder in unfinished:
         shutil.rmtree(folder, ignore_errors=True)
     return len(unfinished)
 
 
+def recover_others(workspace: Workspace, job: str, is_free: Callable[[datetime], bool]) -> list[str]:
+    """Give batches of a job that killed runs had set aside their names back; return those names.
+
+    Args:
+        workspace, job: whose batches.
+        is_free: whether no living process works on the batch of an as_of, so that its folders may be touched.
+    """
+    back = []
+    for name, path in batch_folders(workspace, job).items():
+        if path.name != name and is_free(datetime.strptime(name, _FORM).replace(tzinfo=UTC)):
+            _give_back(path, path.with_name(name))
+            back.append(name)
+    return back
+
+
+def _give_back(aside: Path, path: Path) -> None:
+    with suppress(FileNotFoundError):  # another process did it first
+        aside.rename(path)
+
+
+def batch_folders(workspace: Workspace, job: str) -> dict[str, Path]:
+    """Return the folder of every batch of a job under its name, oldest first.
+
+    Where a run was killed while it exchanged a published folder, that is the old one, still aside.
+    """
+    folder = workspace.published / job
+    found = {path.name.split(".")[1]: path for path in sorted(folder.glob(".as_of=*.old"))}
+    return dict(sorted((found | {path.name: path for path in folder.glob("as_of=*")}).items()))
+
+
 def jobs(workspace: Workspace) -> list[str]:
     """Return the names of all jobs that published something."""
     if not workspace.published.is_dir():
         return []
-    return sorted(folder.name for folder in workspace.published.iterdir() if any(folder.glob("as_of=*")))
+    return sorted(folder.name for folder in workspace.published.iterdir() if batch_folders(workspace, folder.name))
 
 
 def partitions(workspace: Workspace, job: str, *, until: datetime | None = None) -> list[Partition]:
@@ -145,16 +175,15 @@ def partitions(workspace: Workspace, job: str, *, until: datetime | None = None)
     Raises:
         ArtifactError: see ``read_partition``.
     """
-    folder = workspace.published / job
     last = None if until is None else until.astimezone(UTC).strftime(_FORM)
-    names = sorted(path for path in folder.glob("as_of=*") if last is None or path.name <= last)
-    return [found for found in map(read_partition, names) if found is not None]
+    paths = [path for name, path in batch_folders(workspace, job).items() if last is None or name <= last]
+    return [found for found in map(read_partition, paths) if found is not None]
 
 
 def latest(workspace: Workspace, job: str) -> Partition | None:
     """Return the newest published batch of a job, or None."""
-    names = sorted((workspace.published / job).glob("as_of=*"))
-    return read_partition(names[-1]) if names else None
+    paths = list(batch_folders(workspace, job).values())
+    return read_partition(paths[-1]) if paths else None
 
 
 def newest_before(workspace: Workspace, job: str, moment: datetime, fact: str) -> Partition | None:
@@ -164,8 +193,8 @@ def newest_before(workspace: Workspace, job: str, moment: datetime, fact: str) -
         ArtifactError: see ``read_partition``.
     """
     before = moment.astimezone(UTC).strftime(_FORM)
-    for path in sorted((workspace.published / job).glob("as_of=*"), reverse=True):
-        partition = read_partition(path) if path.name < before else None
+    for name, path in reversed(batch_folders(workspace, job).items()):
+        partition = read_partition(path) if name < before else None
         if partition is not None and fact in partition.manifest:
             return partition
     return None

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tsforge.core.errors import BackendError
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+# an older kernel, another file system, layers of a container, a sandbox
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
 
 
 def _sync(path: Path) -> None:
@@ -59,8 +66,9 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: the final folder.
-        replace: exchange an existing folder (it is moved aside first and removed after the rename); otherwise an
-            existing ``path`` is an error.
+        replace: exchange an existing folder in one step, where system and file system can; elsewhere it is moved
+            aside (``.NAME.PID.old``) first, and a process killed in between leaves it there. Otherwise an existing
+            ``path`` is an error.
 
     Raises:
         BackendError: ``path`` exists and ``replace`` is False, the place is read-only or the disk is full.
@@ -80,10 +88,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _sync(temporary)
         os.chmod(temporary, 0o755)
         if path.exists():
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.rename(path, aside)
-            os.rename(temporary, path)
-            shutil.rmtree(aside, ignore_errors=True)
+            _take_over(temporary, path)
         else:
             os.rename(temporary, path)
         _sync(path.parent)
@@ -91,3 +96,33 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise _explain(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_over(temporary: Path, path: Path) -> None:
+    """Give the new folder the name of an existing one; the old one is gone then, or lies at ``temporary``."""
+    if _exchange(temporary, path):
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        if not path.exists():
+            os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders take each other's name in one step; False where that cannot be done, nothing is changed then."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:  # an older C library
+        return False
+    if renameat2(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT:
+        return False
+    raise OSError(code, os.strerror(code))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
@@ -35,6 +36,27 @@ def termination_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[list[int]]:
+    """Let Ctrl-C and SIGTERM wait while the block runs; yield the list that takes those that came.
+
+    For a few steps that belong together, such as publishing and writing that down. The caller says what the signals
+    came too late for. Handlers of others are left alone, and outside the main thread nothing changes.
+    """
+    came: list[int] = []
+    held: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        held = {number: old for number, old in held.items() if old in (_raise, signal.default_int_handler)}
+    for number in held:
+        signal.signal(number, lambda found, frame: came.append(found))
+    try:
+        yield came
+    finally:
+        for number, old in held.items():
+            signal.signal(number, old)
 
 
 def interruption(error: BaseException | None) -> KeyboardInterrupt | None:

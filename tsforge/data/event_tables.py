@@ -28,6 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeEngine
 
 from tsforge.core.errors import BackendError
+from tsforge.core.formats import check_version, version_in_text
 from tsforge.data.sql import safe_url
 from tsforge.data.store_records import lock
 from tsforge.data.store_tables import INFO
@@ -158,11 +159,9 @@ def check_format(connection: Connection) -> None:
     """Refuse events whose tables a newer tsforge made: it may mean something else by a column.
 
     Raises:
-        BackendError: the format is newer than ours.
+        BackendError: the format is newer than ours, or damaged.
     """
     found = connection.execute(select(INFO.c.value).where(INFO.c.key == _FORMAT_KEY)).scalar()
-    if found is not None and int(found) > FORMAT:
-        raise BackendError(
-            f"the events at {safe_url(connection.engine.url)} have format {found}, this tsforge knows up to {FORMAT}; "
-            "update tsforge"
-        )
+    if found is not None:
+        what = f"the event store at {safe_url(connection.engine.url)}"
+        check_version(version_in_text(found), FORMAT, what=what, kind="event format", error=BackendError)

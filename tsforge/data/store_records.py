@@ -13,6 +13,7 @@ import polars as pl
 from sqlalchemy import Connection, delete, func, insert, inspect, select, update
 
 from tsforge.core.errors import BackendError, DataError, listing, nearest
+from tsforge.core.formats import check_version, version_in_text
 from tsforge.data.sql import inserted_key, safe_url
 from tsforge.data.store_bulk import compare, insert_rows, stage_rows, upsert
 from tsforge.data.store_tables import (
@@ -70,26 +71,36 @@ def now() -> datetime:
 
 
 def has_tables(connection: Connection) -> bool:
-    """Return whether a store was ever written here."""
-    return inspect(connection).has_table(DATASETS.name)
+    """Return whether a store was ever written here.
+
+    Raises:
+        BackendError: a newer tsforge wrote it, so that its tables may mean something else, or its format is damaged.
+    """
+    if not inspect(connection).has_table(DATASETS.name):
+        return False
+    _check_format(connection)
+    return True
+
+
+def _check_format(connection: Connection) -> bool:
+    """Return whether the store states its format, after checking that it is one we know."""
+    found = connection.execute(select(INFO.c.value).where(INFO.c.key == "format")).scalar()
+    if found is not None:
+        what = f"the store at {safe_url(connection.engine.url)}"
+        check_version(version_in_text(found), FORMAT, what=what, kind="store format", error=BackendError)
+    return found is not None
 
 
 def make_tables(connection: Connection) -> None:
     """Create what is missing.
 
     Raises:
-        BackendError: a newer tsforge wrote the store.
+        BackendError: a newer tsforge wrote the store, or its format is damaged.
     """
     lock(connection, "tsf_tables")  # two processes creating the same table would collide
     METADATA.create_all(connection)
-    found = connection.execute(select(INFO.c.value).where(INFO.c.key == "format")).scalar()
-    if found is None:
+    if not _check_format(connection):
         connection.execute(insert(INFO).values(key="format", value=str(PLAIN_FORMAT)))
-    elif int(found) > FORMAT:
-        raise BackendError(
-            f"the store at {safe_url(connection.engine.url)} has format {found}, this tsforge knows up to {FORMAT}; "
-            "update tsforge"
-        )
 
 
 def lock(connection: Connection, name: str) -> None:

@@ -34,6 +34,7 @@ from sqlalchemy import (
 )
 
 from tsforge.core.errors import BackendError
+from tsforge.core.formats import check_version
 from tsforge.data.sql import inserted_key, open_engine, transaction
 
 FORMAT_VERSION = 1
@@ -186,11 +187,7 @@ class WatchState:
             row = connection.execute(select(_WATCH)).one_or_none() if is_made else None
         if row is None:
             return None
-        if row.format > FORMAT_VERSION:
-            raise BackendError(
-                f"{self.path} was written by a newer tsforge (format {row.format}, this one reads up to "
-                f"{FORMAT_VERSION}); upgrade tsforge"
-            )
+        check_version(row.format, FORMAT_VERSION, what=str(self.path), kind="watch format", error=BackendError)
         return Snapshot(
             identity=json.loads(row.identity),
             generation=row.generation,

@@ -28,6 +28,7 @@ from torch import Tensor
 from tsforge.artifact import Artifact, load_tensor_file, match_frame, save_tensor_file
 from tsforge.contracts.tables import Forecast, quantile_column
 from tsforge.core.errors import ArtifactError, ConfigError, ModelError, listing
+from tsforge.core.formats import check_version
 from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
@@ -47,6 +48,7 @@ from tsforge.forecasting.predict import (
 from tsforge.forecasting.recent_errors import rows_looked_back, rows_needed
 from tsforge.forecasting.stream_buffer import Buffer
 from tsforge.forecasting.stream_carried import Carried, Carrier, pick
+from tsforge.forecasting.stream_online import FORMAT as ONLINE_FORMAT
 from tsforge.forecasting.stream_online import Learner, OnlineIntervals
 from tsforge.forecasting.stream_rows import Ints, NewRows, collect_rows, overlay_known
 from tsforge.forecasting.stream_scores import asked_of_network, expectations, interval_levels, score_table
@@ -462,12 +464,11 @@ class Stream:
         tensors, facts = load_tensor_file(path)
         if facts.get("format") != FORMAT:
             raise ArtifactError(f"{path} does not hold a stream")
-        version = facts.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ArtifactError(
-                f"{path} was made by a newer tsforge (stream format {version}, this one reads up to {FORMAT_VERSION}); "
-                "upgrade tsforge or start the stream anew"
-            )
+        anew = "start the stream anew"
+        check_version(facts.get("format_version"), FORMAT_VERSION, what=str(path), kind="stream format", remedy=anew)
+        if "online" in facts:
+            learned_as = facts["online"].get("format") if isinstance(facts["online"], dict) else None
+            check_version(learned_as, ONLINE_FORMAT, what=str(path), kind="online format", remedy=anew)
         if facts["artifact_id"] != artifact.id:
             raise ArtifactError(
                 f"{path} holds the stream of artifact {facts['artifact_id']}, not of {artifact.id}; a state fits only "

@@ -141,13 +141,11 @@ class OnlineIntervals:
     def of(
         cls, artifact: Artifact, series: Sequence[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
     ) -> OnlineIntervals:
-        """Return the intervals whose ``facts`` and ``tensors`` these are; they go on to the bit.
+        """Return the intervals whose ``facts`` (of a format that was checked) and ``tensors`` these are, to the bit.
 
         Raises:
-            ArtifactError: of a newer format, or not those of these series.
+            ArtifactError: not those of these series.
         """
-        if facts["format"] > FORMAT:
-            raise ArtifactError(f"online intervals of format {facts['format']}; this tsforge reads up to {FORMAT}")
         try:
             config = validate(OnlineConfig, stored_settings(facts["settings"]), where="online")
             parts = {name: value.numpy() for name, value in tensors.items()}

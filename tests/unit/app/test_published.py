@@ -67,6 +67,10 @@ def test_changed_missing_and_newer_files_are_told_apart(workspace: Workspace) ->
     manifest.write_text(json.dumps({**partition.manifest, "format": 99}))
     with pytest.raises(ArtifactError, match="format 99"):
         published.read_partition(partition.path)
+    for version in (0, True, "1", None):
+        manifest.write_text(json.dumps({**partition.manifest, "format": version}))
+        with pytest.raises(ArtifactError, match="is damaged: it states no valid format version"):
+            published.read_partition(partition.path)
     manifest.write_text("{")
     with pytest.raises(ArtifactError, match="no readable manifest"):
         published.read_partition(partition.path)
@@ -96,6 +100,27 @@ def test_recover_brings_back_a_folder_set_aside(workspace: Workspace, exchanged:
     found = published.read_partition(path)
     assert found is not None
     assert found.manifest["files"]["events.parquet"]["rows"] == int(exchanged)
+
+
+def test_a_folder_set_aside_is_still_seen_and_gets_its_name_back(workspace: Workspace) -> None:
+    """The batch of another as_of must not have to run again before what it had published counts."""
+    publish(workspace, AS_OF, {"one": 1})
+    path = publish(workspace, AS_OF + timedelta(days=1), {"two": 2}).path
+    path.rename(path.with_name(f".{path.name}.4242.old"))
+    assert published.jobs(workspace) == ["demo"]
+    assert [partition.as_of.day for partition in published.partitions(workspace, "demo")] == [1, 2]
+    newest = published.latest(workspace, "demo")
+    assert newest is not None
+    assert newest.as_of.day == 2
+    before = published.newest_before(workspace, "demo", AS_OF + timedelta(days=2), "job")
+    assert before == newest
+    found = published.events(workspace, "demo")
+    assert found is not None
+    assert set(found["event_id"]) == {"one", "two"}
+    assert published.recover_others(workspace, "demo", lambda as_of: False) == []
+    assert not path.exists(), "a living process may be exchanging it"
+    assert published.recover_others(workspace, "demo", lambda as_of: as_of.day == 2) == [path.name]
+    assert sorted(item.name for item in path.parent.iterdir()) == ["as_of=2026-03-01T06-00-00Z", path.name]
 
 
 def test_listing(workspace: Workspace) -> None:

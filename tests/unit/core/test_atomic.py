@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tsforge.core import atomic
 from tsforge.core.atomic import atomic_directory, atomic_file
 from tsforge.core.errors import BackendError
 
@@ -59,6 +60,39 @@ def test_directory_appears_whole(tmp_path: Path) -> None:
     with atomic_directory(target, replace=True) as temporary:
         (temporary / "b").write_text("2", encoding="utf-8")
     assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders change names in one step on Linux")
+def test_an_existing_folder_is_exchanged_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    with atomic_directory(target) as temporary:
+        (temporary / "a").write_text("1", encoding="utf-8")
+    monkeypatch.setattr(os, "rename", lambda *names: pytest.fail("two renames leave a moment without the folder"))
+    with atomic_directory(target, replace=True) as temporary:
+        (temporary / "b").write_text("2", encoding="utf-8")
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where names cannot be exchanged in one step."""
+    target, rename = tmp_path / "out", os.rename
+    with atomic_directory(target) as temporary:
+        (temporary / "a").write_text("1", encoding="utf-8")
+
+    def failing(source: Path, name: Path) -> None:
+        if Path(source).suffix == ".tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, name)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(BackendError, match="nothing was changed"), atomic_directory(target, replace=True) as temporary:
+        (temporary / "b").write_text("2", encoding="utf-8")
+    assert [path.name for path in target.iterdir()] == ["a"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -6,7 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -300,9 +300,23 @@ def test_a_store_of_a_newer_format_is_left_alone(store: SeriesStore, url: str) -
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(text("UPDATE tsf_info SET value = '99'"))
+    uses: list[Callable[[], object]] = [
+        lambda: store.write("data", frame({"a": [(2.0,)]})),
+        lambda: store.read("data"),
+        lambda: store.series_ids("data"),
+        store.datasets,
+        store.batches,
+    ]
+    for use in uses:
+        with pytest.raises(BackendError, match=r"newer tsforge \(store format 99, this one reads up to 2\); upgrade"):
+            use()
+    for value in ("abc", "", "0", "-1"):
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE tsf_info SET value = :value"), {"value": value})
+        for use in uses:
+            with pytest.raises(BackendError, match=r"the store at .* is damaged: it states no valid format version"):
+                use()
     engine.dispose()
-    with pytest.raises(BackendError, match="has format 99, this tsforge knows up to 2; update tsforge"):
-        store.write("data", frame({"a": [(2.0,)]}))
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:

@@ -597,3 +597,7 @@ def test_a_newer_format_is_refused(frame, make_artifact, tmp_path: Path) -> None
     save_tensor_file(tmp_path / "state", tensors, {**facts, "format_version": 4})
     with pytest.raises(ArtifactError, match=r"newer tsforge \(stream format 4, this one reads up to 3\)"):
         Stream.load(tmp_path / "state", artifact)
+    for version in (0, -5, True, "1", None):
+        save_tensor_file(tmp_path / "state", tensors, {**facts, "format_version": version})
+        with pytest.raises(ArtifactError, match=r"is damaged: it states no valid format version .*; start the stream"):
+            Stream.load(tmp_path / "state", artifact)

@@ -528,7 +528,6 @@ def test_states_with_and_without_are_told_apart(frame, drifting, make_artifact, 
     assert (again.online.every, again.online.state.config) == (2, ONLINE)
     about = facts["online"]
     spoiled: Sequence[tuple[dict[str, Any], dict[str, Any], str]] = (
-        ({}, {"format": 3}, "online intervals of format 3"),
         ({}, {"settings": {**about["settings"], "rates": [0.1, 0.2]}}, "online intervals cannot be read"),
         ({"online.cells.alpha": None}, {}, "online intervals cannot be read"),
         ({"online.cells.series_id": tensors["online.cells.series_id"] + 5}, {}, "online intervals cannot be read"),
@@ -537,6 +536,15 @@ def test_states_with_and_without_are_told_apart(frame, drifting, make_artifact, 
         kept = {name: value for name, value in {**tensors, **parts}.items() if value is not None}
         save_tensor_file(path, kept, {**facts, "online": {**about, **changes}})
         with pytest.raises(ArtifactError, match=rf"does not fit artifact .*{message}.*; start the stream anew"):
+            Stream.load(path, artifact)
+    for version, message in (
+        (3, r"newer tsforge \(online format 3"),
+        (0, "damaged"),
+        ("x", "damaged"),
+        (None, "damaged"),
+    ):
+        save_tensor_file(path, tensors, {**facts, "online": {**about, "format": version}})
+        with pytest.raises(ArtifactError, match=message):
             Stream.load(path, artifact)
 
 

@@ -156,6 +156,7 @@ def test_a_newer_format_asks_for_an_upgrade(saved: Path) -> None:
         ({"format": "something"}, "does not describe"),
         ({"format_version": "one"}, "no valid format version"),
         ({"format_version": 0}, "no valid format version"),
+        ({"format_version": True}, "no valid format version"),
         ({"files": []}, "lacks its id or its list"),
         ({"files": {}}, "does not list config.yaml"),
     ],
