@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print_error("interrupted; nothing was stored, run the same command again")
+        print_error("interrupted; the batch was stored whole or not at all, run the same command again")
         return 130
     print_json({**result.summary(), "findings": result.rows()})
     return 0

@@ -363,7 +363,7 @@ def models(as_json: AsJson = False) -> None:
 @app.command()
 def doctor(as_json: AsJson = False, home: Home = None) -> None:
     """Report versions, device, stores and connectivity; non-zero when something needed is broken."""
-    report = _attribute("tsforge.app.doctor:examine")(_workspace(home))
+    report = _attribute("tsforge.app.doctor:examine")(home)
     print_json(report) if as_json else print_table(report["checks"], title="tsforge doctor")
     if not report["ok"]:
         raise typer.Exit(6)

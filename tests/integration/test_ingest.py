@@ -169,6 +169,9 @@ def test_a_refused_batch_changes_nothing_and_leaves_a_record(workspace: Workspac
     assert batches["status"].to_list() == ["refused", "done"]
     assert "row 2: 'what'" in json.loads(batches["reasons"][0])["error"]
     assert load_dataset(workspace, "d").num_rows == 7
+    with pytest.raises(DataError, match="row 1: '0000-01-08'"):  # a year that Python does not know
+        run(workspace, csv(tmp_path, "ds,x\n0000-01-08,8\n2024-01-09,9\n", "bad.csv"))
+    assert SeriesStore(workspace.database_url).batches("d")["status"].to_list() == ["refused", "refused", "done"]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _batch_records(workspace: Workspace, job: str) -> list[dict[str, Any]]:
 def _batches(workspace: Workspace, job: str) -> list[published.Partition]:
     """Return the newest readable batches of a job, newest first."""
     found = []
-    for path in sorted((workspace.published / job).glob("as_of=*"), reverse=True)[:BATCHES_SHOWN]:
+    for path in list(reversed(published.batch_folders(workspace, job).values()))[:BATCHES_SHOWN]:
         try:
             batch = published.read_partition(path)
         except ArtifactError:  # damaged, or of a newer format: the next one may be readable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from tsforge.core.errors import TsforgeError
@@ -14,17 +15,19 @@ PACKAGES = ("torch", "lightning", "polars", "pandas", "mlflow", "optuna", "strea
 MIN_FREE_GIB = 1.0
 
 
-def examine(workspace: Workspace) -> dict[str, Any]:
-    """Return ``{"ok", "checks": [{"check", "ok", "detail"}]}``; ``ok`` is False when something needed is broken."""
+def examine(home: Workspace | str | Path | None = None) -> dict[str, Any]:
+    """Return ``{"ok", "checks": [{"check", "ok", "detail"}]}``; ``ok`` is False when something needed is broken.
+
+    Args:
+        home: the workspace, or its folder (None: that of the environment); one that cannot be opened is a failed check.
+    """
     checks = [
         _fact("tsforge", version("tsforge")),
         _fact("python", f"{platform.python_version()} on {platform.platform()}"),
         *(_package(name) for name in PACKAGES),
         _device(),
         _kernels(),
-        _disk(workspace),
-        _store(workspace),
-        _tracking(workspace),
+        *_places(home),
     ]
     return {"ok": all(check["ok"] for check in checks), "checks": checks}
 
@@ -64,6 +67,14 @@ def _kernels() -> dict[str, Any]:
     except TsforgeError as error:
         return _fact("kernels", str(error), ok=False)
     return _fact("kernels", detail)
+
+
+def _places(home: Workspace | str | Path | None) -> list[dict[str, Any]]:
+    try:
+        workspace = home if isinstance(home, Workspace) else Workspace.open(home)
+    except TsforgeError as error:  # stores lie in it, so there is nothing more to look at
+        return [_fact("workspace", str(error), ok=False)]
+    return [_disk(workspace), _store(workspace), _tracking(workspace)]
 
 
 def _disk(workspace: Workspace) -> dict[str, Any]:

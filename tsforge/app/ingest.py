@@ -383,11 +383,20 @@ def dataset_hierarchy(workspace: Workspace, name: str) -> HierarchyConfig:
         ConfigError: it was ingested without one.
         DataError: the dataset is not in the store.
     """
-    with closing(SeriesStore(workspace.database_url)) as store:
-        structure = _structure(store.config(name))
+    structure = stored_hierarchy(workspace, name)
     if structure is None:
         raise ConfigError(f"dataset '{name}' has no hierarchy to reconcile; state data.hierarchy and ingest it again")
     return structure
+
+
+def stored_hierarchy(workspace: Workspace, name: str) -> HierarchyConfig | None:
+    """Return the hierarchy of a stored dataset, None where it was ingested without one.
+
+    Raises:
+        DataError: the dataset is not in the store.
+    """
+    with closing(SeriesStore(workspace.database_url)) as store:
+        return _structure(store.config(name))
 
 
 def _ranges(settings: Mapping[str, Any], columns: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:

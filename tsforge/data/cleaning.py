@@ -153,6 +153,8 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
     report.rows_in = table.height
     if not table.height:
         raise DataError(f"{raw.origin} has columns ({listing(types)}) and no rows")
+    table = _without_short(table, raw, config, report)
+    report.add("note", "columns without a name left out", sum(not name for name in types))
     table = NumberReader(raw, config, report).read(table, columns, optional)
     roles = _roles(table, columns, config)
     if config.published is not None and any("published" in names for names in roles.values()):
@@ -175,6 +177,21 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
     if config.resample is not None:
         table = _resampled(table, keys, columns, config.resample, report)
     return _frame(table.drop(ROW, strict=False), group, roles, config)
+
+
+def _without_short(table: pl.DataFrame, raw: RawTable, config: DataConfig, report: IngestReport) -> pl.DataFrame:
+    """Leave out rows with fewer cells than the header, or refuse them."""
+    if not raw.short:
+        return table
+    examples = tuple(f"row {row}: {cells}" for row, cells in list(raw.short.items())[:3])
+    what, count = "rows have fewer cells than the header", len(raw.short)
+    if config.bad_rows == "error" or count == table.height:
+        raise DataError(
+            f"{count} of {table.height} {what} ({listing(examples)}), so that a number may be cut off; repair them or "
+            "leave them out with bad_rows=drop"
+        )
+    report.add("refused", what, count, examples)
+    return table.filter(~pl.col(ROW).is_in(list(raw.short)))
 
 
 def _variate(column: str, separator: str | None) -> str:

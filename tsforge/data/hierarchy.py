@@ -59,7 +59,8 @@ class HierarchyConfig(Config):
     def _consistent(self) -> HierarchyConfig:
         if bool(self.levels) == bool(self.children):
             raise ValueError("give either levels or children")
-        if self.children and (self.separator or self.groups or "total" in self.model_fields_set):
+        # by value, not by what was given: a stored config states every field, and must be read back
+        if self.children and (self.separator or self.groups or self.total != "total"):
             raise ValueError("separator, groups and total have no effect with children; remove them")
         if self.over == "variates" and self.levels and not self.separator:
             raise ValueError("levels of variates are parts of their names; give a separator")

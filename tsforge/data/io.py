@@ -10,8 +10,8 @@ import glob
 import io
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class RawTable:
         is_text: every cell is text (CSV), so numbers are still to be parsed.
         null_values: cells that mean "no value".
         decimal: decimal mark of numbers in text.
+        short: cells of every row that has fewer than the header, by its number (from 1 below the header).
     """
 
     frame: pl.LazyFrame
@@ -52,6 +53,7 @@ class RawTable:
     is_text: bool = False
     null_values: tuple[str, ...] = ()
     decimal: str = "."
+    short: Mapping[int, int] = field(default_factory=dict)
 
 
 def read_source(source: CsvSource | ParquetSource | SqlSource | EmbeddedSource) -> RawTable:
@@ -129,6 +131,8 @@ def _read_csv(source: CsvSource) -> RawTable:
     files = _files(source.path, "*.csv", "CSV")
     frames = []
     header: list[str] | None = None
+    short: dict[int, int] = {}
+    above = 0
     for item in files:
         columns = _header(item, source)
         if header is not None and set(columns) != set(header):
@@ -137,8 +141,18 @@ def _read_csv(source: CsvSource) -> RawTable:
         header = header or columns
         _check_end(item, source, columns)
         frames.append(_scan_one_csv(item, source))
+        height, found = _short_rows(item, frames[-1], source, columns)
+        short |= {above + row: cells for row, cells in found.items()}
+        above += height
     frame = frames[0] if len(frames) == 1 else pl.concat(frames, how="diagonal")
-    return RawTable(frame, _origin(files), is_text=True, null_values=source.null_values, decimal=source.decimal)
+    return RawTable(
+        frame,
+        _origin(files),
+        is_text=True,
+        null_values=source.null_values,
+        decimal=source.decimal,
+        short=short,
+    )
 
 
 def _origin(files: list[Path]) -> str:
@@ -177,18 +191,55 @@ def _header(item: Path, source: CsvSource) -> list[str]:
 
 def _check_end(item: Path, source: CsvSource, columns: list[str]) -> None:
     """Refuse a file that ends in the middle of a line: a number cut off would count as one, the rest as missing."""
-    with item.open("rb") as handle:
-        handle.seek(max(0, item.stat().st_size - _TAIL))
-        tail = handle.read()
-    if not tail or tail.endswith((b"\n", b"\r")) or b"\n" not in tail:
+    tail = _tail(item, source.encoding)
+    if not tail or tail.endswith(("\n", "\r")) or "\n" not in tail:
         return
-    last = tail.rpartition(b"\n")[2].decode(source.encoding, errors="replace")
-    cells = next(csv.reader([last], delimiter=source.separator), [])
+    cells = next(csv.reader([tail.rpartition("\n")[2]], delimiter=source.separator), [])
     if len(cells) < len(columns):
         raise DataError(
             f"{item} ends in the middle of a line ({len(cells)} of {len(columns)} cells): it is not written to its "
             "end; wait for the rest, or remove that line"
         )
+
+
+def _tail(item: Path, encoding: str) -> str:
+    """Return the end of a file as text."""
+    if _is_utf8(encoding):
+        with item.open("rb") as handle:
+            handle.seek(max(0, item.stat().st_size - _TAIL))
+            return handle.read().decode(errors="replace")
+    try:  # where a character has several bytes, only reading from the start tells where one begins
+        return item.read_bytes().decode(encoding)[-_TAIL:]
+    except UnicodeError as error:
+        raise _wrong_encoding(item, encoding) from error
+
+
+def _short_rows(item: Path, frame: pl.LazyFrame, source: CsvSource, columns: list[str]) -> tuple[int, dict[int, int]]:
+    """Return the number of rows of a file, and the cells of those that have fewer than the header names.
+
+    Their missing cells would be read as nulls, and a number cut off as one. Blank lines are rows without a time.
+    """
+    width = max(at + 1 for at, name in enumerate(columns) if name.strip())  # rows may leave out what has no name
+    try:
+        is_null = frame.select(pl.nth(width - 1)).collect().to_series().is_null()
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{item}: {_reason(error)}") from error
+    if not is_null.any():  # so no row is short: it is not read a second time
+        return len(is_null), {}
+    with item.open(encoding=source.encoding, newline="") as handle:
+        for _ in range(source.skip_lines):
+            handle.readline()
+        rows = csv.reader(handle, delimiter=source.separator)
+        next(rows)
+        try:
+            counts = {row: len(cells) for row, cells in enumerate(rows, 1) if 0 < len(cells) < width}
+        except csv.Error as error:  # a cell of more than 131,072 characters
+            raise DataError(f"{item}: {error} (line {rows.line_num}); a quote seems not to be closed") from error
+    return len(is_null), {row: count for row, count in counts.items() if row <= len(is_null) and is_null[row - 1]}
+
+
+def _is_utf8(encoding: str) -> bool:
+    return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig", "ascii")
 
 
 def _wrong_encoding(item: Path, encoding: str) -> DataError:
@@ -197,7 +248,8 @@ def _wrong_encoding(item: Path, encoding: str) -> DataError:
         content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        hint = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        marks = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+        hint = next((name for mark, name in marks.items() if content.startswith(mark)), "cp1252")
         return DataError(
             f"{item} is not {encoding}: byte {content[error.start]:#04x} at offset {error.start} (line {line}); "
             f"set source.encoding, for example {hint}"
@@ -208,7 +260,7 @@ def _wrong_encoding(item: Path, encoding: str) -> DataError:
 
 
 def _scan_one_csv(item: Path, source: CsvSource) -> pl.LazyFrame:
-    if source.encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig", "ascii"):
+    if _is_utf8(source.encoding):
         _check_utf8(item, source.encoding)
         data: Path | io.BytesIO = item
     else:

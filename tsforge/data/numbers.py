@@ -11,6 +11,8 @@ from tsforge.data.config import DataConfig
 from tsforge.data.findings import ROW, IngestReport, row_examples
 from tsforge.data.io import RawTable
 
+_EXACT = 2**53  # a Float64 holds every whole number up to here, and only some beyond
+
 
 class NumberReader:
     """Turns raw columns into Float64, collecting flaws over all columns before it speaks.
@@ -79,7 +81,29 @@ class NumberReader:
         if infinite.any():
             self._flaws.append(("infinite", name, int(infinite.sum()), row_examples(table[ROW], cells, infinite)))
             numbers = numbers.set(infinite, None)
+        self._note_rounded(table[ROW], cells, numbers)
         return numbers
+
+    def _note_rounded(self, rows: pl.Series, cells: pl.Series, numbers: pl.Series) -> None:
+        """Say where a whole number is none that a Float64 holds, as long identifiers and nanoseconds are."""
+        large = (numbers.abs() >= _EXACT).fill_null(False)
+        if cells.dtype.is_float() or not large.any():
+            return
+        given, got = cells.filter(large), numbers.filter(large)
+        if cells.dtype.is_numeric():
+            whole, is_whole = given.cast(pl.Int128, strict=False), pl.Series([True]).new_from_index(0, len(given))
+        else:
+            text = given.cast(pl.String).str.strip_chars().str.replace(self._raw.decimal, ".", literal=True)
+            digits = text.str.extract(r"^\+?(-?\d+)(?:\.0*)?$")
+            whole, is_whole = digits.cast(pl.Int128, strict=False), digits.is_not_null()
+        same = whole.eq_missing(got.cast(pl.Int128, strict=False))
+        changed = is_whole & ~(same & whole.is_not_null())  # null: of more digits than even 128 bits hold
+        self._report.add(
+            "note",
+            f"whole numbers in column '{cells.name}' with more digits than a Float64 holds, rounded",
+            int(changed.sum()),
+            row_examples(rows.filter(large), given, changed),
+        )
 
     def _from_text(self, table: pl.DataFrame, cells: pl.Series, *, optional: bool) -> pl.Series | None:
         text = cells.cast(pl.String).str.strip_chars()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
+
 import polars as pl
 
 from tsforge.core.errors import DataError, listing
@@ -18,6 +20,9 @@ _SAMPLE = 100
 _EPOCH_UNITS = {"epoch:s": 1_000_000, "epoch:ms": 1_000, "epoch:us": 1}
 _COMPACT_DATES = (19_000_101, 21_001_231)
 _EPOCH_SECONDS = (500_000_000, 5_000_000_000)
+# a parser of text takes a 60th second for the first one of the next minute: two rows would have one time
+_SECOND_60 = r":\d{2}:60([^0-9]|$)"
+_COMPACT_SECOND_60 = r"[0-2]\d[0-5]\d60([^0-9]|$)"
 
 
 def read_times(table: pl.DataFrame, group: str | None, config: DataConfig, report: IngestReport) -> pl.DataFrame:
@@ -34,6 +39,7 @@ def read_times(table: pl.DataFrame, group: str | None, config: DataConfig, repor
     """
     raw = table[config.time]
     parsed = _parse(raw, config)
+    parsed = _within_calendar(parsed, config)
     unreadable = parsed.is_null() & raw.is_not_null()
     table = _drop_bad(table, unreadable, "unreadable times", config, report)
     parsed = parsed.filter(~unreadable)
@@ -49,6 +55,18 @@ def read_times(table: pl.DataFrame, group: str | None, config: DataConfig, repor
     if parsed.dtype == TIME_DTYPE:
         return table.with_columns(parsed.alias(config.time))
     return _localise(table.with_columns(parsed.alias(config.time)), group, config, report)
+
+
+def _within_calendar(times: pl.Series, config: DataConfig) -> pl.Series:
+    """Return times with null where the year is none of 1 to 9999, all that Python knows, in UTC too."""
+    if times.dtype.is_integer():
+        return times
+    is_moved = config.timezone != "UTC" and times.dtype != pl.Date
+    margin = timedelta(days=366 if config.time_shift is not None else int(is_moved))
+    low, high = datetime(1, 1, 1) + margin, datetime(9999, 12, 31, 23, 59, 59, 999_999) - margin
+    plain = times.cast(pl.Datetime("us")) if times.dtype == pl.Date else times.dt.replace_time_zone(None)
+    inside = plain.is_between(low, high).fill_null(True)
+    return times.set(~inside, None)
 
 
 def read_published(table: pl.DataFrame, config: DataConfig, report: IngestReport) -> pl.DataFrame:
@@ -87,7 +105,9 @@ def _parse(raw: pl.Series, config: DataConfig) -> pl.Series:
     kind = raw.dtype
     if kind == pl.String:
         cells = raw.str.strip_chars()
-        return _parse_text(cells.set(cells == "", None), config)
+        compact = config.time_format is not None and "%H%M%S" in config.time_format
+        bad = cells.str.contains(f"{_SECOND_60}|{_COMPACT_SECOND_60}" if compact else _SECOND_60)
+        return _parse_text(cells.set((cells == "") | bad, None), config)
     if config.time_format is not None and config.time_format not in EPOCH_FORMATS:
         if not kind.is_integer():
             raise DataError(f"time column '{raw.name}' has type {kind}; time_format is for text, remove it")
@@ -186,7 +206,10 @@ def _drop_bad(table: pl.DataFrame, bad: pl.Series, what: str, config: DataConfig
     count = int(bad.sum())
     if not count:
         return table
-    examples = row_examples(table[ROW], table[config.time], bad)
+    cells = table[config.time]
+    if cells.dtype.is_temporal():  # what is wrong about a date is that Python cannot show it
+        cells = cells.cast(pl.String)
+    examples = row_examples(table[ROW], cells, bad)
     if config.bad_rows == "error" or count == table.height:
         if count < table.height:
             hint = "repair them, or leave such rows out with bad_rows=drop"

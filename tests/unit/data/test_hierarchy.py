@@ -112,6 +112,7 @@ def test_what_does_not_fit_is_refused(settings: dict[str, Any], names: tuple[str
         ({}, "either levels or children"),
         ({"levels": ["a"], "children": {"p": ["x"]}}, "either levels or children"),
         ({"children": {"p": ["x"]}, "separator": "/"}, "no effect with children"),
+        ({"children": {"p": ["x"]}, "total": None}, "no effect with children"),
         ({"levels": ["a", "b"], "over": "variates"}, "give a separator"),
         ({"levels": ["a", "a"], "separator": "/"}, "names a twice"),
         ({"levels": ["a", "b"], "separator": "/", "groups": [["c"]]}, "unknown level"),

@@ -53,9 +53,15 @@ BAD_FILES: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
         r"byte 0xe9 at offset 29 \(line 3\).*cp1252",
     ),
     "utf-16": (GOOD.encode("utf-16"), {}, "is not utf-8.*for example utf-16"),
+    "utf-32": (GOOD.encode("utf-32"), {}, "is not utf-8.*for example utf-32"),
     "repeated column": ("ds,x,x\n2024-01-01,1,2\n", {}, r"repeated column name\(s\): 'x'"),
     "long row": (HEADER + "2024-01-01,1\n2024-01-02,1,2\n", {}, "more fields than the header"),
     "open quote": (HEADER + '2024-01-01,"1\n2024-01-02,1\n', {}, "a quoted cell is not closed"),
+    "endless cell": (
+        HEADER + '2024-01-01,\n"' + "x" * 200_000 + '",1\n',
+        {},
+        r"larger than field limit .*\(line 3\); a quote seems not to be closed",
+    ),
     "no time column": ("date,x\n2024-01-01,1\n", {}, r"no column 'ds' \(it has date, x\); set time"),
     "unknown target": (GOOD, {"targets": ["xx"]}, r"roles: no column 'xx'; did you mean 'x'\? \(it has x\)"),
     "unknown sentinel column": (GOOD, {"sentinels": {"y": [-1]}}, "sentinels: no column 'y'"),
@@ -80,6 +86,36 @@ BAD_FILES: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
         HEADER + "2024-01-01,1\n2024-02-30,2\nfoo,3\n",
         {},
         r"2 of 3 unreadable times in column 'ds' \(row 2: '2024-02-30', row 3: 'foo'\); repair them.*bad_rows=drop",
+    ),
+    "year 0": (
+        HEADER + "0000-01-01,1\n0000-01-02,2\n0001-01-03,3\n",
+        {},
+        r"2 of 3 unreadable times in column 'ds' \(row 1: '0000-01-01', row 2: '0000-01-02'\); repair them",
+    ),
+    "year 0 in UTC": (
+        HEADER + "0001-01-01 00:00,1\n2024-01-02 00:00,2\n",
+        {"timezone": "Asia/Kolkata"},
+        "1 of 2 unreadable times",
+    ),
+    "a 60th second": (
+        HEADER + "2016-12-31T23:59:59,1\n2016-12-31T23:59:60,2\n2017-01-01T00:00:00,3\n",
+        {},
+        r"1 of 3 unreadable times in column 'ds' \(row 2: '2016-12-31T23:59:60'\); repair them.*bad_rows=drop",
+    ),
+    "a 60th second with an offset": (
+        HEADER + "2016-12-31 23:59:60.5+00:00,2\n2017-01-01 00:00:00+00:00,3\n",
+        {},
+        "1 of 2 unreadable times",
+    ),
+    "a 60th second of a compact form": (
+        HEADER + "20161231235960,2\n20170101000000,3\n",
+        {"time_format": "%Y%m%d%H%M%S"},
+        "1 of 2 unreadable times",
+    ),
+    "short rows": (
+        "ds,x,y\n2024-01-01,1,1\n2024-01-02,2\n2024-01-03,3,\n2024-01-04\n2024-01-05,5,5\n",
+        {},
+        r"2 of 5 rows have fewer cells than the header \(row 2: 2, row 4: 1\).*cut off; repair them.*bad_rows=drop",
     ),
     "ambiguous day and month": (
         HEADER + "01/02/2024,1\n02/02/2024,2\n",
@@ -224,6 +260,7 @@ def test_a_byte_order_mark_an_index_column_and_blank_cells_are_harmless(tmp_path
     got = read(tmp_path, "\ufeff,ds,x\n0, 2024-01-01 ,1\n1,2024-01-02,NA\n2,2024-01-03, 3 \n")
     assert values(got) == [1.0, None, 3.0]
     assert got.frame.schema.targets == ("x",)
+    assert "note 1: columns without a name left out" in [str(item) for item in got.report.findings]
 
 
 def test_european_numbers_and_another_encoding(tmp_path: Path) -> None:
@@ -231,6 +268,33 @@ def test_european_numbers_and_another_encoding(tmp_path: Path) -> None:
     got = read(tmp_path, content, {"separator": ";", "decimal": ",", "encoding": "cp1252"}, time_format="%d.%m.%Y")
     assert values(got, "température") == [1.5, -2.25]
     assert got.frame.schema.freq == "1d"
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "utf-8-sig"]
+)
+def test_encodings_of_several_bytes(tmp_path: Path, encoding: str) -> None:
+    content = GOOD.replace("x", "温度")
+    for end in ("", "2024-01-03,3"):  # a last line without its end is one all the same
+        got = read(tmp_path, (content + end).encode(encoding), {"encoding": encoding})
+        assert values(got, "温度") == [1.0, 2.0, 3.0][: 3 if end else 2]
+    with pytest.raises(DataError, match=r"ends in the middle of a line \(1 of 2 cells\)"):
+        read(tmp_path, (content + "2024-01-03").encode(encoding), {"encoding": encoding})
+    if "16" in encoding or "32" in encoding:
+        with pytest.raises(DataError, match=f"is not {encoding}"):
+            read(tmp_path, content.encode(encoding)[:-1], {"encoding": encoding})
+
+
+def test_short_rows_can_be_left_out(tmp_path: Path) -> None:
+    """Of several files too, where cells hold separators and line ends, and where the last column has no name."""
+    (tmp_path / "a.csv").write_text('ds,x,y,\n2024-01-01,1,1\n2024-01-02,2,"1,5\n",\n2024-01-03,3\n2024-01-04,4,\n')
+    (tmp_path / "b.csv").write_text('ds,x,y,\n"2024-01-05,","5"\n2024-01-06,6,6,\n')
+    settings = {"name": "d", "source": {"kind": "csv", "path": str(tmp_path)}, "bad_rows": "drop", "bad_cells": "null"}
+    got = read_dataset(validate(DataConfig, {**settings, "freq": "1d"}))
+    assert values(got) == [1.0, 2.0, None, 4.0, None, 6.0]
+    assert ("refused", 2, ("row 3: 2", "row 5: 2")) in {
+        (item.kind, item.count, item.examples) for item in got.report.findings
+    }
 
 
 def test_several_files_are_one_table(tmp_path: Path) -> None:
@@ -255,6 +319,51 @@ def test_bad_cells_and_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> N
     assert ("refused", 1, ("row 5",)) in found
     assert ("replaced", 1, ("row 3: 'abc'",)) in found
     assert ("replaced", 1, ("row 4: 'inf'",)) in found
+
+
+BIG = 2**53
+
+
+@pytest.mark.parametrize("kind", ["csv", "signed", "unsigned", "decimal", "sqlite"])
+def test_whole_numbers_that_a_float_does_not_hold_are_counted(tmp_path: Path, kind: str) -> None:
+    days = [date(2024, 1, day) for day in range(1, 5)]
+    numbers = [BIG + 1, -BIG, 7, 2**63 - 1]
+    if kind == "csv":
+        rows = zip(days, [str(BIG + 1), f"-{BIG}.0", "7.5", f"+{2**63 - 1}.00"], strict=True)
+        got = read(tmp_path, HEADER + "".join(f"{day},{cell}\n" for day, cell in rows))
+        numbers = [BIG + 1, -BIG, 7.5, 2**63 - 1]
+    elif kind == "sqlite":
+        with sqlite3.connect(tmp_path / "data.db") as connection:
+            connection.execute("CREATE TABLE t (ds TEXT, x INTEGER)")
+            connection.executemany(
+                "INSERT INTO t VALUES (?, ?)", [(str(day), value) for day, value in zip(days, numbers, strict=True)]
+            )
+        connection.close()
+        source = {"kind": "sql", "path": str(tmp_path / "data.db"), "table": "t"}
+        got = read_dataset(validate(DataConfig, {"name": "d", "source": source}))
+    else:
+        types = {"signed": pl.Int64(), "unsigned": pl.UInt64(), "decimal": pl.Decimal(38, 2)}
+        numbers = [abs(value) for value in numbers]
+        column = pl.Series("x", numbers, dtype=pl.Int64).cast(types[kind])
+        pl.DataFrame({"ds": days, "x": column}).write_parquet(tmp_path / "data.parquet")
+        source = {"kind": "parquet", "path": str(tmp_path / "data.parquet")}
+        got = read_dataset(validate(DataConfig, {"name": "d", "source": source}))
+    assert values(got) == [float(value) for value in numbers]
+    (note,) = got.report.findings
+    assert (note.kind, note.count) == ("note", 2)
+    assert "column 'x' with more digits than a Float64 holds" in note.what
+    assert [example.partition(": ")[2].strip("'+")[:16] for example in note.examples] == [
+        "9007199254740993",
+        "9223372036854775",
+    ]
+
+
+def test_whole_numbers_longer_than_any_integer_are_counted_too(tmp_path: Path) -> None:
+    got = read(tmp_path, HEADER + f"2024-01-01,{10**45 + 1}\n2024-01-02,2e45\n2024-01-03,-99\n", sentinels={"x": [-99]})
+    assert [str(item)[:40] for item in got.report.findings] == [
+        "replaced 1: sentinel values in column 'x'"[:40],
+        "note 1: whole numbers in column 'x' with more digits"[:40],
+    ]
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("mean", 3.0), ("first", 2.0), ("last", 5.0)])

@@ -6,7 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +211,7 @@ class Intake:
         if self.mapping.series is None:
             frame = frame.with_columns(pl.lit(self.artifact.series_ids[0]).alias("series_id"))
         config = self._settings()
-        found = clean(
-            RawTable(frame, raw.origin, is_text=raw.is_text, null_values=raw.null_values, decimal=raw.decimal), config
-        )
+        found = clean(replace(raw, frame=frame), config)
         self.artifact.grid.index_of(found.frame.table["time"])
         notes: Counter[str] = Counter()
         for item in found.report.findings:
