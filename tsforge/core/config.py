@@ -56,6 +56,7 @@ def tunable(
     high: float | None = None,
     log: bool = False,
     choices: Sequence[Any] | None = None,
+    stand_in: float | None = None,
     **field: Any,
 ) -> Any:
     """Return a pydantic field that carries its own search space.
@@ -65,6 +66,7 @@ def tunable(
         low, high: inclusive range of the search (integers stay integers); it is not a bound on the user's value.
         log: sample on a logarithmic scale.
         choices: categories instead of a range.
+        stand_in: number that a search begins with in place of a default that is none.
         field: passed on to ``pydantic.Field`` (``ge``, ``le`` and the like do bound the user's value).
 
     Raises:
@@ -76,13 +78,16 @@ def tunable(
     space: dict[str, Any] = (
         {"choices": list(choices)} if choices is not None else {"low": low, "high": high, "log": log}
     )
+    if stand_in is not None:
+        space["stand_in"] = {"value": default, "number": stand_in}
     return Field(default, json_schema_extra={"tunable": space}, **field)
 
 
 def search_space(config: type[BaseModel] | BaseModel) -> dict[str, dict[str, Any]]:
     """Return ``{dotted field name: space}`` for every tunable field, nested configs included.
 
-    A space is ``{"choices": [...]}`` or ``{"low", "high", "log", "type"}`` with type ``"int"`` or ``"float"``.
+    A space is ``{"choices": [...]}`` or ``{"low", "high", "log", "type"}`` with type ``"int"`` or ``"float"``, and
+    ``stand_in`` where a default is no number.
     """
     cls = config if isinstance(config, type) else type(config)
     spaces: dict[str, dict[str, Any]] = {}

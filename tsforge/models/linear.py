@@ -48,7 +48,9 @@ class LinearConfig(ModelConfig):
     remove: Literal["auto"] | Removal = tunable("window_mean", choices=["none", "window_mean", "last"])
     """What is subtracted from each context and added back: ``last`` is NLinear. ``auto``: the mean or the last value,
     chosen with the ridge."""
-    ridge: Annotated[float, Field(ge=0.0)] | Literal["usual"] | None = tunable("usual", low=1e-2, high=1e6, log=True)
+    ridge: Annotated[float, Field(ge=0.0)] | Literal["usual"] | None = tunable(
+        "usual", low=1e-2, high=1e6, log=True, stand_in=USUAL_RIDGE
+    )
     """Added to the diagonal of X'X summed over all windows (and variates when shared), scikit-learn's alpha. Usual: 100
     or less, by generalised cross-validation where 100 exceeds a tenth of that diagonal; null chooses by blocked
     cross-validation of the training span."""

@@ -29,12 +29,13 @@ class Suggester(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """An inclusive range of numbers."""
+    """An inclusive range of numbers; ``stand_in``: a value that is none of them, and the number tried in its place."""
 
     low: float
     high: float
     log: bool = False
     is_integer: bool = False
+    stand_in: tuple[Any, float] | None = None
 
     def suggest(self, trial: Suggester, name: str) -> int | float:
         """Draw a value of the field ``name``."""
@@ -44,6 +45,8 @@ class Range:
 
     def encode(self, value: Any) -> Any:
         """Return ``value`` as the store keeps it, or None when it lies outside."""
+        if self.stand_in is not None and value == self.stand_in[0]:
+            value = self.stand_in[1]
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not self.low <= value <= self.high or (self.is_integer and value != int(value)):
             return None
@@ -137,7 +140,9 @@ def _dimension(name: str, declared: Mapping[str, Any] | None, override: SpaceOve
     if low is None or high is None:
         raise ConfigError(f"space.{name}: needs both low and high, it declares no range of its own to narrow")
     kind = base.get("type") or _kind(name, value)
-    dimension = Range(low, high, bool(given.get("log", base.get("log", False))), kind == "int")
+    beside = base.get("stand_in")
+    stand_in = None if beside is None else (beside["value"], float(beside["number"]))
+    dimension = Range(low, high, bool(given.get("log", base.get("log", False))), kind == "int", stand_in)
     _check(name, dimension)
     return dimension
 

@@ -4,7 +4,7 @@ import pytest
 
 from tsforge.core.config import Config, search_space, tunable, validate
 from tsforge.core.errors import ConfigError
-from tsforge.tuning.config import TuneConfig
+from tsforge.tuning.config import SpaceOverride, TuneConfig
 from tsforge.tuning.space import Choice, Range, Space, build_space
 
 
@@ -109,3 +109,20 @@ def test_values_survive_the_store_and_outside_values_are_recognised() -> None:
     choice = Choice(([64], [64, 64], None, "a"))
     assert [choice.decode(choice.encode(value)) for value in ([64], (64, 64), None, "a")] == [[64], [64, 64], None, "a"]
     assert choice.encode([1]) is None
+
+
+def test_a_default_that_is_no_number_begins_with_what_stands_for_it() -> None:
+    class Shy(Config):
+        ridge: float | str = tunable("usual", low=1.0, high=1e3, log=True, stand_in=100.0)
+
+    space = build_space(search_space(Shy), {}, {"ridge": "usual"})["ridge"]
+    assert isinstance(space, Range)
+    assert (space.encode("usual"), space.encode(7.0), space.encode("other"), space.encode(1e4)) == (
+        100.0,
+        7.0,
+        None,
+        None,
+    )
+    assert space.describe() == Range(1.0, 1e3, True).describe()  # studies of before go on
+    narrow = build_space(search_space(Shy), {"ridge": SpaceOverride(high=50.0)}, {"ridge": "usual"})["ridge"]
+    assert narrow.encode("usual") is None
