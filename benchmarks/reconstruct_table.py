@@ -227,6 +227,8 @@ def in_file_units(row: dict[str, Any], name: str, data: Path) -> dict[str, Any]:
     if max(variances) > 1.02 * min(variances):
         raise ValueError(f"{name}: variances of the variates from {min(variances):.3g} to {max(variances):.3g}")
     scale = sum(variances) / len(variances) if source.get("standardise", True) else 1.0
+    if row["pe"] is None:  # every seed failed
+        return {"file_variance": scale}
     return {"pe_file_units": row["pe"] * scale, "pe_file_units_mad": row["pe_mad"] * scale, "file_variance": scale}
 
 

@@ -274,9 +274,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Args:
         rows: one record a seed with ``METRICS`` and ``failed``.
     """
-    facts: dict[str, Any] = {"seeds": len(rows), "failed_share": sum(bool(row["failed"]) for row in rows) / len(rows)}
+    sound = [row for row in rows if not row["failed"]]
+    facts: dict[str, Any] = {"seeds": len(rows), "failed_share": (len(rows) - len(sound)) / len(rows)}
     for name in METRICS:
-        values = np.array([row[name] for row in rows if row[name] is not None], dtype=np.float64)
+        values = np.array([row[name] for row in sound if row[name] is not None], dtype=np.float64)
         values = values[np.isfinite(values)]
         middle = float(np.median(values)) if len(values) else None
         facts[name] = middle

@@ -171,28 +171,36 @@ def examine_held(
 def judge(
     cycles: Sequence[CycleFinding], capture: Capture, expected: Expected | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the warnings and the notes on what was found; up to 1 % of the runs may end elsewhere."""
+    """Return the warnings and the notes on what was found; up to 1 % of the runs may end elsewhere.
+
+    Of runs that are lost nothing else is said: how they move far from the data is not how the data move.
+    """
+    kept = ~capture.beyond
+    of_kept = replace(capture, kinds=capture.kinds[kept], periods=capture.periods[kept])
+    share = of_kept.share if kept.any() else lambda kind: 0.0
     ends = {
-        "rest": capture.share("fixed"),
-        "oscillation": capture.share("contracting") + capture.share("near_zero"),
-        "chaos": capture.share("expanding"),
+        "rest": share("fixed"),
+        "oscillation": share("contracting") + share("near_zero"),
+        "chaos": share("expanding"),
     }
+    whose = "of the free runs from the data" if kept.all() else "of the free runs that are not lost"
     right: str = expected or max(("oscillation", "chaos"), key=lambda kind: ends[kind])
     rule = f"the data show {right}" if expected else f"{_percent(ends[right])} show {right}"
     warnings = _lost(capture)
     if ends["rest"] > _TOLERATED and right != "rest":
         warnings.append(
-            f"{_percent(ends['rest'])} of the free runs from the data come to rest at a fixed point: "
+            f"{_percent(ends['rest'])} {whose} come to rest at a fixed point: "
             "the model does not keep the dynamics alive."
         )
     if ends["oscillation"] > _TOLERATED and right != "oscillation":
         warnings.append(
-            f"{_percent(ends['oscillation'])} of the free runs from the data end in a regular motion"
-            f"{_lengths(capture)}, while {rule}: a spurious attractor, or one not yet reached."
+            f"{_percent(ends['oscillation'])} {whose} end in a regular motion"
+            f"{_lengths(of_kept)}, while {rule}: a spurious attractor, or one not yet reached."
         )
     if ends["chaos"] > _TOLERATED and right != "chaos":
-        warnings.append(f"{_percent(ends['chaos'])} of the free runs from the data are chaotic, while {rule}.")
-    notes = [f"The free runs show {right}: {_percent(ends[right])} of them."] if ends[right] > 0.0 else []
+        warnings.append(f"{_percent(ends['chaos'])} {whose} are chaotic, while {rule}.")
+    runs = "free runs" if kept.all() else "free runs that are not lost"
+    notes = [f"The {runs} show {right}: {_percent(ends[right])} of them."] if ends[right] > 0.0 else []
     for finding in cycles:
         if finding.cycle.kind != "stable":
             continue

@@ -88,9 +88,9 @@ def test_lost_runs_are_those_that_end_otherwise_than_the_data(expected: str | No
     assert captured_share(ends, expected) == pytest.approx(share)
 
 
-def test_medians_and_deviations_are_over_the_seeds_with_a_value() -> None:
+def test_medians_and_deviations_are_over_the_seeds_that_did_not_fail() -> None:
     def row(value: float | None, failed: str = "") -> dict[str, Any]:
-        return {**dict.fromkeys(METRICS, None), "d_stsp": value, "failed": failed}
+        return {**dict.fromkeys(METRICS, None), "d_stsp": value, "alpha": 9.0 if failed else 0.5, "failed": failed}
 
     facts = summarise([row(1.0), row(2.0), row(9.0), row(4.0), row(None, "parameters"), row(math.nan, "diverged")])
     assert facts["seeds"] == 6
@@ -98,3 +98,6 @@ def test_medians_and_deviations_are_over_the_seeds_with_a_value() -> None:
     assert facts["d_stsp"] == 3.0
     assert facts["d_stsp_mad"] == 1.5
     assert (facts["pe"], facts["pe_mad"]) == (None, None)
+    assert (facts["alpha"], facts["alpha_mad"]) == (0.5, 0.0), "a failed seed has an alpha, but no part in the median"
+    lost = summarise([row(2.0, "no generated point lies in the range of the data")])
+    assert (lost["failed_share"], lost["d_stsp"], lost["alpha"]) == (1.0, None, None)

@@ -60,9 +60,18 @@ def test_a_place_is_named_in_the_units_of_the_data() -> None:
 def test_captured_and_lost_shares_are_named() -> None:
     states = np.concatenate([INSIDE[:160], np.full((40, 1), -0.1)])
     findings = examine(TENT, states, settings=SMALL)
-    assert "20 % of the free runs from the data come to rest" in text(findings)
     assert "20 % of the free runs from the data are lost" in text(findings)
     assert "takes 20 % of the free runs" in text(findings)
+    assert "come to rest" not in text(findings), "of a lost run it is said that it is lost"
+    assert findings.notes[0] == "The free runs that are not lost show chaos: 100 % of them."
+
+
+def test_where_all_runs_are_lost_nothing_else_is_said_of_them() -> None:
+    findings = examine(
+        PLAIN_TENT, INSIDE / 1e6, expected="oscillation", settings=SMALL
+    )  # chaos, a million times as far
+    assert findings.warnings[0] == ("100 % of the free runs from the data are lost: they end far outside its range.")
+    assert not any("chaotic" in said or "show" in said for said in (*findings.warnings, *findings.notes))
 
 
 def test_divergence_is_named() -> None:
