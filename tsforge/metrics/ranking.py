@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from tsforge.core.errors import DataError
 from tsforge.metrics.point import FloatArray
 from tsforge.metrics.significance import Significance
+
+_ROUNDING = 1e-6  # relative: the same forecasts summed in another order differ by less, forecasters by more
 
 
 def skill_score(loss: ArrayLike, baseline: ArrayLike) -> FloatArray:
@@ -24,13 +26,22 @@ def skill_score(loss: ArrayLike, baseline: ArrayLike) -> FloatArray:
         return np.asarray(np.where(theirs > 0, 1.0 - ours / theirs, np.nan))
 
 
+def better(ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.bool_]:
+    """Return where a loss is smaller than another by more than rounding; NaN is no better than anything."""
+    left, right = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(right - left > _ROUNDING * np.abs(right))
+
+
 def mean_ranks(losses: ArrayLike) -> FloatArray:
     """Return the mean rank of each column over the rows without missing losses; ties share their mean rank.
+
+    Losses that differ by less than a millionth are a tie: that is rounding, not skill.
 
     Shapes:
         losses [rows, models] -> [models]; NaN when no row is complete.
     """
-    table = _complete(losses)
+    table = _levels(_complete(losses))
     if not table.shape[0]:
         return np.full(table.shape[1], np.nan)
     return np.asarray(stats.rankdata(table, axis=1).mean(axis=0))
@@ -41,7 +52,7 @@ def friedman(losses: ArrayLike) -> Significance:
 
     Source: Demsar (2006), JMLR 7:1-30, section 3.2.2.
     """
-    table = _complete(losses)
+    table = _levels(_complete(losses))
     rows, models = table.shape
     ranks = stats.rankdata(table, axis=1)
     if models < 3 or rows < 2 or np.ptp(ranks, axis=1).max() == 0:
@@ -70,7 +81,7 @@ def leaderboard(losses: pl.DataFrame, models: Sequence[str], baseline: str) -> p
         baseline: the column skill is measured against.
 
     Returns:
-        ``model, mean_rank, mean_loss, skill`` (of mean losses), ``win_share`` (rows strictly better than the baseline),
+        ``model, mean_rank, mean_loss, skill`` (of mean losses), ``win_share`` (rows ``better`` than the baseline),
         ``count``.
 
     Raises:
@@ -92,7 +103,7 @@ def leaderboard(losses: pl.DataFrame, models: Sequence[str], baseline: str) -> p
             "mean_rank": float(ranks[column]),
             "mean_loss": float(means[column]),
             "skill": float(skill_score(means[column], base)),
-            "win_share": float((table[:, column] < reference).mean()) if len(table) else np.nan,
+            "win_share": float(better(table[:, column], reference).mean()) if len(table) else np.nan,
             "count": len(table),
         }
         for column, name in enumerate(models)
@@ -103,3 +114,14 @@ def leaderboard(losses: pl.DataFrame, models: Sequence[str], baseline: str) -> p
 def _complete(losses: ArrayLike) -> FloatArray:
     table = np.atleast_2d(np.asarray(losses, dtype=np.float64))
     return np.asarray(table[~np.isnan(table).any(axis=1)])
+
+
+def _levels(table: FloatArray) -> FloatArray:
+    """Return the place of each loss in its row, from 0; losses that differ by rounding only have the same."""
+    order = np.argsort(table, axis=1, kind="stable")
+    ordered = np.take_along_axis(table, order, axis=1)
+    steps = np.zeros(table.shape)
+    steps[:, 1:] = np.cumsum(better(ordered[:, :-1], ordered[:, 1:]), axis=1)
+    found = np.empty_like(steps)
+    np.put_along_axis(found, order, steps, axis=1)
+    return found

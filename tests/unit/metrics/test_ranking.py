@@ -11,6 +11,7 @@ from scipy import stats
 
 from tsforge.core.errors import DataError
 from tsforge.metrics.ranking import (
+    better,
     critical_difference,
     friedman,
     leaderboard,
@@ -28,6 +29,19 @@ def test_mean_ranks_share_ties_and_skip_incomplete_rows() -> None:
     losses = [[1.0, 2.0, 3.0], [5.0, 5.0, 1.0], [1.0, np.nan, 0.0]]
     assert mean_ranks(losses) == pytest.approx([(1 + 2.5) / 2, (2 + 2.5) / 2, (3 + 1) / 2])
     assert np.isnan(mean_ranks([[1.0, np.nan]])).all()
+
+
+def test_differences_by_rounding_are_ties() -> None:
+    exact = np.array([[1.0, 2.0, 0.5], [3.0, 3.0, 4.0], [0.1, 0.1, 0.1]])
+    noise = 1.0 + 1e-12 * np.random.default_rng(0).normal(size=exact.shape)
+    assert mean_ranks(exact * noise) == pytest.approx(mean_ranks(exact))
+    assert friedman(exact * noise).p_value == pytest.approx(friedman(exact).p_value)
+    naive = pl.Series("naive", [1.0, 2.0, 3.0, 4.0])
+    losses = pl.DataFrame({"same": naive * (1 - 1e-9), "ahead": naive * (1 - 1e-4), "naive": naive})
+    board = leaderboard(losses, ["same", "ahead", "naive"], "naive")
+    assert dict(board.select("model", "win_share").iter_rows()) == {"ahead": 1.0, "same": 0.0, "naive": 0.0}
+    assert dict(board.select("model", "mean_rank").iter_rows()) == {"ahead": 1.0, "same": 2.5, "naive": 2.5}
+    assert better([1.0, -2.0, np.nan, 0.0], [2.0, -1.0, 1.0, 0.0]).tolist() == [True, True, False, False]
 
 
 def test_critical_difference_equals_the_published_table() -> None:
