@@ -253,6 +253,7 @@ def test_every_table_has_the_baselines_and_a_report(workspace: Workspace, folder
     page = (result.path / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "http" not in page
+    assert "`" not in page
     assert json.loads((result.path / "summary.json").read_text())["rows"][0]["family"] == "plant"
     assert list(result.table["series"].unique(maintain_order=True)) == ["a", "b"]
 

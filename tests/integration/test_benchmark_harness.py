@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,14 @@ def test_unknown_columns_and_models_stop_before_anything_is_measured(workspace: 
     with pytest.raises(ConfigError, match="at least 1"):
         run(workspace, table, horizons=[0])
     assert not list(workspace.reports.rglob("*.json"))
+
+
+def test_the_same_data_by_two_names_stop_before_anything_is_measured(workspace: Workspace, table: Path) -> None:
+    copy = table.with_name("copy.parquet")
+    shutil.copy(table, copy)
+    with pytest.raises(ConfigError, match="unseen, copy hold the same values"):
+        run(workspace, table, datasets=[str(table), str(copy)])
+    assert not list(workspace.root.rglob("report.html"))
 
 
 def test_an_entry_for_another_known_set_is_left_out_and_said(workspace: Workspace, table: Path, caplog) -> None:

@@ -21,6 +21,7 @@ import torch
 from tsforge.app import benchmark_run
 from tsforge.app.benchmark import BenchmarkConfig, BenchmarkResult, benchmark
 from tsforge.app.benchmark_data import drift_steps, read_benchmark_data
+from tsforge.app.benchmark_html import document, name_text
 from tsforge.app.benchmark_peers import RUNNER, PeerHost, peer_forecasts
 from tsforge.app.benchmark_pool import Job, JobQueue, WorkerPool
 from tsforge.app.benchmark_report import NOT_BETTER
@@ -154,6 +155,20 @@ def test_known_sets_are_found_below_the_data_folder(tmp_path: Path, monkeypatch:
 def test_unknown_names_are_one_error_with_the_nearest(workspace: Workspace) -> None:
     with pytest.raises(ConfigError, match="did you mean 'ETTh1'"):
         run(workspace, "ETTh11")
+
+
+def test_names_of_files_are_text_in_both_reports(workspace: Workspace, tmp_path: Path) -> None:
+    folder = run(workspace, hourly(tmp_path / "na|me <b>x*.parquet"), baselines="naive").path
+    text, html = ((folder / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert text.startswith("# Benchmark: na\\|me \\<b\\>x\\*\n")
+    assert "over 1 pair of data set and horizon" in text
+    assert "<b>" not in text
+    assert "<b>" not in html
+
+
+def test_names_in_tables_break_between_their_parts_only() -> None:
+    assert name_text("linear:ridge=1 & <b>") == "linear:<wbr>ridge=<wbr>1 &amp; &lt;b&gt;"
+    assert "anywhere" not in document("t", [])
 
 
 def test_a_plot_keeps_names_as_text() -> None:

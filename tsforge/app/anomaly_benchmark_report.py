@@ -24,7 +24,8 @@ from tsforge.app.anomaly_benchmark_rules import (
     rule_records,
     shown_rules,
 )
-from tsforge.app.benchmark_html import anchor, document, table
+from tsforge.app.benchmark_html import anchor, document, name_text, table
+from tsforge.core.markdown import as_text
 from tsforge.metrics.significance import holm, wilcoxon
 
 FEWEST_SERIES = 10  # below, no claim of significance
@@ -180,7 +181,7 @@ def explanation(width: int) -> str:
     return (
         "One model a series, only test rows scored, one recipe for all families; nothing is chosen by test labels. "
         "Areas are means over series (deviation over seeds): AUC-PR is average precision, VUS-PR the variant tsb with "
-        f"W = {width} and exact thresholds, (ref.) with the 250 thresholds of its reference; `random` is the chance "
+        f"W = {width} and exact thresholds, (ref.) with the 250 thresholds of its reference; random is the chance "
         "level of each. '/ best baseline': ratios of both areas to the best baseline by that area; p: Wilcoxon over "
         f"series, corrected for the number of methods (Holm), given from {FEWEST_SERIES} series on. Events are of the "
         "deployed rule, pooled over series; delay: median rows from the start of a found event to its first alarm. "
@@ -218,9 +219,9 @@ def _markdown(
     said: str,
 ) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in about.items())
-    lines = [f"# {title}", "", facts + ".", "", said]
+    lines = [f"# {as_text(title)}", "", facts + ".", "", said]
     for family in measured.families:
-        lines += ["", f"## {family.name}", "", *[f"- {name}: {text}" for name, text in _facts(family)], ""]
+        lines += ["", f"## {as_text(family.name)}", "", *[f"- {name}: {text}" for name, text in _facts(family)], ""]
         own = [record for record in records if record["family"] == family.name]
         if not own:
             lines.append("Nothing was measured.")
@@ -232,10 +233,10 @@ def _markdown(
             for place, name in enumerate(_AREAS):
                 if record[name] is not None and record[name] == best[name]:
                     cells[place] = f"**{cells[place]}**"
-            lines.append(f"| {str(record['method']).replace('|', '/')} | {' | '.join(cells)} |")
+            lines.append(f"| {as_text(record['method'])} | {' | '.join(cells)} |")
         judged = shown_rules([item for item in rules if item["family"] == family.name], _ranked(own))
         if judged:
-            lines += ["", f"### {family.name}: further rules", "", RULES_NOTE, ""]
+            lines += ["", f"### {as_text(family.name)}: further rules", "", RULES_NOTE, ""]
             lines += [f"| {' | '.join(RULES_HEAD)} |", "|" + "---|" * len(RULES_HEAD)]
             lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in judged]
     lines += ["", "## Failures", ""]
@@ -274,7 +275,7 @@ def _page(
                     cells[place] = f'<span class="best">{cells[place]}</span>'
             tone = "good" if record["verdict"] == BEATS else "bad"
             cells[-1] = f'<span class="{tone}">{cells[-1]}</span>'
-            lines.append((str(record["role"]), [escape(str(record["method"])), *cells]))
+            lines.append((str(record["role"]), [name_text(str(record["method"])), *cells]))
         body.append(table(_HEAD, lines, last_is_text=True) if lines else "<p>Nothing was measured.</p>")
         judged = shown_rules([item for item in rules if item["family"] == family.name], _ranked(own))
         if judged:

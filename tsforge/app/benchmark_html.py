@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -43,9 +44,11 @@ h3{font-size:1.02rem;margin:1.4em 0 .3em}.soft,figcaption{color:var(--soft);font
 nav a{margin-right:.9em}a{color:var(--model)}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:.3em .65em;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
-th{background:var(--tint);color:var(--soft);font-weight:600}
+th{background:var(--tint);color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child,td.text,th.text{text-align:left}td.text{white-space:normal;min-width:11em}
-td:first-child{max-width:26em;white-space:normal;overflow-wrap:anywhere}
+th:first-child{position:sticky;left:0}
+td:first-child{position:sticky;left:0;background:var(--bg);min-width:11em;max-width:26em;white-space:normal;
+overflow-wrap:break-word}
 tr.baseline td:first-child{color:var(--baseline)}tr.peer td:first-child{color:var(--peer)}
 tr.model td:first-child{color:var(--model)}tr.published td{color:var(--soft);background:var(--tint)}
 .best{font-weight:700}.good{color:var(--good)}.bad{color:var(--bad)}
@@ -131,7 +134,7 @@ def _rank_row(rank: Rank) -> tuple[str, list[str]]:
     tone = "bad" if rank.verdict == NOT_BETTER else "good"
     pairs = str(rank.cells) if rank.complete else f"{rank.cells} (some only)"
     cells = [
-        escape(rank.name),
+        name_text(rank.name),
         number(rank.mean_rank, 2),
         f"{rank.firsts} / {rank.level}",
         pairs,
@@ -181,7 +184,7 @@ def _row(section: Section, line: Line, best: Sequence[float], last: str) -> tupl
     tone = "bad" if last == NOT_BETTER or line.failed else "good" if line.role in ("model", "peer") else ""
     ending = f'<span class="{tone}">{escape(last)}</span>'
     means = [number(line.mean)] if section.with_mean else []
-    return line.role, [escape(line.name), line.look_back, *cells, *means, number(line.seconds, 1), ending]
+    return line.role, [name_text(line.name), line.look_back, *cells, *means, number(line.seconds, 1), ending]
 
 
 def _ending(report: Report) -> str:
@@ -198,6 +201,11 @@ def _ending(report: Report) -> str:
     if notes:
         parts.append(f"<h3>Notes</h3><ul>{notes}</ul>")
     return "".join(parts)
+
+
+def name_text(name: str) -> str:
+    """Return a name as HTML that may be broken where its parts end, and nowhere else if it has room."""
+    return re.sub("[:=/]", r"\g<0><wbr>", escape(name))
 
 
 def table(head: Sequence[str], rows: Sequence[tuple[str, list[str]]], *, last_is_text: bool) -> str:

@@ -14,7 +14,7 @@ from tsforge.app.benchmark_sets import KnownSet, known_sets, locate, unknown_set
 from tsforge.app.catalog import list_datasets
 from tsforge.app.ingest import load_dataset
 from tsforge.core.config import validate
-from tsforge.core.errors import ConfigError
+from tsforge.core.errors import ConfigError, listing
 from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
 from tsforge.models.registry import MODELS
@@ -59,6 +59,10 @@ def prepare(config: BenchmarkConfig, workspace: Workspace) -> list[Prepared]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"datasets: {', '.join(twice)} names two data sets; rename a file or measure them apart")
+    contents = [item.data.fingerprint for item in found]  # by which rows are kept: one would take the place of another
+    alike = [name for name, content in zip(names, contents, strict=True) if contents.count(content) > 1]
+    if alike:
+        raise ConfigError(f"datasets: {listing(alike)} hold the same values; give each data set once")
     for entry in config.models:
         elsewhere = [name for name in entry.data or () if name not in names]
         strange = [name for name in elsewhere if name not in known_sets()]

@@ -23,7 +23,8 @@ from tsforge.app.benchmark_places import Entry, Place, places
 from tsforge.app.benchmark_plan import HIDDEN, RIDGE_IN, Prepared
 from tsforge.app.benchmark_sets import published_results
 from tsforge.artifact import collect_provenance
-from tsforge.metrics.ranking import critical_difference, friedman, mean_ranks
+from tsforge.core.markdown import as_text
+from tsforge.metrics.ranking import better, critical_difference, friedman, mean_ranks
 from tsforge.metrics.significance import holm, wilcoxon
 
 BEST = "best"
@@ -242,7 +243,8 @@ def rank_note(report: Report) -> str:
     if not report.num_cells:
         return "No data set and horizon has a result of every model: no ranks."
     lines = [
-        f"Mean ranks by MSE over {report.num_cells} pairs of data set and horizon (1 = best, seeds averaged first). "
+        f"Mean ranks by MSE over {report.num_cells} pair{'s' if report.num_cells != 1 else ''} of data set and horizon "
+        "(1 = best, seeds averaged first). "
         "Horizons of one data set are not independent, so the tests below are optimistic.",
     ]
     if report.skipped:
@@ -262,21 +264,29 @@ def rank_note(report: Report) -> str:
 def markdown(report: Report) -> str:
     """Return the report as markdown."""
     facts = ", ".join(f"{name} {value}" for name, value in report.environment.items())
-    lines = [f"# {report.title}", "", facts + ".", "", "Every test window, standardised units, MSE ± deviation over "]
-    lines[-1] += "seeds / MAE; the lowest measured MSE of a column is bold. Published numbers are for orientation only."
+    lines = [
+        f"# {as_text(report.title)}",
+        "",
+        facts + ".",
+        "",
+        "Every test window, standardised units, MSE ± deviation ",
+    ]
+    lines[-1] += (
+        "over seeds / MAE; the lowest measured MSE of a column is bold. Published numbers are for orientation only."
+    )
     lines += ["", "## Ranks", "", rank_note(report), ""]
     if report.ranks:
         lines += [f"| {' | '.join(RANK_HEAD)} |", "|" + "---|" * len(RANK_HEAD)]
         for rank in report.ranks:
             pairs = f"{rank.cells}{'' if rank.complete else ' (some only)'}"
             lines.append(
-                f"| {rank.name} | {number(rank.mean_rank, 2)} | {rank.firsts} / {rank.level} | {pairs} | "
+                f"| {as_text(rank.name)} | {number(rank.mean_rank, 2)} | {rank.firsts} / {rank.level} | {pairs} | "
                 f"{number(rank.ratio)} | {rank.wins} | {number(rank.p_value)} | {number(rank.seconds, 1)} | "
                 f"{rank.verdict} |"
             )
     lines += _markdown_places(report)
     for section in report.sections:
-        lines += ["", f"## {section.name}", "", *[f"- {name}: {text}" for name, text in section.facts], ""]
+        lines += ["", f"## {as_text(section.name)}", "", *[f"- {name}: {text}" for name, text in section.facts], ""]
         if section.left_out:
             lines += [left_out_text(section), ""]
         if not section.lines:
@@ -347,7 +357,7 @@ def left_out_text(section: Section) -> str:
 
 
 def _markdown_line(section: Section, line: Line, cells: Sequence[str], last: str) -> str:
-    name = line.name.replace("|", "\\|")
+    name = as_text(line.name)
     shown = [*cells, *([number(line.mean)] if section.with_mean else [])]
     return f"| {name} | {line.look_back} | {' | '.join(shown)} | {number(line.seconds, 1)} | {last} |"
 
@@ -453,7 +463,7 @@ def _ranking(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Rank], int, float,
         wins, p_value, ratio, verdict = 0, np.nan, np.nan, ""
         if ridge is not None and all(pair in losses[ridge] for pair in own):
             ours, theirs = table[:, names.index(name)], np.array([losses[ridge][pair] for pair in own])
-            wins, ratio = int((ours < theirs).sum()), float(np.exp(np.mean(np.log(ours / theirs))))
+            wins, ratio = int(better(ours, theirs).sum()), float(np.exp(np.mean(np.log(ours / theirs))))
             p_value = wilcoxon(ours, theirs).p_value if name != ridge and len(own) > 5 else np.nan
             if roles[name] != "baseline" and ridge in ranks:
                 verdict = "beats ridge+IN" if ranks[name] < ranks[ridge] else NOT_BETTER
