@@ -7,9 +7,21 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 import polars as pl
 
-from dashboards.style import ALARM, FORECAST, OBSERVED, colour_map, label, name_axis, names_across, style
+from dashboards.style import (
+    ALARM,
+    FORECAST,
+    OBSERVED,
+    bar_of,
+    label,
+    line_of,
+    name_axis,
+    names_across,
+    place_map,
+    style,
+)
 
 _MOST_SERIES = 15
+ROUNDING = 1e-6  # a skill of this size is none
 
 
 def leaderboard_chart(summary: pl.DataFrame, *, metric: str, name: str = "") -> go.Figure:
@@ -32,14 +44,14 @@ def leaderboard_chart(summary: pl.DataFrame, *, metric: str, name: str = "") -> 
 
 
 def error_by_step(
-    metrics: pl.DataFrame, *, metric: str, name: str = "", colours: Mapping[str, str] | None = None
+    metrics: pl.DataFrame, *, metric: str, name: str = "", places: Mapping[str, int] | None = None
 ) -> go.Figure:
     """Return one line per model over the forecast step; columns ``model, step`` and the metric (``name`` in words).
 
-    ``colours`` are those of the models where other charts of the report show them too.
+    ``places`` are those of the models (``place_map``) where other charts of the report show them too.
     """
     figure = go.Figure()
-    colours = colours or colour_map(metrics["model"])
+    places = places or place_map(metrics["model"])
     for model in metrics["model"].unique(maintain_order=True).to_list():
         part = metrics.filter(pl.col("model") == model).sort("step")
         figure.add_trace(
@@ -47,7 +59,7 @@ def error_by_step(
                 x=part["step"].to_list(),
                 y=part[metric].to_list(),
                 name=label(model, most=40),
-                line={"color": colours[model]},
+                line=line_of(places[model]),
             )
         )
     figure.update_xaxes(title_text="steps ahead")
@@ -55,14 +67,14 @@ def error_by_step(
 
 
 def regime_chart(
-    regimes: pl.DataFrame, *, metric: str, name: str = "", colours: Mapping[str, str] | None = None
+    regimes: pl.DataFrame, *, metric: str, name: str = "", places: Mapping[str, int] | None = None
 ) -> go.Figure:
-    """Return bars of a metric, one group a regime and one colour a model; columns ``model, regime`` and the metric.
+    """Return bars of a metric, one group a regime and one look a model; columns ``model, regime`` and the metric.
 
-    ``colours`` as in ``error_by_step``.
+    ``places`` as in ``error_by_step``.
     """
     figure = go.Figure()
-    colours = colours or colour_map(regimes["model"])
+    places = places or place_map(regimes["model"])
     for model in regimes["model"].unique(maintain_order=True).to_list():
         part = regimes.filter(pl.col("model") == model)
         figure.add_trace(
@@ -70,7 +82,7 @@ def regime_chart(
                 x=part["regime"].to_list(),
                 y=part[metric].to_list(),
                 name=label(model, most=40),
-                marker_color=colours[model],
+                marker=bar_of(places[model]),
                 hovertemplate="%{y:.4g}",
             )
         )
@@ -89,7 +101,7 @@ def skill_chart(worst: pl.DataFrame, *, skill: str, reference: str) -> go.Figure
             x=values,
             y=shown["series_id"].to_list(),
             orientation="h",
-            marker_color=[ALARM if value < 0 else OBSERVED for value in values],
+            marker_color=[ALARM if value < -ROUNDING else OBSERVED for value in values],
             texttemplate="%{x:.1%}",
             textposition="auto",
         )

@@ -20,15 +20,18 @@ from dashboards.style import (
     HISTORY,
     OBSERVED,
     add_line,
+    beside,
     extra_height,
     label,
     name_axis,
     names_across,
     panel_titles,
     style,
+    time_axis,
     value_axis,
 )
 
+MOST_ROWS = 40  # series of a heat map whose names do not overlap
 _ACROSS = 16  # columns of a table whose cells have room for a share
 
 
@@ -115,6 +118,7 @@ def _panels(lines: Mapping[str, tuple[pl.Series, pl.Series]]) -> go.Figure:
         line = {"color": CYCLE[(row - 1) % len(CYCLE)], "width": 1.5}
         add_line(figure, times, values, name=name, line=line, row=row, showlegend=False)
         figure.update_yaxes(**value_axis(values), row=row, col=1)
+        figure.update_xaxes(**time_axis(times), row=row, col=1)
     figure = style(figure, height=height)
     figure.update_layout(margin={"t": 30}, hovermode="x")
     figure.update_annotations(x=0, xanchor="left", font={"size": 13})
@@ -147,7 +151,7 @@ def anomaly_timeline(
         figure.add_vrect(
             x0=event["start"], x1=event["end"], fillcolor=ALARM_BAND, line={"color": ALARM, "width": 1.2}, layer="below"
         )
-    figure.update_yaxes(title_text=label(variate, most=40), **value_axis(*drawn), row=1, col=1)
+    figure.update_yaxes(title_text=beside(variate, height=330), **value_axis(*drawn), row=1, col=1)
     figure.update_yaxes(title_text=score_name, row=2, col=1)
     if scores.height and (scores["score"].max() or 0) > 50 * max(float(scores["score"].median() or 0), 1e-9):  # type: ignore[arg-type,operator]
         figure.update_yaxes(type="log", row=2, col=1)
@@ -168,6 +172,15 @@ def attribution_chart(variates: Sequence[Mapping[str, Any]]) -> go.Figure:
     figure.update_xaxes(title_text="standard deviations")
     figure.update_yaxes(**name_axis([item["variate"] for item in ranked]))
     return style(figure, height=130 + 28 * len(ranked), title="Which variates are strange")
+
+
+def with_gaps(report: pl.DataFrame, most: int = MOST_ROWS) -> pl.DataFrame:
+    """Return the rows of the series that ``null_share_chart`` has room for: all, or those that lack most, in order."""
+    if report["series_id"].n_unique() <= most:
+        return report
+    lacking = report.group_by("series_id", maintain_order=True).agg(pl.col("null_share").max())
+    lacking = lacking.filter(pl.col("null_share") > 0).sort("null_share", descending=True, maintain_order=True)
+    return report.filter(pl.col("series_id").is_in(lacking["series_id"].head(most).implode()))
 
 
 def null_share_chart(report: pl.DataFrame) -> go.Figure:

@@ -10,7 +10,19 @@ import plotly.graph_objects as go
 import polars as pl
 from plotly.subplots import make_subplots
 
-from dashboards.style import ACCENT, ALARM, CYCLE, FORECAST, HISTORY, OBSERVED, label, panel_titles, style
+from dashboards.style import (
+    ACCENT,
+    ALARM,
+    FORECAST,
+    HISTORY,
+    OBSERVED,
+    bar_of,
+    beside,
+    label,
+    line_of,
+    panel_titles,
+    style,
+)
 
 _SERIES = (("data", "data", HISTORY), ("free_run", "free run", FORECAST))
 # both plotly's flat and its 3-D markers know these symbols
@@ -31,6 +43,8 @@ def phase_chart(trajectory: pl.DataFrame, cycles: pl.DataFrame, *, variates: Seq
     axes = ("step", variates[0]) if len(variates) == 1 else tuple(variates)
     for kind, name, colour in _SERIES:
         part = trajectory.filter(pl.col("kind") == kind)
+        if not _is_drawable(part, axes):  # the free run of a failed seed
+            continue
         line = {"color": colour, "width": 1 if flat else 2}
         figure.add_trace(_points(part, axes, mode="lines", name=name, line=line, opacity=0.75))
     if len(variates) > 1:
@@ -49,12 +63,20 @@ def phase_chart(trajectory: pl.DataFrame, cycles: pl.DataFrame, *, variates: Seq
                 "line": {"color": "white", "width": 1},
             }
             figure.add_trace(
-                _points(part, axes, mode="markers", name=kind, marker=marker, text=text, hovertemplate="%{text}")
+                _points(
+                    part,
+                    axes,
+                    mode="markers",
+                    name=_kind_name(kind, part),
+                    marker=marker,
+                    text=text,
+                    hovertemplate="%{text}",
+                )
             )
     _style(figure, height=560)
     if flat:
         figure.update_xaxes(title_text=label(axes[0], most=60))
-        figure.update_yaxes(title_text=label(axes[1], most=60))
+        figure.update_yaxes(title_text=beside(axes[1], height=560))
     else:
         titles = {
             f"{axis}axis": {"title": {"text": label(name, most=22)}} for axis, name in zip("xyz", axes, strict=True)
@@ -68,6 +90,18 @@ def phase_chart(trajectory: pl.DataFrame, cycles: pl.DataFrame, *, variates: Seq
 
 def _name(period: int) -> str:
     return "fixed point" if period == 1 else f"cycle of {period} steps"
+
+
+def _kind_name(kind: str, cycles: pl.DataFrame) -> str:
+    points = cycles["period"] == 1
+    what = "fixed point" if points.all() else "fixed point or cycle" if points.any() else "cycle"
+    return f"{kind} {what}"
+
+
+def _is_drawable(table: pl.DataFrame, axes: Sequence[str]) -> bool:
+    """Return whether a row has a place on all axes."""
+    finite = [pl.col(name).cast(pl.Float64).is_finite().fill_null(value=False) for name in axes]
+    return not table.filter(*finite).is_empty()
 
 
 def _points(table: pl.DataFrame, axes: Sequence[str], **style: Any) -> go.Scatter | go.Scatter3d:
@@ -98,22 +132,30 @@ def spectra_chart(spectra: pl.DataFrame, *, variates: Sequence[str]) -> go.Figur
         subplot_titles=panel_titles(variates),
         vertical_spacing=34 / height,
     )
+    named: set[str] = set()
     for row, variate in enumerate(variates, start=1):
         part = spectra.filter(pl.col("variate") == variate)
         for kind, name, colour in _SERIES:
             power = [value if value else None for value in _gaps(part[kind])]  # no logarithm of nothing
+            if not any(power):
+                continue
             figure.add_trace(
                 go.Scatter(
-                    x=part["frequency"].to_list(), y=power, name=name, line={"color": colour}, showlegend=row == 1
+                    x=part["frequency"].to_list(),
+                    y=power,
+                    name=name,
+                    line={"color": colour},
+                    showlegend=name not in named,
                 ),
                 row=row,
                 col=1,
             )
+            named.add(name)
         least = min((value for value in _gaps(part["data"]) if value), default=None)
         if least is not None:  # a free run at rest has rounding errors only: they would flatten the data
             figure.update_yaxes(range=[math.log10(least) - 2, 0.3], row=row, col=1)
-    figure.update_yaxes(type="log", exponentformat="power")
-    figure.update_xaxes(title_text="frequency", row=max(len(variates), 1), col=1)
+    figure.update_yaxes(type="log", exponentformat="power", title_text="share of power")
+    figure.update_xaxes(title_text="frequency (cycles per unit of time)", row=max(len(variates), 1), col=1)
     _style(figure, height=height)
     figure.update_layout(hovermode="x", margin={"t": 50})
     figure.update_annotations(x=0, xanchor="left", font={"size": 13})
@@ -134,7 +176,7 @@ def lyapunov_chart(seeds: Sequence[Mapping[str, Any]]) -> go.Figure:
                 x=list(range(1, len(spectrum) + 1)),
                 y=list(spectrum),
                 name=f"seed {row['seed']}",
-                marker_color=CYCLE[index % len(CYCLE)],
+                marker=bar_of(index),
             )
         )
     _style(figure, height=360)
@@ -166,7 +208,7 @@ def trace_chart(traces: pl.DataFrame, *, figure_of: str, title: str, logarithmic
                 x=part["epoch"].to_list(),
                 y=_gaps(part[figure_of]),
                 name=f"seed {seed}",
-                line={"color": CYCLE[index % len(CYCLE)], "width": 1.5},
+                line=line_of(index, width=1.5),
             )
         )
     _style(figure, height=360)

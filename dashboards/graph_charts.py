@@ -10,12 +10,13 @@ import polars as pl
 
 from dashboards.style import (
     ALARM,
-    CYCLE,
     FORECAST,
     GRID,
     HISTORY,
+    bar_of,
     extra_height,
     label,
+    line_of,
     name_axis,
     names_across,
     short_name,
@@ -162,7 +163,7 @@ def epochs_chart(weights: pl.DataFrame, *, most: int = 8) -> go.Figure:
             y=part["value"],
             name=label(f"{short_name(cell['row'])} from {'itself' if own else short_name(cell['column'])}"),
             mode="lines+markers",
-            line={"color": CYCLE[number % len(CYCLE)], "width": 2},
+            line=line_of(number, width=2),
             marker={"size": 4},
         )
     figure = style(figure, height=320, y_title="weight")
@@ -181,7 +182,7 @@ def contributions_chart(contributions: pl.DataFrame, *, variate: str) -> go.Figu
     for number, source in enumerate(contributions["source"].unique(maintain_order=True)):
         part = contributions.filter(pl.col("source") == source)
         name = label(f"{short_name(str(source))} (itself)" if source == variate else short_name(str(source)))
-        figure.add_bar(x=part["time"], y=part["value"], name=name, marker_color=CYCLE[number % len(CYCLE)])
+        figure.add_bar(x=part["time"], y=part["value"], name=name, marker=bar_of(number))
     total = contributions.group_by("time", maintain_order=True).agg(pl.col("value").sum())
     figure.add_scatter(
         x=total["time"], y=total["value"], name="network, whole", mode="lines", line={"color": HISTORY, "width": 2}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tsforge.app.explain import Attribution, Importance
 
 MINUTE = "%Y-%m-%d %H:%M"
+_LEAST_SHARE = 5e-5  # percentages have two decimals
 
 
 def workspace() -> Workspace:
@@ -42,6 +43,15 @@ def page(title: str, draw: Callable[[Workspace], None], *, lead: str = "") -> No
     address.end(title)
 
 
+def section(title: str, draw: Callable[[Workspace], None]) -> None:
+    """Draw a part of a page that asks a store of its own: where that fails, the other parts stay."""
+    st.subheader(title)
+    try:
+        draw(workspace())
+    except TsforgeError as error:
+        st.error(f"**{title} cannot be shown.** {plain(error)}", icon=":material/error:")
+
+
 def choose(
     label: str,
     options: Sequence[str],
@@ -50,6 +60,7 @@ def choose(
     names: Mapping[str, str] | None = None,
     where: Any = st,
     damaged: Container[str] = (),
+    lasting: bool = False,
 ) -> str:
     """Return the chosen option of a select box; the choice is part of the URL, so that it can be sent as a link.
 
@@ -60,10 +71,16 @@ def choose(
         names: shown text per option.
         where: the column or container to draw in.
         damaged: values that were left out of the options for that reason.
+        lasting: options are stored results, which no other choice takes away: one that was shown until now and is gone
+            was removed, and that is said.
     """
     wanted, state, shown = address.get(key), f"choice-{key}", dict(names or {})
-    if wanted and wanted not in options and address.is_news():
-        warn_of_link(label.lower(), wanted, where=where, why="is damaged" if wanted in damaged else "is not here")
+    if wanted and wanted not in options:
+        if address.is_news():
+            warn_of_link(label.lower(), wanted, where=where, why="is damaged" if wanted in damaged else "is not here")
+        elif lasting:
+            why = "was damaged" if wanted in damaged else "was removed"
+            where.warning(f"The {label.lower()} '{plain(wanted)}', shown until now, {why}; showing another one.")
     first = wanted if wanted in options else options[0]
     address.adopt(state, first, valid=st.session_state.get(state) in options)
     value: str = where.selectbox(label, options, format_func=lambda item: shown.get(item, item), key=state)
@@ -138,6 +155,8 @@ def table(
             frame = frame.with_columns(pl.col(name).map_elements(catalog.in_words, return_dtype=pl.String))
             config[name] = heading
         elif name in percentages:
+            tiny = pl.col(name).abs() < _LEAST_SHARE
+            frame = frame.with_columns(pl.when(tiny).then(0.0).otherwise(name).alias(name))  # no "-0 %"
             config[name] = st.column_config.NumberColumn(heading, format="percent")
         elif name in integers:
             config[name] = st.column_config.NumberColumn(heading, format="localized")
@@ -155,15 +174,27 @@ def moment(value: object) -> str:
     return value.strftime(MINUTE) if isinstance(value, datetime) else str(value)
 
 
-def series_table(name: str, series: str) -> pl.DataFrame:
-    """Return the stored rows of one series; cached until the data set changes."""
+def series_table(name: str, series: str, *, artifact: str | None = None) -> pl.DataFrame:
+    """Return the rows of one series, stored or a sum (as a model was fitted); cached until the data set changes."""
     home = workspace()
-    return _series_table(str(home.root), name, series, catalog.dataset_version(home, name))
+    return _series_table(str(home.root), name, series, artifact, catalog.dataset_version(home, name))
 
 
 @st.cache_data(show_spinner="Reading the store ...", max_entries=32)
-def _series_table(root: str, name: str, series: str, version: str) -> pl.DataFrame:
-    return catalog.read_series(Workspace.open(root), name, series)
+def _series_table(root: str, name: str, series: str, artifact: str | None, version: str) -> pl.DataFrame:
+    return catalog.read_series(Workspace.open(root), name, series, artifact=artifact)
+
+
+def made_series(name: str) -> list[str]:
+    """Return the sums of a data set that are made when it is read; cached until it changes."""
+    home = workspace()
+    found: list[str] = _made_series(str(home.root), name, catalog.dataset_version(home, name))
+    return found
+
+
+@st.cache_data(show_spinner="Reading the store ...", max_entries=8)
+def _made_series(root: str, name: str, version: str) -> list[str]:
+    return catalog.made_series(Workspace.open(root), name)
 
 
 def data_report(name: str) -> pl.DataFrame:

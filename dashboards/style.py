@@ -7,6 +7,7 @@ own colours apply to text and background. A gap in the data is a gap in the line
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import plotly.graph_objects as go
@@ -20,10 +21,14 @@ ALARM = "#d5533b"
 ALARM_BAND = "rgba(213,83,59,0.2)"
 ACCENT = "#e0912f"
 CYCLE = ("#2f7fd1", "#e0912f", "#2e9e6b", "#a065bd", "#d5533b", "#7a8896", "#b8912f", "#2fa3ac")
+_DASHES = ("solid", "dash", "dot", "dashdot")  # where the colours begin anew
+_PATTERNS = ("", "/", "x", ".")
 GRID = "rgba(128,140,152,0.22)"
 OWN = "#b4bcc4"
+_AROUND_ONE = timedelta(hours=12)  # a library left to itself shows milliseconds
 _SMALL = 0.01  # below it ticks are powers of ten: nobody reads -200\u00b5
-_PANEL_NAME = 70  # characters of a name above a panel or beside an axis
+_PANEL_NAME = 70  # characters of a name above a panel
+_BESIDE = 9  # pixels of an upright axis that a character of its title takes
 
 
 def style(figure: go.Figure, *, height: int = 380, title: str = "", y_title: str = "") -> go.Figure:
@@ -42,7 +47,7 @@ def style(figure: go.Figure, *, height: int = 380, title: str = "", y_title: str
     figure.update_xaxes(gridcolor=GRID, zeroline=False, automargin=True)
     figure.update_yaxes(gridcolor=GRID, zeroline=False, automargin=True)
     if y_title:
-        figure.update_yaxes(title_text=label(y_title, most=_PANEL_NAME), selector=0)
+        figure.update_yaxes(title_text=beside(y_title, height=height), selector=0)
     return figure
 
 
@@ -64,6 +69,11 @@ def label(name: object, *, most: int | None = None) -> str:
     """Return text for a figure, which takes tags for markup; shortened to ``most`` characters before it is escaped."""
     text = str(name) if most is None else short_name(str(name), most)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def beside(name: object, *, height: int) -> str:
+    """Return a name as the title of an upright axis, which cuts what is longer than the chart is high."""
+    return label(name, most=max((height - 80) // _BESIDE, 12))
 
 
 def panel_titles(names: Iterable[object]) -> list[str]:
@@ -103,6 +113,15 @@ def value_axis(*values: pl.Series) -> dict[str, Any]:
     return settings
 
 
+def time_axis(times: pl.Series) -> dict[str, Any]:
+    """Return settings of an axis over these times: a single one has room around it, and its own label."""
+    only = times.drop_nulls().unique()
+    if only.len() != 1 or not isinstance(only.dtype, pl.Datetime):
+        return {}
+    moment = only[0]
+    return {"range": [moment - _AROUND_ONE, moment + _AROUND_ONE], "tickvals": [moment]}
+
+
 def add_line(
     figure: go.Figure,
     times: pl.Series,
@@ -135,6 +154,17 @@ def add_line(
         figure.add_trace(go.Scatter(x=x, y=y, mode="markers", marker=marker, **dots), **place)
 
 
-def colour_map(names: Iterable[str]) -> dict[str, str]:
-    """Return one colour a name, in the order they come; charts of one page share it."""
-    return {name: CYCLE[place % len(CYCLE)] for place, name in enumerate(dict.fromkeys(names))}
+def place_map(names: Iterable[str]) -> dict[str, int]:
+    """Return the place of each name in the order they come, by which ``line_of`` and ``bar_of`` tell them apart."""
+    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+
+
+def line_of(place: int, **more: Any) -> dict[str, Any]:
+    """Return the line of the name at a place: its colour, from the ninth on dashed too, and ``more`` of the line."""
+    return {"color": CYCLE[place % len(CYCLE)], "dash": _DASHES[place // len(CYCLE) % len(_DASHES)], **more}
+
+
+def bar_of(place: int) -> dict[str, Any]:
+    """Return the marker of the bars of the name at a place: its colour, from the ninth on with a pattern."""
+    pattern = _PATTERNS[place // len(CYCLE) % len(_PATTERNS)]
+    return {"color": CYCLE[place % len(CYCLE)], "pattern": {"shape": pattern, "solidity": 0.4}}

@@ -20,6 +20,7 @@ from dashboards.style import (
     HISTORY,
     add_line,
     label,
+    line_of,
     name_axis,
     panel_titles,
     short_names,
@@ -184,7 +185,7 @@ def health_chart(history: pl.DataFrame, *, bound: float, shown: int = 8) -> go.F
                 x=part["time"].to_list(),
                 y=part[name].to_list(),
                 name=label(short),
-                line={"color": CYCLE[index % len(CYCLE)], "width": 1.8},
+                line=line_of(index, width=1.8),
             )
         )
     if name == "ratio":

@@ -69,7 +69,7 @@ def _draw(workspace: Workspace) -> None:
         ),
     )
     left, right = st.columns([2, 1])
-    chosen = choose("Detection", list(names), "detection", names=names, where=left, damaged=damaged)
+    chosen = choose("Detection", list(names), "detection", names=names, where=left, damaged=damaged, lasting=True)
     record = next(item for item in detections if item["id"] == chosen)
     report = detection(record)
     series = _choose_series(report, right)
@@ -154,7 +154,7 @@ def _one_event(event: dict[str, Any]) -> None:
         "threshold": f"{event['threshold']:.4g}" if event["threshold"] is not None else "none",
         "p-value": f"{event['p_value']:.2g}" if event["p_value"] is not None else "none",
         "rows": str(event.get("length") or ""),
-        "state": "still going on at the end of the data" if event["state"] == "open" else "over",
+        "state": "open: still going on at the end of the data" if event["state"] == "open" else "closed",
     }
     with right:
         st.markdown(f"**Event of {_span(event)}**")

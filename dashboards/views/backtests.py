@@ -7,7 +7,7 @@ import streamlit as st
 
 from dashboards import backtest_charts, quality_charts
 from dashboards.state import MINUTE, backtest, choose, empty, labels, left_out, page, table
-from dashboards.style import colour_map
+from dashboards.style import place_map
 from dashboards.text import plain
 from tsforge.app import catalog_results
 from tsforge.app.catalog_results import StoredBacktest
@@ -58,7 +58,7 @@ def _draw(workspace: Workspace) -> None:
         return
     names = labels(backtests, lambda item: f"{item['dataset']}, {item['model']}, {item['created']:{MINUTE}}")
     left, right = st.columns([2, 1])
-    chosen = choose("Backtest", list(names), "backtest", names=names, where=left, damaged=damaged)
+    chosen = choose("Backtest", list(names), "backtest", names=names, where=left, damaged=damaged, lasting=True)
     report = backtest(chosen)
     metric_names = {name: _metric_name(name) for name in report.metrics}
     metric = choose("Metric", list(report.metrics), "metric", names=metric_names, where=right)
@@ -70,7 +70,7 @@ def _draw(workspace: Workspace) -> None:
         key="leaderboard",
     )
     steps = backtest_charts.error_by_step(
-        report.by_step, metric=metric, name=metric_names[metric], colours=_colours(report)
+        report.by_step, metric=metric, name=metric_names[metric], places=_places(report)
     )
     right.plotly_chart(steps, width="stretch", key="by-step")
     st.subheader("All metrics")
@@ -95,8 +95,8 @@ def _draw(workspace: Workspace) -> None:
         st.json(report.metadata, expanded=1)
 
 
-def _colours(report: StoredBacktest) -> dict[str, str]:
-    return colour_map(report.summary["model"])
+def _places(report: StoredBacktest) -> dict[str, int]:
+    return place_map(report.summary["model"])
 
 
 def _metric_name(name: str) -> str:
@@ -176,7 +176,7 @@ def _by_regime(report: StoredBacktest, metric: str) -> None:
         return
     kind = choose("Regime", kinds, "regime")
     rows = report.regimes.filter(pl.col("kind") == kind)
-    figure = backtest_charts.regime_chart(rows, metric=metric, name=_metric_name(metric), colours=_colours(report))
+    figure = backtest_charts.regime_chart(rows, metric=metric, name=_metric_name(metric), places=_places(report))
     st.plotly_chart(figure, width="stretch", key="by-regime")
     wide = rows.pivot(on="model", index="regime", values=metric, maintain_order=True)
     cells = rows.filter(pl.col("model") == report.metadata["model"]).select("regime", "count")
@@ -193,7 +193,7 @@ def _worst_series(report: StoredBacktest, metric: str) -> None:
         why = "it is the reference itself" if model == reference else f"{reference} makes no error here"
         st.info(f"{plain(model)} has no skill to order series by: {plain(why)}.")
     else:
-        lost = int((worst[skill] < 0).sum())
+        lost = int((worst[skill] < -backtest_charts.ROUNDING).sum())
         st.caption(f"{plain(model)} is worse than {plain(reference)} on {lost} of {worst.height} series.")
         figure = backtest_charts.skill_chart(worst, skill=skill, reference=reference)
         st.plotly_chart(figure, width="stretch", key="worst-series")

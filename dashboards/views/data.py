@@ -8,9 +8,10 @@ import polars as pl
 import streamlit as st
 
 from dashboards import charts
-from dashboards.state import choose, data_report, empty, page, series_table, table
+from dashboards.state import choose, data_report, empty, made_series, page, series_table, table
 from dashboards.text import plain
 from tsforge.app import catalog
+from tsforge.core.errors import DataError
 from tsforge.core.workspace import Workspace
 
 _REPORT = {
@@ -55,12 +56,20 @@ def _draw(workspace: Workspace) -> None:
         empty("data", "tsforge ingest data=nyc_weather")
         return
     left, right = st.columns([2, 1])
-    name = choose("Data set", datasets, "dataset", where=left)
+    name = choose("Data set", datasets, "dataset", where=left, lasting=True)
     report = data_report(name)
-    series = choose("Series", report["series_id"].unique(maintain_order=True).to_list(), "series", where=right)
+    stored = report["series_id"].unique(maintain_order=True).to_list()
+    try:
+        made = made_series(name)
+    except DataError as error:  # the stored rows are all the more worth a look then
+        made = []
+        st.warning(f"Sums cannot be made. {plain(error)}", icon=":material/error:")
+    series = choose("Series", [*stored, *made], "series", where=right)
     st.subheader("Missing cells")
-    st.plotly_chart(charts.null_share_chart(report), width="stretch", key="missing")
+    _missing(report, len(stored))
     st.subheader(f"Values of {plain(series)}")
+    if series in made:
+        st.caption("An aggregate of other series, made when the data is read; the report holds what is stored.")
     rows = series_table(name, series)
     columns = [column for column in rows.columns if column not in ("series_id", "time")]
     chosen = st.multiselect("Columns", columns, default=columns[:3], key=f"columns-{name}")
@@ -81,6 +90,18 @@ def _draw(workspace: Workspace) -> None:
     errors = [json.loads(reasons).get("error") for reasons in batches["reasons"]]
     batches = batches.with_columns(pl.Series("error", errors, dtype=pl.String))
     table(batches, _BATCHES, integers=tuple(column for column in _BATCHES if column.startswith("rows_")))
+
+
+def _missing(report: pl.DataFrame, series: int) -> None:
+    """Draw missing cells, of many series only those that lack most."""
+    drawn = charts.with_gaps(report)
+    count = drawn["series_id"].n_unique()
+    if count:
+        st.plotly_chart(charts.null_share_chart(drawn), width="stretch", key="missing")
+    if count < series:
+        lacking = report.filter(pl.col("null_share") > 0)["series_id"].n_unique()
+        told = f"{lacking} of {series} series lack cells" if lacking else f"None of the {series} series lacks a cell"
+        st.caption(told + (f"; the {count} that lack most are drawn." if count < lacking else "."))
 
 
 def thinned(rows: pl.DataFrame, limit: int = 20_000) -> pl.DataFrame:

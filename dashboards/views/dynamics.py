@@ -61,7 +61,9 @@ def _draw(workspace: Workspace) -> None:
         return
     names = labels(found, lambda item: f"{item['name']}, {item['seeds']} seed(s), {item['created']:{MINUTE}}")
     left, right = st.columns([2, 1])
-    chosen = choose("Reconstruction", list(names), "reconstruction", names=names, where=left, damaged=damaged)
+    chosen = choose(
+        "Reconstruction", list(names), "reconstruction", names=names, where=left, damaged=damaged, lasting=True
+    )
     report = catalog_dynamics.load_reconstruction(workspace, chosen)
     usable = sorted(report.seeds, key=seed_rank)
     seed = int(choose("Seed (best first)", [str(row["seed"]) for row in usable], "seed", where=right))
@@ -79,8 +81,8 @@ def _draw(workspace: Workspace) -> None:
     validated = any(row.get("validation") for row in report.seeds)
     table(_rows(report), {**_SEEDS, **(_VALIDATED if validated else {})})
     st.caption(
-        "MAD: median absolute deviation, over the seeds with a value. Captured: share of free runs that "
-        f"{_captured(report)}. A good PE says little about the long run."
+        "Median and MAD (median absolute deviation) are over the seeds that did not fail. Captured: share of free runs "
+        f"that {_captured(report)}. A good PE says little about the long run."
     )
     _training(workspace, report)
     with st.expander("How this was measured"):
@@ -186,7 +188,10 @@ def _rows(report: StoredReconstruction) -> list[dict[str, Any]]:
 def _training(workspace: Workspace, report: StoredReconstruction) -> None:
     left, right = st.columns(2)
     left.subheader("Lyapunov spectra")
-    left.plotly_chart(charts.lyapunov_chart(report.seeds), width="stretch", key="lyapunov")
+    if any(row["lyapunov_spectrum"] for row in report.seeds):
+        left.plotly_chart(charts.lyapunov_chart(report.seeds), width="stretch", key="lyapunov")
+    else:
+        left.caption("No seed has exponents: all failed before, or the map is a deep one.")
     right.subheader("Training")
     try:
         traces = catalog_dynamics.load_traces(workspace, report.id, [row["seed"] for row in report.seeds])

@@ -41,7 +41,7 @@ def _draw(workspace: Workspace) -> None:
         return
     columns = st.columns([2, 1, 1])
     names = labels(artifacts, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
-    artifact = choose("Model", list(names), "artifact", names=names, where=columns[0], damaged=damaged)
+    artifact = choose("Model", list(names), "artifact", names=names, where=columns[0], damaged=damaged, lasting=True)
     facts = catalog.artifact_facts(workspace, artifact)
     shown = choose_forecast(facts, columns[1:])
     if shown is not None:

@@ -69,7 +69,7 @@ def _draw(workspace: Workspace) -> None:
         return
     columns = st.columns([1.2, 2, 1, 1])
     sources = [name for name, found in ((LIVE, artifacts), (PUBLISHED, published)) if found]
-    source = choose("Source", sources, "source", names=_SOURCES, where=columns[0])
+    source = choose("Source", sources, "source", names=_SOURCES, where=columns[0], lasting=True)
     if source == LIVE:
         shown = _live(workspace, artifacts, damaged, columns[1:])
     else:
@@ -90,7 +90,7 @@ def _live(
 ) -> Shown | None:
     """Return the forecast of a chosen model from a chosen cutoff, None when the series is too short."""
     names = labels(artifacts, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
-    artifact = choose("Model", list(names), "artifact", names=names, where=where[0], damaged=damaged)
+    artifact = choose("Model", list(names), "artifact", names=names, where=where[0], damaged=damaged, lasting=True)
     facts = catalog.artifact_facts(workspace, artifact)
     shown = choose_forecast(facts, where[1:])
     if shown is None or not facts["paths"] or not flag("Sample paths", "paths"):
@@ -110,7 +110,7 @@ def choose_forecast(facts: dict[str, Any], where: list[Any]) -> Shown | None:
     artifact = facts["id"]
     series = choose("Series", facts["series"], "series", where=where[0])
     variate = choose("Variate", facts["variates"], "variate", where=where[1])
-    rows = series_table(facts["dataset"], series)
+    rows = series_table(facts["dataset"], series, artifact=artifact)
     times = _cutoffs(rows, facts, variate)
     if times.is_empty():
         seen = rows[variate].count() if variate in rows.columns else 0
@@ -138,7 +138,7 @@ def _published(workspace: Workspace, published: list[dict[str, Any]], where: lis
     """Return the chosen published forecast."""
     names = labels(published, lambda item: f"{item['source'].removeprefix('batch ')} ({item['model']})")
     records = {item["id"]: item for item in published}
-    batch = choose("Batch", list(records), "batch", names=names, where=where[0])
+    batch = choose("Batch", list(records), "batch", names=names, where=where[0], lasting=True)
     found = catalog_results.load_forecast(workspace, batch)
     series = choose("Series", found["series_id"].unique(maintain_order=True).to_list(), "series", where=where[1])
     variate = choose("Variate", found["variate"].unique(maintain_order=True).to_list(), "variate", where=where[2])

@@ -37,7 +37,7 @@ def _draw(workspace: Workspace) -> None:
     names = labels(found, lambda item: f"{item['model']} on {item['dataset']}, {item['created']:{MINUTE}}")
     left, right = st.columns([2, 1])
     damaged = catalog.damaged_artifacts(workspace)
-    artifact = choose("Model", list(names), "artifact", names=names, where=left, damaged=damaged)
+    artifact = choose("Model", list(names), "artifact", names=names, where=left, damaged=damaged, lasting=True)
     layer = choose("Layer", list(_LAYERS), "layer", names=_LAYERS, where=right)
     st.warning(
         "Weights are not causes. They are determined only up to scale and sign, which the other layers take up, and a "

@@ -77,7 +77,7 @@ def _chosen_events(datasets: list[dict[str, Any]], version: str, where: Any) -> 
     names = {item["dataset"]: f"{item['dataset']} ({item['events']})" for item in datasets}
     if len(names) > 1 and len({item["has_integer_time"] for item in datasets}) == 1:
         names = {_EVERYTHING: f"All data sets ({sum(item['events'] for item in datasets)})", **names}
-    name = choose("Data set", list(names), "dataset", names=names, where=where)
+    name = choose("Data set", list(names), "dataset", names=names, where=where, lasting=True)
     return stored_events(None if name == _EVERYTHING else name, version)
 
 
@@ -193,9 +193,14 @@ def _plain(times: pl.Series) -> pl.Series:
 
 
 def _lasted(row: dict[str, Any]) -> str:
-    span = row["end"] - row["start"]
-    text = in_words(span) if isinstance(span, timedelta) else f"{span + 1} rows"
-    text = text if span else "1 row"
+    span, rows = row["end"] - row["start"], row["length"]
+    if rows is None and not isinstance(span, timedelta):
+        rows = span + 1
+    elif rows is None and not span:
+        rows = 1
+    counted = "" if rows is None else f"{rows} row{'s' if rows != 1 else ''}"
+    lasted = in_words(span) if isinstance(span, timedelta) and span else ""
+    text = ", ".join(filter(None, (counted, lasted)))
     return f"{text}, going on" if row["state"] == "open" else text
 
 

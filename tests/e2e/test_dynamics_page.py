@@ -305,6 +305,7 @@ def test_names_do_not_lead_out_of_the_folder(filled: Path) -> None:
 
 def trajectory() -> pl.DataFrame:
     rows = [("data", 0, 1.0, 2.0, 3.0), ("data", 1, 2.0, 3.0, 4.0), ("free_run", 0, 1.0, float("nan"), 3.0)]
+    rows.append(("free_run", 1, 5.0, 5.0, 5.0))
     return pl.DataFrame(rows, schema=["kind", "step", "x", "y", "z"], orient="row")
 
 
@@ -322,15 +323,35 @@ def found() -> pl.DataFrame:
 def test_phase_chart_shows_both_series_and_the_stability(variates: list[str]) -> None:
     figure = charts.phase_chart(trajectory(), found(), variates=variates)
     traces = {trace.name: trace for trace in figure.data}
-    assert list(traces) == ["data", "free run", "stable", "saddle", "unstable"]
+    names = ["stable fixed point", "saddle fixed point", "unstable cycle"]
+    assert list(traces) == ["data", "free run", *names]
     assert {trace.type for trace in figure.data} == {"scatter" if len(variates) == 2 else "scatter3d"}
     first = {"x": (1.0, 2.0), "z": (3.0, 4.0)}
     assert tuple(traces["data"].x) == first[variates[0]]
-    assert len({traces[name].marker.symbol for name in ("stable", "saddle", "unstable")}) == 3
-    assert tuple(traces["stable"].x) == (1.0,)
-    assert traces["unstable"].text[0].startswith("cycle of 2 steps, unstable")
+    assert len({traces[name].marker.symbol for name in names}) == 3
+    assert tuple(traces["stable fixed point"].x) == (1.0,)
+    assert traces["unstable cycle"].text[0].startswith("cycle of 2 steps, unstable")
     gap = traces["free run"].y if len(variates) == 2 else traces["free run"].z
-    assert tuple(gap) == (None,)
+    assert tuple(gap) == (None, 5.0)
+
+
+def test_a_free_run_that_failed_is_in_no_legend() -> None:
+    lost = trajectory().with_columns(pl.when(kind="data").then(pl.col("x", "y", "z")))
+    figure = charts.phase_chart(lost, found(), variates=["x", "y"])
+    assert "free run" not in [trace.name for trace in figure.data]
+    columns = {"variate": ["x", "y"], "frequency": [0.1, 0.1], "data": [0.4, 0.6], "free_run": [None, 0.2]}
+    spectra = charts.spectra_chart(pl.DataFrame(columns), variates=["x", "y"])
+    assert [trace.name for trace in spectra.data if trace.showlegend] == ["data", "free run"]
+    assert [trace.name for trace in spectra.data] == ["data", "data", "free run"]
+    assert spectra.layout.yaxis2.title.text == "share of power"
+    assert "per unit of time" in spectra.layout.xaxis2.title.text
+
+
+def test_without_exponents_the_page_says_so(filled: Path) -> None:
+    edit(filled, lambda document: [row.update(lyapunov_spectrum=[]) for row in document["seeds"]])
+    page = draw()
+    assert not page.exception
+    assert any("No seed has exponents" in note for note in markdown(page.caption))
 
 
 def test_phase_chart_of_one_variate_runs_over_the_steps() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +335,22 @@ def test_data_sets_with_and_without_a_clock_are_shown_one_at_a_time(home: Worksp
     counted = draw(dataset="counted")
     assert not counted.error
     assert any("still going on" in text.value for text in counted.markdown)
+
+
+@pytest.mark.parametrize(
+    ("hours", "length", "state", "said"),
+    [
+        (0, 1, "closed", "1 row"),
+        (2, 3, "closed", "3 rows, 2 h 0 min"),
+        (2, None, "open", "2 h 0 min, going on"),
+        (0, None, "closed", "1 row"),
+    ],
+)
+def test_how_long_an_event_lasted_in_rows_and_time(hours: int, length: int | None, state: str, said: str) -> None:
+    from dashboards.views.triage import _lasted
+
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    row = {"start": start, "end": start + timedelta(hours=hours), "length": length, "state": state}
+    assert _lasted(row) == said
+    counted = {"start": 5, "end": 5 + hours, "length": length, "state": "closed"}
+    assert _lasted(counted) == f"{hours + 1} row{'s' if hours else ''}"

@@ -13,6 +13,9 @@ import polars as pl
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from tsforge.core.workspace import Workspace
+from tsforge.tracking.runs import Tracker
+
 VIEWS = (
     "overview",
     "forecasts",
@@ -66,8 +69,19 @@ def test_broken_store_is_one_message(view: str, workspace_root: Path) -> None:
     page = draw(view)
     assert not page.exception
     if view in ("overview", "data", "runs", "triage"):
-        assert len(page.error) == 1
-        assert "cannot be shown" in page.error[0].value
+        assert len(page.error) == (2 if view == "runs" else 1), "runs asks two stores"
+        assert all("cannot be shown" in error.value for error in page.error)
+
+
+def test_a_tracking_store_that_fails_hides_no_jobs(filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    home = tmp_path / "damaged"
+    shutil.copytree(filled, home)
+    monkeypatch.setenv("TSFORGE_HOME", str(home))
+    (home / "mlflow.db").write_bytes(b"this is no database" * 100)
+    page = draw("runs")
+    assert not page.exception
+    assert [error.value.split("**")[1] for error in page.error] == ["Trainings cannot be shown."]
+    assert "batch/nightly" in set(page.dataframe[0].value["job"])
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -131,11 +145,19 @@ def test_a_run_without_curves_says_why(workspace_root: Path, monkeypatch: Any, s
 
     run = {"id": "r", "name": "run", "status": status, "started": datetime(2026, 1, 1, tzinfo=UTC), "error": None}
     empty = pl.DataFrame(schema={"epoch": pl.Int64, "name": pl.String, "value": pl.Float64})
-    monkeypatch.setattr(catalog, "tracking_runs", lambda workspace: [run])
+    monkeypatch.setattr(catalog, "tracking_runs", lambda workspace, limit: [run])
     monkeypatch.setattr(catalog, "run_history", lambda workspace, name: empty)
     page = draw("runs")
     assert not page.exception
     assert [note.value for note in page.caption if "no curves" in note.value and why in note.value]
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign() -> None:
+    test = AppTest.from_string(
+        "from dashboards.state import table\ntable([{'a': -1e-12}, {'a': -0.25}, {'a': None}], percentages=('a',))"
+    )
+    shown = test.run().dataframe[0].value["a"].tolist()
+    assert [str(value) for value in shown] == ["0.0", "-0.25", "nan"]
 
 
 def test_a_gain_that_rounds_to_nothing_has_no_sign() -> None:
@@ -146,6 +168,46 @@ def test_a_gain_that_rounds_to_nothing_has_no_sign() -> None:
         "10.0 % better than with",
         "0.2 % worse than with",
     ]
+
+
+def test_aggregates_are_shown_wherever_series_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tsforge.app.batch import BatchConfig, run_batch
+    from tsforge.app.fit import FitConfig, fit
+    from tsforge.app.ingest import IngestConfig, ingest
+    from tsforge.core.config import validate
+
+    times = pl.datetime_range(datetime(2026, 1, 1), datetime(2026, 1, 9), "1h", eager=True, closed="left")
+    wave = (pl.Series(range(len(times)), dtype=pl.Float64) * 0.26).sin()
+    pl.DataFrame({"ds": times, "N/1.x": wave, "N/2.x": 2 * wave, "S/1.x": wave + 1}).write_parquet(
+        tmp_path / "s.parquet"
+    )
+    monkeypatch.setenv("TSFORGE_HOME", str(tmp_path / "home"))
+    for name in ("TSFORGE_DATABASE_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    data = {"name": "shops", "source": {"kind": "parquet", "path": str(tmp_path / "s.parquet")}, "freq": "1h"}
+    data |= {"separator": ".", "targets": ["x"], "hierarchy": {"levels": ["region", "shop"], "separator": "/"}}
+    workspace = Workspace.open()
+    ingest(validate(IngestConfig, {"data": data}), workspace)
+    settings = {"data": data, "model": {"name": "linear"}, "window": {"context_length": 24, "horizon": 6}}
+    settings |= {
+        "split": {"kind": "fractions", "train": 0.5, "valid": 0.3, "test": 0.2},
+        "tracking": {"enabled": False},
+    }
+    artifact = fit(validate(FitConfig, settings), workspace).artifact.id
+    job = {"name": "nightly", "data": data, "model": artifact, "ingest": False, "detect": None}
+    run_batch(validate(BatchConfig, job), times[-7].replace(tzinfo=UTC), workspace)
+    for view, query in (
+        ("forecasts", {}),
+        ("forecasts", {"source": "published"}),
+        ("explanations", {}),
+        ("data", {}),
+    ):
+        page = draw(view, series="total", **query)
+        assert not page.exception
+        assert not page.error, (view, query)
+        assert box(page, "Series").value == "total"
+        assert page.get("plotly_chart")
+    assert any("An aggregate of other series" in note.value for note in page.caption)
 
 
 def test_overview_tells_freshness_in_words(filled: Path) -> None:
@@ -347,6 +409,10 @@ def test_anomaly_page_shows_the_strongest_event_first(filled: Path) -> None:
     peaks = [float(option.split("peak ")[1].split(",")[0]) for option in events.options]
     assert len(peaks) > 1
     assert peaks == sorted(peaks, reverse=True)
+    facts = next(frame.value for frame in page.dataframe if "fact" in frame.value.columns)
+    listed = next(frame.value for frame in page.dataframe if "state" in frame.value.columns)
+    said = facts.set_index("fact").loc["state", "value"].partition(":")[0]
+    assert said in set(listed["state"]), "one word for one state"
 
 
 def test_anomaly_page_grades_against_known_anomalies(filled: Path) -> None:
@@ -438,10 +504,72 @@ def test_run_page_tells_why_a_run_failed(filled: Path) -> None:
     assert "context_length 5000" in failed.iloc[0]["error"]
 
 
+def test_trials_stand_below_their_study_with_why_they_were_stopped(
+    tracked_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dashboards.views import runs as view
+
+    tracker = Tracker.open(tracked_workspace)
+    with tracker.start("a fit"):
+        pass
+    settings, tags = {"study": {"metric": "valid_mae"}}, {"tsforge.study": "small", "tsforge.best_trial": 1}
+    with tracker.start("tune small", config=settings, tags=tags) as study:
+        for number in range(3):
+            config, tags = {"ridge": number}, {"tsforge.study.trial": number}
+            with tracker.start(f"small {number}", config=config, tags=tags, parent=study) as run:
+                for epoch in range(3):
+                    run.log_epoch(epoch, {"valid_mae": 1.0 / (1 + epoch)})
+                run.log_metrics({"final_valid_mae": 0.25})
+                if number == 2:
+                    run.set_tags({"tsforge.outcome": "pruned", "tsforge.note": "stopped at step 1"})
+    page = draw("runs", run=str(study.id))
+    assert not page.exception
+    listed, trials = (frame.value for frame in page.dataframe[:2])
+    assert listed["name"].tolist() == ["tune small", "a fit"]
+    assert trials["state"].tolist() == ["finished", "finished", "pruned"]
+    assert trials["error"].tolist()[-1] == "stopped at step 1"
+    assert "trial 1 with valid_mae 0.25" in page.success[0].value
+    assert "ridge = 1" in page.success[0].value
+    assert box(page, "Curves of").value == run_id(tracker, "small 1"), "the best one first"
+    assert page.get("plotly_chart")
+    assert not any("older ones" in note.value for note in page.caption)
+    monkeypatch.setattr(view, "_MOST", 1)
+    page = draw("runs")
+    assert len(page.dataframe[0].value) == 1
+    assert any("older ones" in note.value for note in page.caption)
+
+
+def run_id(tracker: Tracker, name: str) -> str:
+    return next(run["id"] for run in tracker.runs() if run["name"] == name)
+
+
 def test_data_page_tells_why_an_ingestion_was_refused(filled: Path) -> None:
     batches = draw("data", dataset="plant").dataframe[-1].value
     assert batches["status"].tolist() == ["refused", "done"]
     assert "gone.parquet" in batches["error"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said", "charts"),
+    [
+        (0, "None of the 60 series lacks a cell.", 0),
+        (3, "3 of 60 series lack cells.", 1),
+        (50, "50 of 60 series lack cells; the 40 that lack most are drawn.", 1),
+    ],
+)
+def test_missing_cells_of_many_series(lacking: int, said: str, charts: int) -> None:
+    def draw_missing(lacking: int) -> None:
+        import polars as pl
+
+        from dashboards.views.data import _missing
+
+        report = {"series_id": list(map(str, range(60))), "column": "x"}
+        _missing(pl.DataFrame(report | {"null_share": [0.1 * (number < lacking) for number in range(60)]}), 60)
+
+    page = AppTest.from_function(draw_missing, kwargs={"lacking": lacking}, default_timeout=60).run()
+    assert not page.exception
+    assert [note.value for note in page.caption] == [said]
+    assert len(page.get("plotly_chart")) == charts
 
 
 def test_link_to_something_gone_says_so(filled: Path) -> None:

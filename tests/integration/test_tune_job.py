@@ -15,6 +15,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tsforge.app import catalog
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.publish import promote
@@ -73,7 +74,7 @@ def test_every_trial_is_a_nested_run_and_the_study_one_run(workspace: Workspace)
     for trial in result.trials:
         run = runs[f"linear-on-nyc_weather {trial.number}"]
         assert run["id"] == trial.notes["run_id"]
-        assert run["metrics"]["valid_mae"] == trial.value
+        assert run["metrics"]["final_valid_mae"] == trial.value
         assert float(run["parameters"]["model.ridge"]) == pytest.approx(trial.values["model.ridge"])
         assert not any(name.startswith("test_") for name in run["metrics"]), "the test span decides nothing"
     assert study["metrics"]["best_valid_mae"] == result.best.value
@@ -93,6 +94,11 @@ def test_hopeless_trainings_are_stopped_early_and_their_runs_say_so(workspace: W
         run = runs[trial.notes["run_id"]]
         assert (run["status"], run["tags"]["tsforge.outcome"]) == ("FINISHED", "pruned")
         assert "train_loss" in run["metrics"]
+    shown = {trial["trial"]: trial for trial in catalog.trial_runs(workspace, catalog.tracking_runs(workspace)[0])}
+    for trial in result.trials:
+        assert shown[trial.number]["status"] == ("PRUNED" if trial.state == "pruned" else "FINISHED")
+        curve = catalog.run_history(workspace, trial.notes["run_id"]).filter(name="valid_mae")
+        assert curve["epoch"].to_list() == list(range(trial.num_reports)), "the last number is no second point of it"
 
 
 def test_failed_trials_are_failed_runs_and_the_study_goes_on(workspace: Workspace) -> None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import yaml
 
-from tsforge.app.ingest import max_age
+from tsforge.app.ingest import load_dataset, max_age, stored_hierarchy
+from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, listing
 from tsforge.core.workspace import Workspace
 from tsforge.data.calendar import PREFIX
+from tsforge.data.config import DataConfig
+from tsforge.data.hierarchy import is_aggregate
 from tsforge.data.report import data_report, vintage_report
 from tsforge.data.store import SeriesStore
 from tsforge.models.registry import MODELS
 from tsforge.scheduling.ledger import Ledger
 from tsforge.tracking.runs import Tracker
+from tsforge.tracking.study import BEST_TRIAL, NOTE, OUTCOME, PRUNED, STUDY, TRIAL, TRIALS
 
 if TYPE_CHECKING:
     from tsforge.contracts.model import ForecastModel
@@ -132,10 +139,51 @@ def dataset_vintages(workspace: Workspace, name: str) -> pl.DataFrame:
         return vintage_report(store.read_vintages(name))
 
 
-def read_series(workspace: Workspace, name: str, series: str) -> pl.DataFrame:
-    """Return the stored rows of one series: ``time`` and one column per variate and covariate."""
+def read_series(workspace: Workspace, name: str, series: str, *, artifact: str | None = None) -> pl.DataFrame:
+    """Return the rows of one series: ``time`` and one column per variate and covariate.
+
+    Stored rows are returned as they are; sums of a hierarchy are made of them, as for a fit.
+
+    Args:
+        workspace: whose store to read.
+        name: of the data set.
+        series: stored, or an aggregate.
+        artifact: a fitted model, whose hierarchy then holds instead of the stored one.
+
+    Raises:
+        DataError: no such data set or series, or the hierarchy does not fit the data.
+    """
+    fitted = None if artifact is None else _fitted_data(workspace, artifact)
+    structure = stored_hierarchy(workspace, name) if fitted is None else fitted.hierarchy
+    if structure is not None and (structure.over == "variates" or is_aggregate(structure, series)):
+        table = load_dataset(workspace, fitted or name, series=[series]).table
+        return table.select(pl.exclude("series_id", f"^{re.escape(PREFIX)}.*$"))
     with _store(workspace) as store:
         return store.read(name, series=[series]).table.drop("series_id")
+
+
+def _fitted_data(workspace: Workspace, artifact: str) -> DataConfig | None:
+    """Return the data settings that a model was fitted with, None where it does not say."""
+    try:
+        config = yaml.safe_load((workspace.artifacts / artifact / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    plain = config.get("data") if isinstance(config, dict) else None
+    return None if plain is None else validate(DataConfig, plain, where=f"artifact {artifact}, data")
+
+
+def made_series(workspace: Workspace, name: str) -> list[str]:
+    """Return the aggregates that the store lacks and that are made when the data set is read.
+
+    Raises:
+        DataError: no such data set, or its hierarchy does not fit it.
+    """
+    structure = stored_hierarchy(workspace, name)
+    if structure is None or structure.over == "variates":
+        return []
+    with _store(workspace) as store:
+        stored = store.series_ids(name)
+    return [series for series in load_dataset(workspace, name).series_ids if series not in stored]
 
 
 def list_artifacts(workspace: Workspace) -> list[dict[str, Any]]:
@@ -255,26 +303,64 @@ def job_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]]:
 def tracking_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]]:
     """Return tracked runs of all experiments, newest first: name, status, start, seconds, errors, message.
 
-    An embedded store that does not exist yet is not created by looking for it.
+    Trials of a study are parts of its run (``trial_runs``): that has their errors, those of the best one,
+    ``trials`` says how many there are, ``study`` is its name, ``metric`` what it searched by and ``best_trial`` the
+    number of the best one. An embedded store that does not exist yet is not created by looking for it.
     """
     if not _has_tracking(workspace):
         return []
     records = []
-    for run in Tracker.open(workspace).runs(limit, every_experiment=True):
-        start, end = run["start"], run["end"]
+    for run in Tracker.open(workspace).runs(limit, every_experiment=True, whole=True):
+        metrics, tags = run["metrics"], run["tags"]
         records.append(
             {
-                "id": run["id"],
-                "name": run["name"],
-                "status": run["status"],
-                "started": datetime.fromtimestamp(start / 1000, UTC),
-                "seconds": None if end is None else (end - start) / 1000,
-                "valid_mae": run["metrics"].get("final_valid_mae"),
-                "test_mae": run["metrics"].get("final_test_mae"),
-                "error": run["error"],
+                **_run_facts(run),
+                "valid_mae": metrics.get("final_valid_mae", metrics.get("best_valid_mae")),
+                "test_mae": metrics.get("final_test_mae"),
+                "study": tags.get(STUDY),
+                "trials": tags.get(TRIALS),
+                "best_trial": tags.get(BEST_TRIAL),
+                "metric": run["parameters"].get("study.metric"),
             }
         )
     return records
+
+
+def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    start, end = run["start"], run["end"]
+    return {
+        "id": run["id"],
+        "name": run["name"],
+        "status": run["status"],
+        "started": datetime.fromtimestamp(start / 1000, UTC),
+        "seconds": None if end is None else (end - start) / 1000,
+        "error": run["error"],
+    }
+
+
+def trial_runs(workspace: Workspace, study: Mapping[str, Any], limit: int = 1000) -> list[dict[str, Any]]:
+    """Return the trials of a study of ``tracking_runs``, by number: ``trial``, ``value`` of its metric, ``values``.
+
+    ``values`` are the settings that differ between trials. A trial that was stopped early has the status ``PRUNED``,
+    no value, and the reason as its error.
+    """
+    found = Tracker.open(workspace).runs(limit, every_experiment=True, part_of=study["id"])
+    names = dict.fromkeys(name for run in found for name in run["parameters"])
+    varied = [name for name in names if len({run["parameters"].get(name) for run in found}) > 1]
+    records = []
+    for run in found:
+        facts, tags, metrics = _run_facts(run), run["tags"], run["metrics"]
+        stopped = tags.get(OUTCOME) == PRUNED
+        if stopped:
+            facts |= {"status": "PRUNED", "error": tags.get(NOTE)}
+        metric = str(study["metric"])
+        value = metrics.get(f"final_{metric}", metrics.get(metric))  # older studies have it by the plain name
+        values = {name: run["parameters"].get(name) for name in varied}
+        done = facts["status"] == "FINISHED"
+        number = tags.get(TRIAL, "")
+        facts |= {"trial": int(number) if number.isdecimal() else None, "value": value if done else None}
+        records.append({**facts, "values": values})
+    return sorted(records, key=lambda record: (record["trial"] is None, record["trial"]))
 
 
 def _has_tracking(workspace: Workspace) -> bool:

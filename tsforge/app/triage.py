@@ -59,7 +59,8 @@ def queue(events: pl.DataFrame) -> pl.DataFrame:
     Returns:
         ``key`` (unique), ``dataset, event_id`` (of the strongest event), ``start, end, series, events`` (how many),
         ``series_id, variates`` (of the strongest, as text), ``strength`` (peak score as a multiple of the threshold),
-        ``state`` (open while one is), ``human_state`` (the least settled), ``suppressed`` (all of them are). New ones
+        ``length`` (its rows, None of an incident of several events or where nobody counted), ``state`` (open while one
+        is), ``human_state`` (the least settled), ``suppressed`` (all of them are). New ones
         first, then acknowledged ones, each with the latest start first.
     """
     order = pl.Enum(HUMAN_STATES)
@@ -76,6 +77,7 @@ def queue(events: pl.DataFrame) -> pl.DataFrame:
         pl.col("end").max(),
         series=pl.col("series_id").n_unique(),
         events=pl.len(),
+        length=pl.when(pl.len() == 1).then(pl.col("length").first()),
         strength=pl.col("strength").max(),
         state=pl.when((pl.col("state") == "open").any()).then(pl.lit("open")).otherwise(pl.lit("closed")),
         human_state=pl.col("human_state").min(),

@@ -20,12 +20,11 @@ from tsforge.core.workspace import Workspace
 from tsforge.data.vintages import History
 from tsforge.models.registry import MODELS
 from tsforge.tracking.runs import Run, Tracker
+from tsforge.tracking.study import BEST_TRIAL, NOTE, OUTCOME, PRUNED, STUDY, TRIAL, TRIALS
 from tsforge.tuning.config import TuneConfig
 from tsforge.tuning.result import TrialRecord, TuneResult
 from tsforge.tuning.space import Space, build_space
 from tsforge.tuning.study import Pruned, Trial, opened
-
-_STUDY = "tsforge.study"
 
 
 class TuneJobConfig(Config):
@@ -57,9 +56,9 @@ def tune(config: TuneJobConfig, workspace: Workspace, *, progress: bool = False)
     current = leaves(config.fit.model_dump(mode="json"))
     storage = workspace.tuning / f"{config.study.name}.db"
     tracker = Tracker.open(workspace, config.fit.tracking)
-    known = tracker.find(_STUDY, config.study.name)  # asked always: a store that is away must not leave a study behind
+    known = tracker.find(STUDY, config.study.name)  # asked always: a store that is away must not leave a study behind
     earlier = known if storage.exists() else None
-    tags = {_STUDY: config.study.name, "tsforge.model": config.fit.model.name, "tsforge.dataset": config.fit.data.name}
+    tags = {STUDY: config.study.name, "tsforge.model": config.fit.model.name, "tsforge.dataset": config.fit.data.name}
     context = _context(config, space, frame)
     # the study first: when it is refused, its earlier run stays as it was
     with (
@@ -148,7 +147,7 @@ class _Objective:
         without = {"calibration.enabled": False, "calibration.dependence": "none"}
         fit = with_values(self.config.fit, {**values, **without})
         name = f"{self.config.study.name} {trial.number}"
-        tags = {_STUDY + ".trial": trial.number}
+        tags = {TRIAL: trial.number}
         pruned: Pruned | None = None
         value = math.nan
         with self.tracker.start(name, config=fit, tags=tags, parent=self.parent) as run:
@@ -158,7 +157,7 @@ class _Objective:
                 value = self._fit(fit, trial, run)
             except Pruned as stop:  # not a failure of the run
                 pruned = stop
-                run.set_tags({"tsforge.outcome": "pruned", "tsforge.note": stop})
+                run.set_tags({OUTCOME: PRUNED, NOTE: stop})
         if pruned is not None:
             raise pruned
         return value
@@ -174,7 +173,7 @@ class _Objective:
 
         artifact, _ = fit_frame(self.frame, fit, on_epoch=after_epoch)
         valid = {key: value for key, value in artifact.metrics.items() if key.startswith("valid_")}
-        run.log_metrics(valid)
+        run.log_metrics({f"final_{key}": value for key, value in valid.items()})  # the plain names are curves
         if metric not in valid:
             raise ModelError(f"the fit reports no metric '{metric}' (it has {', '.join(valid) or 'none'})")
         return float(valid[metric])
@@ -205,4 +204,4 @@ def _log_result(result: TuneResult, run: Run) -> None:
         run.log_text("best.yaml", result.best_config.read_text(encoding="utf-8"))
     run.log_text("trials.csv", result.history().write_csv())
     run.log_metrics({f"importance/{name}": share for name, share in result.importance.items()})
-    run.set_tags({"tsforge.best_trial": result.best.number, "tsforge.trials": result.summary()["trials"]})
+    run.set_tags({BEST_TRIAL: result.best.number, TRIALS: result.summary()["trials"]})

@@ -32,10 +32,12 @@ from tsforge.tracking.redact import redact, redact_tree
 _logger = get_logger(__name__)
 _OWNER = "tsforge.owner"
 _ERROR = "tsforge.error"
+_PARENT = "mlflow.parentRunId"
 _NOT_IN_A_KEY = re.compile(r"[^\w\-. :/]")
 _VALUE_LIMIT = 500  # a longer setting is cut in the list of parameters; config.yaml holds all of it
 _PARAMS_A_BATCH = 100
 _METRICS_A_BATCH = 500
+_MOST_RUNS = 1000
 _FLUSH_SECONDS = 2.0
 _RETRY_SECONDS = 30.0
 
@@ -303,7 +305,7 @@ class Tracker:
         exceptions = import_mlflow().exceptions
         labels = {"mlflow.source.name": "tsforge", "mlflow.source.type": "LOCAL", _OWNER: str(Owner.current())}
         if parent is not None and parent.id is not None:
-            labels["mlflow.parentRunId"] = parent.id
+            labels[_PARENT] = parent.id
         labels.update({key: redact(str(value)) for key, value in tags.items()})
         try:
             if resume is not None and self._reopen(resume):
@@ -400,13 +402,17 @@ class Tracker:
             closed.append(str(run.info.run_id))
         return closed
 
-    def runs(self, limit: int = 100, *, every_experiment: bool = False) -> list[dict[str, Any]]:
+    def runs(
+        self, limit: int = 100, *, every_experiment: bool = False, whole: bool = False, part_of: str | None = None
+    ) -> list[dict[str, Any]]:
         """Return the newest runs as plain records: id, name, status, start and end (ms since 1970), parameters,
         metrics, tags, error, parent.
 
         Args:
             limit: so many at most.
             every_experiment: also those of other experiments in the store.
+            whole: without the parts of others (trials of a study).
+            part_of: only the parts of the run with this id.
 
         Raises:
             BackendError: the store does not answer.
@@ -416,7 +422,18 @@ class Tracker:
         experiments = [self._connect()]
         if every_experiment:
             experiments = [str(item.experiment_id) for item in self._client.search_experiments()]
-        found = self._client.search_runs(experiments, max_results=limit, order_by=["attributes.start_time DESC"])
+        wanted = f"tags.`{_PARENT}` IS NULL" if whole else ""
+        if part_of is not None:
+            wanted = f"tags.`{_PARENT}` = '{part_of.replace(chr(39), '')}'"
+        newest = ["attributes.start_time DESC"]
+        try:
+            found = self._client.search_runs(experiments, wanted, max_results=limit, order_by=newest)
+        except import_mlflow().exceptions.MlflowException:
+            if not whole:
+                raise
+            # a server older than the client knows no IS NULL: of its newest runs the parts are left out here
+            found = self._client.search_runs(experiments, max_results=_MOST_RUNS, order_by=newest)
+            found = [run for run in found if _PARENT not in run.data.tags][:limit]
         return [_record(run) for run in found]
 
     def find(self, tag: str, value: str) -> str | None:
@@ -460,5 +477,5 @@ def _record(run: Any) -> dict[str, Any]:
         "metrics": dict(run.data.metrics),
         "tags": {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")},
         "error": run.data.tags.get(_ERROR) or None,
-        "parent": run.data.tags.get("mlflow.parentRunId"),
+        "parent": run.data.tags.get(_PARENT),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,42 @@ def test_series_report_and_batches_of_a_dataset(workspace: Workspace) -> None:
             question(workspace, "vanished")
 
 
+SUM = {"children": {"total": ["a", "b"]}}
+
+
+def test_aggregates_are_made_of_the_stored_series(workspace: Workspace) -> None:
+    ingest_hours(workspace, this_hour(), hierarchy=SUM, valid_range={"x": [0, 8]}, calendar={"features": ["hour"]})
+    assert catalog.made_series(workspace, "plant") == ["total"]
+    total = catalog.read_series(workspace, "plant", "total")
+    assert total.columns == ["time", "x"]
+    assert total["x"].to_list() == [*(hour + 1.0 for hour in range(9)), None], "no sum of a value that cannot be"
+    assert catalog.read_series(workspace, "plant", "a")["x"].to_list() == [float(hour) for hour in range(10)]
+    assert catalog.dataset_report(workspace, "plant")["series_id"].to_list() == ["a", "b"], "what is stored"
+    with pytest.raises(DataError, match="gone"):
+        catalog.read_series(workspace, "plant", "gone")
+
+
+def test_sums_of_variates_are_columns_of_every_series(workspace: Workspace) -> None:
+    hierarchy = {"over": "variates", "children": {"all": ["a.x", "b.x"]}}
+    ingest_hours(workspace, this_hour(), separator=None, hierarchy=hierarchy)
+    [series] = catalog.dataset_report(workspace, "plant")["series_id"].unique()
+    assert catalog.made_series(workspace, "plant") == []
+    rows = catalog.read_series(workspace, "plant", series)
+    assert rows["all"].to_list() == [hour + 1.0 for hour in range(10)]
+
+
+def test_the_hierarchy_that_a_model_was_fitted_with_holds_for_its_series(workspace: Workspace) -> None:
+    ingest_hours(workspace, this_hour())
+    assert catalog.made_series(workspace, "plant") == []
+    source = {"kind": "parquet", "path": "plant.parquet"}
+    data = {"name": "plant", "source": source, "separator": ".", "freq": "1h", "targets": ["x"], "hierarchy": SUM}
+    folder = store_artifact(workspace, "summed", "2026-01-01T00:00:00+00:00")
+    (folder / "config.yaml").write_text(json.dumps({"data": data}))
+    assert catalog.read_series(workspace, "plant", "total", artifact="summed")["x"].to_list()[:2] == [1.0, 2.0]
+    with pytest.raises(DataError, match="total"):
+        catalog.read_series(workspace, "plant", "total")
+
+
 def store_artifact(workspace: Workspace, name: str, created: str) -> Path:
     folder = workspace.artifacts / name
     folder.mkdir(parents=True)
@@ -151,6 +188,47 @@ def test_runs_of_all_experiments_and_their_curves(tracked_workspace: Workspace) 
     assert curves.filter(name="valid_mae").sort("epoch")["value"].to_list() == [3.0, 2.0]
     with pytest.raises(BackendError):
         catalog.run_history(tracked_workspace, "0" * 32)
+
+
+def track_study(workspace: Workspace) -> None:
+    """Track a fit, then a study of four trials: two complete, one stopped early, one failed."""
+    tracker = Tracker.open(workspace)
+    with tracker.start("a fit") as run:
+        run.log_metrics({"final_valid_mae": 0.5})
+    settings = {"study": {"metric": "valid_mae"}}
+    with tracker.start("tune small", config=settings, tags={"tsforge.study": "small"}) as study:
+        for number in range(4):
+            tags = {"tsforge.study.trial": number}
+            config = {"model": {"ridge": 10.0**number, "kind": "same"}}
+            with (
+                suppress(ValueError),
+                tracker.start(f"small {number}", config=config, tags=tags, parent=study) as run,
+            ):
+                if number == 2:
+                    run.set_tags({"tsforge.outcome": "pruned", "tsforge.note": "stopped at step 1"})
+                elif number == 3:
+                    raise ValueError("a bad combination")
+                for epoch in range(3):
+                    run.log_epoch(epoch, {"valid_mae": 1.0 / (1 + epoch)})
+                if number < 2:
+                    run.log_metrics({"final_valid_mae": 0.3 - 0.1 * number})
+        study.log_metrics({"best_valid_mae": 0.2})
+        study.set_tags({"tsforge.best_trial": 1, "tsforge.trials": "2 complete, 1 failed, 1 pruned"})
+
+
+def test_trials_are_listed_with_their_study(tracked_workspace: Workspace) -> None:
+    track_study(tracked_workspace)
+    runs = {run["name"]: run for run in catalog.tracking_runs(tracked_workspace)}
+    assert set(runs) == {"a fit", "tune small"}
+    study = runs["tune small"]
+    assert (study["valid_mae"], study["trials"]) == (0.2, "2 complete, 1 failed, 1 pruned")
+    assert (study["study"], study["best_trial"], runs["a fit"]["study"]) == ("small", "1", None)
+    trials = catalog.trial_runs(tracked_workspace, study)
+    assert [trial["trial"] for trial in trials] == [0, 1, 2, 3]
+    assert [trial["status"] for trial in trials] == ["FINISHED", "FINISHED", "PRUNED", "FAILED"]
+    assert [trial["value"] for trial in trials] == [0.3, pytest.approx(0.2), None, None]
+    assert [trial["error"] for trial in trials] == [None, None, "stopped at step 1", "ValueError: a bad combination"]
+    assert trials[1]["values"] == {"model.ridge": "10.0"}, "what is the same in all trials says nothing"
 
 
 def test_looking_for_runs_makes_no_tracking_store(workspace: Workspace) -> None:

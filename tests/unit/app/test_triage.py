@@ -73,6 +73,8 @@ def test_an_incident_is_one_row_of_the_queue(workspace: Workspace) -> None:
     assert (incident["series"], incident["events"], incident["series_id"]) == (2, 2, "s2")
     assert (incident["start"], incident["end"]) == (hour(10), hour(20))
     assert incident["strength"] == 3.0
+    assert incident["length"] is None, "rows of several events are not added"
+    assert rows["plant/" + "a" * 8]["length"] == read(workspace).filter(event_id="a" * 8)["length"].item()
     assert incident["state"] == "open", "as long as one of its events is"
     assert rows["plant/" + "d" * 8]["strength"] is None, "without a threshold there is nothing to compare with"
     assert triage.members(read(workspace), "plant/i1")["event_id"].to_list() == ["b" * 8, "c" * 8]

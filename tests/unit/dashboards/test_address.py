@@ -74,3 +74,27 @@ def test_what_a_link_names_wrongly_is_told_once() -> None:
     assert "is not here" in page.warning[0].value
     assert "](http://" not in page.warning[0].value.replace("\\]", "")
     assert not page.run().warning
+
+
+GONE = """
+import streamlit as st
+from dashboards import address
+from dashboards.state import choose
+address.begin("P")
+results = st.session_state.get("results", ["a", "b"])
+choose("Result", results, "result", lasting=True, damaged=st.session_state.get("damaged", ()))
+choose("Part", [f"{results[0]} {number}" for number in range(2)], "part")
+address.end("P")
+"""
+
+
+@pytest.mark.parametrize(("damaged", "why"), [((), "was removed"), (("a",), "was damaged")])
+def test_a_result_that_was_shown_and_is_gone_is_told_once(damaged: tuple[str, ...], why: str) -> None:
+    page = AppTest.from_string(GONE, default_timeout=60).run()
+    assert not page.warning
+    page.session_state["results"] = ["b"]
+    page.session_state["damaged"] = damaged
+    page.run()
+    assert [note.value for note in page.warning] == [f"The result 'a', shown until now, {why}; showing another one."]
+    assert page.query_params["result"] == "b"
+    assert not page.run().warning

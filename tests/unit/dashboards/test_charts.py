@@ -292,3 +292,31 @@ def test_a_cutoff_of_integer_time_is_marked(forecast: pl.DataFrame) -> None:
     counted = forecast.with_columns(cutoff=pl.lit(19), time=19 + pl.col("step"))
     history = pl.DataFrame({"time": [18, 19], "value": [1.0, 2.0]})
     assert charts.fan_chart(history, counted).layout.shapes[0].x0 == 19
+
+
+def test_of_many_series_those_with_gaps_are_drawn() -> None:
+    shares = {f"s{number:03d}": 0.001 * number if number % 2 else 0.0 for number in range(300)}
+    report = pl.DataFrame({"series_id": list(shares), "column": ["x"] * 300, "null_share": list(shares.values())})
+    drawn = charts.with_gaps(report)
+    assert drawn["series_id"].to_list() == [f"s{number:03d}" for number in range(221, 300, 2)]
+    assert charts.null_share_chart(drawn).layout.height >= 40 * 20, "a line of text for every name"
+    assert charts.with_gaps(report.head(40)).height == 40
+    assert charts.with_gaps(report.with_columns(null_share=0.0)).is_empty()
+
+
+def test_a_single_row_stands_at_its_time() -> None:
+    only = pl.DataFrame({"time": times(1), "a": [1.0], "b": [None]}, schema_overrides={"b": pl.Float64})
+    figure = charts.series_chart(only, columns=["a", "b"])
+    assert list(figure.layout.xaxis.tickvals) == list(figure.layout.xaxis2.tickvals) == times(1)
+    assert figure.layout.xaxis.range == (times(1)[0] - timedelta(hours=12), times(1)[0] + timedelta(hours=12))
+    assert charts.series_chart(only.vstack(only), columns=["a"]).layout.xaxis.tickvals is not None
+    more = pl.DataFrame({"time": times(2), "a": [1.0, 2.0]})
+    assert charts.series_chart(more, columns=["a"]).layout.xaxis.range is None
+
+
+def test_a_long_name_beside_an_axis_keeps_both_ends(forecast: pl.DataFrame) -> None:
+    name = "temperature_" + "x" * 80 + "_of_the_inlet"
+    history = pl.DataFrame({"time": times(3), "value": [1.0, 2.0, 3.0]})
+    title = charts.fan_chart(history, forecast, variate=name).layout.yaxis.title.text
+    assert len(title) <= 40, "what is longer than the axis loses its beginning"
+    assert (title[:11], title[-9:]) == ("temperature", "the_inlet")

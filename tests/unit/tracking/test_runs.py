@@ -18,6 +18,7 @@ from tsforge.core.config import Config
 from tsforge.core.errors import BackendError
 from tsforge.core.owner import Owner
 from tsforge.core.workspace import Workspace
+from tsforge.tracking import runs as tracking_runs
 from tsforge.tracking.client import open_client
 from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.runs import Tracker, flatten, outcome
@@ -275,6 +276,32 @@ def test_runs_come_back_as_records_newest_first(tracked_workspace: Workspace) ->
     assert newest["metrics"] == {"mae": 1.0}
     assert newest["error"] is None
     assert not any(key.startswith("mlflow.") for key in newest["tags"])
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_parts_of_runs_can_be_left_out_or_asked_for(
+    tracker: Tracker, is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracker.start("study") as study:
+        for number in range(3):
+            with tracker.start(f"trial {number}", parent=study):
+                pass
+    with tracker.start("fit"):
+        pass
+    if is_old:  # a server that does not know how to ask for a tag that is not there
+        client, exceptions = tracker._client, tracking_runs.import_mlflow().exceptions
+        ask = client.search_runs
+
+        def refuse(experiments: Any, wanted: str = "", **settings: Any) -> Any:
+            if "IS NULL" in wanted:
+                raise exceptions.MlflowException("Invalid clause(s) in filter string")
+            return ask(experiments, wanted, **settings)
+
+        monkeypatch.setattr(client, "search_runs", refuse)
+    assert {run["name"] for run in tracker.runs(whole=True)} == {"study", "fit"}
+    assert len(tracker.runs(1, whole=True)) == 1
+    assert {run["name"] for run in tracker.runs(part_of=study.id)} == {f"trial {number}" for number in range(3)}
+    assert len(tracker.runs()) == 5
 
 
 def test_hundreds_of_settings_and_thousands_of_metrics_arrive(tracker: Tracker) -> None:
