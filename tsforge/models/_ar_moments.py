@@ -13,11 +13,10 @@ from torch import Tensor
 from tsforge.models._ar_filled import MOST_VALUES, filled_moments
 from tsforge.models._ar_layout import LagLayout
 from tsforge.ops.moments import Channel, WindowMoments, channel_moments, observed_runs
+from tsforge.ops.toeplitz import short_gap
 
 MissingRule = Literal["auto", "windows", "filled"]
 _CHUNK_VALUES = 4_000_000
-_BRIDGED = 6  # rows of a gap that a line bridges, and no more than this part of the lags:
-_BRIDGED_SHARE = 16
 
 
 def lag_moments(
@@ -52,7 +51,7 @@ def lag_moments(
         if not bool(seen.any()):
             continue
         if missing == "auto":
-            own, seen = bridge_short(own, seen, bounds, min(_BRIDGED, layout.lags // _BRIDGED_SHARE))
+            own, seen = bridge_short(own, seen, bounds, short_gap(layout.lags))
         runs = observed_runs(seen, bounds)
         if missing == "filled" or (missing == "auto" and _too_few(layout, runs, bounds)):
             gappy.append(variate)

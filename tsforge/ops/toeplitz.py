@@ -1,7 +1,17 @@
 """Autocovariances and the recursions on them: Levinson-Durbin, Burg, and the map between partial
-autocorrelations and coefficients. Everything is float64 numpy; each costs O(p^2) after one FFT.
+autocorrelations and coefficients. Everything is float64 numpy; each costs O(p^2) after one FFT, except where rows have
+long gaps.
 
-Legend: y_t = sum_i w[i] y_{t-1-i} + e_t; phi[k]: partial autocorrelation of lag k + 1.
+There neither the pairs seen nor lines over the gaps need say anything of the process: lines as long as a season leave
+out the season. Its autocovariances are iterated instead (expectation maximisation): gaps take their expectation given
+every row seen, under the autoregression of the round before, and the conditional covariance of that, without which
+every round would find a smoother process. Deviations from the algorithm as published, each for a reason: the maximising
+step solves the Yule-Walker equations, which is stationary always and one recursion, where the exact one is neither; the
+conditional covariance is that of a few draws, the same in all rounds, since its exact inverse costs more than all else
+and a sum over thousands of rows does not need it. Neither is sure to raise the likelihood, so the first round that
+hardly does ends it (more of them fit the noise of short series), and lines stay, unchanged, where that is the first.
+
+Legend: y_t = sum_i w[i] y_{t-1-i} + e_t; phi[k]: partial autocorrelation of lag k + 1; N rows, M missing ones.
 """
 
 from __future__ import annotations
@@ -14,13 +24,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import irfft, rfft
-from scipy.linalg import solve_toeplitz
+from scipy.linalg import LinAlgError, cho_solve_banded, cholesky_banded, hankel, solve_banded, solve_toeplitz, toeplitz
+from scipy.signal import lfilter
 
 from tsforge.core.errors import ModelError
 
 Array = NDArray[np.float64]
 _SOUND = 0.9  # least share of the lines' one-step variance that sound pairs leave: lines leave too little, not too much
 _CELLS = 1 << 17  # of one batch of transforms: larger ones leave the cache
+_SHORT = 6  # rows of a gap that a line bridges well, and no more than this part of the lags:
+_SHORT_SHARE = 16
+_ROUNDS = 20
+_GAIN = 5e-3  # least gain of a round in log-likelihood a value seen; less is within what draws change
+_DRAWS = 2
+_MOST_VALUES = 8_000_000  # rows times lags of the stretches that are filled: 64 MB, enough for any number of lags
+_STRETCH = 50  # orders, the length of stretches to choose from: what they taper is little
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,8 @@ def sound_autocovariance(values: Array, mask: NDArray[np.bool_], bounds: Sequenc
     Pairs are consistent, but lags are averaged over different rows: where neighbouring rows are nearly equal, the
     disagreement outweighs what is new in a row, and together the lags are the autocovariances of no process. Straight
     lines over the gaps always are, if a little too smooth ones. So pairs are taken where their recursion runs through
-    and leaves about as much variance as that of the lines, or more.
+    and leaves about as much variance as that of the lines, or more. Else lines are, and where they bridge a long gap
+    they are the first guess of an iteration, see the module docstring.
 
     Shapes:
         as in ``autocovariance`` with values [N, V].
@@ -132,7 +151,159 @@ def sound_autocovariance(values: Array, mask: NDArray[np.bool_], bounds: Sequenc
         recursion = levinson(other)
         if not through or left < _SOUND * recursion.variances[-1] / max(recursion.variances[0], 1e-300):
             found[variate] = other
+            if _longest_gap(seen, bounds) > short_gap(max_lag):
+                found[variate] = _iterated(np.where(seen, values[:, variate], 0.0), seen, bounds, other)
     return found
+
+
+def short_gap(lags: int) -> int:
+    """Return the most rows of a gap that a straight line may bridge for an autoregression of so many lags."""
+    return min(_SHORT, lags // _SHORT_SHARE)
+
+
+def _longest_gap(seen: NDArray[np.bool_], bounds: Sequence[int]) -> int:
+    """Return the most rows in a row without a value, up to the ends of each series that has one."""
+    longest = 0
+    for first, last in pairwise(bounds):
+        rows = np.flatnonzero(seen[first:last])
+        if len(rows):
+            longest = max(longest, int(np.diff(rows, prepend=-1, append=last - first).max()) - 1)
+    return longest
+
+
+def _iterated(values: Array, seen: NDArray[np.bool_], bounds: Sequence[int], start: Array) -> Array:
+    """Return the autocovariances [p + 1] under which the values seen are likeliest, ``start`` or those of a round.
+
+    Shapes:
+        values [N] centred, 0 where not seen, seen [N], start [p + 1] autocovariances of a process.
+
+    Source:
+        Dempster, Laird, Rubin (1977), J. R. Stat. Soc. B 39; deviations in the module docstring.
+    """
+    rows, edges = _stretches(seen, bounds, len(start) - 1)
+    values, seen = values[rows], seen[rows]
+    whole = np.ones((len(rows), 1 + _DRAWS), dtype=bool)
+    best, top, current = start, -np.inf, start
+    for _ in range(_ROUNDS):
+        recursion = levinson(current)
+        if recursion.variances[-1] <= 0.0:
+            break
+        try:
+            mean, draws, noise, likelihood = _conditional(recursion, values, seen, edges, _DRAWS)
+        except LinAlgError:  # a root within rounding of the unit circle
+            break
+        if noise <= 0.0 or likelihood <= top + _GAIN * seen.sum():
+            break
+        best, top = current, likelihood
+        # Expected products: a draw and its negative are as likely, so that products of mean and draw cancel.
+        found = autocovariance(np.column_stack([mean, draws]), whole, edges.tolist(), len(start) - 1)
+        current = found[0] + noise * found[1:].mean(axis=0)
+    return best
+
+
+def _stretches(
+    seen: NDArray[np.bool_], bounds: Sequence[int], order: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows between the first and the last one seen of each series, and their bounds among each other.
+
+    Where that is more than can be filled, a random choice of stretches stands for all.
+    """
+    spans = [
+        (first + int(rows[0]), first + int(rows[-1]) + 1)
+        for first, last in pairwise(bounds)
+        if len(rows := np.flatnonzero(seen[first:last]))
+    ]
+    most = _MOST_VALUES // (order + 1)
+    if sum(stop - start for start, stop in spans) > most:
+        size = _STRETCH * (order + 1)
+        parts = [(a, min(a + size, stop)) for start, stop in spans for a in range(start, stop, size)]
+        parts = [(start, stop) for start, stop in parts if seen[start:stop].any()]
+        shuffled = np.random.default_rng(0).permutation(len(parts))
+        total = np.cumsum([parts[k][1] - parts[k][0] for k in shuffled])
+        spans = [parts[k] for k in np.sort(shuffled[: max(int(np.searchsorted(total, most, side="right")), 1)])]
+    rows = np.concatenate([np.arange(start, stop) for start, stop in spans])
+    return rows, np.cumsum([0, *(stop - start for start, stop in spans)])
+
+
+def _conditional(
+    process: Levinson, values: Array, seen: NDArray[np.bool_], bounds: NDArray[np.int64], draws: int
+) -> tuple[Array, Array, float, float]:
+    """Return what a stationary autoregression expects of every row given those seen, and how likely those are.
+
+    The precision of consecutive rows has a band of p diagonals, and so has that of the missing ones among them: one
+    banded Cholesky factor gives expectation, draws and likelihood of whole series in O(M p^2). Series lie side by side
+    with p zeros after each, which keeps filters apart; one of fewer than p rows is one with missing rows after it.
+
+    Shapes:
+        values [N], 0 where not seen, seen [N], bounds [S + 1]. Returns the expectation [N], ``draws`` deviations
+        [N, draws] from it for unit noise, 0 where seen, the likeliest noise variance, and the log-likelihood for that
+        but for a constant.
+
+    Source:
+        Gohberg and Semencul (1972) as in ``precision_matrix``, whose two factors are filters here.
+    """
+    order, size = len(process.weight), np.diff(bounds)
+    length = np.maximum(size, order)
+    offset = np.cumsum(length + order) - length - order
+    place = np.arange(len(values)) + np.repeat(offset - bounds[:-1], size)
+    within = np.full(int((length + order).sum()), -1)
+    for first, rows in zip(offset.tolist(), length.tolist(), strict=True):
+        within[first : first + rows] = np.arange(rows)
+    inside = within >= 0
+    full, missing = np.zeros(len(inside)), inside.copy()
+    full[place] = values
+    missing[place[seen]] = False
+    gaps = np.flatnonzero(missing)
+    taps = np.concatenate([[1.0], -process.weight])
+    tail = toeplitz(taps[:0:-1], np.zeros(order))  # of the last p rows, on the first p entries of the other factor
+    last = (offset + length)[:, None] + np.arange(-order, 0)
+
+    def factors(rows: Array) -> tuple[Array, Array]:
+        forward = np.where(inside, lfilter(taps, 1.0, rows[::-1])[::-1], 0.0)
+        return forward, rows[last] @ tail
+
+    deviation, upper = np.zeros((len(inside), draws)), None
+    if len(gaps):
+        forward, ends = factors(full)
+        pull = lfilter(taps, 1.0, forward)
+        pull[last] -= ends @ tail.T
+        band = _precision_band(taps, gaps, within[gaps], np.repeat(length, length + order)[gaps])
+        upper = cholesky_banded(band, overwrite_ab=True)
+        full[gaps] = cho_solve_banded((upper, False), -pull[gaps])
+        noise = np.random.default_rng(0).standard_normal((len(gaps), draws))  # the same for every process
+        deviation[gaps] = solve_banded((0, len(upper) - 1), upper, noise)
+    forward, ends = factors(full)
+    count = int(seen.sum())
+    variance = (float(forward @ forward) - float((ends**2).sum())) / count
+    volume = len(size) * float(np.log(process.variances[:-1] / process.variances[-1]).sum())
+    volume += 0.0 if upper is None else 2.0 * float(np.log(upper[-1]).sum())
+    likelihood = -0.5 * (count * float(np.log(max(variance, 1e-300))) + volume)
+    return full[place], deviation[place], variance, likelihood
+
+
+def _precision_band(
+    taps: Array, gaps: NDArray[np.int64], within: NDArray[np.int64], length: NDArray[np.int64]
+) -> Array:
+    """Return the upper band [b + 1, M] of the precision between missing rows, for ``cholesky_banded``.
+
+    Shapes:
+        taps [p + 1] (1, -w), gaps [M] rows ascending, more than p apart if of different series, within [M] and
+        length [M]: each one's row in its series, and that one's rows.
+    """
+    order = len(taps) - 1
+    shifted = hankel(taps, np.zeros(order + 1))  # [d, k]: tap k + d, if any
+    sums = np.cumsum(taps * shifted, axis=1)  # [d, k]: of the first k + 1 products of taps d apart
+    width = int((np.searchsorted(gaps, gaps + order, side="right") - np.arange(len(gaps))).max())
+    band = np.zeros((width, len(gaps)))
+    for step in range(width):
+        lag = gaps[step:] - gaps[: len(gaps) - step]
+        near = lag <= order
+        lag = lag[near]
+        start, most = within[: len(gaps) - step][near], order - lag
+        stop = length[: len(gaps) - step][near] - 1 - lag - start
+        entry = sums[lag, np.minimum(start, most)] + sums[lag, np.minimum(stop, most)] - sums[lag, most]
+        band[width - 1 - step, step:][near] = entry
+    return band
 
 
 def bridged(values: Array, mask: NDArray[np.bool_], bounds: Sequence[int]) -> Array:

@@ -132,6 +132,34 @@ def test_gaps_in_smooth_data_cost_little(name: str, missing: MissingRule) -> Non
     assert error(seen) < 1.15 * error(np.ones(2000, dtype=bool))
 
 
+@pytest.mark.parametrize("name", ["ar_net", "linear"])
+def test_a_season_is_learnt_from_rows_with_gaps_of_half_of_it(name: str) -> None:
+    rows, rng = 3000, np.random.default_rng(31)
+    t = np.arange(rows + 400)
+    wave = 5 * np.sin(2 * np.pi * t / 12) + 3 * np.sin(2 * np.pi * t / 24)
+    values = wave + 0.1 * rng.normal(size=len(t))
+    seen = np.ones(rows, dtype=bool)
+    for start in range(0, rows, 30):
+        seen[start + rng.integers(0, 10) : start + 20] = False
+    spec = DataSpec(context_length=48, horizon=12, num_variates=1)
+    linear = Linear(LinearConfig(ridge=1e-3), spec)
+    model = (ARNet(ARNetConfig(), spec) if name == "ar_net" else linear).double()
+    table, observed = tensors(values[:rows], seen)
+    report = model.solve(TrainingSeries(table, observed, torch.tensor([0, rows]), torch.zeros(1, dtype=torch.int64)))
+    assert report is not None
+    assert report.details is not None
+    assert report.details["gaps_filled"] == 1.0
+    errors, season = [], []
+    for origin in range(rows + 48, rows + 388, 7):
+        context = torch.from_numpy(values[origin - 48 : origin])[None, :, None]
+        with torch.no_grad():
+            found = model(Batch(context, torch.ones_like(context, dtype=torch.bool))).raw[0, :, 0, 0].numpy()
+        target = wave[origin : origin + 12]
+        errors.append(np.abs(found - target).mean())
+        season.append(np.abs(values[origin - 24 : origin - 12] - target).mean())
+    assert np.mean(errors) < 1.5 * np.mean(season)  # twelve times as much with lines over the gaps
+
+
 def test_lines_bridge_short_gaps_within_a_series() -> None:
     rng = np.random.default_rng(12)
     for most in (0, 1, 3, 50):

@@ -20,6 +20,7 @@ from tsforge.ops.toeplitz import (
     lagged_products,
     levinson,
     pacf_to_weights,
+    short_gap,
     sound_autocovariance,
     weights_to_pacf,
     yule_walker_direct,
@@ -203,6 +204,145 @@ def test_sound_autocovariances_are_those_of_pairs_for_rough_and_of_lines_for_smo
     size = toeplitz(found[1])
     assert np.linalg.eigvalsh(size).min() > 0.0  # autocovariances of a process, which the pairs are not
     assert np.linalg.eigvalsh(toeplitz(pairs[1])).min() < 0.0
+
+
+def season(rows: int, noise: float, seed: int) -> np.ndarray:
+    t = np.arange(rows)
+    wave = 5 * np.sin(2 * np.pi * t / 12) + 3 * np.sin(2 * np.pi * t / 24)
+    return np.asarray(wave + noise * np.random.default_rng(seed).normal(size=rows))
+
+
+def season_autocovariance(noise: float, max_lag: int) -> np.ndarray:
+    lags = np.arange(max_lag + 1)
+    return np.asarray(
+        12.5 * np.cos(2 * np.pi * lags / 12) + 4.5 * np.cos(2 * np.pi * lags / 24) + noise**2 * (lags == 0)
+    )
+
+
+def blocks(rows: int, seed: int) -> np.ndarray:
+    """Return False on one block of 11 to 20 rows in every 30, always on the second ten of them."""
+    rng, seen = np.random.default_rng(seed), np.ones(rows, dtype=bool)
+    for start in range(0, rows, 30):
+        seen[start + rng.integers(0, 10) : start + 20] = False
+    return seen
+
+
+def lines_over(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    rows = np.arange(len(values))
+    return np.asarray(np.interp(rows, rows[seen], values[seen]))
+
+
+def test_gaps_of_whole_series_are_filled_and_judged_as_dense_algebra_does() -> None:
+    weight, order = np.array([0.5, -0.3, 0.2, 0.25]), 4
+    response = np.zeros(5000)
+    response[0] = 1.0
+    for t in range(1, len(response)):
+        response[t] = sum(weight[i] * response[t - 1 - i] for i in range(min(order, t)))
+    acov = np.array([response[: len(response) - lag] @ response[lag:] for lag in range(40)])
+    rng = np.random.default_rng(20)
+    bounds = np.array([0, 30, 33, 34, 60])  # two series of fewer rows than lags
+    values, seen = rng.normal(size=60), rng.random(60) > 0.5
+    seen[[0, 29, 30, 32, 33, 34, 59]] = True
+    seen[5:14] = False
+    draws = 40_000
+    found = toeplitz_module._conditional(levinson(acov[: order + 1]), np.where(seen, values, 0.0), seen, bounds, draws)
+    mean, deviation, variance, likelihood = found
+    squares, volume, count = 0.0, 0.0, int(seen.sum())
+    for first, last in pairwise(bounds.tolist()):
+        covariance, known = toeplitz(acov[: last - first]), seen[first:last]
+        inner, cross = covariance[np.ix_(known, known)], covariance[np.ix_(known, ~known)]
+        observed = values[first:last][known]
+        np.testing.assert_allclose(mean[first:last][~known], cross.T @ np.linalg.solve(inner, observed), atol=1e-10)
+        np.testing.assert_array_equal(mean[first:last][known], observed)
+        assert not deviation[first:last][known].any()
+        left = covariance[np.ix_(~known, ~known)] - cross.T @ np.linalg.solve(inner, cross)
+        part = deviation[first:last][~known]
+        np.testing.assert_allclose(part @ part.T / draws, left, atol=0.05)
+        squares += observed @ np.linalg.solve(inner, observed)
+        volume += np.linalg.slogdet(inner)[1]
+    assert variance == pytest.approx(squares / count, rel=1e-10)
+    assert likelihood == pytest.approx(-0.5 * (count * math.log(squares / count) + volume), rel=1e-10)
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+def test_autocovariances_of_a_season_survive_gaps_of_half_of_it(noise: float) -> None:
+    max_lag, bounds = 48, [0, 1500, 1530, 1600, 4000]
+    values, seen = season(4000, noise, 21), blocks(4000, 22)
+    seen[:25] = False  # a series that begins late, one of fewer rows than lags, and one without a value
+    seen[1530:1600] = False
+    expected = season_autocovariance(noise, max_lag)
+    taper = 1.0 - 3 * np.arange(max_lag + 1) / 4000
+    lines = np.concatenate([lines_over(values[a:b], seen[a:b]) for a, b in ((0, 1500), (1500, 1530), (1600, 4000))])
+    straight = autocovariance(lines, np.ones(len(lines), dtype=bool), [0, 1500, 1530, len(lines)], max_lag)
+    assert np.abs(straight - expected * taper).max() > 0.4 * expected[0]
+    table, mask = np.where(seen, values, 1e9)[:, None], seen[:, None]
+    found = sound_autocovariance(table, mask, bounds, max_lag)[0]
+    assert np.abs(found - expected * taper).max() < 0.03 * expected[0]
+    np.testing.assert_array_equal(sound_autocovariance(table, mask, bounds, max_lag)[0], found)  # the same draws
+    recursion = levinson(found)
+    assert recursion.pacf.all()
+    noise_left = recursion.variances[-1]
+    whole = levinson(autocovariance(values, np.ones(4000, dtype=bool), bounds, max_lag)).variances[-1]
+    assert noise_left < 1.5 * whole
+    assert noise_left > 0.7 * whole
+
+
+def test_lines_over_long_gaps_stay_where_nothing_is_likelier() -> None:
+    noise = np.random.default_rng(11).normal(size=4200)
+    values = np.zeros(4200)
+    for t in range(2, len(values)):
+        values[t] = 1.94 * values[t - 1] - 0.945 * values[t - 2] + noise[t]
+    values, seen = values[200:] - values[200:].mean(), blocks(4000, 23)
+    expected = autocovariance(lines_over(values, seen), np.ones(4000, dtype=bool), [0, 4000], 40)
+    found = sound_autocovariance(values[:, None], seen[:, None], [0, 4000], 40)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * expected[0])
+
+
+def test_short_gaps_are_bridged_whatever_the_data() -> None:
+    assert [short_gap(lags) for lags in (0, 15, 16, 48, 95, 96, 1000)] == [0, 0, 1, 3, 5, 6, 6]
+    values, seen = season(1500, 0.1, 24), np.ones(1500, dtype=bool)
+    for start in range(4, 1490, 7):
+        seen[start : start + 3] = False
+    expected = autocovariance(lines_over(values, seen), np.ones(1500, dtype=bool), [0, 1500], 48)
+    found = sound_autocovariance(values[:, None], seen[:, None], [0, 1500], 48)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * expected[0])
+    seen[707] = False  # one more row makes a gap of four, and all are filled
+    found = sound_autocovariance(values[:, None], seen[:, None], [0, 1500], 48)[0]
+    truth = season_autocovariance(0.1, 48) * (1 - np.arange(49) / 1500)
+    assert np.abs(found - truth).max() < 0.2 * np.abs(expected - truth).max()
+
+
+def test_stretches_that_stand_for_all_lie_within_the_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds, seen = [0, 900, 1000, 1040, 3000], blocks(3000, 25)
+    seen[:100] = seen[1000:1040] = seen[2900:] = False
+    rows, edges = toeplitz_module._stretches(seen, bounds, 3)
+    inner = [range(100 + int(seen[100:].argmax()), 900), range(900, 1000), range(1040, 2900)]
+    expected = [
+        row for part in inner for row in part if seen[part.start : row + 1].any() and seen[row : part.stop].any()
+    ]
+    assert rows.tolist() == expected
+    assert np.flatnonzero(np.diff(rows) > 1).tolist() == [edges[2] - 1]
+    monkeypatch.setattr(toeplitz_module, "_MOST_VALUES", 4 * 1100)
+    rows, edges = toeplitz_module._stretches(seen, bounds, 3)
+    assert 900 <= len(rows) <= 1100
+    assert set(rows.tolist()) <= set(expected)
+    for first, last in pairwise(edges.tolist()):
+        assert last - first <= 200
+        assert rows[last - 1] - rows[first] == last - first - 1
+        assert seen[rows[first:last]].any()
+    monkeypatch.setattr(toeplitz_module, "_MOST_VALUES", 49 * 6000)
+    values, seen = season(20_000, 0.1, 26), blocks(20_000, 27)
+    found = sound_autocovariance(values[:, None], seen[:, None], [0, 20_000], 48)[0]
+    assert np.abs(found - season_autocovariance(0.1, 48)).max() < 0.05 * 17.0
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_series_without_noise_or_without_variance_have_finite_autocovariances(noise: float) -> None:
+    seen = blocks(900, 28)
+    for values in (season(900, noise, 29), np.zeros(900)):
+        found = sound_autocovariance(values[:, None], seen[:, None], [0, 900], 48)[0]
+        assert np.isfinite(found).all()
+        assert np.abs(levinson(found).pacf).max() < 1.0
 
 
 def test_without_gaps_sound_autocovariances_are_the_usual_ones() -> None:
