@@ -96,7 +96,7 @@ def fill(workspace: Workspace) -> None:
     del settings["split"]
     backtest(validate(BacktestJobConfig, settings), workspace)
     detect(validate(DetectJobConfig, {"artifact": made.artifact.id}), workspace)
-    job = {"name": "nightly", "data": plant(), "model": made.artifact.id, "ingest": False, "detect": {"span": "4d"}}
+    job = {"name": "nightly", "data": plant(), "model": made.artifact.id, "ingest": False, "detect": {"span": "8d"}}
     for days in (2, 1):
         run_batch(validate(BatchConfig, job), _LATEST - timedelta(days=days), workspace)
 

@@ -486,3 +486,26 @@ def test_units_of_series_are_their_deviations_over_the_training_span() -> None:
     together = [np.std(values[:, 0]), np.std([5.0, 5.0, 7.0, 7.0])]
     expected = [[np.std([1.0, 3.0, 8.0]), together[1]], together, [20.0, together[1]]]
     np.testing.assert_allclose(series_units(series), expected, rtol=1e-12)
+
+
+def test_errors_of_a_diverse_panel_count_in_deviations_of_each_series() -> None:
+    frame = levelled()
+    settings: dict[str, Any] = {
+        "data": {"name": "made", "source": {"kind": "parquet", "path": "unused.parquet"}},
+        "model": {"name": "ar_net"},
+        "window": {"context_length": 36, "horizon": 6},
+        "split": {"kind": "counts", "counts": [300, 60, 60]},
+        "calibration": {"enabled": False},
+        "tracking": {"enabled": False},
+    }
+    artifact, _ = fit_frame(frame, validate(FitConfig, settings))
+    squares = []
+    for _, part in frame.table.group_by("series_id"):
+        values = part.sort("time")["sales"].to_numpy()
+        unit = values[:300].std()
+        single = frame.table.filter(series_id=part["series_id"][0])
+        one = SeriesFrame.from_long(single, time="time", series_id="series_id", targets=["sales"], freq="1i")
+        for cutoff in range(360, 415):
+            mean = predict(artifact, one.until(cutoff - 1)).table["mean"].to_numpy()
+            squares.append(np.mean(((mean - values[cutoff : cutoff + 6]) / unit) ** 2))
+    assert artifact.metrics["test_mse"] == pytest.approx(np.mean(squares), rel=1e-4)

@@ -150,7 +150,8 @@ class FitResult:
         artifact: saved below ``workspace.artifacts``.
         training: epochs, curves, speed, or the closed-form report.
         metrics: ``valid_mse, valid_mae, test_mse, test_mae``; with held-out series also ``train_*`` and, of those,
-            ``*_unseen_mse`` and ``*_unseen_mae`` for each of the three. In standard deviations of the training span.
+            ``*_unseen_mse`` and ``*_unseen_mae`` for each of the three. In standard deviations of the training span,
+            each series of a diverse panel in its own.
         run_id: tracking run, None when tracking is off.
         version: registered model version, None when nothing was registered.
     """
@@ -221,7 +222,7 @@ def _race(
     if config.log_graphs or config.warm_start.artifact is not None:
         name = "log_graphs" if config.log_graphs else "warm_start.artifact"
         raise ConfigError(f"{name} has no effect with model=auto, which tries many models; leave it out")
-    select, diverse = choosing_span(splits, config.window.horizon), is_diverse(series)
+    select = choosing_span(splits, config.window.horizon)
     data = RaceData(
         final_stop=_fitted_rows(config, splits)[1],
         panel=panel,
@@ -230,8 +231,8 @@ def _race(
         window=config.window_spec,
         network=config.network,
         training=config.train,
-        unit=series_units(series) if diverse else training_unit(series),
-        diverse=diverse,
+        unit=error_unit(series),
+        diverse=is_diverse(series),
         only=~held_out if held_out.any() else None,
     )
     return race(data, progress=progress)
@@ -312,9 +313,10 @@ def _data_spec(panel: Panel, config: FitConfig, splits: Splits) -> DataSpec:
 def _grade(network: ForecastNetwork, spans: Spans, series: TrainingSeries) -> dict[str, float]:
     """Return errors of every graded part, in standard deviations of each variate over the training span.
 
-    The unit is the same for every model, scaling and likelihood, so that fits can be compared and tuned.
+    Of a diverse panel those of each series, else of all together. The unit is the same for every model, scaling and
+    likelihood, so that fits can be compared and tuned.
     """
-    unit = training_unit(series)
+    units = error_unit(series)
     metrics: dict[str, float] = {}
     for name, windows in spans.graded.items():
         if windows is None:
@@ -323,10 +325,16 @@ def _grade(network: ForecastNetwork, spans: Spans, series: TrainingSeries) -> di
         for batch in forecast_batches(network, windows):
             if batch.target is None:
                 raise DataError(f"the {name} windows have no target")
+            unit = units if units.ndim == 1 else units[batch.series_index][:, None]
             sums.add(batch.target / unit, batch.mean / unit, batch.mask)
         metrics[f"{name}_mse"] = float(sums.mse().value)
         metrics[f"{name}_mae"] = float(sums.mae().value)
     return metrics
+
+
+def error_unit(series: TrainingSeries) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return in what errors count: deviations of each variate [V], or of each series of a diverse panel [S, V]."""
+    return series_units(series) if is_diverse(series) else training_unit(series)
 
 
 def series_units(series: TrainingSeries) -> np.ndarray[Any, np.dtype[np.float64]]:
