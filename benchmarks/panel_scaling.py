@@ -42,7 +42,7 @@ def panel(folder: Path, series: int) -> SeriesFrame:
     table = pl.read_parquet(folder / "forecast" / "m4_hourly.parquet").with_columns(pl.col("y").cast(pl.Float64))
     long = table.group_by("unique_id").len().filter(pl.col("len") >= LEAST).sort("unique_id").head(series)
     table = table.join(long, on="unique_id").sort("unique_id", "step")
-    size = int(long["len"].min())  # type: ignore[arg-type]
+    size = min(long["len"].to_list())
     row = pl.int_range(pl.len()).over("unique_id") - (pl.col("len") - size)
     table = table.with_columns(row=row).filter(pl.col("row") >= 0)
     return SeriesFrame.from_long(
@@ -61,7 +61,7 @@ def units(frame: SeriesFrame) -> dict[str, float]:
 
 def measure(frame: SeriesFrame, model: dict[str, Any], scaling: str) -> dict[str, Any]:
     """Return errors and coverage of one model."""
-    last = int(frame.table["time"].max())  # type: ignore[arg-type]
+    last = max(frame.table["time"].to_list())
     cutoffs = np.array([last - HORIZON * k for k in range(CUTOFFS, 0, -1)])
     past = frame.until(int(cutoffs[0]))
     settings = {

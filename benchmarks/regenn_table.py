@@ -33,7 +33,7 @@ import polars as pl
 import torch
 
 from tsforge.app.benchmark import parse_entry
-from tsforge.app.fit import training_unit
+from tsforge.app.fit_errors import training_unit
 from tsforge.artifact import collect_provenance
 from tsforge.contracts.tensors import DataSpec
 from tsforge.core.atomic import atomic_file

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tsforge.app.detect import DetectJobConfig, detect
-from tsforge.app.fit import FitConfig, FitResult, fit, fit_frame, series_units
+from tsforge.app.fit import FitConfig, FitResult, fit, fit_frame
+from tsforge.app.fit_errors import error_unit, training_unit
 from tsforge.app.forecast import PredictConfig
 from tsforge.app.forecast import predict as forecast_stored
 from tsforge.app.ingest import IngestConfig, ingest
@@ -395,8 +396,8 @@ def relative_errors(artifact: Artifact, frame: SeriesFrame, cut: int = 400) -> d
     )
     return {
         name: (
-            float((part["mean"] - part["sales"]).abs().mean()) / LEVELS.get(name, 30.0),  # type: ignore[arg-type]
-            float((part["q0.95"] - part["q0.05"]).mean()) / LEVELS.get(name, 30.0),  # type: ignore[arg-type]
+            np.abs(part["mean"].to_numpy() - part["sales"].to_numpy()).mean() / LEVELS.get(name, 30.0),
+            (part["q0.95"].to_numpy() - part["q0.05"].to_numpy()).mean() / LEVELS.get(name, 30.0),
         )
         for (name,), part in found.group_by("series_id")
     }
@@ -485,7 +486,9 @@ def test_units_of_series_are_their_deviations_over_the_training_span() -> None:
     )
     together = [np.std(values[:, 0]), np.std([5.0, 5.0, 7.0, 7.0])]
     expected = [[np.std([1.0, 3.0, 8.0]), together[1]], together, [20.0, together[1]]]
-    np.testing.assert_allclose(series_units(series), expected, rtol=1e-12)
+    np.testing.assert_allclose(error_unit(series, diverse=True), expected, rtol=1e-12)
+    np.testing.assert_allclose(training_unit(series), together, rtol=1e-12)
+    np.testing.assert_array_equal(error_unit(series, diverse=False), training_unit(series))
 
 
 def test_errors_of_a_diverse_panel_count_in_deviations_of_each_series() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ import torch
 from pydantic import Field, SerializeAsAny, field_validator
 
 from tsforge.app.auto import AUTO, RaceData, race
+from tsforge.app.fit_errors import FloatArray, error_unit, held_out_errors
 from tsforge.app.fit_spans import Spans, choosing_span, make_spans, span_times
 from tsforge.app.graph_log import NAME as GRAPH_TABLE
 from tsforge.app.graph_log import GraphLog
@@ -34,7 +34,7 @@ from tsforge.artifact import Artifact, collect_provenance, create_artifact, save
 from tsforge.contracts.model import ModelConfig
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
 from tsforge.core.config import Config, QuantileLevel, fingerprint
-from tsforge.core.errors import ConfigError, DataError, TsforgeError, listing
+from tsforge.core.errors import ConfigError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.seeding import derive_seed, seed_everything
 from tsforge.core.workspace import Workspace
@@ -51,10 +51,8 @@ from tsforge.forecasting.conformal import DEFAULT_LEVELS, Choices, Method, Pool,
 from tsforge.forecasting.conformal_buckets import BucketKind
 from tsforge.forecasting.dependence import DependenceKind, estimate_dependence
 from tsforge.forecasting.predict import predict
-from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.layers.likelihoods import LikelihoodConfig, Point
 from tsforge.layers.scaling import SERIES_KINDS, ScalingConfig, is_diverse, scaling_for
-from tsforge.metrics.point import ErrorSums
 from tsforge.models.auto import AutoConfig
 from tsforge.models.registry import MODELS, resolve_model_config
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
@@ -180,12 +178,12 @@ class FitResult:
         return records
 
 
-def settled(network: NetworkConfig, series: TrainingSeries) -> NetworkConfig:
-    """Return the settings of a network with what ``scaling.kind=auto`` means on a training span."""
-    if isinstance(network.model, AutoConfig) or network.scaling.kind != "auto":
+def settled(network: NetworkConfig, *, diverse: bool) -> NetworkConfig:
+    """Return the settings of a network with what ``scaling.kind=auto`` means for a panel."""
+    if isinstance(network.model, AutoConfig):
         return network
     can = MODELS.get(network.model.name).capabilities_of(network.model)
-    return network.model_copy(update={"scaling": scaling_for(network.scaling, can, diverse=is_diverse(series))})
+    return network.model_copy(update={"scaling": scaling_for(network.scaling, can, diverse=diverse)})
 
 
 def _tell_of_unseen(targets: Sequence[str], series: TrainingSeries) -> None:
@@ -214,7 +212,7 @@ def _fitted_rows(config: FitConfig, splits: Splits) -> tuple[int, int]:
 
 
 def _race(
-    panel: Panel, config: FitConfig, splits: Splits, series: TrainingSeries, *, held_out: Bools, progress: bool
+    panel: Panel, config: FitConfig, splits: Splits, unit: FloatArray, *, held_out: Bools, progress: bool
 ) -> tuple[ForecastNetwork, TrainResult]:
     """Choose among all models; what calibrates is not looked at."""
     if config.entities.watch != "seen_valid":
@@ -231,8 +229,8 @@ def _race(
         window=config.window_spec,
         network=config.network,
         training=config.train,
-        unit=error_unit(series),
-        diverse=is_diverse(series),
+        unit=unit,
+        diverse=unit.ndim == 2,
         only=~held_out if held_out.any() else None,
     )
     return race(data, progress=progress)
@@ -310,57 +308,6 @@ def _data_spec(panel: Panel, config: FitConfig, splits: Splits) -> DataSpec:
     )
 
 
-def _grade(network: ForecastNetwork, spans: Spans, series: TrainingSeries) -> dict[str, float]:
-    """Return errors of every graded part, in standard deviations of each variate over the training span.
-
-    Of a diverse panel those of each series, else of all together. The unit is the same for every model, scaling and
-    likelihood, so that fits can be compared and tuned.
-    """
-    units = error_unit(series)
-    metrics: dict[str, float] = {}
-    for name, windows in spans.graded.items():
-        if windows is None:
-            continue
-        sums = ErrorSums(network.spec.horizon, network.spec.num_variates)
-        for batch in forecast_batches(network, windows):
-            if batch.target is None:
-                raise DataError(f"the {name} windows have no target")
-            unit = units if units.ndim == 1 else units[batch.series_index][:, None]
-            sums.add(batch.target / unit, batch.mean / unit, batch.mask)
-        metrics[f"{name}_mse"] = float(sums.mse().value)
-        metrics[f"{name}_mae"] = float(sums.mae().value)
-    return metrics
-
-
-def error_unit(series: TrainingSeries) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return in what errors count: deviations of each variate [V], or of each series of a diverse panel [S, V]."""
-    return series_units(series) if is_diverse(series) else training_unit(series)
-
-
-def series_units(series: TrainingSeries) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the standard deviation [S, V] of the observed training values of each series and variate.
-
-    Where a series has none, or a constant, it is that of all series together (1 where these are constant too).
-    """
-    together, parts = training_unit(series), []
-    for start, stop in pairwise(series.indptr.tolist()):
-        values, mask = series.values[start:stop].numpy(), series.mask[start:stop].numpy()
-        count = np.maximum(mask.sum(axis=0), 1)
-        mean = np.where(mask, values, 0.0).sum(axis=0) / count
-        deviation = np.sqrt(np.where(mask, (values - mean) ** 2, 0.0).sum(axis=0) / count)
-        parts.append(np.where(deviation > 0, deviation, together))
-    return np.stack(parts)
-
-
-def training_unit(series: TrainingSeries) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the standard deviation [V] of the observed training values of each variate, 1 for a constant one."""
-    values, mask = series.values.numpy(), series.mask.numpy()
-    count = np.maximum(mask.sum(axis=0), 1)
-    mean = np.where(mask, values, 0.0).sum(axis=0) / count
-    deviation = np.sqrt(np.where(mask, (values - mean) ** 2, 0.0).sum(axis=0) / count)
-    return np.asarray(np.where(deviation > 0, deviation, 1.0), dtype=np.float64)
-
-
 def fit_frame(
     history: History,
     config: FitConfig,
@@ -391,14 +338,14 @@ def fit_frame(
     """
     seed_everything(seed := config.train.seed)
     frame = newest(history)
-    if config.covariates == "usable":
-        frame = _usable(frame, config.model)
+    frame = _usable(frame, config.model) if config.covariates == "usable" else frame
     panel = panel_of(history, frame)
     splits, names = make_splits(panel, config.split), choose_held_out(config.entities, panel.series_ids)
     held_out = np.isin(panel.series_ids, names)
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
     _tell_of_unseen(frame.schema.targets, series)
-    spec, settings = _data_spec(panel, config, splits), settled(config.network, series)
+    unit = error_unit(series, diverse=is_diverse(series))
+    spec, settings = _data_spec(panel, config, splits), settled(config.network, diverse=unit.ndim == 2)
     network = build_network(settings, spec, seed=derive_seed(seed, "weights"))
     _check_held_out(network, names)
     spans = _spans_of(panel, config, splits, held_out, network)
@@ -407,7 +354,7 @@ def fit_frame(
     if raced:
         if resume:
             raise ConfigError("--resume has no effect with model=auto; run it again without")
-        network, training = _race(panel, config, splits, series, held_out=held_out, progress=progress)
+        network, training = _race(panel, config, splits, unit, held_out=held_out, progress=progress)
         _check_held_out(network, names)
         if fitted_rows != splits.train:  # the other rows of the valid span are no longer held out
             spans = replace(spans, graded={**spans.graded, "valid": spans.calibration})
@@ -436,7 +383,7 @@ def fit_frame(
     table = None
     if config.calibration.enabled and calibration is not None:
         table = calibrate(network, calibration, config.calibration.quantile_levels, choices=config.calibration.choices)
-    metrics = _grade(network, spans, series)
+    metrics = held_out_errors(network, spans.graded, unit)
     rows = replace(splits, train=fitted_rows, valid=(max(fitted_rows[1], splits.valid[0]), splits.valid[1])).to_dict()
     device = network.param_offset.device
     artifact = create_artifact(

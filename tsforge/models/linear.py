@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -109,14 +109,15 @@ def fit_moments(moments: WindowMoments, layout: LagLayout, config: LinearConfig)
     ``weight`` of the fit has its columns oldest first. With ``offset: window_scale`` the moments hold one more column.
     """
     length, columns = layout.lags, layout.lags + layout.horizon
-    if config.remove == "auto" or config.ridge is None:
+    if config.remove == "auto" or not isinstance(config.ridge, float):
         raise ConfigError("a fit needs to know what to remove and its ridge; `Linear.solve` chooses them first")
     centred = remove_level(moments, columns, length, config.remove)
-    ridge = usual_ridge(centred, length, layout.horizon) if config.ridge == "usual" else config.ridge
     features = torch.arange(length)
     if config.fitted_offset == "window_scale":
         features = torch.cat([features, torch.tensor([columns])])
-    fit = least_squares(centred, features, layout.targets, ridge=ridge, intercept=config.fitted_offset == "constant")
+    fit = least_squares(
+        centred, features, layout.targets, ridge=config.ridge, intercept=config.fitted_offset == "constant"
+    )
     if config.fitted_offset != "window_scale":
         return fit, fit.bias
     return replace(fit, weight=fit.weight[:, :-1].contiguous()), fit.weight[:, -1]
@@ -274,9 +275,10 @@ class Linear(ForecastModel[LinearConfig]):
             uses_scale=config.fitted_offset == "window_scale",
         )
         if config.ridge == "usual":
-            free = remove_level(moments, layout.lags + layout.horizon, layout.lags, config.remove)  # type: ignore[arg-type]
+            level = cast(Removal, config.remove)  # auto was settled by `_chosen`
+            free = remove_level(moments, layout.lags + layout.horizon, layout.lags, level)
             config = config.model_copy(update={"ridge": usual_ridge(free, layout.lags, layout.horizon)})
-        details["ridge"] = max(details["ridge"], float(config.ridge or 0.0))
+        details["ridge"] = max(details["ridge"], cast(float, config.ridge))
         fit, offset = fit_moments(moments, layout, config)
         if config.remove == "none" and config.fitted_offset == "constant":  # undo the centring
             offset = offset + center * (1.0 - fit.weight.sum(1))
@@ -304,7 +306,7 @@ class Linear(ForecastModel[LinearConfig]):
             fit=lambda moments, remove, ridge: (
                 fit_moments(moments, layout, LinearConfig(remove=remove, ridge=ridge, missing=config.missing))[0].weight
             ),
-            free=lambda moments, remove: remove_level(moments, columns, layout.lags, remove),  # type: ignore[arg-type]
+            free=lambda moments, remove: remove_level(moments, columns, layout.lags, cast(Removal, remove)),
         )
         usual = USUAL_RIDGE
         if not isinstance(config.ridge, float):
