@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
@@ -48,9 +48,7 @@ class LinearConfig(ModelConfig):
     remove: Literal["auto"] | Removal = tunable("window_mean", choices=["none", "window_mean", "last"])
     """What is subtracted from each context and added back: ``last`` is NLinear. ``auto``: the mean or the last value,
     chosen with the ridge."""
-    ridge: Annotated[float, Field(ge=0.0)] | Literal["usual"] | None = tunable(
-        "usual", low=1e-2, high=1e6, log=True, stand_in=USUAL_RIDGE
-    )
+    ridge: float | Literal["usual"] | None = tunable("usual", low=1e-2, high=1e6, log=True, stand_in=USUAL_RIDGE)
     """Added to the diagonal of X'X summed over all windows (and variates when shared), scikit-learn's alpha. Usual: 100
     or less, by generalised cross-validation where 100 exceeds a tenth of that diagonal; null chooses by blocked
     cross-validation of the training span."""
@@ -61,6 +59,20 @@ class LinearConfig(ModelConfig):
     missing: MissingRule = "auto"
     """Training gaps: whole windows only, or windows with filled gaps; auto bridges short gaps, then takes whole windows
     while there are enough."""
+
+    @field_validator("ridge", mode="before")
+    @classmethod
+    def _penalty(cls, value: Any) -> Any:
+        """Say in one message what a penalty may be; a union would say it once a member."""
+        if value is None or value == "usual":
+            return value
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0.0 <= number < math.inf:
+            raise ValueError("give a number from 0 on, usual, or null")
+        return number
 
     @property
     def fitted_offset(self) -> Offset:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
+from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError
 from tsforge.models._ar_layout import LagLayout
 from tsforge.models._ar_moments import lag_moments
@@ -259,3 +260,12 @@ def test_a_trend_and_a_short_seasonal_series_are_forecast_not_averaged() -> None
     assert error < 0.01 * (target - level).abs().mean()
     chosen, _ = solved(span((steps - steps.mean()) / steps.std()), remove="auto", ridge=None)
     assert (chosen.weight[0] @ context[0] - chosen.weight[0].sum(1) * context[0].mean()).abs().sum() > 0
+
+
+@pytest.mark.parametrize("wrong", ["usually", -1, True, "nan", [1.0]])
+def test_a_penalty_that_is_none_is_one_message(wrong: object) -> None:
+    with pytest.raises(ConfigError, match=r"^ridge: give a number from 0 on, usual, or null") as caught:
+        validate(LinearConfig, {"ridge": wrong})
+    assert str(caught.value).count("ridge") == 1
+    assert validate(LinearConfig, {"ridge": "3"}).ridge == 3.0
+    assert validate(LinearConfig, {"ridge": 0}).ridge == 0.0
