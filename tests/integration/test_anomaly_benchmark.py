@@ -507,5 +507,5 @@ def test_the_configs_measure_what_they_say() -> None:
     assert set(late.families) == set(known_families())
     assert late.two_sided
     assert {(score.joint, score.latency) for score in late.scores.values()} == {
-        (joint, rows) for joint in ("mean_abs", "mahalanobis", "product") for rows in (0, 30)
+        (joint, rows) for joint in ("mean_abs", "mahalanobis", "product", "balanced") for rows in (0, 30)
     }

@@ -62,7 +62,7 @@ SCORES: list[tuple[str, dict[str, Any]]] = [
     (
         "linear",
         {
-            **{"kind": "reconstruction", "window": 5, "overlap_reduction": "mean", "joint": "product"},
+            **{"kind": "reconstruction", "window": 5, "overlap_reduction": "mean", "joint": "balanced"},
             "smoothing": {"kind": "two_sided", "reach": 6},
         },
     ),

@@ -18,7 +18,7 @@ RECONSTRUCTION = {"kind": "reconstruction", "window": 6, "joint": "max_abs"}
     [
         RECONSTRUCTION | {"overlap_reduction": "last"},
         RECONSTRUCTION | {"overlap_reduction": "median"},
-        {"joint": "product", "smoothing": {"kind": "two_sided", "weight": 0.6}},
+        {"joint": "balanced", "smoothing": {"kind": "two_sided", "weight": 0.6}},
     ],
     ids=["last", "median", "two_sided"],
 )

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tsforge.anomaly.incidents import check_grouping
 from tsforge.core.config import Config
 
-JointName = Literal["mahalanobis", "mean_abs", "product", "max_abs", "top_k", "fisher"]
+JointName = Literal["mahalanobis", "mean_abs", "product", "balanced", "max_abs", "top_k", "fisher"]
 HorizonReduction = Literal["first", "last", "median", "max"]
 ScoreKind = Literal[
     "normalised",
@@ -106,7 +106,9 @@ class ScoreConfig(Config):
     robust standard deviations of step and variate."""
     joint: JointName = "mahalanobis"
     """``mahalanobis`` sees broken correlations, ``max_abs`` single sensors, ``mean_abs`` broad faults, ``product`` (the
-    Mahalanobis distance times ``mean_abs``) both of the outer ones."""
+    Mahalanobis distance times ``mean_abs``) both of the outer ones; ``balanced`` does so too with residuals in units
+    between their own scale and the spread of the variate, so that a variate told almost exactly does not drown others.
+    """
     top_k: int | None = Field(None, ge=1)
     """Variates averaged by ``joint: top_k``."""
     steps: tuple[int, ...] | None = None
@@ -173,6 +175,11 @@ class ScoreConfig(Config):
                 raise ValueError(f"{name} has no effect with kind '{self.kind}'")
         if self.ewma is not None and self.is_one_sided:
             raise ValueError(f"ewma adds up residuals with their sign, and kind '{self.kind}' has none; use smoothing")
+        if self.joint == "balanced" and not self.has_data_units:
+            raise ValueError(
+                f"joint: balanced weighs residuals against the spread of the data, and kind '{self.kind}' has none in "
+                "units of the data; take joint: product"
+            )
         if self.window is not None and self.window < 16 and self.kind in DYNAMIC_KINDS:
             raise ValueError(f"window {self.window} is too short for kind '{self.kind}'; give at least 16 rows")
         if self.is_windowed and (self.steps is not None or self.horizon_reduction != "median"):

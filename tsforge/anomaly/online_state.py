@@ -39,9 +39,9 @@ from tsforge.core.formats import check_version
 from tsforge.forecasting.stream_buffer import Buffer
 
 FORMAT = "tsforge-online-detector"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """2: scores of windows and free runs; 3: guarded contexts; 4: residuals that add up; 5: event ids; 6: rows that wait
-for a smoothed score."""
+for a smoothed score; 7: spreads of variates."""
 _ARRAY, _LIST = "$array", "$list"
 _SHORT = 16  # lists up to this length stay among the facts
 
@@ -212,6 +212,7 @@ def _model_state(model: ScoreModel) -> dict[str, Any]:
         "covariance": None if model.covariance is None else _covariance_state(model.covariance),
         "variate_calibrations": calibrations,
         "ewma": None if model.ewma is None else model.ewma.spread,
+        "share": model.share,
     }
 
 
@@ -224,6 +225,7 @@ def _model(state: dict[str, Any], config: DetectConfig) -> ScoreModel:
         covariance=None if state["covariance"] is None else _covariance(state["covariance"]),
         variate_calibrations=tuple(None if one is None else _calibration(one) for one in state["variate_calibrations"]),
         ewma=None if weight is None else Ewma(weight=weight, spread=state["ewma"]),
+        share=state.get("share"),
     )
 
 

@@ -22,10 +22,15 @@ MIN_OBSERVED = 20  # residuals a step and variate must have to be scaled
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRange:
-    """What the training span says about each variate [V]; NaN where it was never observed."""
+    """What the training span says about each variate [V]; NaN where it was never observed.
+
+    Attributes:
+        low, high: [V] extremes. deviation: [V] standard deviation.
+    """
 
     low: FloatArray
     high: FloatArray
+    deviation: FloatArray
 
     @classmethod
     def of(cls, values: ArrayLike) -> TrainingRange:
@@ -35,7 +40,13 @@ class TrainingRange:
         never = ~seen.any(axis=0)
         low = np.where(seen, v, np.inf).min(axis=0, initial=np.inf)
         high = np.where(seen, v, -np.inf).max(axis=0, initial=-np.inf)
-        return cls(low=np.where(never, np.nan, low), high=np.where(never, np.nan, high))
+        count = np.where(never, np.nan, seen.sum(axis=0))
+        apart = np.where(seen, v - np.where(seen, v, 0.0).sum(axis=0) / count, 0.0)
+        return cls(
+            low=np.where(never, np.nan, low),
+            high=np.where(never, np.nan, high),
+            deviation=np.sqrt(np.square(apart).sum(axis=0) / count),
+        )
 
     @property
     def constant(self) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.covariance import Covariance, fit_covariance
 from tsforge.anomaly.ewma import Ewma, fit_ewma
 from tsforge.anomaly.residuals import ResidualScale, TrainingRange, fit_residual_scale, reduce_horizon
-from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, product, top_k, winsorise
+from tsforge.anomaly.scorers import balanced, fisher, mahalanobis, max_abs, mean_abs, product, top_k, winsorise
 from tsforge.anomaly.smoothing import build_smoother
 
 FloatArray = NDArray[np.float64]
@@ -38,6 +38,7 @@ class ScoreModel:
     Attributes:
         used: [V] variates inside the covariance: neither constant in training nor without a scale.
         ewma: how far residuals add up over normal rows, with no row behind it; None where they do not.
+        share: [V] of ``balanced``, scale of z in deviations of the variate in training; 1 where it was constant there.
     """
 
     config: ScoreConfig
@@ -46,6 +47,7 @@ class ScoreModel:
     covariance: Covariance | None
     variate_calibrations: tuple[Calibration | None, ...] = ()
     ewma: Ewma | None = None
+    share: FloatArray | None = None
 
     def score(self, deviations: ArrayLike, values: ArrayLike) -> Scores:
         """Return the scores of rows in time order, smoothed from the first row on; row t depends on rows up to t only.
@@ -77,15 +79,18 @@ class ScoreModel:
         z = _deviates(self.scale, deviations, values, self.config)
         if memory is not None:
             z = _added_up(memory, z, self.scale.constant, self.config)
-        return Scores(z=z, joint=self._joint(winsorise(z, self.config.winsor)))
+        return Scores(z=z, joint=self._joint(z))
 
     @property
     def constant(self) -> NDArray[np.bool_]:
         """Which variates [V] stand outside the covariance on their own."""
         return ~self.used
 
-    def _joint(self, z: FloatArray) -> FloatArray:
+    def _joint(self, deviates: FloatArray) -> FloatArray:
         name = self.config.joint
+        if self.share is not None:
+            return balanced(deviates, self.share, self.covariance, self.constant, limit=self.config.winsor)
+        z = winsorise(deviates, self.config.winsor)
         if name == "mean_abs":
             return mean_abs(z)
         if name == "max_abs":
@@ -153,5 +158,22 @@ def fit_score_model(
             fit_calibration(np.abs(z[:, v])) if (~np.isnan(z[:, v])).any() else None for v in range(z.shape[1])
         )
     return ScoreModel(
-        config=config, scale=scale, used=used, covariance=covariance, variate_calibrations=calibrations, ewma=ewma
+        config=config,
+        scale=scale,
+        used=used,
+        covariance=covariance,
+        variate_calibrations=calibrations,
+        ewma=ewma,
+        share=_share(scale, ewma, training, config) if config.joint == "balanced" else None,
     )
+
+
+def _share(scale: ResidualScale, ewma: Ewma | None, training: TrainingRange, config: ScoreConfig) -> FloatArray:
+    """Return the scale of z [V] in deviations of the variate in training, with the same floor; of steps the median."""
+    unit = np.full(len(scale.constant), np.nan)
+    seen = ~np.isnan(scale.scale).all(axis=0)
+    unit[seen] = np.nanmedian(scale.scale[:, seen], axis=0)
+    if ewma is not None:
+        unit = unit * ewma.spread
+    spread = np.maximum(training.deviation, config.scale_floor * (training.high - training.low))
+    return np.asarray(np.divide(unit, spread, out=np.ones_like(unit), where=~scale.constant))

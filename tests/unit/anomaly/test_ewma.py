@@ -166,7 +166,7 @@ def test_a_monitor_knows_the_rows_before_the_first_one_to_judge_once() -> None:
     """The last of them are judged twice, for events under way; the second time from where the first began."""
     deviations = np.random.default_rng(6).normal(size=(160, 2)).cumsum(axis=0) * 0.3
     values, start = np.zeros((160, 2)), 120
-    training = TrainingRange(low=np.full(2, -1.0), high=np.ones(2))
+    training = TrainingRange(low=np.full(2, -1.0), high=np.ones(2), deviation=np.full(2, 0.5))
     rows = SeriesRows(
         series_id="one",
         start=0,

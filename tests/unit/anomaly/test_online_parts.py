@@ -46,7 +46,7 @@ def rough(rows: int, seed: int) -> np.ndarray:
 
 def monitor_of(deviations: np.ndarray, config: EventConfig, start: int) -> Monitor:
     values = np.zeros((len(deviations), 4))
-    training = TrainingRange(low=np.zeros(4), high=np.ones(4))
+    training = TrainingRange(low=np.zeros(4), high=np.ones(4), deviation=np.full(4, 0.3))
     model = fit_score_model(deviations[:200], values[:200], training, ScoreConfig())
     scores = model.raw(deviations[:200], values[:200], None).joint
     return Monitor(

@@ -12,7 +12,7 @@ from tsforge.anomaly.calibration import fit_calibration
 from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.covariance import fit_covariance, squared_distance
 from tsforge.anomaly.residuals import TrainingRange, fit_residual_scale, reduce_horizon, tail_to_normal
-from tsforge.anomaly.scorers import fisher, mahalanobis, max_abs, mean_abs, runs, top_k, winsorise
+from tsforge.anomaly.scorers import balanced, fisher, mahalanobis, max_abs, mean_abs, product, runs, top_k, winsorise
 from tsforge.anomaly.scoring import fit_score_model
 from tsforge.core.errors import DataError
 
@@ -63,6 +63,8 @@ def test_too_few_residuals_are_never_scored() -> None:
 def test_training_range_of_a_never_observed_variate() -> None:
     found = TrainingRange.of(np.array([[NAN, 1.0], [NAN, 2.0]]))
     assert np.isnan(found.low[0])
+    assert np.isnan(found.deviation[0])
+    assert found.deviation[1] == 0.5
     assert found.constant.tolist() == [False, False]
 
 
@@ -109,12 +111,76 @@ def test_constant_variates_add_their_square_to_the_distance() -> None:
         mahalanobis(z, None, constant)
 
 
+def test_product_and_balanced_by_hand() -> None:
+    """Row by row with an explicit inverse: missing and constant variates, cuts in either unit."""
+    generator = np.random.default_rng(4)
+    covariance = fit_covariance(generator.standard_normal((300, 2)) @ np.array([[1.0, 0.8], [0.0, 0.6]]))
+    constant, share = np.array([False, True, False]), np.array([0.1, 1.0, 4.0])
+    z = generator.normal(0, 3, size=(8, 3))
+    z[1, 0], z[2, 1], z[3] = NAN, NAN, NAN
+    z[4], z[5] = [400.0, 0.0, 1.0], [1.0, 10.0, 15.0]
+    limit, inverse = 50.0, np.linalg.inv(covariance.matrix)  # type: ignore[attr-defined]
+    for row, told, other in zip(
+        z, balanced(z, share, covariance, constant, limit=limit), product(z, covariance, constant), strict=True
+    ):
+        seen = [v for v in range(3) if not math.isnan(row[v])]
+        if not seen:
+            assert math.isnan(told)
+            assert math.isnan(other)
+            continue
+        sizes = [math.sqrt(min(abs(row[v]), limit) * min(abs(row[v]) * share[v], limit)) for v in seen]
+        cut = np.clip(row, -limit, limit)
+        distances = []
+        for values in (cut, row):
+            square = float(mahalanobis(values[None], covariance, constant)[0])
+            if len(seen) == 3:
+                pair = values[[0, 2]]
+                assert square == pytest.approx(float(pair @ inverse @ pair) + values[1] ** 2)
+            distances.append(math.sqrt(square))
+        assert told == pytest.approx(sum(sizes) / len(sizes) * math.sqrt(distances[0]), rel=1e-9)
+        assert other == pytest.approx(sum(abs(row[v]) for v in seen) / len(seen) * distances[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("ewma", [None, 0.2])
+def test_balanced_measures_residuals_between_their_scale_and_the_spread_of_training(ewma: float | None) -> None:
+    generator = np.random.default_rng(8)
+    deviations = generator.normal(size=(2000, 3, 3)) * [0.5, 2.0, 1e-9] * np.array([1.0, 2.0, 3.0])[:, None]
+    values = generator.normal(size=(2000, 3)) * [5.0, 2.0, 7.0]
+    values[values[:, 0] > 20.0] = NAN
+    config = ScoreConfig(joint="balanced", ewma=ewma)
+    model = fit_score_model(deviations, values, TrainingRange.of(values), config)
+    unit = np.array([1.0, 4.0, 0.01 * np.ptp(values[:, 2])])  # scales of the middle step, or their floor
+    if ewma is not None:
+        assert model.ewma is not None
+        unit = unit * model.ewma.spread
+    assert model.share == pytest.approx(unit / values.std(axis=0), rel=0.05)
+    found = model.score(deviations[:50], values[:50])
+    told = balanced(found.z, model.share, model.covariance, model.constant)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.joint, told)
+
+
+def test_balanced_keeps_the_floor_of_a_nearly_constant_variate_and_needs_units_of_the_data() -> None:
+    noise = np.random.default_rng(9).normal(size=400)
+    deviations = np.column_stack([np.zeros(400), noise, np.zeros(400)])[:, None]
+    training = TrainingRange(
+        low=np.array([0.0, -3.0, 2.0]), high=np.array([5.0, 3.0, 2.0]), deviation=np.array([1e-4, 1.0, 0.0])
+    )
+    model = fit_score_model(deviations, deviations[:, 0], training, ScoreConfig(joint="balanced"))
+    assert model.share is not None
+    assert model.share[0] == 1.0  # a hundredth of its range over the same
+    assert model.share[1] == pytest.approx(1.0, abs=0.15)
+    assert model.share[2] == 1.0  # constant: judged by itself
+    for kind in ("tail", "nll", "interval", "latent"):
+        with pytest.raises(ValueError, match=f"kind '{kind}' has none in units of the data; take joint: product"):
+            ScoreConfig(kind=kind, joint="balanced")  # type: ignore[arg-type]
+
+
 def test_runs() -> None:
     assert runs(np.array([True, True, False, True])) == [(0, 2), (3, 4)]
     assert runs(np.zeros(3, dtype=bool)) == []
 
 
-@pytest.mark.parametrize("joint", ["mahalanobis", "mean_abs", "max_abs", "top_k", "fisher"])
+@pytest.mark.parametrize("joint", ["mahalanobis", "mean_abs", "product", "balanced", "max_abs", "top_k", "fisher"])
 def test_every_joint_score_flags_a_fault_and_never_looks_ahead(joint: str) -> None:
     generator = np.random.default_rng(1)
     deviations, values = generator.normal(size=(600, 2, 4)), generator.normal(size=(600, 4))
