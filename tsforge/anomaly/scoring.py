@@ -38,7 +38,7 @@ class ScoreModel:
     Attributes:
         used: [V] variates inside the covariance: neither constant in training nor without a scale.
         ewma: how far residuals add up over normal rows, with no row behind it; None where they do not.
-        share: [V] of ``balanced``, scale of z in deviations of the variate in training; 1 where it was constant there.
+        share: [V] of ``balanced``, scale of z in deviations of the variate in training.
     """
 
     config: ScoreConfig
@@ -169,11 +169,14 @@ def fit_score_model(
 
 
 def _share(scale: ResidualScale, ewma: Ewma | None, training: TrainingRange, config: ScoreConfig) -> FloatArray:
-    """Return the scale of z [V] in deviations of the variate in training, with the same floor; of steps the median."""
+    """Return the scale of z [V] in deviations of the variate in training, with the same floor; of steps the median.
+
+    A variate that was constant there has no deviation: leaving its constant counts as much as anything can.
+    """
     unit = np.full(len(scale.constant), np.nan)
     seen = ~np.isnan(scale.scale).all(axis=0)
     unit[seen] = np.nanmedian(scale.scale[:, seen], axis=0)
     if ewma is not None:
         unit = unit * ewma.spread
     spread = np.maximum(training.deviation, config.scale_floor * (training.high - training.low))
-    return np.asarray(np.divide(unit, spread, out=np.ones_like(unit), where=~scale.constant))
+    return np.asarray(np.divide(unit, spread, out=np.full_like(unit, config.winsor), where=~scale.constant))
