@@ -185,6 +185,15 @@ def _confirm(
         standard_error=round(found.error, 6),
         blocks=found.blocks,
     )
+    if kept and config.start_margin and found.is_too_short:
+        LOGGER.warning(
+            "training lowered the validation loss by %.0f %% and was taken back all the same: the validation span holds "
+            "%d stretch(es) of %d rows, too few to tell that from luck; what only training learns (covariates, what is "
+            "not linear) has no effect in this artifact; give a longer validation span, or train.start_margin=0",
+            100.0 * found.gain / abs(found.before),
+            found.blocks,
+            network.spec.horizon,
+        )
 
 
 def _take(network: ForecastNetwork, weights: Mapping[str, torch.Tensor], reason: str | None) -> None:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scipy.stats import norm, t
+
 from tsforge.network import ForecastNetwork
 from tsforge.training.module import Windows
 
@@ -22,15 +24,30 @@ FEWEST_BLOCKS = 3
 
 
 class Comparison(NamedTuple):
-    """Mean improvement of the loss over blocks, its standard error (NaN below two blocks), and how many there were."""
+    """Mean improvement of the loss over blocks, its standard error (NaN below two blocks), and how many there were.
+
+    Attributes:
+        before: mean loss of the start over the same blocks.
+    """
 
     gain: float
     error: float
     blocks: int
+    before: float = math.nan
 
     def is_clear(self, margin: float) -> bool:
-        """Return whether the gain exceeds ``margin`` standard errors, on enough blocks to know them."""
-        return self.blocks >= FEWEST_BLOCKS and self.gain > margin * self.error
+        """Return whether the gain exceeds ``margin`` standard errors.
+
+        Two blocks hardly know their standard error: there the quantile of Student's t with one degree of freedom takes
+        the place of ``margin``, a quantile of the normal distribution. One block knows none.
+        """
+        needed = margin if self.blocks >= FEWEST_BLOCKS else float(t.isf(norm.sf(margin), max(self.blocks - 1, 1)))
+        return self.blocks > 1 and self.gain > needed * self.error
+
+    @property
+    def is_too_short(self) -> bool:
+        """Return whether blocks lack to tell a gain that is large: a tenth of the loss of the start."""
+        return self.blocks < FEWEST_BLOCKS and self.gain > 0.1 * abs(self.before)
 
 
 @torch.no_grad()
@@ -53,10 +70,11 @@ def compare(network: ForecastNetwork, before: dict[str, Tensor], windows: Window
     gain = old - new
     _, block = np.unique(places // network.spec.horizon, return_inverse=True)
     counts = np.bincount(block)
-    means = np.bincount(block, weights=gain) / counts
-    full = means[counts >= 0.5 * counts.max()]  # the ends of the span may hold a window or two
+    whole = counts >= 0.5 * counts.max()  # the ends of the span may hold a window or two
+    full = (np.bincount(block, weights=gain) / counts)[whole]
+    start = (np.bincount(block, weights=old) / counts)[whole]
     spread = float(full.std(ddof=1) / math.sqrt(len(full))) if len(full) > 1 else math.nan
-    return Comparison(gain=float(full.mean()), error=spread, blocks=len(full))
+    return Comparison(gain=float(full.mean()), error=spread, blocks=len(full), before=float(start.mean()))
 
 
 def _losses(network: ForecastNetwork, windows: Windows, batch_size: int) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -132,7 +132,34 @@ def test_comparison_is_the_mean_over_blocks_of_one_horizon() -> None:
 
 @pytest.mark.parametrize(
     ("gain", "error", "blocks", "clear"),
-    [(1.0, 0.9, 10, True), (1.0, 1.1, 10, False), (1.0, 0.1, 2, False), (1.0, float("nan"), 1, False)],
+    [
+        (1.0, 0.45, 10, True),
+        (1.0, 0.55, 10, False),
+        (1.0, 0.45, 3, True),
+        (1.0, 0.0713, 2, True),  # tan(pi (1/2 - 0.02275)) = 13.97
+        (1.0, 0.0718, 2, False),
+        (1.0, float("nan"), 1, False),
+    ],
 )
 def test_what_counts_as_clear(gain: float, error: float, blocks: int, clear: bool) -> None:
-    assert Comparison(gain, error, blocks).is_clear(1.0) is clear
+    assert Comparison(gain, error, blocks).is_clear(2.0) is clear
+
+
+@pytest.mark.parametrize(("rows", "kept", "warned"), [(17, False, False), (11, True, True), (40, False, False)])
+def test_a_large_gain_on_two_stretches_stays_and_one_too_short_to_tell_is_named(
+    rows: int, kept: bool, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The logistic map again, validated on few rows: two, one and many stretches of six."""
+    values = logistic(600)
+    panel, network = panel_of(values), network_of()
+    settings = {"max_epochs": 12, "batch_size": 32, "learning_rate": 5e-3, "patience": None, "accelerator": "cpu"}
+    result = fit_network(
+        network,
+        windows(panel, None, 400),
+        windows(panel, 400, 400 + rows),
+        TrainConfig.model_validate(settings),
+        series=panel.training_series(None, 400),
+        progress=False,
+    )
+    assert (result.best_epoch == -1) is kept
+    assert ("was taken back all the same" in caplog.text) is warned
