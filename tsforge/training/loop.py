@@ -187,9 +187,10 @@ def _confirm(
     )
     if kept and config.start_margin and found.is_too_short:
         LOGGER.warning(
-            "training lowered the validation loss by %.0f %% and was taken back all the same: the validation span holds "
-            "%d stretch(es) of %d rows, too few to tell that from luck; what only training learns (covariates, what is "
-            "not linear) has no effect in this artifact; give a longer validation span, or train.start_margin=0",
+            "training lowered the validation loss by %.0f %% and was taken back all the same: the validation span "
+            "holds %d stretch(es) of %d rows, too few to tell that from luck; what only training learns (covariates, "
+            "what is not linear) has no effect in this artifact; give a longer validation span, or "
+            "train.start_margin=0",
             100.0 * found.gain / abs(found.before),
             found.blocks,
             network.spec.horizon,

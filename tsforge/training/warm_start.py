@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
 from scipy.stats import norm, t
+from torch import Tensor
 
 from tsforge.network import ForecastNetwork
 from tsforge.training.module import Windows
