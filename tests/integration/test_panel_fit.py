@@ -512,3 +512,16 @@ def test_errors_of_a_diverse_panel_count_in_deviations_of_each_series() -> None:
             mean = predict(artifact, one.until(cutoff - 1)).table["mean"].to_numpy()
             squares.append(np.mean(((mean - values[cutoff : cutoff + 6]) / unit) ** 2))
     assert artifact.metrics["test_mse"] == pytest.approx(np.mean(squares), rel=1e-4)
+
+
+def test_a_value_that_alone_rules_scale_and_coefficients_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    frame = levelled(("small", "large"))
+    levelled_fit("linear", frame)
+    assert "hold most of the variance" not in caplog.text
+    for row in (350, 77):  # the first is no training row
+        assert "hold most of the variance" not in caplog.text
+        at = (pl.col("series_id") == "small") & (pl.col("time") == row)
+        wild = frame.table.with_columns(sales=pl.when(at).then(-4e4).otherwise(pl.col("sales")))
+        levelled_fit("linear", SeriesFrame.from_long(wild, time="time", series_id="series_id", targets=["sales"]))
+    assert "1 value(s) hold most of the variance of their variate in training" in caplog.text
+    assert "sales of 'small' at 77: -40000, median" in caplog.text

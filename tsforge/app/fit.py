@@ -14,7 +14,7 @@ unseen entities in training, validation and test time: Spadon et al. (2022), IEE
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +26,14 @@ from pydantic import Field, SerializeAsAny, field_validator
 from tsforge.app.auto import AUTO, RaceData, race
 from tsforge.app.fit_errors import FloatArray, error_unit, held_out_errors
 from tsforge.app.fit_spans import Spans, choosing_span, make_spans, span_times
+from tsforge.app.fit_warnings import warn_of_rows
 from tsforge.app.graph_log import NAME as GRAPH_TABLE
 from tsforge.app.graph_log import GraphLog
 from tsforge.app.ingest import load_history
 from tsforge.app.warm_start import WarmStartConfig, check_blind, earlier_fit, starting_weights
 from tsforge.artifact import Artifact, collect_provenance, create_artifact, save_artifact
 from tsforge.contracts.model import ModelConfig
-from tsforge.contracts.tensors import DataSpec, TrainingSeries
+from tsforge.contracts.tensors import DataSpec
 from tsforge.core.config import Config, QuantileLevel, fingerprint
 from tsforge.core.errors import ConfigError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
@@ -186,19 +187,6 @@ def settled(network: NetworkConfig, *, diverse: bool) -> NetworkConfig:
     return network.model_copy(update={"scaling": scaling_for(network.scaling, can, diverse=diverse)})
 
 
-def _tell_of_unseen(targets: Sequence[str], series: TrainingSeries) -> None:
-    """Warn of variates without a single value to learn from: a dead sensor should not stop the fit of the others."""
-    seen = series.mask.any(dim=0).tolist()
-    if unseen := [name for name, any_value in zip(targets, seen, strict=True) if not any_value]:
-        _LOG.warning(
-            "%d of %d variates have no observed value in the training span (%s); what is forecast of them rests on "
-            "nothing: fit on rows that hold some, or leave the target out",
-            len(unseen),
-            len(targets),
-            listing(unseen),
-        )
-
-
 def _spans_of(panel: Panel, config: FitConfig, splits: Splits, held_out: Bools, network: ForecastNetwork) -> Spans:
     aligned = network.capabilities.rows_coupled
     return make_spans(panel, config.window_spec, config.entities.watch, splits, held_out, aligned=aligned)
@@ -343,7 +331,7 @@ def fit_frame(
     splits, names = make_splits(panel, config.split), choose_held_out(config.entities, panel.series_ids)
     held_out = np.isin(panel.series_ids, names)
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
-    _tell_of_unseen(frame.schema.targets, series)
+    warn_of_rows(panel, series)
     unit = error_unit(series, diverse=is_diverse(series))
     spec, settings = _data_spec(panel, config, splits), settled(config.network, diverse=unit.ndim == 2)
     network = build_network(settings, spec, seed=derive_seed(seed, "weights"))
