@@ -24,12 +24,17 @@ def winsorise(z: ArrayLike, limit: float = 50.0) -> FloatArray:
 
 def mean_abs(z: ArrayLike) -> FloatArray:
     """Return mean_v |z_v| over the observed variates: broad faults."""
-    return _over_variates(z, np.nanmean)
+    return mean_of(np.abs(np.asarray(z, dtype=np.float64)))
+
+
+def mean_of(values: ArrayLike) -> FloatArray:
+    """Return the mean over the observed columns of rows [N, K]."""
+    return _over_columns(np.asarray(values, dtype=np.float64), np.nanmean)
 
 
 def max_abs(z: ArrayLike) -> FloatArray:
     """Return max_v |z_v| over the observed variates: single-sensor faults."""
-    return _over_variates(z, np.nanmax)
+    return _over_columns(np.abs(np.asarray(z, dtype=np.float64)), np.nanmax)
 
 
 def top_k(z: ArrayLike, k: int) -> FloatArray:
@@ -109,8 +114,7 @@ def fisher(p_values: ArrayLike) -> FloatArray:
     Variates are dependent, so the sum is a score to calibrate, not a chi-square statistic.
     """
     p = np.asarray(p_values, dtype=np.float64)
-    mean: FloatArray = _over_variates(-2.0 * np.log(p), np.nanmean)
-    return np.asarray(mean * p.shape[1])
+    return np.asarray(mean_of(-2.0 * np.log(p)) * p.shape[1])
 
 
 def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -119,10 +123,9 @@ def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def _over_variates(z: ArrayLike, reduce: Callable[..., FloatArray]) -> FloatArray:
-    size = np.abs(np.asarray(z, dtype=np.float64))
-    if not np.isnan(size).any():
-        return np.asarray(reduce(size, axis=1))
+def _over_columns(values: FloatArray, reduce: Callable[..., FloatArray]) -> FloatArray:
+    if not np.isnan(values).any():
+        return np.asarray(reduce(values, axis=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # rows without any observed variate stay NaN, as documented
-        return np.asarray(reduce(size, axis=1))
+        return np.asarray(reduce(values, axis=1))

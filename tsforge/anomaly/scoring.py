@@ -171,7 +171,7 @@ def fit_score_model(
 def _share(scale: ResidualScale, ewma: Ewma | None, training: TrainingRange, config: ScoreConfig) -> FloatArray:
     """Return the scale of z [V] in deviations of the variate in training, with the same floor; of steps the median.
 
-    A variate that was constant there has no deviation: leaving its constant counts as much as anything can.
+    A variate that was constant there has neither, and keeps the score it is given for leaving its constant.
     """
     unit = np.full(len(scale.constant), np.nan)
     seen = ~np.isnan(scale.scale).all(axis=0)
@@ -179,4 +179,4 @@ def _share(scale: ResidualScale, ewma: Ewma | None, training: TrainingRange, con
     if ewma is not None:
         unit = unit * ewma.spread
     spread = np.maximum(training.deviation, config.scale_floor * (training.high - training.low))
-    return np.asarray(np.divide(unit, spread, out=np.full_like(unit, config.winsor), where=~scale.constant))
+    return np.asarray(np.divide(unit, spread, out=np.ones_like(unit), where=~scale.constant))

@@ -169,10 +169,10 @@ def test_balanced_keeps_the_floor_of_a_nearly_constant_variate_and_needs_units_o
     assert model.share is not None
     assert model.share[0] == 1.0  # a hundredth of its range over the same
     assert model.share[1] == pytest.approx(1.0, abs=0.15)
-    assert model.share[2] == 50.0  # constant: the limit for any value that leaves it
+    assert model.share[2] == 1.0  # constant: judged by itself
     left = model.score(np.zeros((2, 1, 3)), np.array([[0.0, 0.0, 2.0], [0.0, 0.0, 3.0]])).joint
     assert left[0] < 0.05
-    assert left[1] == pytest.approx(math.sqrt(10.0 * 50.0) / 3 * math.sqrt(10.0), rel=0.01)
+    assert left[1] == pytest.approx(10.0 / 3 * math.sqrt(10.0), rel=0.01)
     for kind in ("tail", "nll", "interval", "latent"):
         with pytest.raises(ValueError, match=f"kind '{kind}' has none in units of the data; take joint: product"):
             ScoreConfig(kind=kind, joint="balanced")  # type: ignore[arg-type]
