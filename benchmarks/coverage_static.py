@@ -28,7 +28,7 @@ from coverage import LEVELS, NOMINAL, SETS, coverage, fit, read, without_atoms
 
 from tsforge.data.windows import WindowSpec
 from tsforge.forecasting.backtest import forecasts_at
-from tsforge.forecasting.conformal import Choices
+from tsforge.forecasting.conformal_calibration import Choices
 
 METHODS = {
     "absolute": Choices(method="absolute"),

@@ -19,7 +19,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.backtest import BacktestConfig, Fit, backtest
 from tsforge.forecasting.baselines import fit_solved
-from tsforge.forecasting.conformal import calibrate
+from tsforge.forecasting.conformal_calibration import calibrate
 from tsforge.forecasting.report import load_report
 from tsforge.models.registry import MODELS
 from tsforge.network import NetworkConfig, build_network

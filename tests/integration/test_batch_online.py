@@ -27,7 +27,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.backtest import BacktestConfig, backtest
 from tsforge.forecasting.baselines import fit_solved
-from tsforge.forecasting.conformal import calibrate
+from tsforge.forecasting.conformal_calibration import calibrate
 from tsforge.network import NetworkConfig
 
 AS_OF = datetime(2026, 3, 4, 6, tzinfo=UTC)

@@ -30,7 +30,7 @@ from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
-from tsforge.forecasting.conformal import calibrate
+from tsforge.forecasting.conformal_calibration import calibrate
 from tsforge.forecasting.predict import predict
 from tsforge.models.registry import resolve_model_config
 from tsforge.network import NetworkConfig, build_network

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import torch
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -48,8 +49,9 @@ from tsforge.data.splits import SplitConfig, Splits, make_splits
 from tsforge.data.vintage_panel import panel_of
 from tsforge.data.vintages import History, newest, seen_from
 from tsforge.data.windows import WindowDataset, WindowSpec
-from tsforge.forecasting.conformal import DEFAULT_LEVELS, Choices, Method, Pool, calibrate
+from tsforge.forecasting.conformal import Pool
 from tsforge.forecasting.conformal_buckets import BucketKind
+from tsforge.forecasting.conformal_calibration import DEFAULT_LEVELS, Choices, Method, calibrate
 from tsforge.forecasting.dependence import DependenceKind, estimate_dependence
 from tsforge.forecasting.predict import predict
 from tsforge.layers.likelihoods import LikelihoodConfig, Point
@@ -93,8 +95,9 @@ class CalibrationConfig(Config):
     """What a margin is added to, and its unit: ``auto`` is ``cqr`` for a distribution and ``absolute`` for points;
     ``cqr_asymmetric`` gives each side its own margin, ``scaled`` stretches the network's own spread (points: that of
     the context), ``recent`` the errors of forecasts from shortly before."""
-    pool: Pool = "step"
-    """``step``: margins of their own for every step ahead; ``horizon``: one over all steps, where windows are few."""
+    pool: Pool = "auto"
+    """``step``: margins of their own for every step ahead; ``horizon``: one over all steps, where windows are few;
+    ``auto``: the first, and the second where a step has too few windows for a coverage."""
     bucket: BucketKind = "none"
     """A label known at the cutoff that gets margins of its own."""
     half_life: float | None = Field(None, gt=0)
@@ -197,6 +200,14 @@ def _fitted_rows(config: FitConfig, splits: Splits) -> tuple[int, int]:
     chose = choosing_span(splits, config.window.horizon)
     whole = isinstance(config.model, AutoConfig) and config.model.refit == "all" and chose[1] < splits.valid[1]
     return (splits.train[0], chose[1]) if whole else splits.train
+
+
+def _margins(
+    network: ForecastNetwork, learnt: WindowDataset, held_out: WindowDataset | None, config: CalibrationConfig
+) -> pl.DataFrame | None:
+    if not config.enabled or held_out is None:
+        return None
+    return calibrate(network, held_out, config.quantile_levels, choices=config.choices, learnt=learnt)
 
 
 def _race(
@@ -368,9 +379,7 @@ def fit_frame(
             config.model.name,
         )
     calibration = spans.graded["valid"] if training.epochs == 0 and not raced else spans.calibration
-    table = None
-    if config.calibration.enabled and calibration is not None:
-        table = calibrate(network, calibration, config.calibration.quantile_levels, choices=config.calibration.choices)
+    table = _margins(network, spans.train, calibration, config.calibration)
     metrics = held_out_errors(network, spans.graded, unit)
     rows = replace(splits, train=fitted_rows, valid=(max(fitted_rows[1], splits.valid[0]), splits.valid[1])).to_dict()
     device = network.param_offset.device

@@ -4,9 +4,10 @@ Scores (``conformal_scores``) are taken in units of each window, so that calm an
 are kept per step (or over all steps), variate and central interval, and may depend on a label known at the cutoff.
 
 For n exchangeable scores the k-th smallest with k = ceil((n + 1) coverage) covers at least ``coverage``; when k > n no
-finite interval does, and the margin is infinite with status ``too_few``. It is never the largest score at hand, let
-alone the smallest. Each side of an asymmetric interval has its own rank at (1 + coverage) / 2. Overlapping windows are
-dependent, so n overstates the evidence; the backtest measures the coverage.
+finite interval does. By default the scores of all steps stand in then (status ``pooled``), and where these are too few
+as well the margin is infinite (``too_few``). It is never the largest score at hand, let alone the smallest. Each side
+of an asymmetric interval has its own rank at (1 + coverage) / 2. Overlapping windows are dependent, so n overstates the
+evidence, that of pooled scores most; the backtest measures the coverage.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 
 from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.core.logs import get_logger
-from tsforge.data.windows import WindowDataset
 from tsforge.forecasting.conformal_buckets import BucketKind, Origins, lower_edge, third_edges
 from tsforge.forecasting.conformal_scores import (
     LOCAL_UNIT,
@@ -32,18 +32,13 @@ from tsforge.forecasting.conformal_scores import (
     ScoreArray,
     anchors,
     bucket_margins,
-    interval_scores,
     nested,
     paired_levels,
 )
-from tsforge.forecasting.recent_errors import earlier_cutoffs, recent_errors, recent_unit
-from tsforge.forecasting.window_forecasts import forecast_batches
-from tsforge.network import ForecastNetwork
 
 _LOG = get_logger(__name__)
 
-Method = Literal["auto", "absolute", "cqr", "cqr_asymmetric", "scaled", "recent"]
-Pool = Literal["step", "horizon"]
+Pool = Literal["auto", "step", "horizon"]
 CALIBRATION_SCHEMA: dict[str, type[pl.DataType]] = {
     "step": pl.Int32,
     "variate": pl.String,
@@ -58,9 +53,6 @@ BUCKET_SCHEMA: dict[str, type[pl.DataType]] = {"by": pl.String, "bucket": pl.Str
 """Further columns of a bucketed table; ``bucket`` is null in the rows that hold for all other labels."""
 RECENT_SCHEMA: dict[str, type[pl.DataType]] = {"expected": pl.Float64}
 """Further column of a table of ``recent`` scores: mean absolute error of the held-out windows, in units of a window."""
-DEFAULT_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
-MAX_WINDOWS = 2000  # evenly spaced; more overlapping windows add memory, not evidence
-MAX_BUCKET_CELLS = 50_000_000  # scores kept when every bucket needs windows of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +101,20 @@ def calibration_table(
     """Return the margins of every step, variate and central interval as a long table.
 
     Columns ``step, variate, level`` (nominal coverage), ``n, low`` (added to the lower bound, in units), ``high``
-    (added to the upper bound), ``score, status`` (``ok``, ``too_few``; in a bucket with too few scores ``fallback``:
-    the margin over all labels). With buckets also ``by, bucket, above``: kind and name of the label, null for the
-    margin over all labels, and where a third begins.
+    (added to the upper bound), ``score, status``: ``ok``, ``too_few``; ``pooled``, with ``pool="auto"`` the margin over
+    all steps where one of them has too few scores; ``fallback``, in a bucket with too few the margin over all labels.
+    With buckets also ``by, bucket, above``: kind and name of the label, null for the margin over all labels, and where
+    a third begins.
 
     Shapes:
         scores [N, H, V, P] or [N, H, V, P, 2] from ``interval_scores``, mask [N, H, V], weights [N].
     """
-    everyone = _tables(scores, mask, np.zeros(mask.shape, dtype=np.int64), levels, (variates, pool, weights), 1)
+    own: Pool = "step" if pool == "auto" else pool
+    nobody = np.zeros(mask.shape, dtype=np.int64)
+    everyone = _tables(scores, mask, nobody, levels, (variates, own, weights), 1)
+    if pool == "auto" and any((table["status"] == "too_few").any() for table in everyone):
+        pooled = _tables(scores, mask, nobody, levels, (variates, "horizon", weights), 1)
+        everyone = [_stand_in(*tables) for tables in zip(everyone, pooled, strict=True)]
     plain = [table.with_columns(score=pl.lit(score)) for table in everyone]
     if not plain:
         return pl.DataFrame(schema=CALIBRATION_SCHEMA)
@@ -124,10 +122,10 @@ def calibration_table(
     order = list(CALIBRATION_SCHEMA)
     if buckets is None:
         return whole.select(pl.col(name).cast(CALIBRATION_SCHEMA[name]) for name in order)
-    parts = _tables(scores, mask, buckets.codes, levels, (variates, pool, weights), len(buckets.names))
+    parts = _tables(scores, mask, buckets.codes, levels, (variates, own, weights), len(buckets.names))
     keys = ["step", "variate", "level"]
     split = pl.concat(parts).join(whole.select(*keys, "n", "low", "high", "status"), on=keys, maintain_order="left")
-    short = (pl.col("status") == "too_few") & (pl.col("status_right") == "ok")
+    short = (pl.col("status") == "too_few") & (pl.col("status_right") != "too_few")
     chosen = [pl.when(short).then(f"{name}_right").otherwise(name).alias(name) for name in ("n", "low", "high")]
     status = pl.when(short).then(pl.lit("fallback")).otherwise("status").alias("status")
     names = pl.Series(buckets.names, dtype=pl.String)
@@ -141,6 +139,16 @@ def calibration_table(
     full = CALIBRATION_SCHEMA | BUCKET_SCHEMA
     both = pl.concat([whole.select(split.columns), split]).with_columns(by=pl.lit(buckets.kind))
     return both.select(pl.col(name).cast(kind) for name, kind in full.items())
+
+
+def _stand_in(alone: pl.DataFrame, pooled: pl.DataFrame) -> pl.DataFrame:
+    """Return a table of margins with those over all steps where a step has too few scores; rows in the same order."""
+    short = (alone["status"] == "too_few") & (pooled["status"] == "ok")
+    names = ("n", "low", "high")
+    both = alone.with_columns(short.alias("short"), *(pooled[name].alias(f"pooled_{name}") for name in names))
+    chosen = [pl.when("short").then(f"pooled_{name}").otherwise(name).alias(name) for name in names]
+    status = pl.when("short").then(pl.lit("pooled")).otherwise("status").alias("status")
+    return both.with_columns(*chosen, status).select(alone.columns)
 
 
 def _tables(
@@ -190,196 +198,6 @@ def _tables(
         }
         tables.append(pl.DataFrame(columns_of))
     return tables
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """How scores become margins; the fields are those of ``CalibrationConfig``."""
-
-    method: Method = "auto"
-    pool: Pool = "step"
-    bucket: BucketKind = "none"
-    half_life: float | None = None
-
-
-def score_kind(method: Method, *, has_distribution: bool) -> str:
-    """Return the score behind a method for a network of points or one with a distribution.
-
-    Raises:
-        ConfigError: ``cqr`` for points.
-    """
-    if has_distribution:
-        return "cqr" if method == "auto" else method
-    if method == "cqr":
-        raise ConfigError(
-            "calibration.method=cqr needs forecast quantiles, and this network gives points; choose absolute, or a "
-            "likelihood that is a distribution"
-        )
-    return {"auto": "absolute", "cqr_asymmetric": "asymmetric", "scaled": "scaled_volatility"}.get(method, method)
-
-
-def calibrate(
-    network: ForecastNetwork,
-    windows: WindowDataset,
-    levels: Sequence[float] = DEFAULT_LEVELS,
-    *,
-    max_windows: int | None = None,
-    choices: Choices | None = None,
-) -> pl.DataFrame:
-    """Return the calibration table of a fitted network from windows it was not trained on.
-
-    Args:
-        network: the fitted network.
-        windows: held-out windows, later than the training span.
-        levels: quantile levels the artifact will offer, closed under mirroring at 0.5.
-        max_windows: items of ``windows`` to use when there are more: evenly spaced, with buckets drawn (even spacing
-            could miss labels). Default 2,000; with buckets as many as 50 million scores allow.
-        choices: score, pooling, label and recency.
-
-    Raises:
-        ConfigError: levels without mirror image, or a method or label that network or data do not allow.
-        DataError: there is no window, or none has a target.
-    """
-    choices = choices or Choices()
-    pairs = paired_levels(levels)
-    score = score_kind(choices.method, has_distribution=network.likelihood.has_distribution)
-    if score == "recent" and windows.panel.versions is not None:
-        raise ConfigError(
-            "calibration.method=recent reads what came of earlier forecasts, and this data was published late or "
-            "revised: what was known when is not at hand there; choose another method"
-        )
-    asked = tuple(levels) if score in QUANTILE_SCORES else ()
-    chosen = _chosen(windows, len(pairs), max_windows, bucketed=choices.bucket != "none", settled=score == "recent")
-    parts, masks, places, scales = [], [], [], []
-    for part in forecast_batches(network, windows, asked, indices=chosen):
-        if part.target is None or part.mask is None:
-            raise DataError("calibration needs windows with targets; these are for prediction only")
-        if score == "recent":  # the unit needs all windows
-            found = np.where(part.mask, np.abs(part.target - part.mean), 0.0)
-        else:
-            origins = _origins(windows, part.series_index, part.cutoff_index)
-            local = origins.volatility()[:, None] if score == "scaled_volatility" else None
-            found = interval_scores(
-                part.target, part.mean, part.quantiles, levels, part.scale, score=score, local=local
-            )
-        parts.append(found.astype(np.float32))
-        masks.append(part.mask)
-        places.append((part.series_index, part.cutoff_index))
-        scales.append(part.scale)
-    if not parts:
-        raise DataError("calibration needs at least one held-out window; shorten the horizon or widen the valid span")
-    scores, mask = np.concatenate(parts), np.concatenate(masks)
-    origins = _origins(windows, *(np.concatenate(found) for found in zip(*places, strict=True)))
-    usual = None
-    if score == "recent":
-        usual, scores = _relative(network, windows, origins, scores, mask, np.concatenate(scales), len(pairs))
-    table = calibration_table(
-        scores,
-        mask,
-        levels,
-        windows.panel.schema.targets,
-        score,
-        pool=choices.pool,
-        weights=_recency(origins.cutoff_index, choices.half_life),
-        buckets=make_buckets(choices.bucket, origins, mask.shape[1]),
-    )
-    if usual is not None:
-        step, variate = np.indices(usual.shape)
-        names = pl.Series(windows.panel.schema.targets, dtype=pl.String).gather(variate.ravel())
-        keys = {"step": pl.Series(step.ravel() + 1, dtype=pl.Int32), "variate": names}
-        extra = pl.DataFrame(keys | {"expected": usual.ravel()})
-        table = table.join(extra, on=["step", "variate"], how="left", maintain_order="left")
-    _tell(table)
-    return table
-
-
-def _relative(
-    network: ForecastNetwork,
-    windows: WindowDataset,
-    origins: Origins,
-    errors: ScoreArray,
-    mask: NDArray[np.bool_],
-    scale: FloatArray,
-    pairs: int,
-) -> tuple[FloatArray, ScoreArray]:
-    """Return the usual error [H, V] in units of a window, and errors [N, H, V] over recent ones as scores [N, H, V, P].
-
-    Only errors of the held-out span count as recent: those on rows the network was fitted on may be too small.
-    """
-    count = np.maximum(mask.sum(axis=0), 1)
-    usual = (np.where(mask, errors, 0.0) / scale[:, None]).sum(axis=0, dtype=np.float64) / count
-    total, weight = recent_errors(
-        network,
-        windows.panel,
-        windows.spec,
-        origins.series_index,
-        origins.cutoff_index,
-        first_row=int(windows.cutoff_index.min()),
-    )
-    scores = (errors / recent_unit(total, weight, usual, scale)).astype(np.float32)
-    return usual, np.broadcast_to(scores[..., None], (*scores.shape, pairs))
-
-
-def _chosen(windows: WindowDataset, pairs: int, most: int | None, *, bucketed: bool, settled: bool) -> IntArray:
-    """Return the items to calibrate on; ``settled``: not those too early in the span to look back within it."""
-    if settled:
-        cutoff = windows.cutoff_index[:: windows.rows_per_item]
-        reach = int(earlier_cutoffs(windows.spec.horizon)[0][-1])
-        late = cutoff >= cutoff.min() + min(reach, int(np.ptp(cutoff)) // 4)
-        items: IntArray = np.flatnonzero(late)
-        return items[_spread(len(items), windows, pairs, most, bucketed=bucketed)]
-    return _spread(len(windows), windows, pairs, most, bucketed=bucketed)
-
-
-def _spread(count: int, windows: WindowDataset, pairs: int, most: int | None, *, bucketed: bool) -> IntArray:
-    """Return which of so many items to take."""
-    if most is None:
-        cells = windows.spec.horizon * windows.panel.num_targets * max(pairs, 1) * windows.rows_per_item
-        most = max(MAX_WINDOWS, MAX_BUCKET_CELLS // cells) if bucketed else MAX_WINDOWS
-    if bucketed and count > most:
-        return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
-
-
-def _origins(windows: WindowDataset, series: IntArray, cutoff: IntArray) -> Origins:
-    return Origins(
-        panel=windows.panel,
-        series_index=series,
-        cutoff_index=cutoff,
-        context_length=windows.spec.context_length,
-    )
-
-
-def _recency(cutoff: IntArray, half_life: float | None) -> FloatArray | None:
-    """Return the weight of each window: halved every ``half_life`` rows before the newest."""
-    return None if half_life is None else np.exp2((cutoff - cutoff.max()) / half_life)
-
-
-def _tell(table: pl.DataFrame) -> None:
-    short = table.filter(status="too_few")
-    if short.height:
-        _LOG.warning(
-            "%d of %d intervals have too few held-out windows (fewest: %d) and are infinite; "
-            "widen the valid span or ask for lower coverage than %g",
-            short.height,
-            table.height,
-            short["n"].min(),
-            short["level"].min(),
-        )
-    if "bucket" in table.columns:
-        split = table.filter(pl.col("bucket").is_not_null())
-        fallen = split.filter(status="fallback")
-        if fallen.height:
-            _LOG.warning(
-                "%d of %d margins by %s have too few held-out windows for their coverage and fall back to the margin "
-                "over all of them (%d of %d labels: %s)",
-                fallen.height,
-                split.height,
-                table["by"][0],
-                fallen["bucket"].n_unique(),
-                split["bucket"].n_unique(),
-                listing(fallen["bucket"].unique().sort().to_list()),
-            )
 
 
 def calibrated_levels(calibration: pl.DataFrame) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from tsforge.core.config import validate
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
-from tsforge.forecasting.conformal import calibrate
+from tsforge.forecasting.conformal_calibration import calibrate
 from tsforge.models.registry import MODELS
 from tsforge.network import NetworkConfig, build_network
 

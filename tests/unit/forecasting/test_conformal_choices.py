@@ -21,14 +21,12 @@ from tsforge.forecasting.backtest import forecasts_at
 from tsforge.forecasting.conformal import (
     CALIBRATION_SCHEMA,
     Buckets,
-    Choices,
     apply_calibration,
-    calibrate,
     calibration_table,
     make_buckets,
-    score_kind,
 )
 from tsforge.forecasting.conformal_buckets import Origins
+from tsforge.forecasting.conformal_calibration import Choices, calibrate, score_kind
 from tsforge.forecasting.conformal_scores import bucket_margins, conformal_rank, interval_scores
 from tsforge.forecasting.predict import predict
 
@@ -149,6 +147,81 @@ def test_pooling_over_steps_makes_few_windows_enough() -> None:
     assert pooled.filter(variate="b")["n"].unique().to_list() == [23]
     expected = np.sort(np.abs(target[..., 0]).ravel())[conformal_rank(24, 0.8) - 1]
     assert pooled.filter(variate="a")["high"].unique().to_list() == [expected]
+
+
+@pytest.mark.parametrize("score", ["absolute", "asymmetric"])
+def test_all_steps_stand_in_where_one_has_too_few_scores(score: str) -> None:
+    """11 windows of 4 steps: enough alone for 80 % (9 of ranks up to 11), not for 95 %; one cell has 3 scores only."""
+    levels = (0.025, 0.1, 0.5, 0.9, 0.975)
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(11, 4, 2)) * np.array([1.0, 2.0, 3.0, 4.0])[:, None]
+    mask = np.ones(target.shape, dtype=bool)
+    mask[3:, 1, 1] = False
+    scores = interval_scores(target, np.zeros_like(target), None, levels, np.ones((11, 2)), score=score)
+    step, horizon, auto = (
+        calibration_table(scores, mask, levels, ("a", "b"), score, pool=pool)  # type: ignore[arg-type]
+        for pool in ("step", "horizon", "auto")
+    )
+    keys = ["step", "variate", "level"]
+    assert auto.select(keys).equals(step.select(keys))
+    kinds = set()
+    for alone, pooled, found in zip(*(part.iter_rows(named=True) for part in (step, horizon, auto)), strict=True):
+        kinds.add(found["status"])
+        if alone["status"] == "ok":
+            assert found == alone
+        elif pooled["status"] == "ok":
+            assert found == pooled | {"step": found["step"], "status": "pooled"}
+        else:
+            assert found == alone
+    assert kinds == ({"ok", "pooled"} if score == "absolute" else {"ok", "pooled", "too_few"})
+    fresh = apply_calibration(auto, np.zeros((1, 4, 2)), None, levels, np.ones((1, 2)), ("a", "b"))
+    assert (np.diff(fresh, axis=-1) >= 0).all()
+
+
+def test_a_margin_that_stands_in_is_no_smaller_than_training_windows_ask_for(make_artifact: Any) -> None:
+    """Held out is a calm part of a lively series: six windows of twelve steps."""
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=260) * np.where(np.arange(260) < 240, 3.0, 0.3)
+    frame = SeriesFrame.from_wide(pl.DataFrame({"time": np.arange(260), "y": values}), time="time", freq="1i")
+    artifact = make_artifact("linear", context_length=8, horizon=12, scaling="global", data=frame.until(239))
+    panel, spec, network = Panel.from_frame(frame), artifact.window, artifact.network
+    learnt, held_out = WindowDataset(panel, spec, None, 240), WindowDataset(panel, spec, 240, 257)
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    alone = calibrate(network, held_out, levels)
+    trained = calibrate(network, learnt, levels, choices=Choices(pool="step"))
+    table = calibrate(network, held_out, levels, learnt=learnt)
+    wide, inner = table.filter(level=0.9), table.filter(level=0.5)
+    assert set(wide["status"]) == {"pooled"}
+    assert set(inner["status"]) == {"ok"}
+    assert wide["high"].to_list() == trained.filter(level=0.9)["high"].to_list()
+    assert wide["low"].to_list() == trained.filter(level=0.9)["low"].to_list()
+    assert inner.equals(alone.filter(level=0.5))
+    assert (wide["high"] > 3 * alone.filter(level=0.9)["high"]).all()
+    for strict in ("step", "horizon"):
+        choices = Choices(pool=strict)  # type: ignore[arg-type]
+        expected = calibrate(network, held_out, levels, choices=choices)
+        assert calibrate(network, held_out, levels, choices=choices, learnt=learnt).equals(expected)
+    lively = WindowDataset(panel, spec, 100, 117)  # held out is the wilder part: its own margins stay
+    calm = WindowDataset(panel, spec, 232, None)
+    own = calibrate(network, lively, levels)
+    assert calibrate(network, lively, levels, learnt=calm).equals(own)
+    split = calibrate(network, held_out, levels, choices=Choices(bucket="volatility"), learnt=learnt)
+    fallen = split.filter(pl.col("bucket").is_not_null(), level=0.9)
+    assert set(fallen["status"]) == {"fallback"}
+    assert fallen.join(wide, on="step")["high"].to_list() == fallen.join(wide, on="step")["high_right"].to_list()
+
+
+def test_labels_fall_back_on_pooled_margins() -> None:
+    rng = np.random.default_rng(1)
+    target = rng.normal(size=(3, 5, 1))
+    scores = interval_scores(target, np.zeros_like(target), None, LEVELS, np.ones((3, 1)))
+    mask = np.ones(target.shape, dtype=bool)
+    labels = Buckets(kind="hour", names=("0", "1"), codes=rng.integers(0, 2, target.shape), edges={})
+    table = calibration_table(scores, mask, LEVELS, ("y",), "absolute", pool="auto", buckets=labels)
+    assert set(table.filter(pl.col("bucket").is_null())["status"]) == {"pooled"}
+    split = table.filter(pl.col("bucket").is_not_null())
+    assert set(split["status"]) == {"fallback"}
+    assert split["high"].is_finite().all()
 
 
 def make_frame(rows: int = 24 * 60, seed: int = 0) -> SeriesFrame:

@@ -18,7 +18,7 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.backtest import forecasts_at
-from tsforge.forecasting.conformal import calibrate
+from tsforge.forecasting.conformal_calibration import Choices, calibrate
 from tsforge.forecasting.predict import offered_levels, predict, predict_windows
 from tsforge.forecasting.window_forecasts import error_sums
 from tsforge.metrics.point import mae, mse
@@ -152,11 +152,18 @@ def test_too_short_a_calibration_says_so_and_covers_everything(frame, make_artif
     panel = Panel.from_frame(frame.select_series(["a"]), grid=artifact.grid, series_ids=artifact.series_ids)
     few = WindowDataset(panel, artifact.window, 250, 260)  # 5 windows
     with caplog.at_level("WARNING", logger="tsforge"):
-        calibrated = replace(artifact, calibration=calibrate(artifact.network, few, (0.05, 0.25, 0.75, 0.95)))
-        table = predict(calibrated, frame).table
-    assert "too few held-out windows" in caplog.text
+        strict = calibrate(artifact.network, few, (0.05, 0.25, 0.75, 0.95), choices=Choices(pool="step"))
+        table = predict(replace(artifact, calibration=strict), frame).table
+    assert "are infinite; widen the valid span" in caplog.text
     assert table["q0.95"].is_infinite().all()
     assert table["q0.75"].is_finite().all()
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="tsforge"):
+        pooled = calibrate(artifact.network, few, (0.05, 0.25, 0.75, 0.95))  # 30 scores over all steps
+        table = predict(replace(artifact, calibration=pooled), frame).table
+    assert "take one over all steps" in caplog.text
+    assert "infinite" not in caplog.text
+    assert table["q0.95"].is_finite().all()
 
 
 def test_points_without_calibration_have_no_levels(frame, make_artifact) -> None:

@@ -24,7 +24,8 @@ from tsforge.data.schema import SeriesSchema
 from tsforge.data.vintages import VintageFrame
 from tsforge.data.windows import WindowDataset
 from tsforge.forecasting.backtest import forecasts_at
-from tsforge.forecasting.conformal import Choices, apply_calibration, calibrate
+from tsforge.forecasting.conformal import apply_calibration
+from tsforge.forecasting.conformal_calibration import Choices, calibrate
 from tsforge.forecasting.predict import artifact_panel, predict
 from tsforge.forecasting.recent_errors import PRIOR, earlier_cutoffs, known_steps, recent_errors, recent_unit
 from tsforge.testing.vintages import revised_table

@@ -24,7 +24,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.backtest import BacktestConfig, backtest
 from tsforge.forecasting.baselines import fit_solved
-from tsforge.forecasting.conformal import calibrate
+from tsforge.forecasting.conformal_calibration import calibrate
 from tsforge.forecasting.online_backtest import online_forecasts
 from tsforge.forecasting.online_conformal import OnlineConformal
 from tsforge.forecasting.online_rules import OnlineConfig
