@@ -27,6 +27,7 @@ from tsforge.anomaly.smoothing import Exponential, TwoSided
 from tsforge.anomaly.thresholds import build_rule
 from tsforge.app.anomaly_benchmark_data import LabelledSeries
 from tsforge.app.fit import FitConfig, fit_frame
+from tsforge.app.fit_warnings import warn_of_rows
 from tsforge.artifact import Artifact
 from tsforge.contracts.tables import JOINT
 from tsforge.core.config import validate
@@ -253,7 +254,8 @@ def fit_series(
         **settings,
     }
     plain["train"] = {**plain.get("train", {}), "seed": seed}
-    artifact, training = fit_frame(data.frame(test=False), validate(FitConfig, plain), progress=progress)
+    with _without_notices(warn_of_rows.__module__):
+        artifact, training = fit_frame(data.frame(test=False), validate(FitConfig, plain), progress=progress)
     return artifact, training.epochs == 0
 
 
@@ -261,14 +263,14 @@ def run_recipe(
     artifact: Artifact, data: LabelledSeries, config: DetectConfig | EnsembleConfig, judgement: Judgement
 ) -> Scored:
     """Return what a user would get of the test rows."""
-    with _without_notices():
+    with _without_notices(detect.__module__):
         return _run_recipe(artifact, data, config, judgement)
 
 
 @contextmanager
-def _without_notices() -> Iterator[None]:
-    """Keep what ``detect`` tells a user of one series out of a table of hundreds."""
-    logger = logging.getLogger(detect.__module__)
+def _without_notices(module: str) -> Iterator[None]:
+    """Keep what a fit or ``detect`` tells a user of one series out of a table of hundreds."""
+    logger = logging.getLogger(module)
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
