@@ -21,6 +21,10 @@ from tsforge.core.errors import BackendError, ConfigError
 BUSY_SECONDS = 30
 _WRITE = "tsforge_write"
 
+DATABASE_ERROR = SQLAlchemyError  # for rooms that do not import SQLAlchemy
+_TIMEOUT_OF = {"psycopg": "connect_timeout", "psycopg2": "connect_timeout", "pymysql": "connect_timeout"}  # by driver
+_TIMEOUT_OF |= {"mysqldb": "connect_timeout", "pyodbc": "timeout"}
+
 _ADVICE = (
     ("database or disk is full", "the disk is full; free space and run it again"),
     ("no space left", "the disk is full; free space and run it again"),
@@ -31,15 +35,55 @@ _ADVICE = (
     ("not a database", "the file is not a SQLite database; check the path"),
     ("malformed", "the file is damaged; restore it from a backup"),
     ("disk i/o error", "the disk refused to read or write; check free space and the disk"),
-    ("connection", "the server does not answer or ended the connection; check that it runs and the address is right"),
+    # a refused login is a failed connection too, and said first
     ("password", "the server refused the login; check user and password"),
     ("does not exist", "create it, or check the name"),
+    ("connection", "the server does not answer or ended the connection; check that it runs and the address is right"),
 )
 
 
 def safe_url(url: str | URL) -> str:
     """Return the URL with its password masked, for messages and records."""
     return make_url(url).render_as_string(hide_password=True)
+
+
+def parse_url(url: str | URL) -> URL:
+    """Return a database address in its parts.
+
+    Raises:
+        ConfigError: it is malformed. The message repeats nothing of it: with its parts unknown, a password is too.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ConfigError("the database address is no URL such as sqlite:///store.db") from error
+    except ValueError as error:
+        raise ConfigError(
+            "the database address has a port that is no number; write postgresql+psycopg://USER:PASSWORD@HOST:5432/NAME"
+        ) from error
+    if "@" in (parsed.host or ""):
+        raise ConfigError("the database address has several @ before its host; write %40 for one in a password")
+    return parsed
+
+
+def check_login(url: str, seconds: float) -> None:
+    """Connect to a database server once and log in.
+
+    Raises:
+        ConfigError: the address is malformed or its driver is not installed.
+        BackendError: the server refuses, speaks another protocol or says nothing for ``seconds``.
+    """
+    parsed = parse_url(url)
+    try:
+        name = _TIMEOUT_OF.get(parsed.get_dialect().driver)
+        limit = {name: max(round(seconds), 1)} if name is not None and name not in parsed.query else {}
+        engine = create_engine(parsed, poolclass=NullPool, connect_args=limit)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            f"no driver for {safe_url(parsed)}; install it (for postgresql+psycopg: pip install 'tsforge[postgres]')"
+        ) from error
+    with explained(engine, "log in at"), engine.connect():
+        return
 
 
 @contextmanager
@@ -74,10 +118,7 @@ def open_engine(url: str | URL, *, read_only: bool = False) -> Engine:
         ConfigError: the URL is malformed or its driver is not installed.
         BackendError: the folder of the SQLite file cannot be made, or with ``read_only`` the file is missing.
     """
-    try:
-        parsed = make_url(url)
-    except ArgumentError as error:
-        raise ConfigError("the database address is no URL such as sqlite:///store.db") from error
+    parsed = parse_url(url)
     dialect = parsed.get_backend_name()
     if dialect == "sqlite":
         return _sqlite_engine(parsed, read_only=read_only)

@@ -421,7 +421,7 @@ def _record(row: sa.Row[Any]) -> LedgerRun:
 def _make_engine(database_url: str) -> sa.Engine:
     try:
         url = sa.make_url(database_url)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # also of a port that is no number
         raise ConfigError(
             "TSFORGE_DATABASE_URL is not a database URL; write sqlite:///FILE or postgresql://..."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import logging
 import os
@@ -19,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from tsforge.core.errors import BackendError, ConfigError
 from tsforge.core.workspace import sqlite_url
+from tsforge.data.sql import DATABASE_ERROR, check_login, parse_url
 from tsforge.tracking.redact import redact
 
 _IMPORT_LOCK = threading.Lock()
@@ -57,9 +59,10 @@ def normalise_uri(uri: str) -> str:
     """Return ``uri`` with an absolute path where it names a SQLite file.
 
     Raises:
-        ConfigError: it is a plain folder or ``file:`` address, which MLflow no longer stores runs in, or its path is
-            none for a database (``sqlite_url``).
+        ConfigError: it is malformed, a plain folder or ``file:`` address, which MLflow no longer stores runs in, or its
+            path is none for a database (``sqlite_url``).
     """
+    _check_form(uri)
     scheme = urlsplit(uri).scheme
     if not scheme or scheme == "file":
         raise ConfigError(
@@ -74,6 +77,25 @@ def normalise_uri(uri: str) -> str:
         raise ConfigError(f"tracking address '{uri}' names no file; use sqlite:////absolute/path/mlflow.db")
     place = sqlite_url(Path(unquote(path)).expanduser().resolve()).removeprefix("sqlite:///")
     return f"{head}:///{place}{mark}{query}"
+
+
+def _check_form(uri: str) -> None:
+    """Refuse an address whose parts cannot be told apart; the message repeats nothing of it, it may hold a password."""
+    try:
+        parts = urlsplit(uri)
+        is_clear = parts.port is None or parts.port > 0
+    except ValueError:  # the port is no number, or a bracket is not closed
+        is_clear = False
+    else:
+        # what follows a / ? or # in a password is taken for a path, and would be shown
+        rest = f"{parts.path}{parts.query}{parts.fragment}"
+        is_clear &= parts.scheme.split("+")[0] not in {"http", "https", *_PORTS} or "@" not in rest
+    if not is_clear:
+        raise ConfigError(
+            "the tracking address is malformed; correct MLFLOW_TRACKING_URI to http://HOST:PORT or "
+            "postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME: the port is a number, and a password is written with "
+            "%2F for /, %3F for ?, %23 for # and %40 for @"
+        )
 
 
 def is_database(uri: str) -> bool:
@@ -98,7 +120,7 @@ def open_client(uri: str) -> Any:
     elif scheme in ("http", "https"):
         _check_http(uri)
     elif scheme in _PORTS:
-        _check_port(uri, _PORTS[scheme])
+        _check_database(uri, _PORTS[scheme])
     return _client(uri)
 
 
@@ -109,7 +131,7 @@ def _client(uri: str) -> Any:
     except mlflow.exceptions.MlflowException as error:
         hint = " (mlflow db upgrade ADDRESS brings an older schema up to date)" if "schema" in str(error) else ""
         raise BackendError(f"the tracking store {redact(uri)} cannot be opened: {brief(error)}{hint}") from error
-    except OSError as error:
+    except (OSError, DATABASE_ERROR) as error:
         raise BackendError(f"the tracking store {redact(uri)} cannot be opened: {brief(error)}") from error
 
 
@@ -178,24 +200,33 @@ def _check_http(uri: str) -> None:
     except urllib.error.HTTPError as error:
         if error.code < 500:  # it answers; permissions and paths show up with the first real request
             return
-        problem: object = f"it answers {error.code} {error.reason}"
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "reason", None) or error
+        problem = f"it answers {error.code} {error.reason}"
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the last: it speaks something else
+        problem = " ".join(str(getattr(error, "reason", None) or error).split())
     raise BackendError(
         f"the tracking server {redact(uri)} does not answer: {problem}; start it, correct MLFLOW_TRACKING_URI, or "
         "switch tracking off (tracking.enabled=false)"
     )
 
 
-def _check_port(uri: str, default_port: int) -> None:
-    parts = urlsplit(uri)
-    if not parts.hostname or parts.hostname.startswith("%2F"):
-        return  # a socket in the file system: the driver itself fails at once
-    address = (parts.hostname, parts.port or default_port)
+def _check_database(uri: str, default_port: int) -> None:
+    """Log in once: MLflow would try a server that refuses again and again, for minutes."""
+    url = parse_url(uri)
+    if url.host:  # else a socket in the file system: the driver itself fails at once
+        _check_port(url.host, url.port or default_port)
     try:
-        socket.create_connection(address, timeout=_CONNECT_SECONDS).close()
+        check_login(uri, _CONNECT_SECONDS)
+    except BackendError as error:
+        raise BackendError(
+            f"tracking: {error}; correct MLFLOW_TRACKING_URI, or switch tracking off (tracking.enabled=false)"
+        ) from error
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         raise BackendError(
-            f"the tracking database at {address[0]}:{address[1]} does not answer: {error.strerror or error}; start it, "
+            f"the tracking database at {host}:{port} does not answer: {error.strerror or error}; start it, "
             "correct MLFLOW_TRACKING_URI, or switch tracking off (tracking.enabled=false)"
         ) from error

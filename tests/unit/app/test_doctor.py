@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,15 @@ def test_a_folder_and_its_workspace_are_examined_alike(tmp_path: Path) -> None:
     names = [check["check"] for check in by_folder["checks"]]
     assert names == [check["check"] for check in by_workspace["checks"]]
     assert names[-3:] == ["workspace", "series store", "tracking"]
+
+
+def test_a_tracking_database_that_speaks_something_else_is_a_failed_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsforge.tracking.client._CONNECT_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql+psycopg://ann@127.0.0.1:{server.getsockname()[1]}/x")
+        report = examine(tmp_path)
+    (failed,) = (check for check in report["checks"] if not check["ok"])
+    assert failed["check"] == "tracking"
+    assert "cannot log in" in failed["detail"]

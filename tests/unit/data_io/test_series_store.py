@@ -419,6 +419,8 @@ def test_connections_that_the_server_ended_are_replaced(postgres_url: str) -> No
     ("address", "message"),
     [
         ("nonsense", "no URL such as sqlite:///store.db"),
+        ("postgresql+psycopg://user:s3cret@127.0.0.1:xx/none", "has a port that is no number"),
+        ("postgresql+psycopg://user:s3@cret@127.0.0.1/none", "write %40 for one in a password"),
         ("mysql://user@host/name", "'mysql' is not supported; use sqlite or postgresql"),
         ("sqlite://", "in-memory SQLite database holds nothing"),
     ],

@@ -349,6 +349,9 @@ def test_a_recycled_process_id_is_another_process() -> None:
 def test_bad_addresses_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sqlite:///"):
         Ledger("not a url")
+    with pytest.raises(ConfigError, match="not a database URL") as caught:
+        Ledger("postgresql+psycopg://ann:s3cr3t@127.0.0.1:xx/db")
+    assert "s3cr3t" not in str(caught.value)
     with pytest.raises(ConfigError, match="not mysql"):
         Ledger("mysql://u:p@h/db")
     with pytest.raises(BackendError, match="did not answer"):

@@ -52,6 +52,80 @@ def test_a_dead_server_is_reported_in_seconds_without_its_password(scheme: str) 
 
 
 @pytest.fixture
+def other_service() -> Iterator[int]:
+    """Port of a service that greets as SSH does and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ended = threading.Event()
+
+        def greet() -> None:
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    if ended.is_set():
+                        return
+                    connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        yield int(server.getsockname()[1])
+        ended.set()
+        socket.create_connection(server.getsockname()).close()
+        thread.join()
+
+
+@pytest.mark.parametrize("scheme", ["http://127.0.0.1:{port}", "postgresql+psycopg://ann:s3cr3t@127.0.0.1:{port}/x"])
+def test_a_service_that_speaks_something_else_is_reported_in_seconds(scheme: str, other_service: int) -> None:
+    start = time.monotonic()
+    with pytest.raises(BackendError, match=r"does not answer.*tracking\.enabled=false") as caught:
+        open_client(scheme.format(port=other_service))
+    assert time.monotonic() - start < 10
+    assert "s3cr3t" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_database_that_says_nothing_is_reported_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsforge.tracking.client._CONNECT_SECONDS", 2.0)
+    start = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(BackendError, match="timeout"):
+        open_client(f"postgresql+psycopg://ann:s3cr3t@127.0.0.1:{server.getsockname()[1]}/x")
+    assert time.monotonic() - start < 10
+
+
+def test_a_database_that_refuses_the_login_is_reported_in_seconds(postgres_server: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(BackendError, match=r"role .stranger. does not exist.*tracking\.enabled=false") as caught:
+        open_client(postgres_server.replace("//postgres:@", "//stranger:s3cr3t@"))
+    assert time.monotonic() - start < 10
+    assert "s3cr3t" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://localhost:abc",
+        "http://[::1",
+        "http://ann:Sec/ret99@host:1",
+        "http://ann:99/Secret@host:1",
+        "postgresql://ann:s3cr3t@127.0.0.1:xx/db",
+        "postgresql://ann:pa/ssw0rdX@127.0.0.1:1/db",
+        "postgresql://ann:12?ssw0rdX@127.0.0.1:1/db",
+    ],
+)
+def test_a_malformed_address_is_one_line_without_its_password(uri: str) -> None:
+    with pytest.raises(ConfigError, match="malformed; correct MLFLOW_TRACKING_URI") as caught:
+        open_client(uri)
+    for part in ("Sec", "ret99", "s3cr3t", "pa/", "ssw0rdX", "\n"):
+        assert part not in str(caught.value)
+
+
+def test_a_database_without_its_driver_says_what_to_install(other_service: int) -> None:
+    with pytest.raises(ConfigError, match=r"no driver for postgresql\+absent.*install it") as caught:
+        open_client(f"postgresql+absent://ann:s3cr3t@127.0.0.1:{other_service}/x")
+    assert "s3cr3t" not in str(caught.value)
+
+
+@pytest.fixture
 def broken_server() -> Iterator[str]:
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
