@@ -16,12 +16,13 @@ _USER_INFO = re.compile(r"(?P<head>[a-z][a-z0-9+.\-]*://[^:/?#\s@]*):[^/?#\s]*@"
 _QUERY = re.compile(
     r"(?P<head>[?&;\s](?:[a-z_]*(?:password|passwd|secret|token|api_?key|access_?key))=)[^&;\s'\"]+", re.IGNORECASE
 )
+_FOLDERS = ("PWD", "OLDPWD")  # of a shell: "pwd" is no password in these
 _SHORTEST = 6  # shorter values of the environment would hide ordinary words
 
 
 def _environment_secrets() -> Iterator[str]:
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
+        if name not in _FOLDERS and _SECRET_NAME.search(name) and len(value) >= _SHORTEST:
             yield value
 
 

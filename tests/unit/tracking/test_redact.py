@@ -27,6 +27,15 @@ def test_secrets_of_the_environment_are_hidden_wherever_they_turn_up(monkeypatch
     assert redact("login failed for 'correct-horse' (abc)") == "login failed for '***' (abc)"
 
 
+def test_the_working_folder_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PWD": "/work/place", "OLDPWD": "/work/before", "DB_PWD": "correct-horse"}.items():
+        monkeypatch.setenv(name, value)
+    assert (
+        redact("/work/place/runs.db, /work/before/a.csv: correct-horse")
+        == "/work/place/runs.db, /work/before/a.csv: ***"
+    )
+
+
 def test_fields_with_telling_names_lose_their_value_and_others_keep_theirs() -> None:
     tree = {
         "db": {"password": "x", "user": "ann", "url": "mysql://a:b@c/d"},
