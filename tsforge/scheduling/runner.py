@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -106,6 +106,7 @@ class Scheduler:
         self._crons = {job.name: config.cron_of(job) for job in config.jobs}
         self._locks = {job.name: threading.Lock() for job in config.jobs}
         self._starts_checked: set[str] = set()
+        self._is_health_untold = False
 
     def run_due(self) -> list[SlotResult]:
         """Run everything that is due, job after job, and return what became of it."""
@@ -243,6 +244,17 @@ class Scheduler:
         except BackendError as error:
             LOGGER.error("job %s could not be looked at, trying again: %s", job.name, error)
 
+    def _tell_health(self, path: Path) -> None:
+        """Refresh the health file; where that cannot be done it is said once, and the jobs go on."""
+        try:
+            _write_health(path, self.config)
+        except (BackendError, OSError) as error:
+            if not self._is_health_untold:
+                LOGGER.warning("health checks of this scheduler fail, the jobs go on: %s", error)
+            self._is_health_untold = True
+        else:
+            self._is_health_untold = False
+
     def run(self) -> None:
         """Run until ``stop`` is set: a thread a job, woken by APScheduler."""
         scheduler = BackgroundScheduler(
@@ -259,12 +271,13 @@ class Scheduler:
         log_event(LOGGER, "scheduler started", jobs=len(self.config.jobs), pid=os.getpid())
         try:
             while not self.stop.is_set():
-                _write_health(health, self.config)
+                self._tell_health(health)
                 self.stop.wait(min(self.config.poll_seconds, 10.0))
         finally:
             self.stop.set()
             scheduler.shutdown(wait=True)  # children have been told to end by now
-            health.unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that is none: it was told
+                health.unlink(missing_ok=True)
             log_event(LOGGER, "scheduler stopped", pid=os.getpid())
 
     def status(self, *, upcoming: int = 3, last: int = 5) -> list[JobStatus]:

@@ -376,6 +376,21 @@ def test_a_stopped_scheduler_leaves_the_slot_to_be_run_again(workspace: Workspac
     ledger.close()
 
 
+def test_a_health_file_that_cannot_be_written_is_said_once_and_the_jobs_go_on(workspace: Workspace) -> None:
+    home = workspace.root
+    (home / "run").write_text("in the way", encoding="utf-8")  # where the folder of the file would be
+    (home / "fast").touch()
+    service = start_service(SLOW, datetime.now(UTC).replace(second=0, microsecond=0))
+    wait_for((home / "ended").exists)
+    time.sleep(1)  # three looks more
+    service.terminate()
+    _, errors = service.communicate(timeout=30)
+    assert service.returncode == 0, errors
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert [line["level"] for line in lines if "health" in line["message"]] == ["warning"], errors
+    assert lines[-1]["message"] == "scheduler stopped"
+
+
 ONCE = """
 import sys
 from datetime import datetime
