@@ -63,6 +63,20 @@ def test_the_best_config_is_what_fit_accepts_and_repeats_the_value(workspace: Wo
     assert champion("weather", workspace) == fitted.artifact.path
 
 
+def test_a_metric_that_no_fit_reports_is_refused_before_the_first_trial(workspace: Workspace) -> None:
+    with pytest.raises(ConfigError, match=r"study\.metric=valid_mape: no fit reports it; did you mean 'valid_mae'"):
+        tune(job("study.metric=valid_mape"), workspace)
+    with pytest.raises(ConfigError, match=r"known: valid_mae, valid_mse\)$"):
+        tune(job("study.metric=valid_unseen_mae"), workspace)
+    assert not workspace.tuning.exists()
+
+
+def test_trials_leave_the_settings_of_intervals_to_the_best_config(workspace: Workspace) -> None:
+    result = tune(job("study.num_trials=1", "fit.calibration.half_life=500"), workspace)
+    assert [trial.state for trial in result.trials] == ["complete"]
+    assert load(FitConfig, str(result.best_config)).calibration.half_life == 500
+
+
 def test_every_trial_is_a_nested_run_and_the_study_one_run(workspace: Workspace) -> None:
     tune(job("study.num_trials=3"), workspace)
     result = tune(job("study.num_trials=5"), workspace)

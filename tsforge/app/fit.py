@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import torch
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from tsforge.app.auto import AUTO, RaceData, race
 from tsforge.app.fit_errors import FloatArray, error_unit, held_out_errors
@@ -103,6 +103,14 @@ class CalibrationConfig(Config):
     half_life: float | None = Field(None, gt=0)
     """Rows after which a held-out window counts half; None counts all alike."""
 
+    @model_validator(mode="after")
+    def _has_effect(self) -> CalibrationConfig:
+        known = type(self).model_fields
+        for name in ("quantile_levels", "method", "pool", "bucket", "half_life"):  # dependence is estimated without
+            if not self.enabled and getattr(self, name) != known[name].default:
+                raise ValueError(f"{name} has no effect with enabled=false; leave it out")
+        return self
+
     @property
     def choices(self) -> Choices:
         """How scores become margins."""
@@ -132,6 +140,12 @@ class FitConfig(Config):
     @classmethod
     def _resolve_model(cls, value: Any) -> ModelConfig:
         return resolve_model_config(value)
+
+    @model_validator(mode="after")
+    def _scaling_has_effect(self) -> FitConfig:
+        if self.scaling.robust and self.scaling.kind == "none":
+            raise ValueError("scaling.robust has no effect with scaling.kind=none; leave it out")
+        return self
 
     @property
     def network(self) -> NetworkConfig:

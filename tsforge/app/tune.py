@@ -15,7 +15,7 @@ from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.app.ingest import load_history
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config, search_space, to_yaml, validate
-from tsforge.core.errors import ModelError
+from tsforge.core.errors import ConfigError, ModelError, nearest
 from tsforge.core.workspace import Workspace
 from tsforge.data.vintages import History
 from tsforge.models.registry import MODELS
@@ -46,11 +46,12 @@ def tune(config: TuneJobConfig, workspace: Workspace, *, progress: bool = False)
 
     Raises:
         DataError: the data set is not in the store.
-        ConfigError: a space names no field, or the study of that name searched something else.
+        ConfigError: a space names no field, no fit has the metric, or the study of that name searched something else.
         ModelError: no trial succeeded.
         BackendError: another process works on the study, or a store does not answer.
         KeyboardInterrupt: finished trials and the best config so far are kept.
     """
+    _check_metric(config)
     frame = load_history(workspace, config.fit.data, masked=True)
     space = trial_space(config)
     current = leaves(config.fit.model_dump(mode="json"))
@@ -71,6 +72,17 @@ def tune(config: TuneJobConfig, workspace: Workspace, *, progress: bool = False)
         result = replace(result, best_config=_write_best(result, config))
         _log_result(result, run)
     return result
+
+
+def _check_metric(config: TuneJobConfig) -> None:
+    """Refuse a metric that no fit reports before the first trial is trained for it."""
+    parts = ["valid", *(["valid_unseen"] if config.fit.entities.held_out else [])]
+    known = [f"{part}_{error}" for part in parts for error in ("mae", "mse")]
+    metric = config.study.metric
+    if metric not in known:
+        raise ConfigError(
+            f"study.metric={metric}: no fit reports it{nearest(metric, known)} (known: {', '.join(known)})"
+        )
 
 
 def trial_space(config: TuneJobConfig) -> Space:
@@ -144,7 +156,7 @@ class _Objective:
     def score(self, values: dict[str, Any], trial: Trial) -> float:
         """Run one trial as a part of the study's run."""
         # intervals play no part in the comparison, and nothing of a trial is stored but its record
-        without = {"calibration.enabled": False, "calibration.dependence": "none"}
+        without = {"calibration": {"enabled": False, "dependence": "none"}}
         fit = with_values(self.config.fit, {**values, **without})
         name = f"{self.config.study.name} {trial.number}"
         tags = {TRIAL: trial.number}

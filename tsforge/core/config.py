@@ -16,25 +16,42 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from tsforge.core.config_errors import config_class, explain
+from tsforge.core.config_errors import config_class, explain, has_truth
 from tsforge.core.errors import ConfigError, listing, nearest
 
 _COMPOSE_LOCK = threading.Lock()  # Hydra's compose API is a process-wide singleton
 
 
 class Config(BaseModel):
-    """Base of every config: immutable, keyword-only, unknown keys refused, numbers finite."""
+    """Base of every config: immutable, keyword-only, unknown keys refused, numbers finite and never true or false."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_number(cls, values: Any) -> Any:
+        """Refuse true and false where a number belongs; pydantic would read 1 and 0."""
+        known = cls.model_fields
+        given = values if isinstance(values, Mapping) else {}
+        found = [name for name, value in given.items() if name in known and has_truth(value, known[name].annotation)]
+        if found:  # by hand, since a validator of every field is not allowed on the key of a tagged union
+            fault = PydanticCustomError("truth_for_number", "it is a number, not true or false")
+            faults = [InitErrorDetails(type=fault, loc=(name,), input=given[name]) for name in found]
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return values
+
 
 C = TypeVar("C", bound=Config)
 QuantileLevel = Annotated[float, Field(gt=0.0, lt=1.0)]
 """0.8, not 80."""
+MAX_SEED = 2**63 - 1
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+"""What every generator of random numbers takes."""
 
 
 class StoredChoices(Protocol):
@@ -153,8 +170,8 @@ def compose(
         stored: choices that are no files; a file of the same name goes first.
 
     Raises:
-        ConfigError: missing file, unknown group or choice (the message lists the choices), bad override, bad YAML, a
-            required value (``???``) that nobody gave.
+        ConfigError: missing file, unknown group or choice (the message lists the choices), bad override, bad YAML, text
+            that is not UTF-8, settings of Hydra itself, a required value (``???``) that nobody gave.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -170,6 +187,7 @@ def compose(
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(path.parent), version_base="1.3"):
+                _check_no_hydra(name, path, overrides)
                 placed = _placed_groups(path)
                 roots = {root, path.parent}
                 # a file below a folder, or a user's own file elsewhere, still finds the groups of the tree
@@ -203,6 +221,14 @@ def compose(
             if group is not None:  # a group of the tree that this config has no place for
                 raise _no_choice(name, group[1]) from error
             raise ConfigError(f"config '{name}': {message}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"config '{name}': it, or a file that it chooses, is no UTF-8 text ({error.reason}); save it as UTF-8"
+            ) from error
+        except RecursionError as error:
+            raise ConfigError(
+                f"config '{name}': it holds itself (by *NAME in &NAME), or is nested too deeply"
+            ) from error
     if absent:
         example = f"{absent[0]}=VALUE"
         raise ConfigError(f"{listing(absent)}: required, but not given; add {example} to the command or the config")
@@ -215,8 +241,12 @@ def _config_path(name: str, root: Path) -> Path:
     """Return the file that ``name`` means: a path to a YAML file, or a name below the config tree."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser().resolve()
-        if not path.is_file():
+        if not path.exists():
             raise ConfigError(f"config file {name} does not exist")
+        if not path.is_file():
+            raise ConfigError(f"config file {name} is a folder; name a file in it")
+        if path.suffix == ".yml":  # Hydra reads no other ending
+            raise ConfigError(f"config file {name}: rename it to {path.stem}.yaml, files that end in .yml are not read")
         return path
     path = root / f"{name}.yaml"
     if not path.is_file():
@@ -230,6 +260,18 @@ def _config_path(name: str, root: Path) -> Path:
 def _placed_groups(path: Path) -> dict[str, str]:
     """Return ``{group: group@place}`` of the groups that a config file puts somewhere else (``data@fit.data: csv``)."""
     return {key.partition("@")[0]: key for key, _ in _default_choices(path) if "@" in key}
+
+
+def _check_no_hydra(name: str, path: Path, overrides: Sequence[str]) -> None:
+    """Refuse settings of Hydra itself: files are composed here, and nothing of a run is Hydra's."""
+    import yaml
+
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    keys = [*(plain if isinstance(plain, dict) else ()), *(key for key, _ in _default_choices(path))]
+    keys += [text.partition("=")[0].lstrip("+~") for text in overrides]
+    found = next((str(key) for key in keys if re.match(r"hydra([./@]|$)", str(key))), None)
+    if found is not None:
+        raise ConfigError(f"config '{name}': {found} has no effect, Hydra only composes the files; leave it out")
 
 
 def _own_settings(path: Path, roots: set[Path]) -> set[str]:

@@ -6,10 +6,10 @@ Pydantic names the branch it took below a choice of several classes (``data.sour
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -91,6 +91,41 @@ def _below(annotation: Any, discriminator: Any = None) -> Below:
         return Below(config=item.config, choices=item.choices, named=item.named, has_items=True)
     is_config = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return Below(config=annotation if is_config else None)
+
+
+def has_truth(value: Any, annotation: Any) -> bool:
+    """Return whether a value, or an item of it, is true or false where the annotation asks for a number.
+
+    Configs inside a value look at their own settings.
+    """
+    kinds = list(_alternatives(annotation))
+    if isinstance(value, bool):
+        return bool not in kinds and (int in kinds or float in kinds)
+    if isinstance(value, Mapping):
+        items = [get_args(kind)[1] for kind in kinds if get_origin(kind) in (dict, Mapping)]
+        return any(has_truth(one, item) for item in items for one in value.values())
+    if isinstance(value, list | tuple):
+        rows = [get_args(kind) for kind in kinds if get_origin(kind) in (tuple, list, Sequence)]
+        return any(
+            has_truth(one, row[place] if place < len(row) and row[-1] is not Ellipsis else row[0])
+            for row in rows
+            for place, one in enumerate(value)
+        )
+    return False
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """Yield the kinds of value that an annotation allows."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _alternatives(parts[0])
+    elif origin in (Union, UnionType):
+        for part in parts:
+            yield from _alternatives(part)
+    elif origin is Literal:
+        yield from {type(part) for part in parts if isinstance(part, bool)}
+    else:
+        yield annotation
 
 
 def explain(item: Any, cls: type[BaseModel], where: str) -> str:

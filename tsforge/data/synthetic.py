@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field, field_validator, model_validator
 
-from tsforge.core.config import Config
+from tsforge.core.config import Config, Seed
 from tsforge.core.errors import ConfigError
 from tsforge.core.seeding import derive_seed
 from tsforge.data.frame import SeriesFrame
@@ -88,7 +88,7 @@ class SyntheticConfig(Config):
     """Fraction of the span before which there is no anomaly."""
     anomaly_strength: float = Field(8.0, gt=0)
     """Size of spikes and drifts in standard deviations of the noise; level shifts have 3/4 of it."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @field_validator("freq")
     @classmethod

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tsforge.core.config import Config
+from tsforge.core.config import MAX_SEED, Config, Seed
 from tsforge.dynamics.capture import CaptureSettings
 from tsforge.dynamics.findings import Expected
 from tsforge.layers.plrnn import MapKind
@@ -16,6 +16,7 @@ from tsforge.ops.plrnn import Backend
 
 DEFAULT_SHARE = 0.8
 SELF_LIMIT = 0.95
+_MOST_SEEDS = 10_000
 FEATURED = ("shallow", "clipped_shallow")  # kinds of map that features of series are for
 
 
@@ -27,7 +28,7 @@ class SystemConfig(Config):
     dt: float = Field(0.01, gt=0)
     noise: float = Field(0.05, ge=0)
     """Observation noise of the training trajectory, in standard deviations of each variate."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class TrajectoryConfig(Config):
@@ -203,6 +204,8 @@ class ReconstructionConfig(Config):
         """Read a number as that many seeds: 5 means 0, 1, 2, 3, 4."""
         if value == 0:
             raise ValueError("give at least one seed")
+        if isinstance(value, int) and value > _MOST_SEEDS:
+            raise ValueError(f"{value} would be so many seeds; for a single one write seeds=[{value}]")
         return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
@@ -251,4 +254,6 @@ class ReconstructionConfig(Config):
     def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(value)) != len(value) or min(value) < 0:
             raise ValueError(f"seeds must be distinct and not negative, given: {list(value)}")
+        if max(value) > MAX_SEED:
+            raise ValueError(f"a seed is at most {MAX_SEED}, given: {max(value)}")
         return value

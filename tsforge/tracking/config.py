@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tsforge.core.config import Config
 
@@ -20,3 +20,11 @@ class TrackingConfig(Config):
     """Registered model name that receives a new version with the fitted artifact; None registers nothing."""
     alias: Literal["champion", "challenger"] | None = "challenger"
     """Alias the new version gets; used only with ``register_as``."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> TrackingConfig:
+        if self.register_as is not None and not self.enabled:
+            raise ValueError("register_as has no effect with enabled=false; leave it out, or switch tracking on")
+        if self.register_as is None and self.alias != type(self).model_fields["alias"].default:
+            raise ValueError("alias has no effect without register_as, the name of the registered model")
+        return self

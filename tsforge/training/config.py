@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tsforge.core.config import Config, tunable
+from tsforge.core.config import Config, Seed, tunable
 from tsforge.core.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ class TrainConfig(Config):
     """Windows a validation step; changes speed only."""
     deterministic: bool = False
     """Refuse GPU kernels that sum in varying order (slower); CPU runs repeat exactly either way."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     def model_post_init(self, context: object, /) -> None:
         """Refuse settings of another schedule, and cycles that end within an epoch."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tsforge.core.config import Config
+from tsforge.core.config import Config, Seed
 
 _KEYS = frozenset({"low", "high", "log", "choices"})
 
@@ -48,13 +48,22 @@ class TuneConfig(Config):
     pruner: Literal["median", "hyperband", "none"] = "median"
     num_warmup_reports: int = Field(default=1, ge=0)
     """Reports of a trial before the median pruner may stop it."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     starts_from_defaults: bool = True
     """The first trial is the configuration as it stands, so the result is never worse than it."""
     max_first_failures: int = Field(default=5, ge=1)
     """Give up when this many trials fail and none has succeeded."""
     space: dict[str, SpaceOverride | None] = Field(default_factory=dict)
     """Dotted field name -> what differs; ``null`` keeps that field at its configured value."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> TuneConfig:
+        without = {"num_startup_trials": self.sampler == "random", "num_warmup_reports": self.pruner != "median"}
+        for name, is_idle in without.items():
+            if is_idle and getattr(self, name) != type(self).model_fields[name].default:
+                chosen = f"sampler={self.sampler}" if name == "num_startup_trials" else f"pruner={self.pruner}"
+                raise ValueError(f"{name} has no effect with {chosen}; leave it out")
+        return self
 
     @field_validator("space", mode="before")
     @classmethod

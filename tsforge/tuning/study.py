@@ -114,7 +114,13 @@ def opened(
 ) -> Iterator[Session]:
     """Hold a study for the block, entered only when this process may work on it (arguments and errors: ``tune``)."""
     path = directory / f"{config.name}.db"
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendError(
+            f"cannot make the folder of studies {directory}: {error.strerror}; move what is in its place, or choose a "
+            "writable workspace (TSFORGE_HOME)"
+        ) from error
     lock = directory / f".{config.name}.lock"
     with termination_as_interrupt(), _only_process(lock, config.name), _storage_errors(path):
         yield Session(path, space, config, context or {}, defaults or {})
@@ -399,7 +405,7 @@ class Session:
 
         if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
             return {}
-        shares = get_param_importances(self.study, evaluator=FanovaImportanceEvaluator(seed=self.config.seed))
+        shares = get_param_importances(self.study, evaluator=FanovaImportanceEvaluator(seed=self.config.seed % 2**32))
         return dict(sorted(((name, float(share)) for name, share in shares.items()), key=lambda item: -item[1]))
 
 

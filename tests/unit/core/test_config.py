@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from pydantic import Field
 
 from tsforge.core.config import Config, compose, config_dir, fingerprint, load, search_space, to_yaml, tunable, validate
 from tsforge.core.errors import ConfigError
@@ -133,6 +134,97 @@ def test_broken_yaml_is_a_config_error(tree: Path) -> None:
     (tree / "broken.yaml").write_text("name: [1, 2\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="broken"):
         compose("broken", directory=tree)
+
+
+def test_a_file_that_is_no_utf_8_text_is_a_config_error(tree: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    for encoding in ("latin-1", "utf-16"):
+        own.write_bytes("name: größe\n".encode(encoding))
+        with pytest.raises(ConfigError, match=r"own\.yaml.* is no UTF-8 text .*save it as UTF-8"):
+            compose(str(own), directory=tree)
+    own.write_bytes("name: größe\n".encode())
+    assert compose(str(own), directory=tree) == {"name": "größe"}
+    (tree / "inner" / "small.yaml").write_bytes("kind: a  # größe\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="'outer': it, or a file that it chooses, is no UTF-8 text"):
+        compose("outer", directory=tree)
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]\n", "a: " + "[" * 5000])
+def test_a_file_without_an_end_is_a_config_error(tree: Path, text: str) -> None:
+    (tree / "loop.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="'loop': it holds itself"):
+        compose("loop", directory=tree)
+
+
+def test_other_endings_and_folders_are_refused_by_name(tree: Path) -> None:
+    (tree / "short.yml").write_text("name: x\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"short\.yml: rename it to short\.yaml"):
+        compose(str(tree / "short.yml"), directory=tree)
+    (tree / "folder.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"folder\.yaml is a folder"):
+        compose(str(tree / "folder.yaml"), directory=tree)
+
+
+@pytest.mark.parametrize(
+    "override", ["hydra.run.dir=x", "+hydra.job.chdir=true", "hydra/launcher=basic", "~hydra.sweep"]
+)
+def test_settings_of_hydra_itself_are_refused(tree: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"'outer': hydra.* has no effect"):
+        compose("outer", [override], tree)
+    (tree / "own.yaml").write_text("name: x\nhydra: {run: {dir: x}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="'own': hydra has no effect"):
+        compose("own", directory=tree)
+
+
+class Numbers(Config):
+    """Every form in which settings hold numbers."""
+
+    whole: int = 1
+    real: float | None = None
+    bounded: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    moment: str | int | None = None
+    many: tuple[float, ...] = ()
+    pair: tuple[str, int] = ("a", 1)
+    named: dict[str, tuple[float | None, float | None]] = Field(default_factory=dict)
+    text: str | float = "x"
+
+
+class Truths(Config):
+    """Settings that may be true or false."""
+
+    plain: bool = False
+    maybe: bool | int = 2
+    word: Literal["on", True] = "on"
+    flags: tuple[bool, ...] = ()
+    anything: Any = None
+    inner: dict[str, Any] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("whole", True),
+        ("real", False),
+        ("bounded", True),
+        ("moment", True),
+        ("many", [0.5, True]),
+        ("pair", ["a", False]),
+        ("named", {"a": (None, True)}),
+        ("text", True),
+    ],
+)
+def test_true_and_false_are_no_numbers(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^{setting}: it is a number, not true or false"):
+        validate(Numbers, {setting: value})
+
+
+def test_numbers_and_truths_are_read_as_ever() -> None:
+    plain = {"whole": "3", "real": 2, "bounded": "0.5", "many": ["1", 2], "pair": ["true", 4.0], "text": "true"}
+    assert validate(Numbers, plain) == Numbers(
+        whole=3, real=2.0, bounded=0.5, many=(1, 2), pair=("true", 4), text="true"
+    )
+    truths = {"plain": True, "maybe": True, "word": True, "flags": [True], "anything": True, "inner": {"a": [True]}}
+    assert validate(Truths, truths).model_dump() == {**truths, "flags": (True,)}
 
 
 def test_config_is_immutable_and_round_trips() -> None:
@@ -271,3 +363,66 @@ def test_a_group_of_settings_given_wrongly_says_what_to_write(setting: dict[str,
     plain = {"data": {"name": "x", "source": {"kind": "embedded"}}, "model": "linear", **setting}
     with pytest.raises(ConfigError, match=message):
         validate(FitConfig, plain)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"tracking": {"register_as": "x", "enabled": False}},
+            "tracking: register_as has no effect with enabled=false",
+        ),
+        ({"tracking": {"alias": "champion"}}, "tracking: alias has no effect without register_as"),
+        ({"scaling": {"kind": "none", "robust": True}}, r"scaling\.robust has no effect with scaling\.kind=none"),
+        (
+            {"calibration": {"enabled": False, "half_life": 9}},
+            "calibration: half_life has no effect with enabled=false",
+        ),
+        ({"calibration": {"enabled": False, "quantile_levels": [0.1, 0.9]}}, "quantile_levels has no effect"),
+        ({"train": {"seed": 2**63}}, r"train\.seed: Input should be less than or equal to 9223372036854775807"),
+        ({"data": {"source": {"kind": "synthetic", "generator": {"seed": 2**63}}}}, r"generator\.seed: .*less than"),
+    ],
+)
+def test_settings_without_an_effect_and_seeds_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
+    from tsforge.app.fit import FitConfig
+
+    plain = {"data": {"name": "x", "source": {"kind": "embedded"}}, "model": "linear"}
+    setting = {**setting, "data": {**plain["data"], **setting.get("data", {})}}
+    with pytest.raises(ConfigError, match=message):
+        validate(FitConfig, {**plain, **setting})
+    fine = {"tracking": {"enabled": False}, "calibration": {"enabled": False, "dependence": "empirical"}}
+    config = validate(FitConfig, {**plain, **fine, "train": {"seed": 2**63 - 1}})
+    assert validate(FitConfig, yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"sampler": "random", "num_startup_trials": 3}, "num_startup_trials has no effect with sampler=random"),
+        ({"pruner": "none", "num_warmup_reports": 3}, "num_warmup_reports has no effect with pruner=none"),
+        ({"pruner": "hyperband", "num_warmup_reports": 0}, "num_warmup_reports has no effect with pruner=hyperband"),
+        ({"seed": 2**64}, "seed: Input should be less than"),
+    ],
+)
+def test_settings_of_a_study_without_an_effect_are_refused(setting: dict[str, Any], message: str) -> None:
+    from tsforge.tuning.config import TuneConfig
+
+    with pytest.raises(ConfigError, match=message):
+        validate(TuneConfig, {"name": "x", **setting})
+    config = validate(TuneConfig, {"name": "x", "sampler": "random", "pruner": "none", "seed": 2**63 - 1})
+    assert validate(TuneConfig, yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seeds": [2**63]}, "a seed is at most 9223372036854775807"),
+        ({"seeds": 2**40}, rf"so many seeds; for a single one write seeds=\[{2**40}\]"),
+        ({"data": {"system": {"seed": 2**63}}}, r"data\.system\.seed: .*less than"),
+    ],
+)
+def test_seeds_of_a_reconstruction_have_a_bound(setting: dict[str, Any], message: str) -> None:
+    from tsforge.dynamics.config import ReconstructionConfig
+
+    with pytest.raises(ConfigError, match=message):
+        validate(ReconstructionConfig, {"data": {"system": {}}, **setting})

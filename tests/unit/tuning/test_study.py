@@ -321,3 +321,9 @@ def test_progress_goes_to_standard_error(tmp_path: Path, capfd: pytest.CaptureFi
     assert out == ""
     assert "2/2" in err
     assert "best valid_mae" in err
+
+
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tuning").write_text("in the way", encoding="utf-8")
+    with pytest.raises(BackendError, match="cannot make the folder of studies .*tuning"):
+        study(tmp_path / "tuning")
