@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -43,8 +44,20 @@ from tsforge.network import ForecastNetwork, NetworkConfig
 FORMAT = "tsforge-artifact"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")  # the name of one folder, as ``create_artifact`` makes them
 _TRAINING_TABLES = ("evolution_epochs",)
 _PACKAGES = ("tsforge", "torch", "lightning", "numpy", "polars", "safetensors")
+_DAMAGE = (  # what content of the wrong form raises
+    TsforgeError,
+    SafetensorError,
+    pl.exceptions.PolarsError,
+    yaml.YAMLError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,
+)
 _REQUIRED = (
     "config.yaml",
     "spec.json",
@@ -285,7 +298,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is no complete artifact: {MANIFEST} is missing; fit again or restore a copy")
     try:
         manifest = json.loads(place.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{place} is damaged ({error}); restore a copy or fit again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{place} does not describe a tsforge artifact")
@@ -293,6 +306,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     check_version(version, FORMAT_VERSION, what=str(place), kind="artifact format", remedy=remedy)
     if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("id"), str):
         raise ArtifactError(f"{place} lacks its id or its list of files; restore a copy or fit again")
+    if not _ID.fullmatch(manifest["id"]):
+        raise ArtifactError(
+            f"{place} states an id that no artifact has ({manifest['id']!r}); restore a copy or fit again"
+        )
     return manifest
 
 
@@ -304,8 +321,10 @@ def _read_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
         raise ArtifactError(f"{path / MANIFEST} does not list {listing(absent)}; restore a copy or fit again")
     contents: dict[str, bytes] = {}
     for name, entry in listed.items():
-        if Path(name).name != name:
-            raise ArtifactError(f"{path / MANIFEST} lists '{name}', which lies outside the artifact; do not use it")
+        if Path(name).name != name or "\0" in name:
+            raise ArtifactError(f"{path / MANIFEST} lists {name!r}, which lies outside the artifact; do not use it")
+        if not isinstance(entry, dict):
+            raise ArtifactError(f"{path / MANIFEST} states no SHA-256 of {name}; restore a copy or fit again")
         try:
             content = (path / name).read_bytes()
         except OSError as error:
@@ -354,7 +373,7 @@ def load_artifact(path: Path) -> Artifact:
             },
             path=path,
         )
-    except (TsforgeError, SafetensorError, pl.exceptions.PolarsError, KeyError, TypeError, ValueError) as error:
+    except _DAMAGE as error:
         raise ArtifactError(f"artifact {path} cannot be rebuilt: {error}") from error
 
 

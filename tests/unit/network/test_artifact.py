@@ -159,6 +159,12 @@ def test_a_newer_format_asks_for_an_upgrade(saved: Path) -> None:
         ({"format_version": True}, "no valid format version"),
         ({"files": []}, "lacks its id or its list"),
         ({"files": {}}, "does not list config.yaml"),
+        ({"id": "../x"}, "states an id that no artifact has"),
+        ({"id": ".."}, "states an id that no artifact has"),
+        ({"id": ""}, "states an id that no artifact has"),
+        ({"files": dict.fromkeys(FILES)}, r"states no SHA-256 of calibration\.parquet"),
+        ({"files": dict.fromkeys(FILES, "x")}, r"states no SHA-256 of calibration\.parquet"),
+        ({"files": {name: {} for name in ("a\0b", *FILES)}}, r"lists 'a\\x00b', which lies outside"),
     ],
 )
 def test_strange_manifests_are_refused(changes: dict, message: str, saved: Path) -> None:
@@ -172,6 +178,20 @@ def test_files_outside_the_folder_are_never_read(saved: Path) -> None:
     manifest["files"]["../secret"] = {"sha256": "0", "bytes": 1}
     _edit_manifest(saved, files=manifest["files"])
     with pytest.raises(ArtifactError, match="outside the artifact"):
+        load_artifact(saved)
+
+
+def test_content_of_another_form_is_refused(saved: Path) -> None:
+    for name, content in (("schema.json", b"[]"), ("config.yaml", b"a: ["), ("metrics.json", b"[" * 100_000)):
+        before = (saved / name).read_bytes()
+        (saved / name).write_bytes(content)
+        _rehash(saved, name)
+        with pytest.raises(ArtifactError, match="cannot be rebuilt"):
+            load_artifact(saved)
+        (saved / name).write_bytes(before)
+        _rehash(saved, name)
+    (saved / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match="manifest.json is damaged"):
         load_artifact(saved)
 
 
