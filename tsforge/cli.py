@@ -338,6 +338,8 @@ def reconstruct(
     job = _config("tsforge.app.reconstruct:ReconstructConfig", config, overrides, dry_run)
     result = _attribute("tsforge.app.reconstruct:reconstruct")(job, _workspace(home), progress=not as_json)
     _show(result, as_json)
+    if result.failed:
+        raise typer.Exit(4)
 
 
 @app.command()

@@ -116,6 +116,40 @@ def test_an_interrupted_run_keeps_what_is_complete_and_goes_on(
     assert trained == [0, 1]
 
 
+def test_a_command_whose_seeds_all_failed_says_so_by_its_status(
+    source: Path, workspace_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"train.{name}={value}" for name, value in TRAIN.items()]
+    settings += [f"evaluation.{name}={value}" for name, value in EVALUATION.items()]
+    arguments = ["reconstruct", "reconstruct", f"data.path={source}", *settings, "seeds=2", "tracking.enabled=false"]
+    monkeypatch.setattr(sys, "argv", ["tsforge", *arguments, "--json"])
+
+    def status() -> object:
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code
+
+    assert status() == 0
+    folder = Path(json.loads(capfd.readouterr().out)["path"])
+    for seed, expected in ((0, 0), (1, 4)):  # one seed of two that failed is a result
+        place = folder / "seeds" / str(seed) / "result.json"
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"failed": "the free run diverged"}))
+        assert status() == expected
+
+
+def test_missing_test_values_are_told_of_the_spectral_distance(source: Path, workspace_root: Path) -> None:
+    table = pl.read_parquet(source).with_columns(x=pl.when(pl.col("step") == 440).then(None).otherwise("x"))
+    table.write_parquet(source)
+    result = reconstruct(config(source, seeds=[0]), Workspace.open(workspace_root))
+    assert result.seeds[0]["d_h"] is not None
+    assert "longest stretch of test rows without missing values (wave: 159 of 180)" in result.facts["notes"][-1]
+    table.with_columns(x=pl.when(pl.col("step") % 9 == 0).then(None).otherwise("x")).write_parquet(source)
+    result = reconstruct(config(source, seeds=[0]), Workspace.open(workspace_root))
+    assert result.seeds[0]["d_h"] is None
+    told = "no D_H of wave: missing values leave no stretch of test rows that is long enough"
+    assert result.facts["notes"][-1] == told
+
+
 def test_refresh_and_unreadable_seeds_train_again_and_nothing_else(
     source: Path, workspace_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +393,7 @@ def test_checklist_8_15_a_free_run_reads_the_first_sample_only(source: Path) -> 
         (["reconstruct", "reconstruct", "data.path=a.parquet", "model.hiden=3"], 2, "did you mean 'hidden'"),
         (["reconstruct", "reconstruct", "data.path=a.parquet", "train.epochs=0"], 2, "train.epochs"),
         (["reconstruct", "reconstruct", "data.path=a.parquet", "data.test=b", "data.in_sample=true"], 2, "exclude"),
+        (["reconstruct", "reconstruct", "data.path=SOURCE", "name=../../escaped"], 2, "name: String should match"),
         (["reconstruct", "reconstruct", "data.path=SOURCE", "model.latent=1"], 2, "latent >= 2"),
         (["reconstruct", "reconstruct", "data.path=SOURCE", "data.valid=0.2"], 2, "belong together"),
         (["reconstruct", "reconstruct", "data.path=SOURCE", "data.inputs=[speed]"], 2, "no column 'speed'"),

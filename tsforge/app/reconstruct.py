@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from tsforge.core.errors import listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.dynamics.config import OptimConfig, PLRNNConfig, ReconstructionConfig
-from tsforge.dynamics.evaluation import METRICS, summarise
+from tsforge.dynamics.evaluation import METRICS, spectral_rows, summarise
 from tsforge.dynamics.module import train_seeds
 from tsforge.dynamics.training_noise import training_noise
 from tsforge.dynamics.validation import ValidationSeries
@@ -45,7 +45,7 @@ _LATER = {  # settings that came after the first results
 class ReconstructConfig(ReconstructionConfig):
     """A reconstruction and where it is recorded."""
 
-    name: str | None = Field(None, min_length=1)
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", max_length=80)
     """What a person reads; default the name of the training file."""
     tracking: TrackingConfig = TrackingConfig()
     refresh: bool = False
@@ -67,6 +67,11 @@ class ReconstructResult:
     seeds: list[dict[str, Any]]
     facts: dict[str, Any]
     path: Path
+
+    @property
+    def failed(self) -> bool:
+        """Whether no seed has metrics."""
+        return all(bool(row["failed"]) for row in self.seeds)
 
     def summary(self) -> dict[str, Any]:
         """Return medians, deviations, the share of failed seeds and where everything lies."""
@@ -92,6 +97,7 @@ def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bo
         KeyboardInterrupt: seeds judged before are kept.
     """
     data = read_trajectories(config.data, by_series=config.model.features > 0)
+    data = replace(data, notes=(*data.notes, *_spectral_notes(data, config.evaluation.sigma)))
     for note in data.notes:
         _LOG.warning("%s: %s", data.name, note)
     name = config.name or data.name
@@ -138,6 +144,23 @@ def _decisive(config: ReconstructConfig) -> dict[str, Any]:
             if settings[part][name] == parts[part].model_fields[name].default:
                 del settings[part][name]
     return settings
+
+
+def _spectral_notes(data: Trajectories, sigma: float) -> list[str]:
+    """Return what missing values in the test rows cost the spectral distance."""
+    short, lost = [], []
+    for name, test in (data.tests or {data.name: data.test}).items():
+        rows = spectral_rows(test, sigma)
+        if rows is None:
+            lost.append(name)
+        elif rows.stop - rows.start < len(test):
+            short.append(f"{name}: {rows.stop - rows.start} of {len(test)}")
+    notes = []
+    if short:
+        notes.append(f"D_H compares only the longest stretch of test rows without missing values ({listing(short)})")
+    if lost:
+        notes.append(f"no D_H of {listing(lost)}: missing values leave no stretch of test rows that is long enough")
+    return notes
 
 
 def _stored(folder: Path) -> dict[int, dict[str, Any]]:

@@ -40,6 +40,7 @@ from tsforge.ops.plrnn_jacobian import jacobians
 Array = NDArray[np.float64]
 METRICS = ("d_stsp", "d_h", "pe", "lambda_1", "kaplan_yorke", "captured", "alpha")
 _STATES = 10_000  # states of the data that the findings look at, at most
+_FEWEST = 4  # rows of D_H
 _ALIGN = 100  # steps in which the directions of the exponents turn into place
 _MATRICES = 2_000_000  # entries of Jacobians held at once
 _UNFIT = (DataError, ModelError, np.linalg.LinAlgError)  # what a map that cannot be examined raises
@@ -138,7 +139,8 @@ def evaluate(
     if not reasons:
         complete = np.isfinite(test).all(axis=1)
         metrics["d_stsp"] = float(d_stsp(test[complete], run))
-        metrics["d_h"] = float(d_h(test, run, sigma=config.sigma)) if complete.all() else math.nan
+        rows = spectral_rows(test, config.sigma)
+        metrics["d_h"] = math.nan if rows is None else float(d_h(test[rows], run[rows], sigma=config.sigma))
         metrics["pe"] = _prediction_error(model, test, config.prediction_steps, inputs)
         if not math.isfinite(metrics["d_stsp"]):
             reasons.append("no generated point lies in the range of the data")
@@ -150,9 +152,9 @@ def evaluate(
             metrics |= {"lambda_1": float(spectrum[0]), "kaplan_yorke": float(kaplan_yorke(spectrum))}
     findings: dict[str, Any] = {}
     if config.findings and model.params is not None and (valid is not None or len(spectrum)):
-        rows = test if valid is None else valid
+        looked = test if valid is None else valid
         try:
-            findings = _findings(model, rows[np.isfinite(rows).all(axis=1)], drive, config, units)
+            findings = _findings(model, looked[np.isfinite(looked).all(axis=1)], drive, config, units)
             if drive is None:
                 metrics["captured"] = captured_share(findings["capture"], config.expected)
         except _UNFIT as error:
@@ -165,6 +167,22 @@ def evaluate(
         findings=findings,
         failed="; ".join(reasons),
     )
+
+
+def spectral_rows(test: Array, sigma: float) -> slice | None:
+    """Return the rows of a test series (T, N) that D_H compares: the longest stretch without a missing value.
+
+    None where that is shorter than 20 sigma and than half the series: smoothing over ``sigma`` frequencies leaves
+    nothing of so short a spectrum to compare.
+    """
+    complete = np.isfinite(test).all(axis=1)
+    starts, stops = np.flatnonzero(np.diff(np.r_[False, complete, False])).reshape(-1, 2).T
+    if not len(starts):
+        return None
+    longest = int(np.argmax(stops - starts))
+    rows = slice(int(starts[longest]), int(stops[longest]))
+    is_enough = rows.stop - rows.start >= max(min(20.0 * sigma, len(test) / 2), _FEWEST)
+    return rows if is_enough else None
 
 
 def _prediction_error(model: Model, test: Array, steps: int, inputs: Array | None) -> float:

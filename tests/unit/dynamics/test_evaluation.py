@@ -11,7 +11,7 @@ import torch
 
 from tsforge.core.config import validate
 from tsforge.dynamics.config import EvaluationConfig, PLRNNConfig
-from tsforge.dynamics.evaluation import METRICS, captured_share, evaluate, free_comparison, summarise
+from tsforge.dynamics.evaluation import METRICS, captured_share, evaluate, free_comparison, spectral_rows, summarise
 from tsforge.dynamics.network import Model, Reconstruction
 from tsforge.layers.teacher_forcing import ForcingConfig
 from tsforge.metrics.dynamics import d_h, d_stsp
@@ -62,12 +62,33 @@ def test_warnings_name_places_in_the_units_of_the_data() -> None:
     assert any("fixed point at (10, 20) within" in warning for warning in judged.findings["warnings"])
 
 
-def test_missing_test_values_cost_the_spectral_distance_only() -> None:
+def test_the_spectral_distance_compares_the_longest_stretch_without_missing_values() -> None:
     test = circle()
     test[7, 1] = np.nan
     judged = evaluate(rotation(0.999), test, SMALL, 1.0)
+    assert judged.metrics["d_h"] == float(d_h(test[8:], judged.free_run[8:], sigma=3.0))
+    test[::20, 0] = np.nan
+    judged = evaluate(rotation(0.999), test, SMALL, 1.0)
     assert math.isnan(judged.metrics["d_h"])
     assert all(math.isfinite(judged.metrics[name]) for name in ("d_stsp", "pe", "lambda_1", "captured"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "rows"),
+    [
+        ([], slice(0, 100)),
+        ([0, 99], slice(1, 99)),
+        ([30, 50], slice(51, 100)),  # 49 rows: 20 sigma are 40
+        ([30, 65], None),  # 34
+        (range(100), None),
+    ],
+)
+def test_a_stretch_is_long_enough_by_the_smoothing_or_by_half_the_series(missing: Any, rows: slice | None) -> None:
+    test = circle(100)
+    test[list(missing), 0] = np.nan
+    assert spectral_rows(test, 2.0) == rows
+    if rows is not None:
+        assert spectral_rows(test, 20.0) == (None if rows.start > 50 else rows)  # half the series: 50 rows
 
 
 def test_a_run_that_diverges_has_no_metrics_and_says_why() -> None:
