@@ -130,7 +130,9 @@ class SeriesFrame:
 
     def _with(self, table: pl.DataFrame, what: str) -> SeriesFrame:
         if not table.height:
-            start, end = self._table["time"].min(), self._table["time"].max()
+            start, end = self._table["time"].min(), self.last_observed()["time"].max()
+            if end is None:  # later rows than the last observed one may be a horizon that was only added
+                end = self._table["time"].max()
             raise DataError(f"no rows {what}; the data runs from {show_time(start)} to {show_time(end)}")
         return SeriesFrame._trusted(table, self._schema, self._static, self._grid)
 

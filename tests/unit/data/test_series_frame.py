@@ -231,6 +231,23 @@ def test_between_includes_both_ends() -> None:
         frame.between("2024-01-01")
 
 
+def test_an_empty_span_is_told_the_end_of_the_observations() -> None:
+    """Not that of a horizon added for a forecast."""
+    frame = SeriesFrame(table(), schema())
+    for longer in (frame, frame.extend(6)):
+        with pytest.raises(
+            DataError, match="up to 1990-01-01; the data runs from 2023-01-01 00:00 to 2023-01-01 03:00"
+        ):
+            longer.until("1990-01-01", keep_known=True)
+    steps = pl.DataFrame({"series_id": ["a", "a"], "time": [-1, 0], "y": [1.0, 2.0]})
+    counted = SeriesFrame(steps, SeriesSchema(targets=("y",), freq="1i"))
+    with pytest.raises(DataError, match="the data runs from -1 to 0$"):
+        counted.extend(3).until(-9)
+    nothing = SeriesFrame(table(y=[None] * 5), schema(), require_targets=False)
+    with pytest.raises(DataError, match="to 2023-01-01 03:00$"):
+        nothing.until("1990-01-01")
+
+
 def test_until_hides_the_future_but_may_keep_known_covariates() -> None:
     frame = SeriesFrame(table(k=[1.0] * 5, p=[1.0] * 5), schema(known=("k",), past=("p",)))
     assert frame.until(START).series_ids == ("b",)
