@@ -100,6 +100,20 @@ class TestOneBatch:
         assert row is not None
         assert row.attempt == 1
 
+    def test_a_second_run_with_other_settings_says_that_the_first_one_stands(
+        self, site: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        first = run(site)
+        assert "other_settings" not in first.summary()
+        assert run(site).summary()["other_settings"] == []
+        assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+        second = run(site, detect=None, allow_future_model=True)
+        assert second.status == "unchanged"
+        assert second.summary()["other_settings"] == ["allow_future_model", "detect"]
+        assert "as it was published, with other settings than now (allow_future_model, detect); --force" in caplog.text
+        again = run(site, detect=None, allow_future_model=True, force=True)
+        assert set(again.partition.manifest["files"]) == {"forecast.parquet"}
+
     def test_force_publishes_again_the_same_content(self, site: Any) -> None:
         first = run(site)
         again = run(site, force=True)

@@ -23,6 +23,7 @@ from tsforge.anomaly.detector import detect
 from tsforge.app import batch_online, published
 from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, run_checks
 from tsforge.app.events import Recorded, confirmed_spans, record_report
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import IngestConfig, ingest, load_history, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config, QuantileLevel, fingerprint
@@ -130,11 +131,13 @@ class BatchResult:
         status: ``published`` now, ``adopted`` (a killed run had published it, the ledger now knows) or ``unchanged``.
         partition: the published folder with its manifest.
         checks: what the checks found; empty unless published now.
+        other_settings: those of the job that differ from the ones it was published with.
     """
 
     status: Literal["published", "adopted", "unchanged"]
     partition: published.Partition
     checks: tuple[CheckResult, ...] = ()
+    other_settings: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Return what a person wants to know first."""
@@ -147,6 +150,7 @@ class BatchResult:
             "artifact": manifest["artifact"],
             **manifest["counts"],
             "warnings": sum(not check.passed for check in self.checks),
+            **({} if self.status == "published" else {"other_settings": list(self.other_settings)}),
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -233,7 +237,7 @@ def run_batch(config: BatchConfig, as_of: datetime, workspace: Workspace, force:
     path = published.partition_path(workspace, config.name, as_of)
     try:
         if not force and (found := _published(ledger, config, as_of, path)) is not None:
-            return BatchResult(status="unchanged", partition=found)
+            return _kept("unchanged", found, config)
         claim = ledger.claim(config.key, as_of, again=True)
         if claim is None:
             raise BatchBusy(f"another process works on {config.name} as of {as_of.isoformat()}; ask again later")
@@ -254,6 +258,28 @@ def _published(ledger: Ledger, config: BatchConfig, as_of: datetime, path: Path)
     return partition
 
 
+def _kept(status: Literal["adopted", "unchanged"], found: published.Partition, config: BatchConfig) -> BatchResult:
+    """Return the result of a batch that stays as it was published; told where the job has other settings now."""
+    stored = found.manifest.get("config", {}).get("resolved", {})
+    changed = tuple(_changed(stored, config.model_dump(mode="json")))
+    if changed:
+        LOGGER.warning(
+            "%s stays as it was published, with other settings than now (%s); --force publishes it again",
+            found.path,
+            listing(changed),
+        )
+    return BatchResult(status=status, partition=found, other_settings=changed)
+
+
+def _changed(stored: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Yield the dotted names of the settings that differ; those that came after the stored ones are not known."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        for key in sorted(stored.keys() & now.keys()):
+            yield from _changed(stored[key], now[key], f"{name}.{key}" if name else key)
+    elif stored != now:
+        yield name
+
+
 def _claimed(ledger: Ledger, claim: Claim, work: _Work, path: Path, force: bool) -> BatchResult:
     """Do the work under a claim and close it in the ledger, whatever happens short of a kill."""
     with _on_record(ledger, claim):
@@ -269,7 +295,7 @@ def _claimed(ledger: Ledger, claim: Claim, work: _Work, path: Path, force: bool)
             if found is None:
                 result = _publish(work, path, *made, replace=force and path.exists())
             else:
-                result = BatchResult(status="adopted", partition=found)
+                result = _kept("adopted", found, work.config)
             rows = sum(facts["rows"] for facts in result.partition.manifest["files"].values())
             ledger.finish(
                 claim,
@@ -325,8 +351,9 @@ def _make(work: _Work) -> tuple[dict[str, Any], list[CheckResult]]:
         artifact = load_artifact(resolve(config.model, work.workspace))
         trained_until = _check_model(artifact, config, work.as_of)
         steps = config.forecast.horizon if config.forecast is not None else None
-        raw = add_calendar(raw.extend(steps or artifact.window.horizon), config.data.calendar)
-        frame = mask_invalid(raw, config.data)
+        fitted = FittedData.of(artifact, config.data.name).applied_to(config.data)
+        raw = add_calendar(raw.extend(steps or artifact.window.horizon), fitted.calendar)
+        frame = mask_invalid(raw, fitted)
         frame = match_frame(artifact, frame)
         checks = _check_data(raw.until(work.as_of), work, facts)
     if config.forecast is not None:

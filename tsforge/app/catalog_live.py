@@ -7,12 +7,11 @@ from typing import Any
 
 import polars as pl
 
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import load_dataset
 from tsforge.artifact import Artifact, load_artifact, match_frame
-from tsforge.core.config import validate
-from tsforge.core.errors import DataError
+from tsforge.core.errors import ConfigError, DataError
 from tsforge.core.workspace import Workspace
-from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
 from tsforge.data.windows import last_windows
@@ -52,6 +51,7 @@ def live_forecast(workspace: Workspace, artifact: str, series: str, cutoff: Time
     Raises:
         ArtifactError: no such artifact, damaged, or it does not fit the stored data.
         DataError: no such series, too short a history, or known covariates missing over the horizon.
+        ConfigError: an artifact that does not say which data set it belongs to.
     """
     model = load_artifact(workspace.artifacts / artifact)
     frame = _frame(workspace, model, series, cutoff)
@@ -79,10 +79,15 @@ def live_paths(workspace: Workspace, artifact: str, series: str, cutoff: TimeLik
 
 
 def _frame(workspace: Workspace, model: Artifact, series: str, cutoff: TimeLike | None) -> SeriesFrame:
-    """Return the stored rows in the roles of the fit, a horizon of calendar after them, impossible values hidden."""
-    data = validate(DataConfig, model.config["data"], where=f"artifact {model.id}, data")
+    """Return the stored rows as the model reads them, a horizon of calendar after them, impossible values hidden."""
+    dataset = model.provenance.get("dataset")
+    if not dataset:
+        raise ConfigError(
+            f"artifact {model.id} does not say which data set it belongs to; forecast with tsforge predict"
+        )
     wanted = None if model.network.capabilities.rows_coupled else [series]
-    return load_dataset(workspace, data, series=wanted, cutoff=cutoff, masked=True, extend=model.window.horizon)
+    fitted = FittedData.of(model, dataset)
+    return load_dataset(workspace, fitted, series=wanted, cutoff=cutoff, masked=True, extend=model.window.horizon)
 
 
 def _parts(model: Artifact, frame: SeriesFrame, series: str, table: pl.DataFrame) -> dict[str, pl.DataFrame]:

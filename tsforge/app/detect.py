@@ -16,6 +16,7 @@ from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect as detect_frame
 from tsforge.anomaly.grading import Grade, grade
 from tsforge.app.events import Recorded, confirmed_spans, record_report
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset
 from tsforge.artifact import load_artifact
@@ -146,8 +147,9 @@ def detect(config: DetectJobConfig, workspace: Workspace) -> Detection:
             f"series={listing(config.series)}: this {artifact.model_name} forecasts all series together, so the scores "
             "of one depend on the others; leave series out"
         )
-    seen = load_dataset(workspace, dataset, series=config.series, cutoff=config.stop, masked=True)
-    raw = load_dataset(workspace, dataset, series=config.series, cutoff=config.stop)
+    fitted = FittedData.of(artifact, dataset)
+    seen = load_dataset(workspace, fitted, series=config.series, cutoff=config.stop, masked=True)
+    raw = load_dataset(workspace, fitted, series=config.series, cutoff=config.stop)
     report = detect_frame(
         artifact,
         seen,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import polars as pl
 from pydantic import Field
 
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset
 from tsforge.artifact import Artifact, load_artifact
@@ -77,7 +78,12 @@ def explain(config: ExplainConfig, workspace: Workspace) -> Attribution | Import
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
     wanted = None if config.series is None or artifact.network.capabilities.rows_coupled else [config.series]
     frame = load_dataset(
-        workspace, dataset, series=wanted, masked=True, extend=artifact.window.horizon, cutoff=config.cutoff
+        workspace,
+        FittedData.of(artifact, dataset),
+        series=wanted,
+        masked=True,
+        extend=artifact.window.horizon,
+        cutoff=config.cutoff,
     )
     _refuse_unused(config)
     if config.what == "importance":

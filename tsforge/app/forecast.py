@@ -9,10 +9,11 @@ from pathlib import Path
 import polars as pl
 from pydantic import Field, model_validator
 
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import dataset_hierarchy, load_dataset
 from tsforge.artifact import MANIFEST, load_artifact
 from tsforge.contracts.tables import Forecast
-from tsforge.core.config import Config, QuantileLevel
+from tsforge.core.config import Config, QuantileLevel, Seed
 from tsforge.core.errors import ArtifactError, ConfigError, DataError, listing
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
@@ -50,7 +51,7 @@ class PredictConfig(Config):
     """Sample paths a series, jointly drawn over the horizon, instead of the table of quantiles."""
     aggregate: Aggregate | None = None
     """Quantiles of the sum, mean, max or min over the horizon instead; from ``paths`` paths, default 2000."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Of the paths."""
     cold_start: ColdStartConfig | None = None
     """Also forecast series that are shorter than the context (``cold_start=pad``), and new ones without a row
@@ -93,7 +94,8 @@ def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
     # forecasts that depend on the other series are made of all of them
     joint = config.reconcile is not None or artifact.network.capabilities.rows_coupled
     chosen = None if joint else config.series
-    frame = load_dataset(workspace, dataset, series=chosen, cutoff=config.cutoff, masked=True, extend=steps)
+    fitted = FittedData.of(artifact, dataset)
+    frame = load_dataset(workspace, fitted, series=chosen, cutoff=config.cutoff, masked=True, extend=steps)
     if config.paths is not None or config.aggregate is not None:
         forecast = predict_paths(
             artifact,

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from tsforge.app.checks import TIMELESS, CheckConfig, CheckResult, NonEmptyCheck, run_checks
+from tsforge.app.fitted_data import FittedData
 from tsforge.core.config import Config, validate
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing, nearest
 from tsforge.core.logs import get_logger, log_event
@@ -202,7 +203,7 @@ def check_stored(config: IngestConfig, workspace: Workspace) -> tuple[CheckResul
 
 def load_dataset(
     workspace: Workspace,
-    data: str | DataConfig,
+    data: str | DataConfig | FittedData,
     *,
     series: Sequence[str] | None = None,
     start: TimeLike | None = None,
@@ -218,7 +219,8 @@ def load_dataset(
 
     Args:
         workspace: whose store to read.
-        data: name of the dataset, then its stored settings hold; or a config, whose roles, ranges and calendar hold.
+        data: name of the dataset, then its stored settings hold; a config, whose roles, ranges and calendar hold; or
+            the data set as an artifact reads it, for whatever is done with that artifact.
         series, start, end: only these series and this span, both ends included.
         cutoff: last row that may be seen: where publications are kept, every cell as of its moment; has no effect else.
         extend: rows added after the last observed target of each series, with their calendar features: a horizon to
@@ -238,7 +240,7 @@ def load_dataset(
         structure = _structure(settings)
         chosen = None if structure is not None else series  # a sum needs all its parts
         frame = store.read(name, series=chosen, start=None if settings.get(_DELAY) else start, end=end)
-    schema = frame.schema if isinstance(data, str) else _wanted_schema(frame.schema, data)
+    schema = _wanted_schema(frame.schema, data)
     if schema != frame.schema:
         frame = SeriesFrame(frame.table, schema, frame.static, require_targets=False)
     frame = frame.extend(extend) if extend else frame
@@ -248,13 +250,13 @@ def load_dataset(
     if structure is not None:
         frame = _with_sums(frame, structure, settings)
         frame = frame if series is None else frame.select_series(series)
-    frame = add_calendar(frame, calendar)
+    frame = add_calendar(frame, _fitting(calendar, data, schema))
     return _masked(frame, settings, name) if masked else frame
 
 
 def load_history(
     workspace: Workspace,
-    data: str | DataConfig,
+    data: str | DataConfig | FittedData,
     *,
     series: Sequence[str] | None = None,
     masked: bool = False,
@@ -273,22 +275,22 @@ def load_history(
             vintages = store.read_vintages(name, series=series)
     if not kept:
         return load_dataset(workspace, data, series=series, masked=masked, extend=extend)
-    schema = vintages.schema if isinstance(data, str) else _wanted_schema(vintages.schema, data)
+    schema = _wanted_schema(vintages.schema, data)
     delays = Delays.of(settings.get(_DELAY), schema, vintages.grid, strict=False)
     if schema != vintages.schema or delays != Delays():
         vintages = vintages.with_roles(schema, delays)
     if masked:
         vintages, counts = vintages.mask_outside(_ranges(settings, schema.columns))
         _note_hidden(counts, name)
-    return vintages.with_calendar(calendar, extend=extend)
+    return vintages.with_calendar(_fitting(calendar, data, schema), extend=extend)
 
 
 _DELAY = "publication_delay"
 
 
-def _settings(store: SeriesStore, data: str | DataConfig) -> tuple[Mapping[str, Any], CalendarConfig]:
+def _settings(store: SeriesStore, data: str | DataConfig | FittedData) -> tuple[Mapping[str, Any], CalendarConfig]:
     """Return the settings that hold for a dataset, plain types, and its calendar: stored ones for a name."""
-    if not isinstance(data, str):
+    if isinstance(data, DataConfig):
         delay = store.config(data.name).get(_DELAY)
         if data.publication_delay != delay:  # forecasts read the stored one: a fit with another would not fit them
             raise DataError(
@@ -296,13 +298,22 @@ def _settings(store: SeriesStore, data: str | DataConfig) -> tuple[Mapping[str, 
                 f"{data.publication_delay or 'none'}; ingest it again with the one that holds"
             )
         return data.model_dump(mode="json"), data.calendar
-    stored = store.config(data)
-    return stored, validate(CalendarConfig, stored.get("calendar", {}), where=f"dataset {data}.calendar")
+    name = data if isinstance(data, str) else data.name
+    stored: Mapping[str, Any] = store.config(name)
+    settings = stored if isinstance(data, str) else data.settings(stored)
+    return settings, validate(CalendarConfig, settings.get("calendar", {}), where=f"dataset {name}.calendar")
 
 
-def _wanted_schema(stored: SeriesSchema, data: DataConfig) -> SeriesSchema:
-    """Return the schema with the roles a config states; without stated targets the stored roles hold."""
-    if not data.targets:
+def _fitting(calendar: CalendarConfig, data: str | DataConfig | FittedData, schema: SeriesSchema) -> CalendarConfig:
+    """Return the calendar, none where an artifact's meets integer times: what does not fit is said of the artifact."""
+    return CalendarConfig() if isinstance(data, FittedData) and schema.has_integer_time else calendar
+
+
+def _wanted_schema(stored: SeriesSchema, data: str | DataConfig | FittedData) -> SeriesSchema:
+    """Return the schema with the roles a config or a fit states; without stated targets the stored roles hold."""
+    if isinstance(data, FittedData):
+        return data.schema(stored)
+    if isinstance(data, str) or not data.targets:
         return stored
     wanted = SeriesSchema(
         targets=data.targets, past=data.past, known=data.known, static=data.static, freq=data.freq or stored.freq
@@ -319,21 +330,24 @@ def _wanted_schema(stored: SeriesSchema, data: DataConfig) -> SeriesSchema:
     return wanted
 
 
-def mask_invalid(frame: SeriesFrame, data: str | DataConfig, workspace: Workspace | None = None) -> SeriesFrame:
+def mask_invalid(
+    frame: SeriesFrame, data: str | DataConfig | FittedData, workspace: Workspace | None = None
+) -> SeriesFrame:
     """Return the frame with values outside the dataset's ``valid_range`` hidden; the counts are logged.
 
     Args:
         frame: rows of the dataset.
-        data: its config, or its name, for which ``workspace`` is needed.
+        data: its config; its name, or the data set as an artifact reads it, for which ``workspace`` is needed.
         workspace: whose store knows the settings of a named dataset.
 
     Raises:
         DataError: the named dataset is not in the store.
     """
-    if not isinstance(data, str):
+    if isinstance(data, DataConfig):
         return _masked(frame, data.model_dump(mode="json"), data.name)
     with closing(SeriesStore((workspace or Workspace.open()).database_url)) as store:
-        return _masked(frame, store.config(data), data)
+        settings, _ = _settings(store, data)
+    return _masked(frame, settings, data if isinstance(data, str) else data.name)
 
 
 def _masked(frame: SeriesFrame, settings: Mapping[str, Any], name: str) -> SeriesFrame:

@@ -7,6 +7,7 @@ fitted later than they began) would be judged too kindly, so the comparison is r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -18,12 +19,14 @@ from pydantic import Field, field_validator, model_validator
 from tsforge.app.batch import BatchBusy, data_seen_until, parse_as_of
 from tsforge.app.checks import before
 from tsforge.app.fit import FitConfig, fit
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import IngestConfig, ingest, load_history
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, DataError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
+from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.splits import SplitConfig
 from tsforge.data.vintages import Delays, History, VintageFrame, newest, published_by, seen_from
@@ -205,16 +208,16 @@ def _claimed(
 def _retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> RetrainResult:
     if config.ingest:
         ingest(IngestConfig(data=config.fit.data), workspace)
-    history = load_history(workspace, config.fit.data, masked=True)
+    history = _known_at(config.fit.data, as_of, workspace)
     start = before(as_of, config.compare.span)
-    delays = Delays.of(config.fit.data.publication_delay, history.schema, history.grid, strict=False)
-    history = published_by(history, as_of, delays)
     frame = newest(history)
     # what was revised during the contest is not for the challenger's training
     training = history.frozen(start) if isinstance(history, VintageFrame) else None
     champion = _champion(config, workspace)
+    seen_by_champion = history
     if champion is not None:
-        match_frame(champion, frame)
+        seen_by_champion = _as_champion_reads(champion, config.fit.data, history, as_of, workspace)
+        match_frame(champion, newest(seen_by_champion))
         seen = data_seen_until(champion)
         if seen is not None and seen > start:
             raise DataError(
@@ -227,7 +230,7 @@ def _retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Re
         promoted = config.promote == "auto"
         reason = "there was no champion to beat"
     else:
-        contest = compare(champion, fitted.artifact, history, start, as_of, config.compare)
+        contest = compare(champion, fitted.artifact, history, start, as_of, config.compare, seen_by_champion)
         facts |= {"champion": champion.id, **vars(contest)}
         won = contest.is_won(config.compare)
         promoted = won and config.promote == "auto"
@@ -239,6 +242,21 @@ def _retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Re
     if promoted:
         promote(config.registered, fitted.artifact.id, workspace)
     return RetrainResult(status="done", as_of=as_of, promoted=promoted, reason=reason, facts=facts)
+
+
+def _known_at(data: DataConfig, as_of: datetime, workspace: Workspace) -> History:
+    """Return the stored data as the config says, masked, up to what was out at ``as_of``."""
+    history = load_history(workspace, data, masked=True)
+    delays = Delays.of(data.publication_delay, history.schema, history.grid, strict=False)
+    return published_by(history, as_of, delays)
+
+
+def _as_champion_reads(
+    champion: Artifact, data: DataConfig, history: History, as_of: datetime, workspace: Workspace
+) -> History:
+    """Return ``history`` with the champion's own calendar and valid ranges, which need not be the challenger's."""
+    own = FittedData.of(champion, data.name).applied_to(data)
+    return history if own == data else _known_at(own, as_of, workspace)
 
 
 def _before_contest(config: FitConfig, frame: SeriesFrame, start: datetime, as_of: datetime) -> FitConfig:
@@ -263,7 +281,13 @@ def _champion(config: RetrainConfig, workspace: Workspace) -> Artifact | None:
 
 
 def compare(
-    champion: Artifact, challenger: Artifact, history: History, start: datetime, stop: datetime, config: CompareConfig
+    champion: Artifact,
+    challenger: Artifact,
+    history: History,
+    start: datetime,
+    stop: datetime,
+    config: CompareConfig,
+    seen_by_champion: History | None = None,
 ) -> Contest:
     """Return how both models fared from the same moments between ``start`` and ``stop``, on the same observed cells.
 
@@ -272,6 +296,7 @@ def compare(
         history: data up to ``stop``; of all publications each moment sees those it had, the last ones are the truth.
         start, stop: the span of the contest.
         config: number of cutoffs.
+        seen_by_champion: the same data as the champion reads it (its calendar and valid ranges); default ``history``.
 
     Raises:
         DataError: fewer than four moments whose whole forecast lies in the span.
@@ -292,9 +317,12 @@ def compare(
     ).drop_nulls()
     losses, cells = [], 0
     for place in chosen:
-        table = _errors(champion, challenger, seen_from(history, usable[place]), usable[place], horizon).join(
-            truth, on=["series_id", "time", "variate"]
+        theirs, ours = (
+            seen_from(known, usable[place])
+            for known in (history if seen_by_champion is None else seen_by_champion, history)
         )
+        table = _forecasts({"champion": (champion, theirs), "challenger": (challenger, ours)}, usable[place], horizon)
+        table = table.join(truth, on=["series_id", "time", "variate"])
         scale = pl.col("variate").replace_strict(scales, return_dtype=pl.Float64)
         scored = table.filter(scale > 0).select(
             (pl.col(name) - pl.col("truth")).abs() / scale for name in ("champion", "challenger")
@@ -321,14 +349,12 @@ def compare(
     )
 
 
-def _errors(
-    champion: Artifact, challenger: Artifact, frame: SeriesFrame, cutoff: datetime, horizon: int
-) -> pl.DataFrame:
-    """Return both forecasts from one moment side by side."""
+def _forecasts(models: Mapping[str, tuple[Artifact, SeriesFrame]], cutoff: datetime, horizon: int) -> pl.DataFrame:
+    """Return both forecasts from one moment side by side, each model's in a column of its name."""
     tables = [
         predict(artifact, frame, cutoff=cutoff.astimezone(UTC), horizon=horizon, quantile_levels=())
         .table.select("series_id", "time", "variate", "mean")
         .rename({"mean": name})
-        for name, artifact in (("champion", champion), ("challenger", challenger))
+        for name, (artifact, frame) in models.items()
     ]
     return tables[0].join(tables[1], on=["series_id", "time", "variate"])

@@ -21,6 +21,7 @@ import polars as pl
 from pydantic import Field, field_validator
 
 from tsforge.app.exclusive import alone
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, load_tensor_file, match_frame
@@ -200,7 +201,8 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
 
 
 def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Workspace) -> Stream:
-    frame = load_dataset(workspace, dataset, masked=True, extend=artifact.window.horizon)
+    fitted = FittedData.of(artifact, dataset)
+    frame = load_dataset(workspace, fitted, masked=True, extend=artifact.window.horizon)
     if config.start is not None:
         _check_start(config.start, artifact, frame)
     names = long_enough(artifact, frame, config.start)
@@ -292,8 +294,9 @@ def _catch_up(
     ends, before = live.ends(), int(live.buffer.last.sum())
     strangers: list[str] = []
     tables = [live.update(_nothing(live))]
+    fitted = FittedData.of(live.artifact, dataset)
     for names, start, is_front in _queries(live):
-        raw = _read(workspace, dataset, names, start, live.artifact.window.horizon, is_front=is_front)
+        raw = _read(workspace, fitted, names, start, live.artifact.window.horizon, is_front=is_front)
         if raw is None:
             continue
         if is_front:
@@ -301,11 +304,11 @@ def _catch_up(
         present = [name for name in names if name in set(raw.series_ids)]
         if present:
             mine = raw.select_series(present)
-            seen = match_frame(live.artifact, mask_invalid(mine, dataset, workspace))
+            seen = match_frame(live.artifact, mask_invalid(mine, fitted, workspace))
             rows, known, judged = _split(seen, mine, ends)
             tables.append(live.update(rows, known=known, judged=judged))
     taken = int(live.buffer.last.sum()) - before
-    added = _admit(live, dataset, strangers, workspace) if strangers else ()
+    added = _admit(live, fitted, strangers, workspace) if strangers else ()
     waiting = tuple(name for name in strangers if name not in added)
     return taken, pl.concat(tables).sort("series_id", "time", maintain_order=True), added, waiting
 
@@ -331,18 +334,18 @@ def _queries(live: Stream) -> list[tuple[list[str], Any, bool]]:
 
 
 def _read(
-    workspace: Workspace, dataset: str, names: list[str], start: Any, horizon: int, *, is_front: bool
+    workspace: Workspace, fitted: FittedData, names: list[str], start: Any, horizon: int, *, is_front: bool
 ) -> SeriesFrame | None:
     """Return stored rows from ``start`` on, unmasked, with a horizon to forecast; None where there are none.
 
     At the front every series is read, those that are not in the stream among them.
     """
     try:
-        return load_dataset(workspace, dataset, series=None if is_front else names, start=start, extend=horizon)
+        return load_dataset(workspace, fitted, series=None if is_front else names, start=start, extend=horizon)
     except DataError:
         with closing(SeriesStore(workspace.database_url)) as store:
-            store.config(dataset)  # an unknown data set is an error, an empty span is not
-            if store.datasets().filter(name=dataset)["rows"].item():
+            store.config(fitted.name)  # an unknown data set is an error, an empty span is not
+            if store.datasets().filter(name=fitted.name)["rows"].item():
                 return None
         raise
 
@@ -365,11 +368,11 @@ def _split(
     return rows, known, judged.select("series_id", "time", *schema.targets)
 
 
-def _admit(live: Stream, dataset: str, names: list[str], workspace: Workspace) -> tuple[str, ...]:
+def _admit(live: Stream, fitted: FittedData, names: list[str], workspace: Workspace) -> tuple[str, ...]:
     """Take in series that the stream does not have yet, those with enough rows; none where the artifact cannot."""
     if live.buffer.coupled or live.artifact.network.needs_known_series:
         return ()
-    return live.add(load_dataset(workspace, dataset, series=names, masked=True, extend=live.artifact.window.horizon))
+    return live.add(load_dataset(workspace, fitted, series=names, masked=True, extend=live.artifact.window.horizon))
 
 
 def _keep(live: Stream, scores: pl.DataFrame, folder: Path, *, took_rows: bool) -> None:
