@@ -18,7 +18,6 @@ from tsforge.data.grid import parse_freq
 
 Feature = Literal["minute", "hour", "weekday", "month", "dayofyear", "weekend"]
 PREFIX = "calendar."
-_DAY_MICROSECONDS = 86_400_000_000
 
 
 class CalendarConfig(Config):
@@ -103,9 +102,9 @@ def calendar_columns(config: CalendarConfig) -> tuple[str, ...]:
 
 
 def _local(times: pl.Series, freq: str, timezone: str | None) -> pl.Series:
-    step = parse_freq(freq)
-    whole_days = step.kind == "month" or step.count % _DAY_MICROSECONDS == 0
-    return times if timezone is None or whole_days else times.dt.convert_time_zone(timezone)
+    if timezone is None or parse_freq(freq).is_whole_days:
+        return times
+    return times.dt.convert_time_zone(timezone)
 
 
 def _feature(times: pl.Series, feature: Feature) -> list[pl.Series]:

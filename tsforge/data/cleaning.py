@@ -17,7 +17,7 @@ from tsforge.data.layout import long_table, wide_table
 from tsforge.data.numbers import NumberReader
 from tsforge.data.report import vintage_report
 from tsforge.data.synthetic import generate
-from tsforge.data.timestamps import read_published, read_times
+from tsforge.data.timestamps import makes_local_days, read_published, read_times
 from tsforge.data.vintages import Delays, History, VintageFrame, newest
 
 _MIN_ROWS_FOR_STEP = 5  # fewer rows say little about a frequency
@@ -167,7 +167,9 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
         table = _with_series_ids(table, group, config, report)
     if config.published is not None:
         table = read_published(table, config, report)
-    table = read_times(table, group, config, report)
+    table, are_dates = read_times(table, group, config, report)
+    if are_dates and config.timezone != "UTC":
+        report.add("note", f"times that are dates: local days of {config.timezone}", table.height)
     if not table.height:
         raise DataError(f"no row of {raw.origin} is left after {report.rows_refused} were refused")
     keys = [config.time] if group is None else [group, config.time]
@@ -175,7 +177,8 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
         _note_order(table, keys, report)
     table = _without_duplicates(table, group, config, report)
     if config.resample is not None:
-        table = _resampled(table, keys, columns, config.resample, report)
+        clock = config.timezone if makes_local_days(config) and not are_dates else None
+        table = _resampled(table, keys, columns, config.resample, report, clock=clock)
     return _frame(table.drop(ROW, strict=False), group, roles, config)
 
 
@@ -292,8 +295,15 @@ def _without_duplicates(
 
 
 def _resampled(
-    table: pl.DataFrame, keys: list[str], columns: dict[str, str], resample: ResampleConfig, report: IngestReport
+    table: pl.DataFrame,
+    keys: list[str],
+    columns: dict[str, str],
+    resample: ResampleConfig,
+    report: IngestReport,
+    *,
+    clock: str | None,
 ) -> pl.DataFrame:
+    """Return one row a cell of the grid; with a ``clock`` cells are days of that zone, and their times its dates."""
     *group, time = keys
     step = parse_freq(resample.every)
     integer = table[time].dtype.is_integer()
@@ -301,7 +311,13 @@ def _resampled(
         raise DataError(
             f"resample.every={resample.every} does not fit the {'integer' if integer else 'datetime'} times"
         )
-    floored = pl.col(time) // step.count * step.count if integer else pl.col(time).dt.truncate(resample.every)
+    if integer:
+        floored = pl.col(time) // step.count * step.count
+    elif clock is None:
+        floored = pl.col(time).dt.truncate(resample.every)
+    else:  # off the zone before cutting: a day of 23 or 25 hours is one row, on the grid of dates
+        local = pl.col(time).dt.convert_time_zone(clock).dt.replace_time_zone(None)
+        floored = local.dt.truncate(resample.every).dt.replace_time_zone("UTC")
     present = {name: variate for name, variate in columns.items() if name in table.columns}
     aggregated = [
         _aggregate(name, resample.columns.get(variate, resample.default)) for name, variate in present.items()

@@ -116,7 +116,11 @@ Source = Annotated[
 
 
 class ResampleConfig(Config):
-    """Rows brought onto a regular grid: times are floored to ``every``, rows of one cell are aggregated."""
+    """Rows brought onto a regular grid: times are floored to ``every``, rows of one cell are aggregated.
+
+    Steps of whole days, weeks, months, quarters or years are cut at midnight of ``timezone`` and stored under the local
+    date, 23 and 25 hours where clocks change included; shorter steps are cut on the UTC clock.
+    """
 
     every: str
     """Polars duration such as ``1h``."""
@@ -145,7 +149,8 @@ class DataConfig(Config):
     time_format: str | None = None
     """strptime format, or epoch:s / epoch:ms / epoch:us; None tries ISO 8601 forms."""
     timezone: str = "UTC"
-    """Zone of times that carry no offset; they are stored in UTC."""
+    """Zone of times that carry no offset; they are stored in UTC, as dates where all are midnights of that zone. Times
+    with an offset take none, unless ``resample`` makes days of them."""
     time_shift: str | None = None
     """Duration added to local times first, such as ``-1h`` where a stamp marks the end of its hour."""
     ambiguous: Literal["error", "infer", "earliest", "latest", "drop"] = "error"

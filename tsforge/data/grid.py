@@ -56,6 +56,11 @@ class Frequency:
     kind: str
 
     @property
+    def is_whole_days(self) -> bool:
+        """Whether a step is a day, several or calendar months, so that a row stands for a date."""
+        return self.kind == "month" or (self.kind == "fixed" and self.count % _MICROSECONDS["d"] == 0)
+
+    @property
     def text(self) -> str:
         """The shortest offset string with this meaning; ``60m`` and ``1h`` share one."""
         if self.kind == "integer":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime, time, timedelta
 
 import polars as pl
 
 from tsforge.core.errors import DataError, listing
 from tsforge.data.config import EPOCH_FORMATS, DataConfig
 from tsforge.data.findings import ROW, IngestReport, row_examples
-from tsforge.data.grid import TIME_DTYPE
+from tsforge.data.grid import TIME_DTYPE, parse_freq
 
 # Each form is unambiguous, so a column may mix them; day-first and month-first forms need a time_format.
 _DATE_FORMS = ("%Y-%m-%d", "%Y/%m/%d", "%Y-%m")
@@ -25,8 +25,13 @@ _SECOND_60 = r":\d{2}:60([^0-9]|$)"
 _COMPACT_SECOND_60 = r"[0-2]\d[0-5]\d60([^0-9]|$)"
 
 
-def read_times(table: pl.DataFrame, group: str | None, config: DataConfig, report: IngestReport) -> pl.DataFrame:
-    """Return the table with its time column in UTC (or integer), rows without a readable time dealt with as configured.
+def read_times(
+    table: pl.DataFrame, group: str | None, config: DataConfig, report: IngestReport
+) -> tuple[pl.DataFrame, bool]:
+    """Return the table with its time column in UTC (or integer), and whether these times are dates.
+
+    Rows without a readable time are dealt with as configured. Dates are the ones that the source writes, and midnights
+    of a local clock where no finer grid is meant: days of 23 or 25 hours would leave the daily grid.
 
     Args:
         table: source rows with ``ROW`` (position in the source) and the time column.
@@ -47,14 +52,52 @@ def read_times(table: pl.DataFrame, group: str | None, config: DataConfig, repor
     if parsed.dtype.is_integer():
         if config.time_shift is not None:
             raise DataError(f"time_shift has no effect on the integer time column '{config.time}'; remove it")
-        return table.with_columns(parsed.cast(pl.Int64).alias(config.time))
+        return table.with_columns(parsed.cast(pl.Int64).alias(config.time)), False
     if config.time_shift is not None:
         parsed = parsed.dt.offset_by(config.time_shift)
+    midnights = _local_midnights(parsed, config)
+    if midnights.any() and midnights.all():
+        parsed = parsed.dt.date()
     if parsed.dtype == pl.Date:  # calendar days stay days: midnight in a zone with DST would leave the daily grid
-        return table.with_columns(parsed.cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias(config.time))
+        return table.with_columns(parsed.cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias(config.time)), True
     if parsed.dtype == TIME_DTYPE:
-        return table.with_columns(parsed.alias(config.time))
-    return _localise(table.with_columns(parsed.alias(config.time)), group, config, report)
+        return table.with_columns(parsed.alias(config.time)), False
+    return _localise(table.with_columns(parsed.alias(config.time)), midnights, group, config, report), False
+
+
+def makes_local_days(config: DataConfig) -> bool:
+    """Return whether rows become days, or longer steps, of another clock than UTC."""
+    return config.timezone != "UTC" and config.resample is not None and parse_freq(config.resample.every).is_whole_days
+
+
+def _local_midnights(times: pl.Series, config: DataConfig) -> pl.Series:
+    """Return which times are midnights of a local clock that stand for dates; all or none unless ``freq`` is of days.
+
+    A stated ``freq`` of days puts every other time off the grid; without one a single other time says that midnights
+    are times of a finer grid. Publication times keep the times beside them on their clock.
+
+    Raises:
+        DataError: there are publication times, and midnights lie 23 or 25 hours apart.
+    """
+    none = pl.repeat(False, len(times), eager=True)
+    if config.timezone == "UTC" or times.dtype != pl.Datetime("us") or config.time == config.published:
+        return none
+    asked = config.freq or (config.resample.every if config.resample else None)
+    if asked is not None and not parse_freq(asked).is_whole_days:
+        return none
+    midnights = times.dt.time() == time(0)
+    if not midnights.all() and (config.freq is None or config.resample is not None):
+        return none
+    if config.published is None:
+        return midnights
+    zone = config.timezone
+    utc = times.dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null").dt.convert_time_zone("UTC")
+    if midnights.all() and utc.dt.time().n_unique() > 1:
+        raise DataError(
+            f"column '{config.time}' holds midnights of {zone}, which are 23 or 25 hours apart where clocks change; "
+            "write plain dates (2024-01-31), of publications at midnight too, or remove timezone if both share a clock"
+        )
+    return none
 
 
 def _within_calendar(times: pl.Series, config: DataConfig) -> pl.Series:
@@ -90,7 +133,7 @@ def read_published(table: pl.DataFrame, config: DataConfig, report: IngestReport
         )
     if published:
         as_time = as_time.model_copy(update={"timezone": "UTC"})  # their own offset counts
-    return read_times(table, None, as_time, report)
+    return read_times(table, None, as_time, report)[0]
 
 
 def _carries_zone(raw: pl.Series, config: DataConfig) -> bool | None:
@@ -123,7 +166,7 @@ def _parse(raw: pl.Series, config: DataConfig) -> pl.Series:
 
 
 def _zoned(times: pl.Series, config: DataConfig) -> pl.Series:
-    if config.timezone != "UTC":
+    if config.timezone != "UTC" and not makes_local_days(config):
         raise DataError(
             f"time column '{times.name}' carries its own zone, so timezone={config.timezone} has no effect; remove it"
         )
@@ -239,15 +282,17 @@ def _without_missing(
     return table.filter(~missing), parsed.filter(~missing)
 
 
-def _localise(table: pl.DataFrame, group: str | None, config: DataConfig, report: IngestReport) -> pl.DataFrame:
-    """Return local clock times in UTC; skipped and repeated local times follow their policies."""
+def _localise(
+    table: pl.DataFrame, dates: pl.Series, group: str | None, config: DataConfig, report: IngestReport
+) -> pl.DataFrame:
+    """Return local clock times in UTC, ``dates`` among them as they are; skipped and repeated ones follow policies."""
     local, zone = table[config.time], config.timezone
     if zone == "UTC":
         return table.with_columns(local.dt.replace_time_zone("UTC").alias(config.time))
     early = local.dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null")
     late = local.dt.replace_time_zone(zone, ambiguous="latest", non_existent="null")
-    twice = (early != late).fill_null(False)
-    skipped = early.is_null()
+    twice = (early != late).fill_null(False) & ~dates
+    skipped = early.is_null() & ~dates
     _decide(table, twice, config.ambiguous, "ambiguous", config, report)
     _decide(table, skipped, config.nonexistent, "nonexistent", config, report)
     use_late = twice & (_repeats(table, group, config) if config.ambiguous == "infer" else config.ambiguous == "latest")
@@ -256,6 +301,7 @@ def _localise(table: pl.DataFrame, group: str | None, config: DataConfig, report
         # the clock before the change: its offset is that of a few hours earlier
         before = local.dt.offset_by("-3h").dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null")
         times = times.zip_with(~skipped, before.dt.convert_time_zone("UTC").dt.offset_by("3h"))
+    times = times.zip_with(~dates, local.dt.replace_time_zone("UTC"))
     keep = pl.Series([True]).new_from_index(0, table.height)
     if config.ambiguous == "drop":
         keep &= ~twice
