@@ -251,3 +251,34 @@ def test_standard_input_sent_again_counts_once(plant: Watched) -> None:
     last = json.loads(done.stdout.splitlines()[-1])
     assert (last["rows_taken"], last["late"]) == (rows.height, 200)
     assert_told(plant.told(), plant.truth(rows))
+
+
+def test_standard_input_that_is_killed_goes_on_when_its_rows_are_sent_again(plant: Watched) -> None:
+    """kill -9 in the middle of chunks; the producer begins at its first row each time."""
+    rows = new_rows()
+    source = {"kind": "stdin", "rows": {"time": "ts", "series": "machine"}}
+    name = settings_file(plant, source=source, chunk_rows=20)
+    for turns in (1, 4, 9):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tsforge", "watch", name, "--json"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(rows.write_csv())
+        child.stdin.flush()
+        for _ in range(turns):
+            child.stdout.readline()
+        child.kill()
+        child.communicate(timeout=60)
+        assert child.returncode == -signal.SIGKILL
+    text = rows.write_csv()
+    done = subprocess.run(
+        [sys.executable, "-m", "tsforge", "watch", name], input=text, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert watch_status("plant", plant.workspace)["rows_taken"] == rows.height
+    assert_told(plant.told(), plant.truth(rows))

@@ -28,6 +28,8 @@ from tsforge.data.calendar import CalendarConfig
 from tsforge.data.config import SqlSource
 from tsforge.data.sql_poll import KeyedTable, read_key, write_key
 
+NO_ENDS = pl.DataFrame(schema={"series_id": pl.String, "time": pl.Datetime("us", "UTC")})
+
 
 @pytest.fixture
 def plant(site: Any, tmp_path: Path) -> Watched:
@@ -323,14 +325,14 @@ def test_a_key_that_appears_late_is_not_passed_over(plant: Watched) -> None:
     fill(place, rows[:4])
     fill(place, rows[5:6], first=6)
     poll = TablePoll(TableSource(**table_source(place, settle_seconds=2)), _intake(plant), clock)
-    assert poll.next({}, pl.DataFrame(), 100) is None
+    assert poll.next({}, NO_ENDS, 100) is None
     assert poll.rest() == 2
     fill(place, rows[4:5], first=5)
     clock.now += 2
-    offer = poll.next({}, pl.DataFrame(), 100)
+    offer = poll.next({}, NO_ENDS, 100)
     assert offer is not None
     assert (offer.portions[0].rows_read, offer.position) == (6, {"plain": 6, "rows": 6})
-    assert poll.next(offer.position, pl.DataFrame(), 100) is None
+    assert poll.next(offer.position, NO_ENDS, 100) is None
     assert poll.rest() is None
 
 
@@ -369,7 +371,7 @@ def piped(plant: Watched, text: str, settings: dict[str, Any], limit: int = 50) 
     lines = Lines(validate(StdinSource, settings), _intake(plant), reader)
     offers, position = [], {}
     while not (lines.has_ended and lines.rest() is None):
-        offer = lines.next(position, pl.DataFrame(), limit)
+        offer = lines.next(position, NO_ENDS, limit)
         if offer is not None:
             offers.append(offer)
             position = offer.position
@@ -382,21 +384,24 @@ def test_lines_of_standard_input_and_those_that_are_no_rows(plant: Watched) -> N
     text = rows.write_csv().replace("\n", "\r\n", 3) + "a,b\nx,not a time,1,2\n"
     offers, _ = piped(plant, text, {"kind": "stdin"}, limit=16)
     assert sum(portion.rows_read for offer in offers for portion in offer.portions) == 41
-    assert [reason for offer in offers for _, reason in offer.refusals] == ["line 9 has 2 cells, the header 4"]
+    assert [reason for offer in offers for _, reason, _ in offer.refusals] == ["line 9 has 2 cells, the header 4"]
     assert offers[-1].position == {"rows": 42}
     table = pl.concat([portion.table for offer in offers for portion in offer.portions])
     assert table["x"].equals(rows["x"])
     quoted = rows.write_csv().splitlines(keepends=True)
     quoted[7] = quoted[7].replace("a,", 'a,"', 1).replace("b,", 'b,"', 1)  # a quote that nobody closes
     offers, _ = piped(plant, "".join(quoted), {"kind": "stdin"}, limit=100)
-    assert [reason for offer in offers for _, reason in offer.refusals] == ["line 7 has 2 cells, the header 4"]
+    assert [reason for offer in offers for _, reason, _ in offer.refusals] == ["line 7 has 2 cells, the header 4"]
     assert sum(portion.rows_read for offer in offers for portion in offer.portions) == 39
     with pytest.raises(DataError, match="header of standard input lacks y"):
         piped(plant, "machine,ts,x\na,2026-03-12,1\n", {"kind": "stdin"})
     good = '{"machine": "a", "ts": "2026-03-12T00:00:00Z", "x": 1, "y": null, "more": 1}\n'
     offers, _ = piped(plant, good + '{"machine": "a"}\n[1]\n', {"kind": "stdin", "format": "jsonl"})
     assert [portion.table["x"].to_list() for portion in offers[0].portions] == [[1.0]]
-    assert [reason for _, reason in offers[0].refusals] == ["line 2 lacks ts, x, y", "line 3 lacks ts, machine, x, y"]
+    assert [reason for _, reason, _ in offers[0].refusals] == [
+        "line 2 lacks ts, x, y",
+        "line 3 lacks ts, machine, x, y",
+    ]
 
 
 # --- the store

@@ -170,6 +170,8 @@ def _header(item: Path, source: CsvSource) -> list[str]:
             has_rows = next(rows, None) is not None
     except UnicodeError as error:
         raise _wrong_encoding(item, source.encoding) from error
+    except csv.Error as error:  # a cell of more than 131,072 characters
+        raise DataError(f"{item}: {error} (line {rows.line_num}); a quote seems not to be closed") from error
     columns = [name.removeprefix("\ufeff") for name in columns]
     if not any(name.strip() for name in columns):
         raise DataError(f"{item} has no header line")
@@ -200,6 +202,16 @@ def _check_end(item: Path, source: CsvSource, columns: list[str]) -> None:
             f"{item} ends in the middle of a line ({len(cells)} of {len(columns)} cells): it is not written to its "
             "end; wait for the rest, or remove that line"
         )
+
+
+def is_ended(path: Path, encoding: str) -> bool:
+    """Return whether a text file ends with the end of a line (an empty one does).
+
+    Raises:
+        DataError: it is text of another encoding.
+    """
+    tail = _tail(path, encoding)
+    return not tail or tail.endswith(("\n", "\r"))
 
 
 def _tail(item: Path, encoding: str) -> str:
@@ -356,7 +368,7 @@ def typed_column(name: str, cells: list[Any]) -> pl.Series:
     """Return cells as one column; SQLite may mix types in a column, then they become text for the cell checks."""
     try:
         return pl.Series(name, cells, strict=True)
-    except (TypeError, pl.exceptions.PolarsError):
+    except (TypeError, OverflowError, pl.exceptions.PolarsError):
         return pl.Series(name, [None if cell is None else str(cell) for cell in cells], dtype=pl.String)
 
 

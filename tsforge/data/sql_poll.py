@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
 import polars as pl
-from sqlalchemy import MetaData, Table, func, select
+from sqlalchemy import MetaData, Table, false, func, select
 from sqlalchemy.exc import NoSuchTableError
 
 from tsforge.core.errors import DataError, listing, nearest
@@ -17,6 +18,21 @@ from tsforge.data.io import source_url, typed_column
 from tsforge.data.sql import open_engine, safe_url, transaction
 
 Key = int | float | str | datetime | date
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the keys of a table say.
+
+    Attributes:
+        newest: the greatest key, None where the table is empty.
+        has_fallen: whether it lies below the last one that was taken.
+        keyless: rows whose key is NULL.
+    """
+
+    newest: Key | None
+    has_fallen: bool = False
+    keyless: int = 0
 
 
 class KeyedTable:
@@ -34,7 +50,7 @@ class KeyedTable:
     def __init__(self, source: SqlSource, key: str, columns: Sequence[str]) -> None:
         self._engine = open_engine(source_url(source), read_only=True)
         self._name = source.table or ""
-        self._key = key
+        self.key = key
         self._columns = list(dict.fromkeys(columns))
         self._found: Table | None = None
         self.origin = f"{safe_url(self._engine.url)} {self._name}"
@@ -50,9 +66,21 @@ class KeyedTable:
             DataError: no such table or column, or a key that has no order.
             BackendError: the database did not answer.
         """
+        return self.look(None).newest
+
+    def look(self, last: Key | None) -> Look:
+        """Return what the keys say after ``last`` was taken; the database compares, by its own order of texts.
+
+        Raises:
+            DataError, BackendError: as for ``newest``.
+        """
         with transaction(self._engine, "read", write=False) as connection:
-            table = self._table(connection)
-            return self._plain(connection.execute(select(func.max(table.c[self._key]))).scalar())
+            column = self._table(connection).c[self.key]
+            top = func.max(column)
+            newest, fell = connection.execute(select(top, top < last if last is not None else false())).one()
+            missing = select(func.count()).where(column.is_(None))  # apart: an index answers both at once
+            keyless = connection.execute(missing).scalar() if column.nullable else 0
+        return Look(self._plain(newest), has_fallen=bool(fell), keyless=int(keyless or 0))
 
     def after(self, last: Key | None, upto: Key, limit: int) -> tuple[pl.DataFrame, Key | None]:
         """Return rows with keys in (last, upto] by key, and the last of them (None where there is none).
@@ -64,7 +92,7 @@ class KeyedTable:
         """
         with transaction(self._engine, "read", write=False) as connection:
             table = self._table(connection)
-            key = table.c[self._key]
+            key = table.c[self.key]
             chosen = [key.label("key"), *(table.c[name] for name in self._columns)]
             span = select(*chosen).where(key <= upto).order_by(key)
             if last is not None:
@@ -87,7 +115,7 @@ class KeyedTable:
             found = Table(name, MetaData(), schema=schema or None, autoload_with=connection)
         except NoSuchTableError as error:
             raise DataError(f"{safe_url(self._engine.url)} has no table '{self._name}'; check source.table") from error
-        missing = [column for column in (self._key, *self._columns) if column not in found.c]
+        missing = [column for column in (self.key, *self._columns) if column not in found.c]
         if missing:
             names = list(found.c.keys())
             hint = nearest(missing[0], names)
@@ -103,7 +131,7 @@ class KeyedTable:
             return int(key)
         if key is None or (isinstance(key, int | float | str | datetime | date) and not isinstance(key, bool)):
             return key
-        raise DataError(f"{self.origin}: key '{self._key}' holds {type(key).__name__}; use a number, text or time")
+        raise DataError(f"{self.origin}: key '{self.key}' holds {type(key).__name__}; use a number, text or time")
 
 
 def write_key(key: Key | None) -> dict[str, Any]:

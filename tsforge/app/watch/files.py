@@ -13,13 +13,16 @@ from typing import Any
 import polars as pl
 
 from tsforge.app.watch.intake import FILE_KINDS, Intake, Portion
+from tsforge.app.watch.screening import Refusal
 from tsforge.app.watch.settings import FolderSource
 from tsforge.app.watch.sources import Offer, without_rows
 from tsforge.core.errors import BackendError, DataError
 from tsforge.core.logs import get_logger
+from tsforge.data.io import is_ended
 from tsforge.data.watch_state import SourceFile
 
 _LOG = get_logger(__name__)
+UNENDED_SECONDS = 60.0  # a CSV file that ends within a line is taken as it is once it stayed so for so long
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Folder:
         self._absent: set[str] = set()  # files read before that are gone, until that is stored
         self._told: set[tuple[str, str]] = set()
         self._open: tuple[str, str, Portion] | None = None
+        self._start = 0  # row of that file with which the last offer begins
         if not self._path.is_dir():
             raise DataError(f"there is no folder {self._path}; make it, or set source.path")
 
@@ -94,15 +98,14 @@ class Folder:
                 if not (self._path / name).exists():
                     return None
                 return self._refused(name, stamp, str(error), gone)
-        portion = self._open[2]
+        portion, self._start = self._open[2], start
         table = portion.table.slice(start, limit)
         is_last = start + table.height >= portion.table.height
         self._waiting -= int(is_last)
-        part = Portion(
-            table=table,
-            rows_read=table.height,
-            notes=portion.notes if start == 0 else {},
-        )
+        part = Portion(table=table, rows_read=table.height)
+        if start == 0:  # what is not in the table counts once
+            left_out = portion.refused + portion.late + portion.empty
+            part = replace(portion, table=table, rows_read=table.height + left_out)
         return Offer(
             portions=(part,),
             position={} if is_last else {"file": name, "stamp": stamp, "rows": start + table.height},
@@ -118,7 +121,7 @@ class Folder:
             portions=(),
             position={},
             what=name,
-            refusals=((name, reason),),
+            refusals=(Refusal(name, reason),),
             files=(SourceFile(name=name, stamp=stamp, refused=True),),
             forgotten=gone,
             divisible=False,
@@ -160,7 +163,19 @@ class Folder:
         stamp, since = self._seen.get(name, ("", now))
         if stamp != look.stamp:
             self._seen[name] = (look.stamp, since := now)
-        return max(0.0, min(wait - (now - since), wait - look.age))
+        quiet = max(now - since, look.age)
+        if quiet >= wait > 0.0 and not self._is_ended(name):  # its last number may be half a number
+            wait = max(wait, UNENDED_SECONDS)
+        return max(0.0, wait - quiet)
+
+    def _is_ended(self, name: str) -> bool:
+        """Return whether a file ends with the end of a line, as far as that tells anything."""
+        if not name.lower().endswith(".csv"):
+            return True
+        try:
+            return is_ended(self._path / name, self._intake.marks.encoding)
+        except (DataError, OSError):  # reading it will say what is wrong
+            return True
 
     def _look(self) -> dict[str, _Look]:
         """Return the files that could be read.
@@ -198,12 +213,18 @@ class Folder:
     def refuse(self, offer: Offer) -> Offer:
         """Return the offer that lays the rest of a file aside whose rows the detector refused."""
         assert self._open is not None
-        name, stamp, _ = self._open
-        return replace(without_rows(offer), position={}, files=(SourceFile(name=name, stamp=stamp, refused=True),))
+        name, stamp, whole = self._open
+        files = (SourceFile(name=name, stamp=stamp, refused=True),)
+        left = whole.table.height - self._start if self._start else whole.rows_read
+        return replace(without_rows(offer), position={}, files=files, rows_left=left)
 
     def waiting(self) -> int | None:
         """Return how many files were not read at the last look."""
         return self._waiting
+
+    def notices(self) -> tuple[str, ...]:
+        """Tell nothing."""
+        return ()
 
     def close(self) -> None:
         """Hold nothing."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from tsforge.app.watch.screening import Bounds, Screen, Screened, ahead_of_clock, wide_gaps
 from tsforge.app.watch.settings import RowsConfig, TextMarks
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
@@ -19,12 +20,14 @@ from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.data.calendar import PREFIX, CalendarConfig, add_calendar
 from tsforge.data.cleaning import clean
 from tsforge.data.config import DataConfig, ParquetSource
+from tsforge.data.findings import Finding
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.grid import show_time
+from tsforge.data.grid import TIME_DTYPE
 from tsforge.data.io import RawTable, read_source, typed_column
 from tsforge.data.schema import SeriesSchema
 
 FILE_KINDS = (".csv", ".parquet", ".jsonl", ".ndjson")
+_INTEGER_BITS = 63
 _OF_STORE = ("hierarchy", "publication_delay", "published")
 
 
@@ -34,13 +37,18 @@ class Portion:
 
     Attributes:
         table: ``series_id, time`` and columns of the artifact, one row a series and time, by time.
-        rows_read: rows of the source behind it, for the count.
+        rows_read: rows of the source behind it, for the counts; those below are among them and not in the table.
+        refused: rows left out by the cleaning. late: rows at or before the last one taken of their series, or that
+            repeat the time of another. empty: rows without any value.
         ahead: ``series_id, time`` and known covariates of later rows, where the source knows them.
         notes: what the cleaning left out or changed: words -> count.
     """
 
     table: pl.DataFrame
     rows_read: int
+    refused: int = 0
+    late: int = 0
+    empty: int = 0
     ahead: pl.DataFrame | None = None
     notes: Mapping[str, int] = field(default_factory=dict)
 
@@ -51,6 +59,8 @@ class NewRows:
 
     Attributes:
         rows, judged, known: arguments of the update.
+        taken: how many of ``rows`` came from the source; the others fill the grid between them.
+        ahead: rows that only tell known covariates of times to come.
         late: rows at or before the last one taken of their series.
         strangers: rows of series that the detector does not know, by name.
     """
@@ -58,6 +68,8 @@ class NewRows:
     rows: pl.DataFrame
     judged: pl.DataFrame | None
     known: pl.DataFrame | None
+    taken: int
+    ahead: int
     late: int
     strangers: dict[str, int]
 
@@ -72,8 +84,14 @@ def json_table(lines: Sequence[str], columns: Sequence[str]) -> tuple[pl.DataFra
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        if not is_text(line):
+            wrong.append(f"line {number} is not text of the encoding that the settings name")
+            continue
         try:
             record = json.loads(line)
+        except RecursionError:
+            wrong.append(f"line {number} is no row (brackets within brackets, too many to read)")
+            continue
         except ValueError as error:
             wrong.append(f"line {number} is no JSON ({error})")
             continue
@@ -81,9 +99,32 @@ def json_table(lines: Sequence[str], columns: Sequence[str]) -> tuple[pl.DataFra
         if missing:
             wrong.append(f"line {number} lacks {listing(missing)}")
             continue
+        odd = [f"{name} {fault}" for name in columns if (fault := _odd(record[name]))]
+        if odd:
+            wrong.append(f"line {number} is no row: {listing(odd)}")
+            continue
         for name, values in cells.items():
             values.append(record[name])
     return pl.DataFrame([typed_column(name, values) for name, values in cells.items()]), wrong
+
+
+def _odd(value: object) -> str:
+    """Return what keeps a value of JSON from being a cell; empty where nothing does."""
+    if isinstance(value, list | dict):
+        return "is a list or an object"
+    if isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
+        return "is a whole number beyond 64 bits"
+    if isinstance(value, str) and not is_text(value):
+        return "holds signs that are no characters"
+    return ""
+
+
+def is_text(line: str) -> bool:
+    """Return whether a text holds characters only: no half of a pair, no byte that could not be decoded."""
+    try:
+        return line.isascii() or bool(line.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def csv_table(lines: Sequence[str], header: Sequence[str], marks: TextMarks) -> tuple[pl.DataFrame, list[str]]:
@@ -93,7 +134,14 @@ def csv_table(lines: Sequence[str], header: Sequence[str], marks: TextMarks) -> 
     """
     rows, wrong = [], []
     for number, line in enumerate(lines, start=1):
-        cells = next(csv.reader([line], delimiter=marks.separator), [])
+        if not is_text(line):
+            wrong.append(f"line {number} is not text of the encoding that the settings name")
+            continue
+        try:
+            cells = next(csv.reader([line], delimiter=marks.separator), [])
+        except csv.Error as error:  # a cell of more than 131,072 characters, or a line break within one
+            wrong.append(f"line {number} cannot be read ({error})")
+            continue
         if len(cells) == len(header):
             rows.append([None if cell in marks.null_values else cell for cell in cells])
         elif cells:
@@ -101,16 +149,26 @@ def csv_table(lines: Sequence[str], header: Sequence[str], marks: TextMarks) -> 
     return pl.DataFrame(rows, schema=dict.fromkeys(header, pl.String), orient="row"), wrong
 
 
+def noted(findings: Iterable[Finding]) -> dict[str, int]:
+    """Return what the cleaning left out or changed: words -> count."""
+    notes: Counter[str] = Counter()
+    for item in findings:
+        if item.kind in ("refused", "replaced", "merged"):
+            notes[f"{item.kind}: {item.what}"] += item.count
+    return dict(notes)
+
+
 class Intake:
     """Reads and cleans rows for one artifact.
 
     Args:
         artifact: what they are for.
-        stored: settings of the data set that the history comes from: valid ranges, calendar.
+        stored: settings of the data set that the history comes from, with what holds for the artifact: valid ranges,
+            calendar.
         rows: how the source writes them; None for rows of the store, which are clean.
         marks: of CSV text.
         name: of the data set, for messages.
-        max_gap: most grid steps from one row of a series to the next.
+        bounds: how far rows may lie ahead.
 
     Raises:
         ConfigError: the stored data set is not what its source has (sums, publications, delays), or rows name no
@@ -125,10 +183,10 @@ class Intake:
         marks: TextMarks,
         name: str,
         *,
-        max_gap: int = 100_000,
+        bounds: Bounds = Bounds(),
     ) -> None:
         self.artifact = artifact
-        self._max_gap = max_gap
+        self._bounds = bounds
         self.marks = marks
         self.mapping = rows
         self._name = name
@@ -187,7 +245,7 @@ class Intake:
             raw = read_source(self.marks.as_source(str(path)))
         else:
             try:
-                lines = path.read_text(encoding=self.marks.encoding).splitlines()
+                lines = path.read_text(encoding=self.marks.encoding).rstrip("\n").split("\n")
             except UnicodeError as error:
                 raise DataError(f"{path} is not {self.marks.encoding} text ({error})") from error
             except OSError as error:
@@ -204,23 +262,62 @@ class Intake:
         Raises:
             DataError: columns are missing, nothing is left, or rows are refused by the settings.
         """
+        return self._clean(raw, self._settings())
+
+    def screen(self, raw: pl.DataFrame, ends: pl.DataFrame, origin: str, first: int, *, is_text: bool) -> Screened:
+        """Return raw rows that can be cleaned together, their times read already, and what became of the others.
+
+        Args:
+            raw: rows as the source holds them. origin: for messages. first: number of the first row there.
+            ends: ``series_id, time`` of the last row that each series has taken.
+            is_text: every cell is text.
+        """
+        config = self._settings()
+        one = self.mapping is not None and self.mapping.series is None
+        table = raw.with_columns(pl.lit(self.artifact.series_ids[0]).alias("series_id")) if one else raw
+        columns = {new: old for old, new in self.wanted.items()}
+        targets = [columns[name] for name in self.schema.targets]
+        values = [columns[name] for name in self.schema.columns]
+        screen = Screen(table, origin, first, config, self.artifact.grid)
+        return screen.run(ends, self._bounds, targets, values, self.marks.decimal if is_text else ".")
+
+    def clean_screened(self, raw: RawTable) -> Portion:
+        """Return clean rows of a table whose times were read; raises as ``clean`` does."""
+        as_read = {"timezone": "UTC", "time_format": None}
+        return self._clean(raw, self._settings().model_copy(update=as_read))
+
+    def nothing(self) -> pl.DataFrame:
+        """Return the table of a portion without rows."""
+        kind = pl.Int64 if self.artifact.grid.is_integer else TIME_DTYPE
+        return pl.DataFrame(
+            schema={"series_id": pl.String, "time": kind, **dict.fromkeys(self.schema.columns, pl.Float64)}
+        )
+
+    def _clean(self, raw: RawTable, config: DataConfig) -> Portion:
         assert self.mapping is not None
         names = raw.frame.collect_schema().names()
         wanted = {old: new for old, new in self.wanted.items() if old in names}
         frame = raw.frame.select(pl.col(old).alias(new) for old, new in wanted.items())
         if self.mapping.series is None:
             frame = frame.with_columns(pl.lit(self.artifact.series_ids[0]).alias("series_id"))
-        config = self._settings()
-        found = clean(replace(raw, frame=frame), config)
+        try:
+            found = clean(replace(raw, frame=frame), config)
+        except pl.exceptions.PolarsError as error:  # a number that no time can be, in a column of numbers
+            raise DataError(f"{raw.origin}: {str(error).strip().splitlines()[0]}") from error
         self.artifact.grid.index_of(found.frame.table["time"])
-        notes: Counter[str] = Counter()
-        for item in found.report.findings:
-            if item.kind in ("refused", "replaced", "merged"):
-                notes[f"{item.kind}: {item.what}"] += item.count
+        report = found.report
         holds = pl.any_horizontal(pl.col(self.schema.columns).is_not_null())  # rows between that never came go
         table = found.frame.table.filter(holds).select("series_id", "time", *self.schema.columns)
         table = table.sort("time", maintain_order=True)
-        return Portion(table=table, rows_read=found.report.rows_in, notes=dict(notes))
+        repeats = sum(item.count for item in report.findings if item.kind == "merged")
+        return Portion(
+            table=table,
+            rows_read=report.rows_in,
+            refused=report.rows_refused,
+            late=repeats,
+            empty=report.rows_in - report.rows_refused - repeats - table.height,
+            notes=noted(report.findings),
+        )
 
     def _settings(self) -> DataConfig:
         assert self.mapping is not None
@@ -236,7 +333,7 @@ class Intake:
             ends: ``series_id, time`` of the last row that each series has taken.
 
         Raises:
-            DataError: times off the grid, or further ahead than ``max_gap``.
+            DataError: times off the grid, or further ahead than the bounds allow.
         """
         bounds = ends.rename({"time": "end"})
         table = portion.table.join(bounds, on="series_id", how="left", maintain_order="left")
@@ -244,11 +341,11 @@ class Intake:
         strangers = dict(zip(foreign["series_id"].to_list(), foreign["count"].to_list(), strict=True))
         new = table.filter(pl.col("time") > pl.col("end")).drop("end")
         late = table.height - new.height - sum(strangers.values())
-        self._check_gaps(new, ends)
+        self._check_places(new, ends)
         known = [name for name in self.artifact.schema.known if name in new.columns]
         if not new.height:
             nothing = pl.DataFrame(schema=self._row_types(ends))
-            return NewRows(rows=nothing, judged=None, known=None, late=late, strangers=strangers)
+            return NewRows(rows=nothing, judged=None, known=None, taken=0, ahead=0, late=late, strangers=strangers)
         schema = SeriesSchema(
             targets=self.schema.targets, past=self.schema.past, known=tuple(known), freq=self.schema.freq
         )
@@ -266,22 +363,27 @@ class Intake:
         told = portion.ahead
         if told is None and self.artifact.schema.known:
             told = frame.table.select("series_id", "time", *self.artifact.schema.known)
-        return NewRows(rows=self._columns(rows), judged=judged, known=told, late=late, strangers=strangers)
+        came = new.filter(pl.any_horizontal(pl.col(self.schema.columns).is_not_null()))
+        taken = came.join(reached, on="series_id").filter(inside).height
+        return NewRows(
+            rows=self._columns(rows),
+            judged=judged,
+            known=told,
+            taken=taken,
+            ahead=came.height - taken,
+            late=late,
+            strangers=strangers,
+        )
 
-    def _check_gaps(self, new: pl.DataFrame, ends: pl.DataFrame) -> None:
-        """Refuse a time so far ahead that it can only be wrong: the rows between would all be taken as missing."""
-        times = pl.concat([ends, new.select("series_id", "time")])
-        index = pl.Series("index", self.artifact.grid.index_of(times["time"]))
-        steps = times.with_columns(index).sort("series_id", "index")
-        gap = pl.col("index").diff().over("series_id")
-        wide = steps.with_columns(gap.alias("gap")).filter(pl.col("gap") > self._max_gap)
-        if wide.height:
-            row = wide.row(0, named=True)
-            raise DataError(
-                f"a row of '{row['series_id']}' at {show_time(row['time'])} comes {row['gap']} steps of "
-                f"{self.schema.freq} after the one before; more than {self._max_gap} are taken for a wrong time: "
-                "correct it, or raise max_gap"
-            )
+    def _check_places(self, new: pl.DataFrame, ends: pl.DataFrame) -> None:
+        """Refuse times too far ahead; rows of the store may be of any clock."""
+        seen = pl.any_horizontal(pl.col(self.schema.targets).is_not_null()).alias("is_seen")
+        rows = new.select("series_id", "time", seen)
+        finders = (wide_gaps,) if self.mapping is None else (wide_gaps, ahead_of_clock)
+        for find in finders:
+            bad, reason = find(rows, ends, self.artifact.grid, self._bounds)
+            if bad.any():
+                raise DataError(reason)
 
     def _columns(self, table: pl.DataFrame) -> pl.DataFrame:
         return table.select("series_id", "time", *self.artifact.schema.columns)

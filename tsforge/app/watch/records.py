@@ -12,6 +12,14 @@ from typing import Any
 from tsforge.data.watch_state import now_text
 
 SHOWN = 50  # words counted apart, transitions that a result lists
+ROWS = (
+    "rows_read",
+    "rows_taken",
+    "rows_ahead",
+    "late",
+    "rows_empty",
+    "rows_refused",
+)  # the first, and what became of it
 
 
 @dataclass
@@ -23,9 +31,14 @@ class Tally:
     @classmethod
     def new(cls) -> Tally:
         """Return the counts of a watch that has seen nothing."""
-        zeros = dict.fromkeys(("rows_read", "rows_taken", "late", "refused", "opened", "closed", "suppressed"), 0)
-        empty: dict[str, Any] = {"strangers": {}, "notes": {}, "open": {}, "notices": []}
+        zeros = dict.fromkeys((*ROWS, "refused", "opened", "closed", "suppressed"), 0)
+        empty: dict[str, Any] = {"strangers": {}, "notes": {}, "open": {}, "notices": [], "source_notices": []}
         return cls({**zeros, **empty, "last_row": None, "last_event": None, "started": now_text(), "waiting": None})
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Tally:
+        """Return stored counts; those that an older version did not keep begin at zero."""
+        return cls({**cls.new().facts, **facts})
 
     def add(self, **counts: int) -> None:
         """Count."""
@@ -71,5 +84,5 @@ def lag(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def counts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return how many rows and transitions there were."""
-    names = ("rows_read", "rows_taken", "late", "refused", "opened", "closed", "undelivered")
+    names = ("rows_read", "rows_taken", "late", "refused", "rows_refused", "opened", "closed", "undelivered")
     return {name: facts.get(name) for name in names}

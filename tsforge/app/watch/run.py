@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tsforge.anomaly.incidents import group_labels, ungrouped_notice
 from tsforge.anomaly.online import OnlineDetector, OnlineResult
 from tsforge.app.events import confirmed_spans
 from tsforge.app.exclusive import alone
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset, mask_invalid
 from tsforge.app.watch.delivery import Delivery
@@ -28,6 +29,7 @@ from tsforge.app.watch.files import Folder
 from tsforge.app.watch.incidents import Grouping
 from tsforge.app.watch.intake import Intake, Portion
 from tsforge.app.watch.records import SHOWN, Tally, counts, lag, plain, shown
+from tsforge.app.watch.screening import Bounds, Refusal
 from tsforge.app.watch.settings import (
     DatasetSource,
     FolderSource,
@@ -36,7 +38,7 @@ from tsforge.app.watch.settings import (
     TextMarks,
     WatchConfig,
 )
-from tsforge.app.watch.sources import MAX_PARTS, Offer, Source, StoredRows, TablePoll
+from tsforge.app.watch.sources import Offer, Source, StoredRows, TablePoll
 from tsforge.app.watch.status import FOLDER, STATE, describe
 from tsforge.app.watch.stdin import Lines
 from tsforge.app.watch.stopping import Stop
@@ -198,8 +200,7 @@ class Watcher:
         self.state = state
         self.tell = tell
         self.recent: list[dict[str, Any]] = []
-        self._refusals: list[tuple[str, str]] = []
-        self._divisions = 0
+        self._refusals: list[Refusal] = []
         self._source: Source | None = None
         self._looked = time.monotonic()
         self._events = EventStore(workspace.database_url)
@@ -252,7 +253,7 @@ class Watcher:
         self._refusals.clear()
         self._generation = snapshot.generation
         self._position = snapshot.position
-        self._tally = Tally(snapshot.facts)
+        self._tally = Tally.of(snapshot.facts)
         self._detector = OnlineDetector.load(snapshot.detector, self.artifact)
         self._known = self._detector.ends()
         if self._source is None:
@@ -337,21 +338,21 @@ class Watcher:
         """Take the next rows of the source, judge and commit them; return whether there were any."""
         started = time.monotonic()
         offer = self.source.next(self._position, self._known, self.config.chunk_rows)
+        is_told = self._note_source()
         if offer is None:
-            if time.monotonic() - self._looked > SIGN_OF_LIFE_SECONDS:
+            if is_told or time.monotonic() - self._looked > SIGN_OF_LIFE_SECONDS:
                 self._commit(Offer(portions=(), position=self._position, what=""), [], is_changed=False)
             return False
         before = dict(self._tally.facts)
-        self._divisions = 0
         results: list[OnlineResult] = []
         for portion in offer.portions:
             try:
                 results += self._judge(portion, offer.divisible)
             except DataError as error:
                 offer = self.source.refuse(offer)
-                self._refuse(offer.what, str(error))
-        for what, reason in offer.refusals:
-            self._refuse(what, reason)
+                self._refuse(Refusal(offer.what, str(error), offer.rows_left))
+        for refusal in offer.refusals:
+            self._refuse(refusal)
         transitions = self._transitions(results)
         self._commit(offer, transitions, is_changed=bool(results))
         self._report(before, transitions, time.monotonic() - started)
@@ -372,29 +373,49 @@ class Watcher:
             self._known = self._detector.ends()
             last = plain(new.rows["time"].max())
             self._tally.facts["last_row"] = max(last, self._tally.facts["last_row"] or last)
-        self._tally.add(rows_read=portion.rows_read, rows_taken=new.rows.height, late=new.late)
+        self._tally.add(
+            rows_read=portion.rows_read,
+            rows_taken=new.taken,
+            rows_ahead=new.ahead,
+            rows_refused=portion.refused,
+            rows_empty=portion.empty,
+            late=portion.late + new.late,
+        )
         self._tally.merge("strangers", new.strangers)
         self._tally.merge("notes", portion.notes)
         return found
 
     def _divide(self, portion: Portion, error: DataError) -> list[OnlineResult]:
-        self._divisions += 1
-        if portion.table.height == 1 or self._divisions > MAX_PARTS:
+        """Judge halves of a portion, to tell the rows that the detector refuses from the others."""
+        height = portion.table.height
+        if height == 1:
             row = portion.table.row(0, named=True)
-            self._tally.add(rows_read=portion.rows_read)
-            self._refuse(f"{portion.table.height} rows from '{row['series_id']}' at {row['time']} on", str(error))
-            return []
-        half = portion.table.height // 2
+            counts_apart = replace(portion, table=portion.table.clear(), rows_read=portion.rows_read - 1)
+            self._refuse(Refusal(f"a row of '{row['series_id']}' at {row['time']}", str(error), 1))
+            return self._judge(counts_apart, divisible=True)
+        half = height // 2
         parts = [
-            Portion(table=portion.table.head(half), rows_read=half, ahead=portion.ahead, notes=portion.notes),
-            Portion(table=portion.table.slice(half), rows_read=max(0, portion.rows_read - half), ahead=portion.ahead),
+            replace(portion, table=portion.table.head(half), rows_read=portion.rows_read - (height - half)),
+            Portion(table=portion.table.slice(half), rows_read=height - half, ahead=portion.ahead),
         ]
         return [result for part in parts for result in self._judge(part, divisible=True)]
 
-    def _refuse(self, what: str, reason: str) -> None:
-        _LOG.warning("refused %s: %s", what, reason)
-        self._tally.add(refused=1)
-        self._refusals.append((what, reason))
+    def _refuse(self, refusal: Refusal) -> None:
+        _LOG.warning("refused %s: %s", refusal.what, refusal.reason)
+        self._tally.add(refused=1, rows_read=refusal.rows, rows_refused=refusal.rows)
+        self._refusals.append(refusal)
+
+    def _note_source(self) -> bool:
+        """Tell what is wrong with the source itself, once; return whether that has changed."""
+        said, before = list(self.source.notices()), self._tally.facts["source_notices"]
+        if said == before:
+            return False
+        for notice in said:
+            if notice not in before:
+                _LOG.warning("%s", notice)
+        self._tally.facts["source_notices"] = said
+        self.tell({"watch": self.name, "notices": said})
+        return True
 
     def _transitions(self, results: list[OnlineResult]) -> list[tuple[str, str, dict[str, Any]]]:
         """Return id, name and record of every transition, openings first; those of silenced events are marked.
@@ -456,7 +477,7 @@ class Watcher:
             transitions=transitions,
             files=offer.files,
             forgotten=offer.forgotten,
-            refusals=self._refusals,
+            refusals=[(refusal.what, refusal.reason) for refusal in self._refusals],
         )
         self._refusals.clear()
         self._position = offer.position
@@ -468,7 +489,7 @@ class Watcher:
         self, before: dict[str, Any], transitions: list[tuple[str, str, dict[str, Any]]], seconds: float
     ) -> None:
         facts = self._tally.facts
-        names = ("rows_read", "rows_taken", "late", "refused", "opened", "closed")
+        names = ("rows_read", "rows_taken", "late", "refused", "rows_refused", "opened", "closed")
         turn = {name: facts[name] - before[name] for name in names}
         fresh = {name: count - before["strangers"].get(name, 0) for name, count in facts["strangers"].items()}
         unknown = {name: count for name, count in fresh.items() if count}
@@ -496,14 +517,15 @@ def _start(
     config: WatchConfig, workspace: Workspace, artifact: Artifact, dataset: str
 ) -> tuple[OnlineDetector, dict[str, str], tuple[str, ...]]:
     """Return a detector calibrated on the stored rows before ``start``, the groups of series, and notices."""
-    raw = load_dataset(workspace, dataset, extend=artifact.window.horizon)  # the first forecasts look into new rows
+    fitted = FittedData.of(artifact, dataset)
+    raw = load_dataset(workspace, fitted, extend=artifact.window.horizon)  # the first forecasts look into new rows
     if not raw.last_observed()["time"].drop_nulls().len():
         raise DataError(f"data set '{dataset}' holds no observed row to calibrate on; ingest its history first")
     group_by = config.detector.events.group_by
     groups = group_labels(raw.series_ids, raw.static, group_by)
     detector = OnlineDetector.start(
         artifact,
-        mask_invalid(raw, dataset, workspace),
+        mask_invalid(raw, fitted, workspace),
         config.detector,
         start=config.start,
         values=raw,
@@ -519,7 +541,9 @@ def _intake(config: WatchConfig, artifact: Artifact, stored: Mapping[str, Any], 
     source = config.source
     rows = None if isinstance(source, DatasetSource) else source.rows
     marks = source.csv if isinstance(source, FolderSource | StdinSource) else TextMarks()
-    return Intake(artifact, stored, rows, marks, dataset, max_gap=config.max_gap)
+    settings = FittedData.of(artifact, dataset).settings(stored)
+    bounds = Bounds(max_gap=config.max_gap, max_ahead_seconds=config.max_ahead_seconds)
+    return Intake(artifact, settings, rows, marks, dataset, bounds=bounds)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> Iterator[str]:

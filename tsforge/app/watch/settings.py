@@ -233,6 +233,10 @@ class WatchConfig(Config):
     """Most rows judged and committed at a time."""
     max_gap: int = Field(100_000, ge=1, le=MAX_GAP)
     """A row more grid steps after the one before of its series is taken for a wrong time and refused."""
+    max_ahead_seconds: float | None = Field(86_400.0, ge=0.0, le=1e9)
+    """A row with a target that lies further ahead of the clock, and a grid step more, is taken for a wrong time and
+    refused: true rows that follow it would be late. null = any; of no effect on integer times, rows of the store, and
+    rows of a simulated clock (those taken lie ahead already)."""
     poll_seconds: float = Field(5.0, gt=0.0)
     """Wait between looks at a source that had nothing new."""
     drain_seconds: float = Field(60.0, ge=0.0)

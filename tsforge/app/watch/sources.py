@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 import polars as pl
 
+from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import load_dataset
-from tsforge.app.watch.intake import Intake, Portion
+from tsforge.app.watch.intake import Intake, Portion, noted
+from tsforge.app.watch.screening import Refusal
 from tsforge.app.watch.settings import TableSource
 from tsforge.artifact import match_frame
 from tsforge.core.errors import DataError
@@ -20,8 +22,6 @@ from tsforge.data.io import RawTable
 from tsforge.data.sql_poll import Key, KeyedTable, read_key, write_key
 from tsforge.data.store import SeriesStore
 from tsforge.data.watch_state import SourceFile
-
-MAX_PARTS = 200  # readings of one portion in search of the rows that spoil it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +32,19 @@ class Offer:
         portions: rows, in order; none where all of them were refused.
         position: where the source goes on once they are taken; plain JSON types.
         what: the place in words, for messages.
-        refusals: what was refused, and why.
+        refusals: what was refused, why, and how many rows it has.
         files, forgotten: names to remember as read or refused, and names gone from a folder.
+        rows_left: rows of it that nobody has judged, where it stands for an offer that the detector refused.
         divisible: rows that a detector refuses may be set apart one by one; else the whole of ``what`` is refused.
     """
 
     portions: tuple[Portion, ...]
     position: dict[str, Any]
     what: str
-    refusals: tuple[tuple[str, str], ...] = ()
+    refusals: tuple[Refusal, ...] = ()
     files: tuple[SourceFile, ...] = ()
     forgotten: tuple[str, ...] = ()
+    rows_left: int = 0
     divisible: bool = True
 
 
@@ -65,46 +67,56 @@ class Source(Protocol):
         """Return how many files wait to be read, None for other sources."""
         ...
 
+    def notices(self) -> tuple[str, ...]:
+        """Return what is wrong with the source itself, as of the last look."""
+        ...
+
     def close(self) -> None:
         """Give back what is held."""
         ...
 
 
 def salvage(
-    intake: Intake, raw: pl.DataFrame, origin: str, *, is_text: bool, first: int = 1
-) -> tuple[list[Portion], list[tuple[str, str]]]:
-    """Return clean portions of raw rows in order, and the rows that spoil a reading, found by halving.
+    intake: Intake, raw: pl.DataFrame, origin: str, ends: pl.DataFrame, *, is_text: bool, first: int = 1
+) -> tuple[list[Portion], list[Refusal]]:
+    """Return clean portions of raw rows in order, and the rows that would have spoilt the reading.
 
     Args:
         intake: cleans. raw: rows as the source holds them. origin: for messages.
+        ends: ``series_id, time`` of the last row that each series has taken.
         is_text: every cell is text. first: number of the first row, for messages.
 
     Raises:
         DataError: rows are refused, and the settings say that this is an error.
     """
-    portions: list[Portion] = []
-    refused: list[tuple[str, str]] = []
-    parts = [(0, raw.height)] if raw.height else []
-    readings = 0
+    assert intake.mapping is not None
+    if not raw.height:
+        return [], []
+    decimal = intake.marks.decimal if is_text else "."
+    if "error" in (intake.mapping.bad_rows, intake.mapping.bad_cells):
+        where = f"{origin}, rows {first} to {first + raw.height - 1}"
+        return [intake.clean(RawTable(raw.lazy(), where, is_text=is_text, decimal=decimal))], []
+    screened = intake.screen(raw, ends, origin, first, is_text=is_text)
+    left_out = sum(finding.count for finding in screened.notes)
+    notes = noted(screened.notes)
+    table = intake.nothing()
+    portions = [
+        Portion(table=table, rows_read=left_out + screened.late, refused=left_out, late=screened.late, notes=notes)
+    ]
+    refusals = list(screened.refusals)
+    parts = [screened.table] if screened.table.height else []
     while parts:
-        start, stop = parts.pop()
-        table = raw.slice(start, stop - start)
-        where = f"{origin}, rows {first + start} to {first + stop - 1}"
-        readings += 1
+        part = parts.pop()
+        where = f"{origin}, {part.height} of rows {first} to {first + raw.height - 1}"
         try:
-            marks = intake.marks
-            decimal = marks.decimal if is_text else "."
-            portions.append(intake.clean(RawTable(table.lazy(), where, is_text=is_text, decimal=decimal)))
-        except DataError as error:
-            assert intake.mapping is not None
-            if "error" in (intake.mapping.bad_rows, intake.mapping.bad_cells):
-                raise
-            if stop - start == 1 or readings >= MAX_PARTS:
-                refused.append((where, str(error)))
+            portions.append(intake.clean_screened(RawTable(part.lazy(), where, is_text=is_text, decimal=decimal)))
+        except DataError as error:  # of a kind that looking at rows does not find: halves tell where
+            if part.height == 1:
+                refusals.append(Refusal(where, str(error), 1))
             else:
-                middle = (start + stop) // 2
-                parts += [(middle, stop), (start, middle)]
-    return portions, refused
+                middle = part.height // 2
+                parts += [part.slice(middle), part.head(middle)]
+    return portions if left_out or screened.late else portions[1:], refusals
 
 
 class TablePoll:
@@ -121,12 +133,12 @@ class TablePoll:
         self._table = KeyedTable(settings, settings.key, list(intake.wanted))
         self._seen: list[tuple[float, Key]] = []  # newest keys that were not known before, and when they were seen
         self._rest: float | None = None
+        self._said: tuple[str, ...] = ()
 
     def next(self, position: dict[str, Any], ends: pl.DataFrame, limit: int) -> Offer | None:
         """Return the rows after the position whose key is known for long enough."""
-        del ends
         last = read_key(position)
-        newest = self._table.newest()
+        newest = self._look(last)
         now = self._clock()
         if newest is not None and newest != last and (not self._seen or self._seen[-1][1] != newest):
             self._seen.append((now, newest))
@@ -143,13 +155,35 @@ class TablePoll:
             self._rest = self._seen[0][0] + self._settle - now if self._seen else None
             return None
         first = int(position.get("rows", 0)) + 1
-        portions, refused = salvage(self._intake, rows, self._table.origin, is_text=False, first=first)
+        portions, refused = salvage(self._intake, rows, self._table.origin, ends, is_text=False, first=first)
         return Offer(
             portions=tuple(portions),
             position={**write_key(key), "rows": first - 1 + rows.height},
             what=f"{self._table.origin} up to key {key}",
             refusals=tuple(refused),
         )
+
+    def _look(self, last: Key | None) -> Key | None:
+        """Return the greatest key where rows may follow; note what keeps rows from ever being read."""
+        seen = self._table.look(last)
+        said = []
+        if seen.has_fallen:
+            said.append(
+                f"{self._table.origin}: the greatest key is {seen.newest}, below the last one taken ({last}): the "
+                f"table was emptied, or its numbering began again. Rows up to key {last} are not read: let keys go on "
+                "from there, or start the watch anew (reset=true; ingest what was judged first)"
+            )
+        if seen.keyless:
+            said.append(
+                f"{self._table.origin}: {seen.keyless} rows have no key ('{self._table.key}' is NULL) and are not "
+                "read: give them one that is greater than all before"
+            )
+        self._said = tuple(said)
+        return None if seen.has_fallen else seen.newest
+
+    def notices(self) -> tuple[str, ...]:
+        """Return that keys have fallen or are missing."""
+        return self._said
 
     def check(self) -> None:
         """Raise what a first look raises: no such table or column, no answer."""
@@ -194,8 +228,8 @@ class StoredRows:
         table, cut = self._left.table, min(limit, self._left.table.height)
         if cut < table.height:  # rows of one time stay together
             cut = int((table["time"] <= table["time"][limit - 1]).sum())
-        portion = Portion(table=table.head(cut), rows_read=cut, ahead=self._left.ahead)
-        self._left = Portion(table=table.slice(cut), rows_read=table.height - cut, ahead=self._left.ahead)
+        portion = self._portion(table.head(cut), self._left.ahead)
+        self._left = self._portion(table.slice(cut), self._left.ahead)
         what = f"data set '{self._dataset}'"
         return Offer(portions=(portion,), position=position, what=what, divisible=False)
 
@@ -204,6 +238,7 @@ class StoredRows:
         last = artifact.grid.index_of(ends["time"])
         is_front = last > int(last.max()) - artifact.window.context_length
         horizon = artifact.window.horizon
+        fitted = FittedData.of(artifact, self._dataset)
         tables = []
         for part in (is_front, ~is_front):  # series that stopped long ago are not read from there together with all
             if not part.any():
@@ -211,7 +246,7 @@ class StoredRows:
             names = ends["series_id"].filter(pl.Series(part)).to_list()
             start = artifact.grid.time_at(int(last[part].min()))
             try:
-                frame = load_dataset(self._workspace, self._dataset, series=names, start=start, extend=horizon)
+                frame = load_dataset(self._workspace, fitted, series=names, start=start, extend=horizon)
             except DataError:
                 with closing(SeriesStore(self._workspace.database_url)) as store:
                     store.config(self._dataset)  # an unknown data set is an error, an empty span is none
@@ -229,7 +264,12 @@ class StoredRows:
             return None
         known = artifact.schema.known
         ahead = table.select("series_id", "time", *known) if known else None
-        return Portion(table=taken.sort("time", "series_id"), rows_read=taken.height, ahead=ahead)
+        return self._portion(taken.sort("time", "series_id"), ahead)
+
+    def _portion(self, table: pl.DataFrame, ahead: pl.DataFrame | None) -> Portion:
+        """Return a portion; rows that fill the grid of the store count for nothing."""
+        holds = pl.any_horizontal(pl.col(self._intake.schema.columns).is_not_null())
+        return Portion(table=table, rows_read=table.filter(holds).height, ahead=ahead)
 
     def rest(self) -> float | None:
         """Tell nothing: what is stored can be read."""
@@ -242,6 +282,10 @@ class StoredRows:
     def waiting(self) -> int | None:
         """Tell nothing."""
         return None
+
+    def notices(self) -> tuple[str, ...]:
+        """Tell nothing."""
+        return ()
 
     def close(self) -> None:
         """Hold nothing."""

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tsforge.app.exclusive import holder
+from tsforge.app.watch.records import ROWS, Tally
 from tsforge.core.errors import BackendError, listing
 from tsforge.core.workspace import Workspace
 from tsforge.data.watch_state import WatchState
 
 FOLDER = "watch"
 STATE = "state.db"
-_COUNTS = ("rows_read", "rows_taken", "late", "refused", "opened", "closed", "suppressed", "started")
+_COUNTS = (*ROWS, "refused", "opened", "closed", "suppressed", "started")
 
 
 def watch_names(workspace: Workspace) -> list[str]:
@@ -30,10 +31,11 @@ def _is_begun(place: Path) -> bool:
 def watch_status(name: str, workspace: Workspace) -> dict[str, Any]:
     """Return what a watch is doing.
 
-    ``running`` (process, or null), artifact, data set, source, counts of rows (read, taken, late, refused), of
-    transitions (opened, closed, suppressed) and open events; ``last_row`` and ``lag_seconds`` behind the clock;
-    ``last_event``; ``notices`` of the model's health; ``files_waiting``; per sink ``to_deliver, delivered, error``;
-    ``undelivered``, ``dead_letters``; series left out; newest refusals; ``last_sign`` of life.
+    ``running`` (process, or null), artifact, data set, source, counts of rows (those read are the sum of those taken,
+    ahead, late, empty, refused, and left out by series), of refusals (a file, or rows with one reason), of transitions
+    (opened, closed, suppressed) and open events; ``last_row`` and ``lag_seconds`` behind the clock; ``last_event``;
+    ``notices`` of the start, the source and the model's health; ``files_waiting``; per sink ``to_deliver, delivered,
+    error``; ``undelivered``, ``dead_letters``; series left out; newest refusals; ``last_sign`` of life.
 
     Raises:
         BackendError: no watch of that name, or its state cannot be read.
@@ -52,7 +54,7 @@ def describe(name: str, state: WatchState, *, running: str | None) -> dict[str, 
     """Return the status of a watch from its open state."""
     snapshot = state.snapshot()
     assert snapshot is not None  # callers look at watches that were begun
-    facts, identity = snapshot.facts, snapshot.identity
+    facts, identity = Tally.of(snapshot.facts).facts, snapshot.identity
     cursors, depths = state.cursors(), state.depths()
     last = facts["last_row"]
     lag = None
@@ -75,7 +77,7 @@ def describe(name: str, state: WatchState, *, running: str | None) -> dict[str, 
         "last_row": last,
         "lag_seconds": lag,
         "last_event": facts["last_event"],
-        "notices": [*facts["start_notices"], *facts["notices"]],
+        "notices": [*facts["start_notices"], *facts["source_notices"], *facts["notices"]],
         "files_waiting": facts["waiting"],
         "sinks": sinks,
         "undelivered": max(depths.values(), default=0),

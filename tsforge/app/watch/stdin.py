@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from tsforge.app.watch.intake import Intake, csv_table, json_table
+from tsforge.app.watch.screening import Refusal
 from tsforge.app.watch.settings import StdinSource
 from tsforge.app.watch.sources import Offer, salvage, without_rows
 from tsforge.core.errors import BackendError, DataError, listing
@@ -44,7 +45,6 @@ class Lines:
 
     def next(self, position: dict[str, Any], ends: pl.DataFrame, limit: int) -> Offer | None:
         """Return the rows that have come, at most ``limit``."""
-        del ends
         self._fill(limit)
         if self._settings.format == "csv" and self._header is None and self._lines:
             self._header = self._read_header(self._lines.pop(0))
@@ -63,12 +63,12 @@ class Lines:
                 f"standard input from row {first} on: {listing(wrong, 3)}; or set source.rows.bad_rows=drop"
             )
         is_text = self._settings.format == "csv"
-        portions, refused = salvage(self._intake, table, "standard input", is_text=is_text, first=first)
+        portions, refused = salvage(self._intake, table, "standard input", ends, is_text=is_text, first=first)
         return Offer(
             portions=tuple(portions),
             position={"rows": first - 1 + len(lines)},
             what=f"standard input up to row {first - 1 + len(lines)}",
-            refusals=(*((f"standard input from row {first} on", reason) for reason in wrong), *refused),
+            refusals=(*(Refusal(f"standard input from row {first} on", reason, 1) for reason in wrong), *refused),
         )
 
     def _fill(self, limit: int) -> None:
@@ -86,13 +86,17 @@ class Lines:
             if len(self._buffer) > _LONGEST_LINE:
                 raise DataError(f"standard input: a line has more than {_LONGEST_LINE} bytes; write one row a line")
             try:
-                texts = [line.decode(self._intake.marks.encoding).rstrip("\r") for line in whole]
+                # what cannot be decoded is told apart from characters, and costs its line
+                texts = [line.decode(self._intake.marks.encoding, "surrogateescape").rstrip("\r") for line in whole]
             except UnicodeError as error:
                 raise DataError(f"standard input is not {self._intake.marks.encoding} text ({error})") from error
             self._lines += [text for text in texts if text.strip()]
 
     def _read_header(self, line: str) -> list[str]:
-        names = next(csv.reader([line.removeprefix("\ufeff")], delimiter=self._intake.marks.separator), [])
+        try:
+            names = next(csv.reader([line.removeprefix("\ufeff")], delimiter=self._intake.marks.separator), [])
+        except csv.Error as error:
+            raise DataError(f"the header of standard input cannot be read ({error})") from error
         missing = [name for name in self._intake.wanted if name not in names]
         if missing:
             raise DataError(
@@ -114,6 +118,10 @@ class Lines:
     def waiting(self) -> int | None:
         """Tell nothing."""
         return None
+
+    def notices(self) -> tuple[str, ...]:
+        """Tell nothing."""
+        return ()
 
     def close(self) -> None:
         """Leave standard input to its owner."""
