@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -18,7 +19,7 @@ from tsforge.artifact import Artifact
 from tsforge.cli import main
 from tsforge.contracts.tables import JOINT, AnomalyReport
 from tsforge.core.config import load, validate
-from tsforge.core.errors import DataError
+from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
 
 ROWS, TRAIN, START, SHIFT = 9_500, 500, 6_500, 7_500
@@ -123,8 +124,20 @@ def test_a_calibration_that_cannot_reach_the_level_is_a_notice(artifact: Artifac
 def test_a_tail_needs_no_notice_about_few_rows_but_enough_excesses(artifact: Artifact) -> None:
     notices = reported(artifact, made(), {"kind": "pot", "risk": 1e-5}).metadata["notices"]
     assert not any("fewer rows than the alarm rate needs" in text for text in notices)
-    with pytest.raises(DataError, match=r"rule spot needs 50 calibration scores .* calibrate on at least 2550 rows"):
-        reported(artifact, made(), {"kind": "spot"}, calibration={"max_rows": 2000})
+    for rows in (2000, 900):
+        few = {"max_rows": rows}
+        for rule, more in (({"kind": "spot"}, {}), ({"kind": "dspot"}, {}), ({"kind": "fdr"}, {"method": "gpd"})):
+            with pytest.raises(DataError, match=r"calibrate on at least \d+ rows") as said:
+                reported(artifact, made(), rule, calibration=few | more)
+            needed = re.search(r"at least (\d+) rows", str(said.value))
+            assert needed is not None
+            assert int(needed[1]) == 3550 + 100 * (rule["kind"] == "dspot")
+            reported(artifact, made(), rule, calibration=more | {"max_rows": int(needed[1])})
+
+
+def test_a_joint_score_of_more_variates_than_there_are_is_a_wrong_setting(artifact: Artifact) -> None:
+    with pytest.raises(ConfigError, match=r"detector.score.top_k is 9, and there are 1 variates \(flow\); give 1 to 1"):
+        reported(artifact, made(), {"kind": "quantile"}, score={"joint": "top_k", "top_k": 9})
 
 
 def test_rules_are_settings_of_the_job_and_of_the_command_line(

@@ -26,7 +26,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tsforge.anomaly.gpd import MIN_EXCESSES, ParetoTail, fit_excesses
+from tsforge.anomaly.gpd import MIN_EXCESSES, ParetoTail, fit_excesses, scores_needed
 from tsforge.anomaly.rule_base import (
     Decision,
     Decisions,
@@ -36,6 +36,7 @@ from tsforge.anomaly.rule_base import (
     calibration_sample,
     low_alpha,
     not_fitted,
+    rows_that_leave,
     upper_rank,
 )
 from tsforge.core.errors import DataError
@@ -47,15 +48,19 @@ SUM_AFRESH = 1_024  # rows after which a running sum is added up again, so that 
 STRETCH = 256
 
 
-def _start_of_tail(sample: FloatArray, level: float, kind: str, spent: int = 0) -> tuple[float, FloatArray]:
-    """Return u and the excesses of the calibration scores above it, in time order; ``spent`` scores are not in them."""
+def _start_of_tail(sample: FloatArray, level: float, kind: str, spent: int | None = None) -> tuple[float, FloatArray]:
+    """Return u and the excesses of the calibration scores above it, in time order.
+
+    ``spent`` scores of a rule that learns are not in them; None for one that does not learn, and is fitted on all rows.
+    """
     u = float(np.quantile(sample, level))
     excesses = sample[sample > u] - u
     if excesses.size < MIN_EXCESSES:
-        needed = math.ceil((MIN_EXCESSES + 1) / (1.0 - level)) + spent
+        needed = scores_needed(level)
+        rows = f"{needed} rows" if spent is None else rows_that_leave(needed + spent)
         raise DataError(
             f"rule {kind} needs {MIN_EXCESSES} calibration scores above their {level:g} quantile, {sample.size} scores "
-            f"leave {excesses.size}; calibrate on at least {needed} rows, lower rule.level, or take another rule"
+            f"leave {excesses.size}; calibrate on at least {rows}, lower rule.level, or take another rule"
         )
     return u, excesses
 
@@ -340,7 +345,7 @@ class Dspot(Spot):
         if sample.size <= self.depth:
             raise DataError(
                 f"rule dspot needs more calibration scores than its depth of {self.depth}, got {sample.size}; lower "
-                "rule.depth or calibrate on more rows"
+                f"rule.depth or calibrate on at least {rows_that_leave(scores_needed(self.level) + self.depth)}"
             )
         self._recent = deque(sample[: self.depth].tolist(), maxlen=self.depth)
         self._sum, self._until_afresh = math.fsum(self._recent), SUM_AFRESH

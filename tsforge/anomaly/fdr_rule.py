@@ -19,14 +19,23 @@ from numpy.typing import ArrayLike
 from tsforge.anomaly.calibration import Calibration, fit_calibration
 from tsforge.anomaly.config import CalibrationConfig, FdrRule
 from tsforge.anomaly.fdr import Lond, LordDecay, LordPlusPlus, Procedure, TrailingBH
-from tsforge.anomaly.gpd import SMALLEST_P, ParetoTail
-from tsforge.anomaly.rule_base import LONGEST_ALPHA, Decision, FloatArray, ThresholdRule, calibration_sample, not_fitted
+from tsforge.anomaly.gpd import SMALLEST_P, ParetoTail, scores_needed
+from tsforge.anomaly.rule_base import (
+    LONGEST_ALPHA,
+    Decision,
+    FloatArray,
+    ThresholdRule,
+    calibration_sample,
+    not_fitted,
+    rows_that_leave,
+)
 from tsforge.core.errors import DataError
 
 DEFAULT_BLOCK = 1_000
 RECENT_ROWS = 1_000.0
 LARGEST_SHARE = 0.2  # more alarm rows than this are no rare anomalies: the data have moved
 LARGEST_EXPONENT = 700.0
+LARGEST_LEVEL = 0.5  # that the settings allow
 
 
 class _Evidence(ABC):
@@ -155,8 +164,16 @@ class FalseDiscoveryRate(ThresholdRule):
             DataError: no score; ``calibration.method`` gpd with too few excesses; direct e-values of negative scores.
         """
         settings = self.calibration
+        scores = calibration_sample(calibration, self.kind)
+        needed = scores_needed(settings.tail_level)
+        if settings.method == "gpd" and scores.size < needed:
+            raise DataError(
+                f"rule {self.kind} with calibration.method gpd needs {needed} scores to fit a tail above their "
+                f"{settings.tail_level:g} quantile, and {scores.size} are left; calibrate on at least "
+                f"{rows_that_leave(needed)}, lower calibration.tail_level, or take method auto"
+            )
         found: Calibration = fit_calibration(
-            calibration_sample(calibration, self.kind),
+            scores,
             method=settings.method,
             level=settings.tail_level,
             shape=settings.tail_shape,
@@ -226,9 +243,28 @@ class FalseDiscoveryRate(ThresholdRule):
         name = "1/e" if self.config.procedure.startswith("e_") else "p"
         return (
             f"rule fdr: its level is {self._procedure.level:.2g}, while {self._sample.size} calibration scores give no "
-            f"{name} below {self._evidence.smallest:.2g}: {who} can alarm; calibrate with a tail model "
-            "(calibration.method=gpd) on more rows, or take procedure lord_decay"
+            f"{name} below {self._evidence.smallest:.2g}: {who} can alarm; {self._remedy()}"
         )
+
+    def _remedy(self) -> str:
+        """Return what lets a row alarm: more calibration rows, another level, or another procedure."""
+        config = self.config
+        share = _eta(config) * (1.0 - _decay(config))  # of its level, lord_decay always spends so much
+        tail = scores_needed(self.calibration.tail_level)
+        smallest = 1.0 / (self._sample.size + 1.0)
+        if config.procedure != "lord_decay":
+            ways = [f"calibrate with a tail model (calibration.method=gpd) on at least {rows_that_leave(tail)}"]
+            if config.e_values == "direct":  # which a tail model leaves as they are
+                ways = ["take e_values kappa with a tail model (calibration.method=gpd)"]
+            if smallest <= config.level * share:
+                ways.append("take procedure lord_decay")
+            return ", or ".join(ways)
+        scores = math.ceil(1.0 / (config.level * share)) - 1
+        if self.calibration.method != "conformal":
+            scores = min(scores, tail)
+        enough = math.ceil(1000.0 * smallest / share) / 1000.0
+        raised = f", or raise rule.level to {enough:g}" if enough <= LARGEST_LEVEL else ""
+        return f"calibrate on at least {rows_that_leave(scores)}{raised}"
 
     def state(self) -> dict[str, Any]:
         """Return settings, calibration and the memory of the procedure."""

@@ -66,6 +66,11 @@ class ParetoTail:
         }
 
 
+def scores_needed(level: float) -> int:
+    """Return how many scores leave enough of them above their quantile ``level``, where they differ."""
+    return int(np.ceil((MIN_EXCESSES + 1) / (1.0 - level)))
+
+
 def fit_tail(
     scores: ArrayLike,
     *,
@@ -94,7 +99,7 @@ def fit_tail(
     if x.size < MIN_EXCESSES:
         raise DataError(
             f"a tail model needs {MIN_EXCESSES} scores above the {level:g} quantile, {s.size} calibration scores leave "
-            f"{x.size}; calibrate on at least {int(np.ceil((MIN_EXCESSES + 1) / (1 - level)))} rows or lower tail_level"
+            f"{x.size}; calibrate on at least {scores_needed(level)} rows or lower tail_level"
         )
     return fit_excesses(x, u=u, num_excesses=int(x.size), num_scores=int(s.size), shape=shape, method=method)
 

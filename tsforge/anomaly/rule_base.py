@@ -13,6 +13,7 @@ from tsforge.core.errors import DataError
 
 FloatArray = NDArray[np.float64]
 LONGEST_ALPHA = 0.5  # an event's low level is never below the median score
+LEAD_ROWS = 1_000  # rows before the scored ones that are judged too, so that an event under way keeps its start and id
 
 
 class Decision(NamedTuple):
@@ -129,6 +130,15 @@ def calibration_sample(calibration: ArrayLike, kind: str) -> FloatArray:
     if not s.size:
         raise DataError(f"rule {kind} needs calibration scores and got none that is a number")
     return s
+
+
+def rows_that_leave(scores: int) -> str:
+    """Return words for the calibration rows of which a rule that learns is fitted on so many scores.
+
+    The newest ones, at most half of the rows, are judged together with the scored rows.
+    """
+    lead = min(LEAD_ROWS, scores)
+    return f"{scores + lead} rows ({scores} to fit on, and the newest {lead}, which are judged)"
 
 
 def not_fitted(kind: str) -> DataError:

@@ -17,15 +17,15 @@ from tsforge.anomaly.confirmed import left_out
 from tsforge.anomaly.health import HEALTH_ROWS
 from tsforge.anomaly.monitor import EventRow, Judged, Monitor, Waiting
 from tsforge.anomaly.residuals import TrainingRange
+from tsforge.anomaly.rule_base import LEAD_ROWS
 from tsforge.anomaly.scoring import ScoreModel, Scores, fit_score_model
 from tsforge.anomaly.smoothing import build_smoother
 from tsforge.anomaly.spans import SeriesSpans
 from tsforge.anomaly.tables import ScoredRows
 from tsforge.anomaly.thresholds import Decisions, ThresholdRule
-from tsforge.core.errors import ConfigError
+from tsforge.core.errors import ConfigError, listing
 
 FloatArray = NDArray[np.float64]
-LEAD_ROWS = 1_000  # rows before the scored ones that are judged too, so that an event under way keeps its start and id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +106,14 @@ def fit_monitor(
         recent: rows that count for the health of the model.
 
     Raises:
-        ConfigError: scores by bucket under a rule that promises no rate.
+        ConfigError: scores by bucket under a rule that promises no rate; a joint score of more variates than there are.
         DataError: too few residuals or calibration scores.
     """
+    if config.score.top_k is not None and config.score.top_k > len(names):
+        raise ConfigError(
+            f"detector.score.top_k is {config.score.top_k}, and there are {len(names)} variates ({listing(names)}); "
+            f"give 1 to {len(names)}"
+        )
     scale = slice(spans.scale[0] - rows.start, spans.scale[1] - rows.start)
     normal = ~rows.confirmed[scale]
     model = fit_score_model(rows.deviations[scale][normal], rows.values[scale][normal], rows.training, config.score)
@@ -145,6 +150,7 @@ def fit_monitor(
                 confirmed=rows.confirmed[waits],
             )
     sample = np.where(confirmed[: joint.size], np.nan, joint)
+    rule.fit(sample[:judged] if rule.learns else sample)  # first: where rows are too few, a rule that learns needs most
     calibration = fit_calibration(
         sample,
         method=settings.method,
@@ -152,7 +158,6 @@ def fit_monitor(
         shape=settings.tail_shape,
         seed=settings.seed if settings.ties == "random" else None,
     )
-    rule.fit(sample[:judged] if rule.learns else sample)
     monitor = Monitor(
         series_id=rows.series_id,
         names=names,

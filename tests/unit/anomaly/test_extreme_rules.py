@@ -198,7 +198,12 @@ def test_low_levels_are_risks_too() -> None:
 
 def test_too_few_excesses_are_refused_with_the_number_needed() -> None:
     calibration = np.random.default_rng(0).standard_normal(1000)
-    for rule, needed in ((Pot(1e-4), 2550), (Spot(1e-4), 2550), (Dspot(1e-4, 10), 2560)):
+    more = r" \({} to fit on, and the newest 1000, which are judged\)"
+    for rule, needed in (
+        (Pot(1e-4), "2550 rows, lower"),
+        (Spot(1e-4), f"3550 rows{more.format(2550)}"),
+        (Dspot(1e-4, 10), f"3560 rows{more.format(2560)}"),
+    ):
         with pytest.raises(DataError, match=f"rule {rule.kind} needs 50 .* leave 20; calibrate on at least {needed}"):
             rule.fit(calibration)
     for depth in (2000, 1000):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -227,10 +228,43 @@ def test_a_calibration_that_cannot_reach_the_level_is_named() -> None:
     assert "no row can alarm" in exhausted.warning()
     assert not exhausted.run(np.full(10, 100.0)).alarm.any()
     assert rule_of("conformal", procedure="lord_decay").fit(calibration).warning() == ""
+    assert "or take procedure lord_decay" in exhausted.warning()
+    assert "take procedure lord_decay" not in rule_of("conformal", procedure="bh").fit(calibration[:900]).warning()
     assert rule_of("auto", procedure="bh").fit(np.tile(calibration, 2)).warning() == ""
     weak = rule_of(procedure="e_lond", e_values="direct").fit(np.abs(calibration))
     weak.run(np.ones(1000))
     assert "give no 1/e below 0.0005" in weak.warning()
+
+
+@pytest.mark.parametrize(
+    ("method", "level", "scores", "words"),
+    [
+        (
+            "conformal",
+            0.1,
+            1000,
+            r"calibrate on at least 2999 rows \(1999 to fit on, .*\), or raise rule.level to 0.2$",
+        ),
+        ("conformal", 0.1, 300, r"calibrate on at least 2999 rows \(1999 to fit on, [^)]*\)$"),
+        ("auto", 0.05, 1000, r"calibrate on at least 3550 rows \(2550 to fit on, .*\), or raise rule.level to 0.2$"),
+    ],
+)
+def test_a_starved_default_is_told_what_helps(method: str, level: float, scores: int, words: str) -> None:
+    """It once said to take procedure lord_decay, which it was."""
+    calibration = np.random.default_rng(8).standard_normal(scores)
+    starved = rule_of(method, level=level).fit(calibration)
+    starved.run(np.zeros(200))
+    assert re.search(words, starved.warning())
+    assert not starved.run(np.full(10, 100.0)).alarm.any()
+    enough = int(re.findall(r"(\d+) to fit on", starved.warning())[0])
+    fed = rule_of(method, level=level).fit(np.random.default_rng(8).standard_normal(enough))
+    fed.run(np.zeros(200))
+    assert fed.warning() == ""
+    assert fed.step(100.0).alarm
+    if "raise" in words:
+        raised = rule_of(method, level=float(starved.warning().rpartition(" ")[2])).fit(calibration)
+        raised.run(np.zeros(200))
+        assert raised.step(100.0).alarm
 
 
 def test_a_level_shift_is_a_warning_since_no_rate_is_promised() -> None:
