@@ -169,6 +169,10 @@ def test_maintenance(tsforge: Any, site: Any) -> None:
     nights = answer(tsforge("maintenance", "add", "--weekly", "fri-mon,Wed 22:00-02:00", "--reason", "x", "--json"))
     assert nights["weekdays"] == "fri,sat,sun,mon,wed"
     assert tsforge("maintenance", "lift", str(nights["id"]))[0] == 0
+    for name in ("--series", "--variate", "--dataset"):
+        code, _, told = tsforge("maintenance", "add", name, " ", "--from", "2026-03-03", "--reason", "x")
+        assert code == 2
+        assert f"{name[2:]} is empty and would match no event" in told
     for day in ("satan", "mon-tue-wed", "mon-x"):
         code, _, told = tsforge("maintenance", "add", "--weekly", f"{day} 22:00-02:00", "--reason", "x")
         assert code == 2

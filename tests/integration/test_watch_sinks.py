@@ -217,6 +217,11 @@ def test_redirects_are_not_followed(plant: Watched, receiver: Receiver, secrets:
     assert len(receiver.got) == 2 * facts["dead_letters"]  # each one has all its tries
     words = "hook: 127.0.0.1 redirects (307) to elsewhere.example; redirects are not followed"
     assert facts["dead_letter_reasons"] == [words]
+    assert "redirects (307)" in facts["sinks"]["hook"]["error"]
+    receiver.answer = lambda number: (200, {})
+    config = plant.config(sinks={"hook": hook(tries=2)})
+    again = watch(config, plant.workspace, once=True, redeliver=True).facts
+    assert (again["dead_letters"], again["sinks"]["hook"]["error"]) == (0, None), "it works again"
 
 
 def test_what_cannot_be_delivered_in_time_goes_out_with_the_next_run(

@@ -315,8 +315,11 @@ def add_maintenance(workspace: Workspace, rule: dict[str, Any], *, by: str | Non
     """Put a suppression rule or maintenance window into force and return it (settings: ``SuppressionRule``).
 
     Raises:
-        ConfigError: a setting is wrong, or it would hide every event for ever.
+        ConfigError: a setting is wrong, or it would hide every event for ever, or none.
     """
+    for name in ("dataset", "series", "variate"):
+        if isinstance(rule.get(name), str) and not rule[name].strip():
+            raise ConfigError(f"{name} is empty and would match no event; give a name or a pattern, or leave it out")
     with open_events(workspace) as store:
         number = store.suppress(rule, actor=actor(by))
         return store.suppressions().row(by_predicate=pl.col("id") == number, named=True)

@@ -354,6 +354,9 @@ class WatchState:
         with transaction(self._engine, "remove a dead letter from") as connection:
             connection.execute(delete(_DEAD).where(_DEAD.c.sink == sink, _DEAD.c.seq == seq))
             connection.execute(update(_SINKS).where(_SINKS.c.name == sink).values(delivered=_SINKS.c.delivered + 1))
+            # what went wrong before is over, unless another transition fails right now
+            is_quiet = (_SINKS.c.name == sink) & (_SINKS.c.attempts == 0)
+            connection.execute(update(_SINKS).where(is_quiet).values(error=None))
 
 
 def _prune(connection: Any) -> None:
