@@ -514,6 +514,32 @@ def test_errors_of_a_diverse_panel_count_in_deviations_of_each_series() -> None:
     assert artifact.metrics["test_mse"] == pytest.approx(np.mean(squares), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "model", [{"name": "auto", "minutes": 0, "candidates": ["ar_net", "linear"]}, "gru", "linear"], ids=str
+)
+def test_a_valid_span_below_two_horizons_chooses_and_calibrates(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A network or a race had no interval at all there; the closed form needs no rows to choose."""
+    frame = levelled(("one",))
+    split = {"kind": "counts", "counts": [300, 11, 20]}
+    train = FAST if model == "gru" else {}
+    artifact = levelled_fit(model, frame.until(330), split=split, train=train)
+    assert artifact.calibration is not None
+    assert artifact.calibration["high"].is_finite().all()
+    assert set(artifact.calibration["status"]) == {"ok", "pooled"}
+    shared = "too short to choose by one half and calibrate on the other"
+    assert (shared in caplog.text) == (model != "linear")
+    assert relative_errors(artifact, frame, cut=331)["one"][1] > 0
+    caplog.clear()
+    longer = levelled_fit(model, frame.until(330), split={**split, "counts": [299, 12, 20]}, train=train)
+    assert longer.calibration is not None
+    windows = longer.calibration.filter(status="ok")["n"].unique().to_list()
+    assert windows == ([7] if model == "linear" else [1])  # a half that calibrates is one horizon
+    assert shared not in caplog.text
+    caplog.clear()
+    levelled_fit(model, frame.until(330), split=split, train=train, calibration={"enabled": False})
+    assert shared not in caplog.text
+
+
 def test_a_value_that_alone_rules_scale_and_coefficients_is_named(caplog: pytest.LogCaptureFixture) -> None:
     frame = levelled(("small", "large"))
     levelled_fit("linear", frame)

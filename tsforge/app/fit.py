@@ -2,7 +2,7 @@
 
 Spans in time order: *train* (weights, scaler), *valid* (early stopping, then conformal calibration), *test* (graded,
 never used). A closed-form fit needs no early stopping, so its whole valid span calibrates; otherwise the first half of
-it stops the training and the second half calibrates.
+it stops the training and the second half calibrates, or all of it does both where it is shorter than two horizons.
 
 Beside the spans in time, whole series can be held out (``entities``): no weight, scaling statistic, closed form,
 residual spread or calibration rests on them. They are graded in all three spans, and ``entities.watch`` may let their
@@ -27,7 +27,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from tsforge.app.auto import AUTO, RaceData, race
 from tsforge.app.fit_errors import FloatArray, error_unit, held_out_errors
 from tsforge.app.fit_spans import Spans, choosing_span, make_spans, span_times
-from tsforge.app.fit_warnings import warn_of_rows
+from tsforge.app.fit_warnings import warn_of_rows, warn_of_shared_rows
 from tsforge.app.graph_log import NAME as GRAPH_TABLE
 from tsforge.app.graph_log import GraphLog
 from tsforge.app.ingest import load_history
@@ -393,6 +393,8 @@ def fit_frame(
             config.model.name,
         )
     calibration = spans.graded["valid"] if training.epochs == 0 and not raced else spans.calibration
+    if spans.is_shared and (training.epochs or raced) and config.calibration.enabled:
+        warn_of_shared_rows(splits.valid[1] - splits.valid[0], config.window.horizon)
     table = _margins(network, spans.train, calibration, config.calibration)
     metrics = held_out_errors(network, spans.graded, unit)
     rows = replace(splits, train=fitted_rows, valid=(max(fitted_rows[1], splits.valid[0]), splits.valid[1])).to_dict()

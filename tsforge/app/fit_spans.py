@@ -23,13 +23,15 @@ class Spans:
         graded: by name of the metrics: ``train``, ``valid`` and ``test`` of the series of the fit, ``train_unseen`` ...
             of those held out.
         watched: what stops the training; the first half of the valid span, unless ``entities.watch`` says otherwise.
-        calibration: what is left of the valid span for that.
+        calibration: what is left of the valid span for that; all of it where it is too short to be halved.
+        is_shared: whether the rows that stop the training also calibrate, for want of others.
     """
 
     train: WindowDataset
     graded: dict[str, WindowDataset | None]
     watched: WindowDataset | None
     calibration: WindowDataset | None
+    is_shared: bool = False
 
 
 def make_spans(
@@ -81,12 +83,13 @@ def make_spans(
         calibration = graded["valid"]
     else:
         watched = part(half, "valid", seen if watch == "seen_valid" else unseen)
-        calibration = part((middle, last), "valid", seen) if halves else None
+        calibration = part((middle, last), "valid", seen) if halves else graded["valid"]
     if watched is None and watch != "seen_valid":
         raise ConfigError(
             f"entities.watch is '{watch}', but there is no window of that kind; change watch or the split"
         )
-    return Spans(train=train, graded=graded, watched=watched, calibration=calibration)
+    shared = calibration is not None and watch not in ("seen_train", "unseen_train") and not halves
+    return Spans(train=train, graded=graded, watched=watched, calibration=calibration, is_shared=shared)
 
 
 def choosing_span(splits: Splits, horizon: int) -> tuple[int, int]:

@@ -41,6 +41,16 @@ def warn_of_rows(panel: Panel, series: TrainingSeries) -> None:
         )
 
 
+def warn_of_shared_rows(rows: int, horizon: int) -> None:
+    """Warn that the same rows chose the model and calibrated it."""
+    _LOG.warning(
+        "the valid span of %d rows is too short to choose by one half and calibrate on the other: the same rows do "
+        "both, so intervals may be too narrow; two horizons (%d rows) are needed to keep them apart",
+        rows,
+        2 * horizon,
+    )
+
+
 def _ruling_values(panel: Panel, series: TrainingSeries) -> Iterator[str]:
     """Yield the values that alone are more than half of the squared deviations of their series and variate."""
     bounds, offsets = series.indptr.tolist(), series.offset.tolist()
