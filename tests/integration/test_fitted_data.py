@@ -269,6 +269,32 @@ def test_a_hierarchy_keeps_its_sums(shop: Shop) -> None:
     assert float(found["mean"].min()) > 0  # type: ignore[arg-type]
 
 
+def test_static_columns_beside_those_of_the_fit_group_events_and_make_sums(shop: Shop) -> None:
+    """A fit without them takes them from nobody: groups and levels are read by columns no network need read."""
+    regions = {"a1": 1, "a2": 1, "b1": 2}
+    parts = [rows().select("ds", "y", s=pl.lit(name), region=pl.lit(code)) for name, code in regions.items()]
+    long = {"layout": "long", "series": "s", "targets": ["y"]}
+    shop.ingest("shops", pl.concat(parts), static=["region"], hierarchy={"levels": ["region"]}, **long)
+    artifact = shop.fit("shops", **long)
+    frame = load_dataset(shop.workspace, FittedData.of(artifact, "shops"), masked=True)
+    assert frame.schema.static == ("region",)
+    assert set(regions) < set(shop.predict(artifact)["series_id"])
+    grouped = {**RULE, "events": {"group_by": "static:region"}}
+    job = {"artifact": artifact.id, "detector": grouped, "start": "2024-01-25"}
+    assert detect(validate(DetectJobConfig, job), shop.workspace).report.events.height >= 0
+
+
+def test_a_stream_tells_of_ranges_without_a_common_value(shop: Shop) -> None:
+    """Every error of reading once passed for "no new rows", so a stream ran on blind."""
+    shop.ingest("wild", rows(DAYS - 30), valid_range={"y": [0.0, 50.0]})
+    artifact = shop.fit("wild", valid_range={"y": [0.0, 50.0]})
+    stream(StreamConfig(artifact=artifact.id), shop.workspace)
+    assert stream(StreamConfig(artifact=artifact.id), shop.workspace).rows_taken == 0  # nothing new is no error
+    shop.ingest("wild", rows(), valid_range={"y": [100.0, 200.0]})
+    with pytest.raises(DataError, match=r"valid_range of 'y'.*no value would be left"):
+        stream(StreamConfig(artifact=artifact.id), shop.workspace)
+
+
 def test_champion_and_challenger_each_read_their_own_calendar(shop: Shop) -> None:
     shop.ingest("plain", rows())
 

@@ -24,8 +24,9 @@ class FittedData:
     """A data set to be read for an artifact.
 
     The calendar follows from the times alone, so the artifact's is made whatever the data set was ingested with. A
-    value outside the valid range of either is none for the model. Roles, and the hierarchy where it is the data set of
-    the fit, are those of the fit, as far as the data set has the columns.
+    value outside the valid range of either is none for the model. Roles are those of the fit, as far as the data set
+    has the columns; static columns that it has beside them stay readable, for groups and levels. A hierarchy that the
+    fit stated holds where it is the data set of the fit.
 
     Attributes:
         name: of the data set; it need not be the one of the fit.
@@ -72,6 +73,7 @@ class FittedData:
         wanted = {column for names in roles.values() for column in names}
         if not roles["targets"] or not wanted <= {*stored.columns, *stored.static}:
             return stored
+        roles["static"] += tuple(name for name in stored.static if name not in wanted)
         return SeriesSchema(**roles, freq=stored.freq)
 
     def _calendar(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from tsforge.artifact import Artifact, load_artifact, load_tensor_file, match_fr
 from tsforge.contracts.tables import Forecast
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config, QuantileLevel
-from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, listing
+from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, EmptySpanError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
@@ -342,7 +342,7 @@ def _read(
     """
     try:
         return load_dataset(workspace, fitted, series=None if is_front else names, start=start, extend=horizon)
-    except DataError:
+    except EmptySpanError:
         with closing(SeriesStore(workspace.database_url)) as store:
             store.config(fitted.name)  # an unknown data set is an error, an empty span is not
             if store.datasets().filter(name=fitted.name)["rows"].item():

@@ -28,6 +28,10 @@ class DataError(TsforgeError):
     exit_code = 3
 
 
+class EmptySpanError(DataError):
+    """No row lies in the span that was asked for: new rows may still come."""
+
+
 class ModelError(TsforgeError):
     """A model cannot be built, trained or applied as asked."""
 

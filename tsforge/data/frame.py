@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 
-from tsforge.core.errors import DataError, listing, nearest
+from tsforge.core.errors import DataError, EmptySpanError, listing, nearest
 from tsforge.data.checks import check_static, check_table, checked_columns, positions
 from tsforge.data.grid import Ints, TimeGrid, TimeLike, parse_time, show_time
 from tsforge.data.layout import long_table, wide_table
@@ -133,7 +133,7 @@ class SeriesFrame:
             start, end = self._table["time"].min(), self.last_observed()["time"].max()
             if end is None:  # later rows than the last observed one may be a horizon that was only added
                 end = self._table["time"].max()
-            raise DataError(f"no rows {what}; the data runs from {show_time(start)} to {show_time(end)}")
+            raise EmptySpanError(f"no rows {what}; the data runs from {show_time(start)} to {show_time(end)}")
         return SeriesFrame._trusted(table, self._schema, self._static, self._grid)
 
     @property

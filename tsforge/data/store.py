@@ -14,7 +14,7 @@ from typing import Any, Literal
 import polars as pl
 from sqlalchemy import Engine, delete, func, select
 
-from tsforge.core.errors import BackendError, DataError, TsforgeError
+from tsforge.core.errors import BackendError, DataError, EmptySpanError, TsforgeError
 from tsforge.data.findings import IngestReport
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TIME_DTYPE, TimeLike, parse_time, show_time
@@ -201,7 +201,7 @@ class SeriesStore:
                 and _number(end, integer=integer) < _number(start, integer=integer)
             ):
                 raise DataError(f"end {end} lies before start {start}")
-            raise DataError(f"dataset '{name}' has no rows between {start or 'its start'} and {end or 'its end'}")
+            raise EmptySpanError(f"dataset '{name}' has no rows between {start or 'its start'} and {end or 'its end'}")
         if not integer:
             rows = rows.with_columns(pl.col(keys[1:]).cast(TIME_DTYPE))
         return dataset, rows.rename({column: variate for variate, column in dataset.columns.items()}), constants
