@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import polars as pl
 from sqlalchemy import Connection, delete, func, insert, inspect, select, update
 
 from tsforge.core.errors import BackendError, DataError, listing, nearest
 from tsforge.core.formats import check_version, version_in_text
+from tsforge.data.grid import parse_freq, show_time
 from tsforge.data.sql import inserted_key, safe_url
 from tsforge.data.store_bulk import compare, insert_rows, stage_rows, upsert
 from tsforge.data.store_tables import (
@@ -183,8 +185,26 @@ def define(connection: Connection, name: str, frame: History, config: Mapping[st
     return definition(connection, name)
 
 
+def _check_grid(dataset: Definition, frame: History) -> None:
+    """Refuse rows off the stored grid. Months are left out: short batches do not tell on which day their grid falls."""
+    stored, step = dataset.first_time, parse_freq(frame.grid.freq)
+    if stored is None or step.kind == "month" or frame.grid.index_of_values(np.array([stored])) is not None:
+        return
+    seen = stored if frame.grid.is_integer else datetime.fromtimestamp(stored / 1e6, UTC)
+    raise DataError(
+        f"the new rows (from {show_time(frame.grid.origin)}) lie between those that are stored (from "
+        f"{show_time(seen)}, step {frame.grid.freq}); shift or resample them, or ingest under another name. Rows of "
+        "local days stored by an older tsforge, which kept them in UTC, have to be ingested afresh"
+    )
+
+
 def write_rows(connection: Connection, dataset: Definition, frame: History, *, erase: bool) -> tuple[int, int, int]:
-    """Bring the rows in and return how many were new, changed and unchanged."""
+    """Bring the rows in and return how many were new, changed and unchanged.
+
+    Raises:
+        DataError: they lie between the rows that are stored, so that nothing could read both.
+    """
+    _check_grid(dataset, frame)
     variates = list(frame.schema.columns)
     columns = [dataset.columns[name] for name in variates]
     clocks = ["time", *(["published"] if dataset.has_vintages else [])]

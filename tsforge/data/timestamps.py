@@ -73,11 +73,13 @@ def makes_local_days(config: DataConfig) -> bool:
 def _local_midnights(times: pl.Series, config: DataConfig) -> pl.Series:
     """Return which times are midnights of a local clock that stand for dates; all or none unless ``freq`` is of days.
 
-    A stated ``freq`` of days puts every other time off the grid; without one a single other time says that midnights
-    are times of a finer grid. Publication times keep the times beside them on their clock.
+    With a stated ``freq`` of days other times among midnights are an error (some of them are midnights of UTC, which
+    would pass for dates); without one a single other time says that midnights are times of a finer grid. Publication
+    times keep the times beside them on their clock.
 
     Raises:
-        DataError: there are publication times, and midnights lie 23 or 25 hours apart.
+        DataError: times among the midnights of a grid of days; or there are publication times, and midnights lie 23 or
+            25 hours apart.
     """
     none = pl.repeat(False, len(times), eager=True)
     if config.timezone == "UTC" or times.dtype != pl.Datetime("us") or config.time == config.published:
@@ -86,8 +88,13 @@ def _local_midnights(times: pl.Series, config: DataConfig) -> pl.Series:
     if asked is not None and not parse_freq(asked).is_whole_days:
         return none
     midnights = times.dt.time() == time(0)
-    if not midnights.all() and (config.freq is None or config.resample is not None):
-        return none
+    if not midnights.all():
+        if config.freq is None or config.resample is not None or not midnights.any():
+            return none
+        raise DataError(
+            f"column '{config.time}': {int((~midnights).sum())} of {len(times)} times of the {config.freq} grid are no "
+            f"midnights of {config.timezone} (first: {times.filter(~midnights)[0]}); give resample, or a finer freq"
+        )
     if config.published is None:
         return midnights
     zone = config.timezone

@@ -170,8 +170,15 @@ def test_midnights_of_a_finer_grid_are_times(tmp_path: Path) -> None:
 def test_one_stray_time_does_not_turn_dates_into_times(tmp_path: Path) -> None:
     """With a stated frequency of days only the stray row is off the grid."""
     stamps = [f"{day} 00:00" for day in YEAR[:9]] + [f"{YEAR[9]} 12:00"]
-    with pytest.raises(DataError, match="1 of 10 times.*off the 1d grid"):
+    with pytest.raises(DataError, match="1 of 10 times of the 1d grid are no midnights of Europe/Berlin"):
         read(tmp_path, stamps, [1.0] * 10, timezone=BERLIN, freq="1d")
+
+
+def test_a_time_that_is_midnight_in_utc_is_no_date_of_another_zone(tmp_path: Path) -> None:
+    """20:00 in New York is a midnight of UTC: on the grid of dates, but of the day after."""
+    stamps = [f"2024-06-0{day} 00:00" for day in range(1, 9)] + ["2024-06-08 20:00"]
+    with pytest.raises(DataError, match="1 of 9 times of the 1d grid are no midnights of America/New_York"):
+        read(tmp_path, stamps, [1.0] * 9, timezone="America/New_York", freq="1d")
 
 
 def test_other_hours_of_the_day_are_told_to_resample_and_that_helps(tmp_path: Path) -> None:

@@ -152,6 +152,17 @@ def test_a_new_column_widens_the_table_and_a_missing_one_stays(store: SeriesStor
     assert store.read("data").table.row(0) == ("a", START, 100.0, None)
 
 
+def test_rows_between_the_stored_ones_are_refused(store: SeriesStore, url: str) -> None:
+    """They were taken, and then nothing could read the data set any more."""
+    store.write("d", frame({"a": [(1.0,), (2.0,)]}))
+    late = frame({"a": [(3.0,)]}, start=START + timedelta(hours=7, minutes=30))
+    with pytest.raises(DataError, match=r"from 2024-01-01 07:30.* lie between those that are stored \(from 2024-01-01"):
+        store.write("d", late)
+    assert stored_rows(url) == 2
+    store.write("d", frame({"b": [(3.0,)]}, start=START - timedelta(days=3)))
+    assert store.read("d").num_rows == 3
+
+
 def test_another_role_or_frequency_is_refused_and_recorded(store: SeriesStore, url: str) -> None:
     store.write("data", frame({"a": [(1.0, 2.0)] * 2}, ("x", "y")))
     with pytest.raises(DataError, match=r"cannot change the role of 'y' from targets to past"):
