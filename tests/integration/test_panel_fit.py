@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tsforge.app.detect import DetectJobConfig, detect
-from tsforge.app.fit import FitConfig, FitResult, fit, fit_frame
+from tsforge.app.fit import CalibrationConfig, FitConfig, FitResult, fit, fit_frame
 from tsforge.app.fit_errors import error_unit, training_unit
 from tsforge.app.forecast import PredictConfig
 from tsforge.app.forecast import predict as forecast_stored
@@ -538,6 +538,21 @@ def test_a_valid_span_below_two_horizons_chooses_and_calibrates(model: Any, capl
     caplog.clear()
     levelled_fit(model, frame.until(330), split=split, train=train, calibration={"enabled": False})
     assert shared not in caplog.text
+
+
+def test_other_series_that_stop_a_training_share_no_row_with_the_calibration(caplog: pytest.LogCaptureFixture) -> None:
+    split = {"kind": "counts", "counts": [300, 11, 20]}
+    apart = {"held_out": ["two"], "watch": "unseen_valid"}
+    levelled_fit("gru", levelled(("one", "two")).until(330), split=split, train=FAST, entities=apart)
+    assert "too short to choose by one half" not in caplog.text
+
+
+def test_settings_of_a_stored_calibration_that_was_off_are_still_read() -> None:
+    whole = {"method": "auto", "bucket": "none", "half_life": None, "dependence": "gaussian"}
+    for pool in ("step", "auto"):  # the default of then and of now
+        assert not validate(CalibrationConfig, {**whole, "enabled": False, "pool": pool}).enabled
+    with pytest.raises(ConfigError, match="pool has no effect with enabled=false"):
+        validate(CalibrationConfig, {"enabled": False, "pool": "horizon"})
 
 
 def test_a_value_that_alone_rules_scale_and_coefficients_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -105,9 +105,10 @@ class CalibrationConfig(Config):
 
     @model_validator(mode="after")
     def _has_effect(self) -> CalibrationConfig:
-        known = type(self).model_fields
+        usual = {name: (field.default,) for name, field in type(self).model_fields.items()}
+        usual["pool"] = ("auto", "step")  # the second was the default once, and stands in stored configs
         for name in ("quantile_levels", "method", "pool", "bucket", "half_life"):  # dependence is estimated without
-            if not self.enabled and getattr(self, name) != known[name].default:
+            if not self.enabled and getattr(self, name) not in usual[name]:
                 raise ValueError(f"{name} has no effect with enabled=false; leave it out")
         return self
 

@@ -88,7 +88,7 @@ def make_spans(
         raise ConfigError(
             f"entities.watch is '{watch}', but there is no window of that kind; change watch or the split"
         )
-    shared = calibration is not None and watch not in ("seen_train", "unseen_train") and not halves
+    shared = calibration is not None and watch == "seen_valid" and not halves
     return Spans(train=train, graded=graded, watched=watched, calibration=calibration, is_shared=shared)
 
 

@@ -27,7 +27,7 @@ class EntityConfig(Config):
     @field_validator("held_out", mode="before")
     @classmethod
     def _share_or_ids(cls, value: Any) -> Any:
-        if isinstance(value, str | bool):
+        if isinstance(value, str):
             raise ValueError("give a share such as 0.2, or a list of series such as [north,south]")
         if isinstance(value, list | tuple):
             return tuple(str(item) if isinstance(item, int) else item for item in value)

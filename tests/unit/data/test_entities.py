@@ -47,7 +47,7 @@ def test_series_can_be_named() -> None:
         ({"held_out": 1.0}, "share must be at least 0 and below 1"),
         ({"held_out": -0.1}, "share must be at least 0 and below 1"),
         ({"held_out": "north"}, r"list of series such as \[north,south\]"),
-        ({"held_out": True}, "give a share such as 0.2"),
+        ({"held_out": True}, "held_out: it is a number, not true or false"),
         ({"held_out": ["a", "b", "a"]}, "names a twice"),
         ({"seed": 3}, "seed has no effect unless held_out is a share"),
         ({"seed": 3, "held_out": ["a"]}, "seed has no effect"),
