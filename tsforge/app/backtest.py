@@ -9,16 +9,18 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from tsforge.app.fit import FitConfig, fit_frame
+from tsforge.app.fit_warnings import warn_of_rows
 from tsforge.app.ingest import dataset_hierarchy, load_history
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, listing
-from tsforge.core.logs import get_logger, log_event
+from tsforge.core.logs import get_logger, log_event, warned_once
 from tsforge.core.workspace import Workspace
 from tsforge.data.splits import SplitConfig
 from tsforge.data.vintages import History
 from tsforge.forecasting.backtest import BacktestConfig, Fit
 from tsforge.forecasting.backtest import backtest as backtest_frame
+from tsforge.forecasting.conformal_calibration import calibrate
 from tsforge.forecasting.report import BacktestReport
 
 _LOG = get_logger(__name__)
@@ -66,14 +68,15 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
     config = _with_structure(config, workspace)
     frame = load_history(workspace, config.data, masked=True)
     fits = {name: _fit(config.fit_config(None if name == config.model.name else name)) for name in _names(config)}
-    report = backtest_frame(
-        fits,
-        frame,
-        config.backtest,
-        horizon=config.window.horizon,
-        progress=progress,
-        structure=config.data.hierarchy,
-    )
+    with warned_once(fit_frame.__module__, warn_of_rows.__module__, calibrate.__module__):
+        report = backtest_frame(
+            fits,
+            frame,
+            config.backtest,
+            horizon=config.window.horizon,
+            progress=progress,
+            structure=config.data.hierarchy,
+        )
     created = datetime.now(UTC)
     about = {
         "dataset": config.data.name,

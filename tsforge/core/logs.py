@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -76,3 +78,28 @@ def _log_warning(message: Warning | str, *_: object, **__: object) -> None:
 def log_event(logger: logging.Logger, message: str, **fields: object) -> None:
     """Log one structured line at info level: a message plus named fields."""
     logger.info(message, extra={"fields": fields})
+
+
+class _Once(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[tuple[str, object]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = (record.name, record.msg)  # the text without its figures
+        is_new = record.levelno < logging.WARNING or kind not in self._told
+        self._told.add(kind)
+        return is_new
+
+
+@contextmanager
+def warned_once(*modules: str) -> Iterator[None]:
+    """Let each kind of warning of some modules through once: what holds for a hundred fits is said of the first."""
+    once, loggers = _Once(), [get_logger(module) for module in modules]
+    for logger in loggers:
+        logger.addFilter(once)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(once)
