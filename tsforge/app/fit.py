@@ -105,7 +105,7 @@ class CalibrationConfig(Config):
 
     @model_validator(mode="after")
     def _has_effect(self) -> CalibrationConfig:
-        usual = {name: (field.default,) for name, field in type(self).model_fields.items()}
+        usual: dict[str, tuple[Any, ...]] = {name: (field.default,) for name, field in type(self).model_fields.items()}
         usual["pool"] = ("auto", "step")  # the second was the default once, and stands in stored configs
         for name in ("quantile_levels", "method", "pool", "bucket", "half_life"):  # dependence is estimated without
             if not self.enabled and getattr(self, name) not in usual[name]:
