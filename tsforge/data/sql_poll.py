@@ -80,7 +80,9 @@ class KeyedTable:
             newest, fell = connection.execute(select(top, top < last if last is not None else false())).one()
             missing = select(func.count()).where(column.is_(None))  # apart: an index answers both at once
             keyless = connection.execute(missing).scalar() if column.nullable else 0
-        return Look(self._plain(newest), has_fallen=bool(fell), keyless=int(keyless or 0))
+        found = self._plain(newest)
+        # SQLite compares times as texts: one written without fractions comes before itself as it is bound, with them
+        return Look(found, has_fallen=bool(fell) and found != last, keyless=int(keyless or 0))
 
     def after(self, last: Key | None, upto: Key, limit: int) -> tuple[pl.DataFrame, Key | None]:
         """Return rows with keys in (last, upto] by key, and the last of them (None where there is none).

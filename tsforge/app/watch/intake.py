@@ -74,13 +74,14 @@ class NewRows:
     strangers: dict[str, int]
 
 
-def json_table(lines: Sequence[str], columns: Sequence[str]) -> tuple[pl.DataFrame, list[str]]:
-    """Return the named keys of JSON lines as a table, and what is wrong with lines that were left out.
+def json_table(lines: Sequence[str], columns: Sequence[str]) -> tuple[pl.DataFrame, list[int], list[str]]:
+    """Return the named keys of JSON lines as a table, the number of each line in it, and what is wrong with the others.
 
     Every line must be an object with all the keys (null = no value); further keys are ignored.
     """
     cells: dict[str, list[Any]] = {name: [] for name in columns}
-    wrong = []
+    kept: list[int] = []
+    wrong: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -105,7 +106,8 @@ def json_table(lines: Sequence[str], columns: Sequence[str]) -> tuple[pl.DataFra
             continue
         for name, values in cells.items():
             values.append(record[name])
-    return pl.DataFrame([typed_column(name, values) for name, values in cells.items()]), wrong
+        kept.append(number)
+    return pl.DataFrame([typed_column(name, values) for name, values in cells.items()]), kept, wrong
 
 
 def _odd(value: object) -> str:
@@ -127,12 +129,18 @@ def is_text(line: str) -> bool:
         return False
 
 
-def csv_table(lines: Sequence[str], header: Sequence[str], marks: TextMarks) -> tuple[pl.DataFrame, list[str]]:
-    """Return lines of delimited text below a header as a table of text, and what is wrong with lines left out.
+def csv_table(
+    lines: Sequence[str], header: Sequence[str], marks: TextMarks
+) -> tuple[pl.DataFrame, list[int], list[str]]:
+    """Return lines of delimited text below a header as a table of text, the number of each line in it, and what is
+    wrong with the others.
 
-    Each line is read by itself, so that an open quote spoils no other.
+    Each line is read by itself, so that an open quote spoils no other. Of columns of one name the first is kept.
     """
-    rows, wrong = [], []
+    places = {name: header.index(name) for name in header}
+    rows: list[list[str | None]] = []
+    kept: list[int] = []
+    wrong: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not is_text(line):
             wrong.append(f"line {number} is not text of the encoding that the settings name")
@@ -143,10 +151,11 @@ def csv_table(lines: Sequence[str], header: Sequence[str], marks: TextMarks) -> 
             wrong.append(f"line {number} cannot be read ({error})")
             continue
         if len(cells) == len(header):
-            rows.append([None if cell in marks.null_values else cell for cell in cells])
+            rows.append([None if cells[at] in marks.null_values else cells[at] for at in places.values()])
+            kept.append(number)
         elif cells:
             wrong.append(f"line {number} has {len(cells)} cells, the header {len(header)}")
-    return pl.DataFrame(rows, schema=dict.fromkeys(header, pl.String), orient="row"), wrong
+    return pl.DataFrame(rows, schema=dict.fromkeys(places, pl.String), orient="row"), kept, wrong
 
 
 def noted(findings: Iterable[Finding]) -> dict[str, int]:
@@ -250,7 +259,7 @@ class Intake:
                 raise DataError(f"{path} is not {self.marks.encoding} text ({error})") from error
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-            table, wrong = json_table(lines, list(self.wanted))
+            table, _, wrong = json_table(lines, list(self.wanted))
             if wrong:
                 raise DataError(f"{path}: {len(wrong)} of {len(lines)} lines are no rows ({listing(wrong, 2)})")
             raw = RawTable(table.lazy(), str(path))
@@ -264,22 +273,23 @@ class Intake:
         """
         return self._clean(raw, self._settings())
 
-    def screen(self, raw: pl.DataFrame, ends: pl.DataFrame, origin: str, first: int, *, is_text: bool) -> Screened:
+    def screen(
+        self, raw: pl.DataFrame, ends: pl.DataFrame, origin: str, numbers: Sequence[int], *, is_text: bool
+    ) -> Screened:
         """Return raw rows that can be cleaned together, their times read already, and what became of the others.
 
         Args:
-            raw: rows as the source holds them. origin: for messages. first: number of the first row there.
+            raw: rows as the source holds them. origin: for messages. numbers: of the rows there.
             ends: ``series_id, time`` of the last row that each series has taken.
             is_text: every cell is text.
         """
         config = self._settings()
         one = self.mapping is not None and self.mapping.series is None
         table = raw.with_columns(pl.lit(self.artifact.series_ids[0]).alias("series_id")) if one else raw
-        columns = {new: old for old, new in self.wanted.items()}
-        targets = [columns[name] for name in self.schema.targets]
-        values = [columns[name] for name in self.schema.columns]
-        screen = Screen(table, origin, first, config, self.artifact.grid)
-        return screen.run(ends, self._bounds, targets, values, self.marks.decimal if is_text else ".")
+        names = {new: old for old, new in self.wanted.items()}
+        columns = {name: names[name] for name in self.schema.columns}
+        screen = Screen(table, origin, numbers, config, self.artifact.grid)
+        return screen.run(ends, self._bounds, columns, self.marks.decimal if is_text else ".")
 
     def clean_screened(self, raw: RawTable) -> Portion:
         """Return clean rows of a table whose times were read; raises as ``clean`` does."""

@@ -1,13 +1,13 @@
 """Rows that cannot be taken, found by looking at each: they cost themselves, and the time it takes does not grow.
 
 What is looked at in turn: the time (readable, on the grid), the series id, rows that came before, times too far ahead,
-and columns in which no cell of a portion is a number.
+and cells that are no numbers. What becomes of a row does not depend on the rows that came in one portion with it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -17,13 +17,19 @@ import polars as pl
 from tsforge.core.errors import DataError, listing
 from tsforge.data.config import EPOCH_FORMATS, DataConfig
 from tsforge.data.findings import ROW, Finding, IngestReport
-from tsforge.data.grid import TimeGrid, show_time
+from tsforge.data.grid import TimeGrid, parse_freq, show_time
 from tsforge.data.timestamps import read_times
 
-_OFFSET = r":\d{2}.*(?:[zZ]|[+-]\d{2}:?\d{2})\s*$"  # a time of day with its offset from UTC
+_OFFSET = r":\d{2}.*(?:[zZ]|[+-]\d{2}(?::?\d{2})?)\s*$"  # a time of day with its offset from UTC
+_DATE = r"^\s*(\d{4}[-/]\d{1,2}[-/]\d{1,2})\s*$"  # without a time of day
+_MONTH = r"^\s*(\d{4}-\d{1,2})\s*$"
 _LARGEST_TIME = 2**62
 _EPOCH_UNITS = {"epoch:s": 1_000_000, "epoch:ms": 1_000, "epoch:us": 1}  # in microseconds
 _BY_POLICY = ": drop"  # ends what is said of local times that a policy left out
+_CHOICES = {  # what says which policy left them out, and what else it may be
+    "ambiguous": ("occur twice", "infer, earliest, latest or drop"),
+    "nonexistent": ("do not exist", "shift or drop"),
+}
 
 
 class Refusal(NamedTuple):
@@ -53,7 +59,7 @@ class Screened:
 
     Attributes:
         table: the rows. refusals: rows set apart, and why.
-        notes: rows left out without more words: what is wrong with them, and how many.
+        notes: rows left out and cells made null without more words: what is wrong with them, and how many.
         late: rows at or before the last one taken of their series.
     """
 
@@ -68,13 +74,15 @@ class Screen:
 
     Args:
         table: rows as the source holds them.
-        origin: for messages. first: number of the first row there.
+        origin: for messages. numbers: of the rows there.
         config: how they are read; ``config.series`` is a column of the table.
         grid: of the artifact.
     """
 
-    def __init__(self, table: pl.DataFrame, origin: str, first: int, config: DataConfig, grid: TimeGrid) -> None:
-        self._rows = table.with_columns(pl.int_range(first, first + table.height, dtype=pl.UInt32).alias(ROW))
+    def __init__(
+        self, table: pl.DataFrame, origin: str, numbers: Sequence[int], config: DataConfig, grid: TimeGrid
+    ) -> None:
+        self._rows = table.with_columns(pl.Series(ROW, numbers, dtype=pl.Int64))
         self._origin = origin
         self._config = config
         self._grid = grid
@@ -83,23 +91,23 @@ class Screen:
         self._notes: list[Finding] = []
         self._late = 0
 
-    def run(
-        self, ends: pl.DataFrame, bounds: Bounds, targets: Sequence[str], columns: Sequence[str], decimal: str
-    ) -> Screened:
+    def run(self, ends: pl.DataFrame, bounds: Bounds, columns: Mapping[str, str], decimal: str) -> Screened:
         """Return what is left.
 
         Args:
             ends: ``series_id, time`` of the last row that each series has taken.
             bounds: how far rows may lie ahead.
-            targets, columns: columns of numbers, as the table calls them.
+            columns: variate -> column of its numbers, which the table may lack.
             decimal: decimal mark of numbers in text.
         """
+        held = {variate: name for variate, name in columns.items() if name in self._rows.columns}
         self._read_times()
         self._check_grid()
         self._check_ids()
         if self._rows.height:
-            self._check_places(ends, bounds, targets)
-        self._check_numbers([name for name in columns if name in self._rows.columns], decimal)
+            self._read_second_hour(ends)
+            self._check_places(ends, bounds, held, decimal)
+        self._check_numbers(held, decimal)
         table = self._rows.drop(ROW)
         return Screened(table=table, refusals=tuple(self._refusals), notes=tuple(self._notes), late=self._late)
 
@@ -114,6 +122,8 @@ class Screen:
     def _read_times(self) -> None:
         """Put times of the grid in the place of what the source holds, and leave out rows that have none."""
         name = self._config.time
+        if self._rows[name].dtype == pl.String:
+            self._complete_text()
         cells = self._rows[name]
         if cells.dtype.is_numeric():
             largest = _LARGEST_TIME // _EPOCH_UNITS.get(self._config.time_format or "", 1)
@@ -126,33 +136,59 @@ class Screen:
         else:
             self._rows = self._rows.clear()
 
+    def _complete_text(self) -> None:
+        """Put what does not depend on other rows in the place of text: whole numbers, dates with their midnight."""
+        name, form = self._config.time, self._config.time_format
+        cells = self._rows[name].str.strip_chars()
+        if form in EPOCH_FORMATS or (form is None and self._grid.is_integer):
+            # 7.0: a number among whole ones in JSON, and in a column of SQLite that mixes types
+            whole = cells.str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
+            bad = (whole.is_null() & (cells != "")).fill_null(False)
+            self._rows = self._rows.with_columns(whole.alias(name))
+            self._refuse(bad, f"times in column '{name}' are no whole numbers")
+        elif form is None and self._config.timezone != "UTC" and not parse_freq(self._grid.freq).is_whole_days:
+            # without times of day beside them dates would be read as days of UTC
+            days = cells.str.replace(_MONTH, "${1}-01 00:00:00").str.replace(_DATE, "${1} 00:00:00")
+            self._rows = self._rows.with_columns(days.alias(name))
+
     def _parsed(self, rows: pl.DataFrame, *, is_part: bool = False) -> list[pl.DataFrame]:
         """Return ``ROW`` and the time of rows that have one; text with and without an offset is read apart."""
         name = self._config.time
         if not rows.height:
             return []
+        parts: list[pl.DataFrame] = []
+        cells = rows[name]
+        if cells.dtype == pl.String and not is_part:
+            has_offset = cells.str.contains(_OFFSET).fill_null(False)
+            if has_offset.any() and not has_offset.all():
+                parts = [rows.filter(has_offset), rows.filter(~has_offset)]
+                # beside dates alone, times with an offset would be taken for no times
+                if self._config.time_format is None and cells.str.contains(f"{_DATE}|{_MONTH}").any():
+                    return [read for part in parts for read in self._parsed(part, is_part=True)]
         report = IngestReport(self._origin)
         try:
             read = self._read(rows, self._config, report)
         except DataError as error:
-            cells = rows[name]
-            has_offset = None
-            if cells.dtype == pl.String and self._config.time_format not in EPOCH_FORMATS and not is_part:
-                has_offset = cells.str.contains(_OFFSET).fill_null(False)
-            if has_offset is not None and has_offset.any() and not has_offset.all():
-                parts = (rows.filter(has_offset), rows.filter(~has_offset))
+            if parts:
                 return [read for part in parts for read in self._parsed(part, is_part=True)]
             return self._without_local(rows, str(error))
-        if read[name].dtype.is_integer() != self._grid.is_integer:
-            kind = "numbers, not dates" if read[name].dtype.is_integer() else "dates, not numbers"
-            self._refuse(
-                self._rows[ROW].is_in(rows[ROW].implode()),
-                f"times in column '{name}' are {kind}, which does not fit freq {self._grid.freq}; set "
-                "source.rows.time_format",
-            )
+        if not self._is_of_grid(rows, read):
             return []
         self._notes += _left_out(report)
         return [read]
+
+    def _is_of_grid(self, rows: pl.DataFrame, read: pl.DataFrame) -> bool:
+        """Return whether times are numbers where the grid's are; else set the rows apart."""
+        name = self._config.time
+        if read[name].dtype.is_integer() == self._grid.is_integer:
+            return True
+        kind = "numbers, not dates" if read[name].dtype.is_integer() else "dates, not numbers"
+        self._refuse(
+            self._rows[ROW].is_in(rows[ROW].implode()),
+            f"times in column '{name}' are {kind}, which does not fit freq {self._grid.freq}; set "
+            "source.rows.time_format",
+        )
+        return False
 
     def _read(self, rows: pl.DataFrame, config: DataConfig, report: IngestReport) -> pl.DataFrame:
         keys = rows.select(ROW, config.time, self._group)
@@ -169,12 +205,17 @@ class Screen:
         except DataError:
             self._refuse(inside, reason)
             return []
-        found = _left_out(report)
-        plain = [finding for finding in found if not finding.what.endswith(_BY_POLICY)]
-        local = sum(finding.count for finding in found) - sum(finding.count for finding in plain)
-        where = f"{self._origin}, {local} of rows {rows[ROW][0]} to {rows[ROW][-1]}"
-        self._refusals.append(Refusal(where, reason, local))
-        self._notes += plain
+        if not self._is_of_grid(rows, read):
+            return []
+        for finding in _left_out(report):
+            setting = next((name for name in policies if _CHOICES[name][0] in finding.what), None)
+            if setting is None or not finding.what.endswith(_BY_POLICY):
+                self._notes.append(finding)
+                continue
+            where = f"{self._origin}, {finding.count} of rows {rows[ROW][0]} to {rows[ROW][-1]}"
+            found = f"{finding.what.removesuffix(_BY_POLICY)} ({listing(finding.examples)})"
+            why = f"{finding.count} {found}; set source.rows.{setting} to {_CHOICES[setting][1]}"
+            self._refusals.append(Refusal(where, why, finding.count))
         return [read]
 
     def _check_grid(self) -> None:
@@ -206,9 +247,30 @@ class Screen:
         if blank.all():
             self._refuse(blank, f"no series id in column '{name}'")
 
-    def _check_places(self, ends: pl.DataFrame, bounds: Bounds, targets: Sequence[str]) -> None:
+    def _read_second_hour(self, ends: pl.DataFrame) -> None:
+        """With ``ambiguous: infer``, take a local time that clocks show twice for the second one where its series has
+        passed the first in another portion; within one, the reading saw to that.
+
+        Rows sent again from before that hour on are known by those: they repeat the first one.
+        """
+        config = self._config
+        if config.ambiguous != "infer" or config.timezone == "UTC" or self._grid.is_integer:
+            return
+        if parse_freq(self._grid.freq).is_whole_days or not ends.height:
+            return
+        times = self._rows[config.time]
+        local = times.dt.convert_time_zone(config.timezone).dt.replace_time_zone(None)
+        later = local.dt.replace_time_zone(config.timezone, ambiguous="latest").dt.convert_time_zone("UTC")
+        keys = self._rows.select(pl.col(self._group).cast(pl.String).alias("series_id"))
+        end = keys.join(ends, on="series_id", how="left", maintain_order="left")["time"]
+        again = ((times == later) & (times <= end)).fill_null(False)  # a row before that hour that was taken already
+        is_replay = keys.with_columns(again=again).select(pl.col("again").cum_max().over("series_id")).to_series()
+        passed = ((times < later) & (times <= end) & (later > end)).fill_null(False) & ~is_replay
+        self._rows = self._rows.with_columns(times.zip_with(~passed, later).alias(config.time))
+
+    def _check_places(self, ends: pl.DataFrame, bounds: Bounds, columns: Mapping[str, str], decimal: str) -> None:
         """Leave out rows that came before, and set those apart that lie too far ahead."""
-        rows = self._places(targets)
+        rows = self._places(columns, decimal)
         if ends.height:
             end = rows.join(ends.rename({"time": "end"}), on="series_id", how="left", maintain_order="left")["end"]
             late = (rows["time"] <= end).fill_null(False)
@@ -216,26 +278,47 @@ class Screen:
             self._rows = self._rows.filter(~late)
         for find in (wide_gaps, ahead_of_clock):
             if self._rows.height:
-                self._refuse(*find(self._places(targets), ends, self._grid, bounds))
+                self._refuse(*find(self._places(columns, decimal), ends, self._grid, bounds))
 
-    def _places(self, targets: Sequence[str]) -> pl.DataFrame:
-        held = [pl.col(name).is_not_null() for name in targets if name in self._rows.columns]
+    def _places(self, columns: Mapping[str, str], decimal: str) -> pl.DataFrame:
+        codes = self._config.sentinels
+        held = [
+            _holds_value(self._rows[columns[name]], decimal, (*codes.get(name, ()), *codes.get("*", ()))).alias(name)
+            for name in self._config.targets
+            if name in columns
+        ]
         return self._rows.select(
             pl.col(self._group).cast(pl.String).fill_null("").alias("series_id"),
             pl.col(self._config.time).alias("time"),
             pl.any_horizontal(held or [pl.lit(True)]).alias("is_seen"),
         )
 
-    def _check_numbers(self, columns: Sequence[str], decimal: str) -> None:
-        """Set rows apart whose column holds no number in any row: cleaning takes that for a wrong setting."""
-        count = -1
-        while count != len(self._refusals):  # without some rows, another column may be left without numbers
-            count = len(self._refusals)
-            for name in columns:
-                bad = _unreadable(self._rows[name], decimal)
-                if bad.any() and bool((bad | self._rows[name].is_null()).all()):
-                    reason = f"column '{name}' holds {self._rows[name].dtype}, no cell is a number"
-                    self._refuse(bad, f"{reason}; encode it as numbers or leave it out")
+    def _check_numbers(self, columns: Mapping[str, str], decimal: str) -> None:
+        """Set rows apart that hold something and no number, and make other cells null that are none.
+
+        The cleaning takes a column without any number for a wrong setting, which a portion of few rows does not show.
+        """
+        if not columns:
+            return
+        bad = {name: _unreadable(self._rows[name], decimal) for name in columns.values()}
+        read = self._rows.select(
+            is_bad=pl.any_horizontal(list(bad.values())),
+            has_number=pl.any_horizontal(~cells & _given(self._rows[name]) for name, cells in bad.items()),
+        )
+        spoilt = read["is_bad"] & ~read["has_number"]
+        if spoilt.any():
+            at = int(spoilt.arg_max() or 0)
+            name = next(name for name, cells in bad.items() if cells[at])
+            cell = self._rows[name]
+            shown = repr(cell[at])[:40] if cell.dtype == pl.String else str(cell.dtype)
+            self._refuse(spoilt, f"no cell is a number (first: column '{name}' holds {shown})")
+        for variate, name in columns.items():
+            cells, wrong = self._rows[name], bad[name].filter(~spoilt)
+            if wrong.any():
+                what = f"unreadable cells in column '{variate}'"  # as the cleaning says it of a file
+                self._notes.append(Finding("replaced", what, int(wrong.sum())))
+            kept = cells.cast(pl.String).set(wrong, None) if _is_text(cells) else _numbers(cells, decimal)
+            self._rows = self._rows.with_columns(kept.alias(name))
 
 
 def _left_out(report: IngestReport) -> list[Finding]:
@@ -251,6 +334,7 @@ def wide_gaps(rows: pl.DataFrame, ends: pl.DataFrame, grid: TimeGrid, bounds: Bo
         rows: ``series_id, time``. ends: the same of the last row taken of each series.
     """
     keys = ["series_id", "time"]
+    ends = ends.join(rows.select("series_id").unique(), on="series_id", how="semi")  # those of all others say nothing
     both = pl.concat([ends.select(keys), rows.select(keys)]) if ends.height else rows.select(keys)
     above = both.height - rows.height
     steps = both.with_columns(pl.Series("index", grid.index_of(both["time"]))).with_row_index("at")
@@ -303,13 +387,40 @@ def _is_whole(cells: pl.Series, largest: int) -> pl.Series:
     return fits.fill_null(True)
 
 
+def _is_text(cells: pl.Series) -> bool:
+    return cells.dtype in (pl.String, pl.Categorical, pl.Enum)
+
+
+def _given(cells: pl.Series) -> pl.Series:
+    """Return which cells hold anything."""
+    return ((cells.cast(pl.String).str.strip_chars() != "") if _is_text(cells) else cells.is_not_null()).fill_null(
+        False
+    )
+
+
+def _numbers(cells: pl.Series, decimal: str) -> pl.Series:
+    """Return the numbers of cells, null where there is none, in their own type where they are none of text."""
+    if _is_text(cells):
+        text = cells.cast(pl.String).str.strip_chars()
+        plain = text.str.replace(",", ".", literal=True) if decimal == "," else text
+        return plain.cast(pl.Float64, strict=False)
+    if cells.dtype.is_numeric() or cells.dtype in (pl.Boolean, pl.Null):
+        return cells
+    return pl.Series([None], dtype=pl.Float64).new_from_index(0, len(cells))
+
+
 def _unreadable(cells: pl.Series, decimal: str) -> pl.Series:
     """Return which cells hold something that is no number."""
-    kind = cells.dtype
-    if kind.is_numeric() or kind in (pl.Boolean, pl.Null):
-        return pl.Series([False]).new_from_index(0, len(cells))
-    if kind not in (pl.String, pl.Categorical, pl.Enum):
-        return cells.is_not_null()
-    text = cells.cast(pl.String).str.strip_chars()
-    plain = text.str.replace(",", ".", literal=True) if decimal == "," else text
-    return (plain.cast(pl.Float64, strict=False).is_null() & text.is_not_null() & (text != "")).fill_null(False)
+    return _given(cells) & _numbers(cells, decimal).is_null()
+
+
+def _holds_value(cells: pl.Series, decimal: str, codes: Sequence[float]) -> pl.Series:
+    """Return which cells the cleaning leaves a value: finite, and no code for a missing one."""
+    numbers = _numbers(cells, decimal)
+    held = numbers.is_not_null()
+    if numbers.dtype.is_float():
+        held &= numbers.is_finite().fill_null(False)
+    if codes and numbers.dtype.is_numeric():  # in the type of the cells, as the cleaning compares them
+        known = pl.Series(codes, dtype=pl.Float64).cast(numbers.dtype, strict=False).drop_nulls()
+        held &= ~numbers.is_in(known.implode()).fill_null(False)
+    return held

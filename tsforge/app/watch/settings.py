@@ -80,6 +80,21 @@ class TextMarks(Config):
     encoding: str = "utf-8"
     null_values: tuple[str, ...] = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
 
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            "".encode(value)
+        except LookupError as error:
+            raise ValueError(f"unknown encoding '{value}' (common: utf-8, latin-1, cp1252, utf-16)") from error
+        return value
+
+    @model_validator(mode="after")
+    def _marks_differ(self) -> TextMarks:
+        if self.separator == self.decimal:
+            raise ValueError(f"separator and decimal are both '{self.decimal}'; they must differ")
+        return self
+
     def as_source(self, path: str) -> CsvSource:
         """Return them as a source."""
         return CsvSource(path=path, **self.model_dump())
@@ -126,6 +141,20 @@ class StdinSource(Config):
     """``csv``: the first line of every run is the header. ``jsonl``: one object a line, with a key for every column."""
     rows: RowsConfig = RowsConfig()
     csv: TextMarks = TextMarks()
+
+    @model_validator(mode="after")
+    def _plain_line_ends(self) -> StdinSource:
+        encoding = self.csv.encoding
+        try:
+            is_plain = b"\n".decode(encoding) == "\n"
+        except UnicodeError:
+            is_plain = False
+        if not is_plain:  # lines are told apart before they are decoded
+            raise ValueError(
+                f"csv.encoding {encoding} does not end lines with the byte 0A, by which standard input is cut; send it "
+                f"as utf-8 (iconv -f {encoding} -t utf-8), or give files (source.kind=folder)"
+            )
+        return self
 
 
 class DatasetSource(Config):

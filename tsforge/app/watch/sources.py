@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from tsforge.app.watch.intake import Intake, Portion, noted
 from tsforge.app.watch.screening import Refusal
 from tsforge.app.watch.settings import TableSource
 from tsforge.artifact import match_frame
-from tsforge.core.errors import DataError
+from tsforge.core.errors import DataError, EmptySpanError
 from tsforge.core.workspace import Workspace
 from tsforge.data.io import RawTable
 from tsforge.data.sql_poll import Key, KeyedTable, read_key, write_key
@@ -77,14 +77,20 @@ class Source(Protocol):
 
 
 def salvage(
-    intake: Intake, raw: pl.DataFrame, origin: str, ends: pl.DataFrame, *, is_text: bool, first: int = 1
+    intake: Intake,
+    raw: pl.DataFrame,
+    origin: str,
+    ends: pl.DataFrame,
+    *,
+    is_text: bool,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[Portion], list[Refusal]]:
     """Return clean portions of raw rows in order, and the rows that would have spoilt the reading.
 
     Args:
         intake: cleans. raw: rows as the source holds them. origin: for messages.
         ends: ``series_id, time`` of the last row that each series has taken.
-        is_text: every cell is text. first: number of the first row, for messages.
+        is_text: every cell is text. numbers: of the rows, for messages; default from 1 on.
 
     Raises:
         DataError: rows are refused, and the settings say that this is an error.
@@ -93,11 +99,13 @@ def salvage(
     if not raw.height:
         return [], []
     decimal = intake.marks.decimal if is_text else "."
+    numbers = range(1, raw.height + 1) if numbers is None else numbers
+    span = f"rows {numbers[0]} to {numbers[-1]}"
     if "error" in (intake.mapping.bad_rows, intake.mapping.bad_cells):
-        where = f"{origin}, rows {first} to {first + raw.height - 1}"
+        where = f"{origin}, {span}"
         return [intake.clean(RawTable(raw.lazy(), where, is_text=is_text, decimal=decimal))], []
-    screened = intake.screen(raw, ends, origin, first, is_text=is_text)
-    left_out = sum(finding.count for finding in screened.notes)
+    screened = intake.screen(raw, ends, origin, numbers, is_text=is_text)
+    left_out = sum(finding.count for finding in screened.notes if finding.kind == "refused")
     notes = noted(screened.notes)
     table = intake.nothing()
     portions = [
@@ -107,7 +115,7 @@ def salvage(
     parts = [screened.table] if screened.table.height else []
     while parts:
         part = parts.pop()
-        where = f"{origin}, {part.height} of rows {first} to {first + raw.height - 1}"
+        where = f"{origin}, {part.height} of {span}"
         try:
             portions.append(intake.clean_screened(RawTable(part.lazy(), where, is_text=is_text, decimal=decimal)))
         except DataError as error:  # of a kind that looking at rows does not find: halves tell where
@@ -116,7 +124,7 @@ def salvage(
             else:
                 middle = part.height // 2
                 parts += [part.slice(middle), part.head(middle)]
-    return portions if left_out or screened.late else portions[1:], refusals
+    return portions if notes or screened.late else portions[1:], refusals
 
 
 class TablePoll:
@@ -155,7 +163,8 @@ class TablePoll:
             self._rest = self._seen[0][0] + self._settle - now if self._seen else None
             return None
         first = int(position.get("rows", 0)) + 1
-        portions, refused = salvage(self._intake, rows, self._table.origin, ends, is_text=False, first=first)
+        numbers = range(first, first + rows.height)
+        portions, refused = salvage(self._intake, rows, self._table.origin, ends, is_text=False, numbers=numbers)
         return Offer(
             portions=tuple(portions),
             position={**write_key(key), "rows": first - 1 + rows.height},
@@ -247,7 +256,7 @@ class StoredRows:
             start = artifact.grid.time_at(int(last[part].min()))
             try:
                 frame = load_dataset(self._workspace, fitted, series=names, start=start, extend=horizon)
-            except DataError:
+            except EmptySpanError:
                 with closing(SeriesStore(self._workspace.database_url)) as store:
                     store.config(self._dataset)  # an unknown data set is an error, an empty span is none
                 continue

@@ -54,16 +54,17 @@ class Lines:
         first = int(position.get("rows", 0)) + 1
         wanted = list(self._intake.wanted)
         if self._settings.format == "csv":
-            table, wrong = csv_table(lines, self._header or [], self._intake.marks)
+            table, kept, wrong = csv_table(lines, self._header or [], self._intake.marks)
         else:
-            table, wrong = json_table(lines, wanted)
+            table, kept, wrong = json_table(lines, wanted)
         rows = self._intake.mapping
         if wrong and rows is not None and rows.bad_rows == "error":
             raise DataError(
                 f"standard input from row {first} on: {listing(wrong, 3)}; or set source.rows.bad_rows=drop"
             )
         is_text = self._settings.format == "csv"
-        portions, refused = salvage(self._intake, table, "standard input", ends, is_text=is_text, first=first)
+        numbers = [first - 1 + line for line in kept]
+        portions, refused = salvage(self._intake, table, "standard input", ends, is_text=is_text, numbers=numbers)
         return Offer(
             portions=tuple(portions),
             position={"rows": first - 1 + len(lines)},
@@ -102,6 +103,11 @@ class Lines:
             raise DataError(
                 f"the header of standard input lacks {listing(missing)} (it has {listing(names, 20)}); the first line "
                 "must name the columns, and source.rows says what they are called"
+            )
+        repeated = [name for name in self._intake.wanted if names.count(name) > 1]
+        if repeated:
+            raise DataError(
+                f"the header of standard input has repeated column name(s): {listing(repeated)}; rename them"
             )
         return names
 
