@@ -135,6 +135,18 @@ def test_a_tail_needs_no_notice_about_few_rows_but_enough_excesses(artifact: Art
             reported(artifact, made(), rule, calibration=more | {"max_rows": int(needed[1])})
 
 
+@pytest.mark.parametrize("level", [0.98, 0.9])  # 2,550 and 510 scores: the judged rows are 1,000 or half of all
+def test_rows_that_wait_for_their_smoothed_score_are_among_those_asked_for(artifact: Artifact, level: float) -> None:
+    """The stated rows were too few by those whose score is not known when the rule is fitted."""
+    score = {"smoothing": {"kind": "two_sided", "weight": 0.9, "reach": 120}}
+    rule = {"kind": "spot", "level": level, "risk": 1e-4}
+    with pytest.raises(DataError, match=r"120 before the judged ones, whose smoothed scores are late") as said:
+        reported(artifact, made(), rule, calibration={"max_rows": 800}, score=score)
+    needed = re.search(r"at least (\d+) rows", str(said.value))
+    assert needed is not None
+    reported(artifact, made(), rule, calibration={"max_rows": int(needed[1])}, score=score)
+
+
 def test_a_joint_score_of_more_variates_than_there_are_is_a_wrong_setting(artifact: Artifact) -> None:
     with pytest.raises(ConfigError, match=r"detector.score.top_k is 9, and there are 1 variates \(flow\); give 1 to 1"):
         reported(artifact, made(), {"kind": "quantile"}, score={"joint": "top_k", "top_k": 9})

@@ -48,16 +48,19 @@ SUM_AFRESH = 1_024  # rows after which a running sum is added up again, so that 
 STRETCH = 256
 
 
-def _start_of_tail(sample: FloatArray, level: float, kind: str, spent: int | None = None) -> tuple[float, FloatArray]:
+def _start_of_tail(
+    sample: FloatArray, level: float, kind: str, spent: int | None = None, latency: int = 0
+) -> tuple[float, FloatArray]:
     """Return u and the excesses of the calibration scores above it, in time order.
 
     ``spent`` scores of a rule that learns are not in them; None for one that does not learn, and is fitted on all rows.
+    ``latency`` as of the rule.
     """
     u = float(np.quantile(sample, level))
     excesses = sample[sample > u] - u
     if excesses.size < MIN_EXCESSES:
         needed = scores_needed(level)
-        rows = f"{needed} rows" if spent is None else rows_that_leave(needed + spent)
+        rows = f"{needed} rows" if spent is None else rows_that_leave(needed + spent, latency)
         raise DataError(
             f"rule {kind} needs {MIN_EXCESSES} calibration scores above their {level:g} quantile, {sample.size} scores "
             f"leave {excesses.size}; calibrate on at least {rows}, lower rule.level, or take another rule"
@@ -169,7 +172,7 @@ class Spot(ThresholdRule):
         return self
 
     def _start(self, sample: FloatArray, spent: int = 0) -> None:
-        self._u, excesses = _start_of_tail(sample, self.level, self.kind, spent)
+        self._u, excesses = _start_of_tail(sample, self.level, self.kind, spent, self.latency)
         self._excesses = deque(excesses.tolist(), maxlen=self.max_excesses)
         self._num_excesses, self._num_scores = int(excesses.size), int(sample.size)
         self._excluded = self._unfitted = 0
@@ -343,9 +346,10 @@ class Dspot(Spot):
         sample = calibration_sample(calibration, self.kind)
         sample = sample[np.isfinite(sample)]
         if sample.size <= self.depth:
+            needed = scores_needed(self.level) + self.depth
             raise DataError(
                 f"rule dspot needs more calibration scores than its depth of {self.depth}, got {sample.size}; lower "
-                f"rule.depth or calibrate on at least {rows_that_leave(scores_needed(self.level) + self.depth)}"
+                f"rule.depth or calibrate on at least {rows_that_leave(needed, self.latency)}"
             )
         self._recent = deque(sample[: self.depth].tolist(), maxlen=self.depth)
         self._sum, self._until_afresh = math.fsum(self._recent), SUM_AFRESH

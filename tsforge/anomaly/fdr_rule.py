@@ -165,19 +165,22 @@ class FalseDiscoveryRate(ThresholdRule):
         """
         settings = self.calibration
         scores = calibration_sample(calibration, self.kind)
-        needed = scores_needed(settings.tail_level)
-        if settings.method == "gpd" and scores.size < needed:
-            raise DataError(
-                f"rule {self.kind} with calibration.method gpd needs {needed} scores to fit a tail above their "
-                f"{settings.tail_level:g} quantile, and {scores.size} are left; calibrate on at least "
-                f"{rows_that_leave(needed)}, lower calibration.tail_level, or take method auto"
+        try:
+            found: Calibration = fit_calibration(
+                scores,
+                method=settings.method,
+                level=settings.tail_level,
+                shape=settings.tail_shape,
             )
-        found: Calibration = fit_calibration(
-            scores,
-            method=settings.method,
-            level=settings.tail_level,
-            shape=settings.tail_shape,
-        )
+        except DataError as error:
+            needed = scores_needed(settings.tail_level)
+            if settings.method != "gpd" or scores.size >= needed:  # more scores would not help
+                raise
+            raise DataError(
+                f"rule {self.kind} with calibration.method gpd cannot fit a tail above the {settings.tail_level:g} "
+                f"quantile of the {scores.size} scores that are left, {needed} scores will do; calibrate on at least "
+                f"{rows_that_leave(needed, self.latency)}, lower calibration.tail_level, or take method auto"
+            ) from error
         self._sample, self._tail = found.sample, found.tail
         self._evidence = _evidence(self.config, found.sample, found.tail)
         self._procedure = _procedure(self.config)
@@ -253,7 +256,8 @@ class FalseDiscoveryRate(ThresholdRule):
         tail = scores_needed(self.calibration.tail_level)
         smallest = 1.0 / (self._sample.size + 1.0)
         if config.procedure != "lord_decay":
-            ways = [f"calibrate with a tail model (calibration.method=gpd) on at least {rows_that_leave(tail)}"]
+            rows = rows_that_leave(tail, self.latency)
+            ways = [f"calibrate with a tail model (calibration.method=gpd) on at least {rows}"]
             if config.e_values == "direct":  # which a tail model leaves as they are
                 ways = ["take e_values kappa with a tail model (calibration.method=gpd)"]
             if smallest <= config.level * share:
@@ -264,7 +268,7 @@ class FalseDiscoveryRate(ThresholdRule):
             scores = min(scores, tail)
         enough = math.ceil(1000.0 * smallest / share) / 1000.0
         raised = f", or raise rule.level to {enough:g}" if enough <= LARGEST_LEVEL else ""
-        return f"calibrate on at least {rows_that_leave(scores)}{raised}"
+        return f"calibrate on at least {rows_that_leave(scores, self.latency)}{raised}"
 
     def state(self) -> dict[str, Any]:
         """Return settings, calibration and the memory of the procedure."""
@@ -277,6 +281,7 @@ class FalseDiscoveryRate(ThresholdRule):
             "tail": None if self._tail is None else self._tail.to_dict(),
             "procedure": self._procedure.state(),
             "share": self._share,
+            "latency": self.latency,
         }
 
     @classmethod
@@ -291,6 +296,7 @@ class FalseDiscoveryRate(ThresholdRule):
             rule._evidence = _evidence(rule.config, rule._sample, rule._tail)
         rule._procedure.resume(state["procedure"])
         rule._share = state["share"]
+        rule.latency = state.get("latency", 0)  # only words depend on it: states written before it can go on
         return rule
 
 

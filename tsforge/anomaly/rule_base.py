@@ -40,6 +40,8 @@ class ThresholdRule(ABC):
     """Whether judged scores change later judgements."""
     extrapolates = False
     """Whether levels beyond the calibration sample come from a tail model, so that few rows do not limit them."""
+    latency = 0
+    """Rows that a score is late by: a rule that learns has none to be fitted on for so many before the judged ones."""
 
     @abstractmethod
     def fit(self, calibration: ArrayLike) -> Self:
@@ -132,13 +134,15 @@ def calibration_sample(calibration: ArrayLike, kind: str) -> FloatArray:
     return s
 
 
-def rows_that_leave(scores: int) -> str:
+def rows_that_leave(scores: int, latency: int = 0) -> str:
     """Return words for the calibration rows of which a rule that learns is fitted on so many scores.
 
-    The newest ones, at most half of the rows, are judged together with the scored rows.
+    The newest ones, at most half of the rows, are judged together with the scored rows; so are ``latency`` rows before
+    them, whose scores are late.
     """
-    lead = min(LEAD_ROWS, scores)
-    return f"{scores + lead} rows ({scores} to fit on, and the newest {lead}, which are judged)"
+    lead = min(LEAD_ROWS, scores + latency)
+    waiting = f", {latency} before the judged ones, whose smoothed scores are late" if latency else ""
+    return f"{scores + latency + lead} rows ({scores} to fit on{waiting}, and the newest {lead}, which are judged)"
 
 
 def not_fitted(kind: str) -> DataError:

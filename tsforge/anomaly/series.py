@@ -149,6 +149,7 @@ def fit_monitor(
                 expected=rows.expected[waits],
                 confirmed=rows.confirmed[waits],
             )
+        rule.latency = smoother.latency
     sample = np.where(confirmed[: joint.size], np.nan, joint)
     rule.fit(sample[:judged] if rule.learns else sample)  # first: where rows are too few, a rule that learns needs most
     calibration = fit_calibration(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -265,6 +266,26 @@ def test_a_starved_default_is_told_what_helps(method: str, level: float, scores:
         raised = rule_of(method, level=float(starved.warning().rpartition(" ")[2])).fit(calibration)
         raised.run(np.zeros(200))
         assert raised.step(100.0).alarm
+
+
+def test_a_tail_that_can_be_fitted_is_not_refused_for_the_rows_said_to_do() -> None:
+    """2,550 scores always leave 50 above their 0.98 quantile; some fewer often do, and were once refused."""
+    scores = np.random.default_rng(8).standard_normal(2600)
+    assert rule_of("gpd").fit(scores[:2500]).facts()["num_excesses"] == 50
+    with pytest.raises(
+        DataError, match=r"of the 2400 scores that are left, 2550 scores will do; .* at least 3550 rows"
+    ):
+        rule_of("gpd").fit(scores[:2400])
+    with pytest.raises(DataError, match="do not differ"):
+        rule_of("gpd").fit(np.where(np.arange(2600) < 52, 5.0, np.minimum(scores, 0.0)))
+
+
+def test_scores_that_are_late_are_rows_more_in_the_advice_of_a_restored_rule_too() -> None:
+    starved = rule_of("conformal").fit(np.random.default_rng(8).standard_normal(300))
+    starved.latency = 30
+    starved.run(np.zeros(200))
+    assert "on at least 3029 rows (1999 to fit on, 30 before the judged ones" in starved.warning()
+    assert FalseDiscoveryRate.restore(json.loads(json.dumps(starved.state()))).warning() == starved.warning()
 
 
 def test_a_level_shift_is_a_warning_since_no_rate_is_promised() -> None:
