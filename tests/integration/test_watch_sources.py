@@ -17,7 +17,7 @@ from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.watch.files import Folder
 from tsforge.app.watch.run import watch
-from tsforge.app.watch.settings import FolderSource, StdinSource, TableSource, TextMarks
+from tsforge.app.watch.settings import FolderSource, StdinSource, TableSource
 from tsforge.app.watch.sources import TablePoll
 from tsforge.app.watch.status import watch_names, watch_status
 from tsforge.app.watch.stdin import Lines
@@ -25,7 +25,7 @@ from tsforge.core.config import validate
 from tsforge.core.errors import BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.data.calendar import CalendarConfig
-from tsforge.data.config import SqlSource
+from tsforge.data.config import SqlSource, TextMarks
 from tsforge.data.sql_poll import KeyedTable, read_key, write_key
 
 NO_ENDS = pl.DataFrame(schema={"series_id": pl.String, "time": pl.Datetime("us", "UTC")})

@@ -6,7 +6,7 @@ Every policy that could change or lose data defaults to ``error``; the message n
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import Field, field_validator, model_validator
@@ -26,19 +26,15 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,59}")
 _DURATION = re.compile(r"-?(\d+(ns|us|ms|s|m|h|d|w|mo|q|y|i))+")
 
 
-class CsvSource(Config):
-    """Delimited text: a file, a folder (its ``*.csv``) or a glob pattern; all files share one header."""
+class TextMarks(Config):
+    """Marks of delimited text."""
 
-    kind: Literal["csv"] = "csv"
-    path: str
     separator: str = Field(",", min_length=1, max_length=1)
     encoding: str = "utf-8"
     decimal: Literal[".", ","] = "."
     """Decimal mark of numbers; with ``,`` the separator must be another character."""
     null_values: tuple[str, ...] = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
     """Cells that mean "no value"; a numeric code such as -9999 belongs in ``sentinels``."""
-    skip_lines: int = Field(0, ge=0)
-    """Lines of free text above the header."""
 
     @field_validator("encoding")
     @classmethod
@@ -50,10 +46,19 @@ class CsvSource(Config):
         return value
 
     @model_validator(mode="after")
-    def _marks_differ(self) -> CsvSource:
+    def _marks_differ(self) -> Self:
         if self.separator == self.decimal:
             raise ValueError(f"separator and decimal are both '{self.decimal}'; they must differ")
         return self
+
+
+class CsvSource(TextMarks):
+    """Delimited text: a file, a folder (its ``*.csv``) or a glob pattern; all files share one header."""
+
+    kind: Literal["csv"] = "csv"
+    path: str
+    skip_lines: int = Field(0, ge=0)
+    """Lines of free text above the header."""
 
 
 class ParquetSource(Config):

@@ -21,6 +21,7 @@ from tsforge.forecasting.backtest import forecasts_at
 from tsforge.forecasting.conformal import (
     CALIBRATION_SCHEMA,
     Buckets,
+    Pool,
     apply_calibration,
     calibration_table,
     make_buckets,
@@ -158,10 +159,8 @@ def test_all_steps_stand_in_where_one_has_too_few_scores(score: str) -> None:
     mask = np.ones(target.shape, dtype=bool)
     mask[3:, 1, 1] = False
     scores = interval_scores(target, np.zeros_like(target), None, levels, np.ones((11, 2)), score=score)
-    step, horizon, auto = (
-        calibration_table(scores, mask, levels, ("a", "b"), score, pool=pool)  # type: ignore[arg-type]
-        for pool in ("step", "horizon", "auto")
-    )
+    pools: tuple[Pool, ...] = ("step", "horizon", "auto")
+    step, horizon, auto = (calibration_table(scores, mask, levels, ("a", "b"), score, pool=pool) for pool in pools)
     keys = ["step", "variate", "level"]
     assert auto.select(keys).equals(step.select(keys))
     kinds = set()
@@ -197,8 +196,7 @@ def test_a_margin_that_stands_in_is_no_smaller_than_training_windows_ask_for(mak
     assert wide["low"].to_list() == trained.filter(level=0.9)["low"].to_list()
     assert inner.equals(alone.filter(level=0.5))
     assert (wide["high"] > 3 * alone.filter(level=0.9)["high"]).all()
-    for strict in ("step", "horizon"):
-        choices = Choices(pool=strict)  # type: ignore[arg-type]
+    for choices in (Choices(pool="step"), Choices(pool="horizon")):
         expected = calibrate(network, held_out, levels, choices=choices)
         assert calibrate(network, held_out, levels, choices=choices, learnt=learnt).equals(expected)
     lively = WindowDataset(panel, spec, 100, 117)  # held out is the wilder part: its own margins stay

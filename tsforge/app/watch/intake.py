@@ -13,13 +13,13 @@ from typing import Any
 import polars as pl
 
 from tsforge.app.watch.screening import Bounds, Screen, Screened, ahead_of_clock, wide_gaps
-from tsforge.app.watch.settings import RowsConfig, TextMarks
+from tsforge.app.watch.settings import RowsConfig
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.data.calendar import PREFIX, CalendarConfig, add_calendar
 from tsforge.data.cleaning import clean
-from tsforge.data.config import DataConfig, ParquetSource
+from tsforge.data.config import CsvSource, DataConfig, ParquetSource, TextMarks
 from tsforge.data.findings import Finding
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TIME_DTYPE
@@ -251,7 +251,7 @@ class Intake:
         if path.suffix.lower() == ".parquet":
             raw = read_source(ParquetSource(path=str(path)))
         elif path.suffix.lower() == ".csv":
-            raw = read_source(self.marks.as_source(str(path)))
+            raw = read_source(CsvSource(path=str(path), **self.marks.model_dump()))
         else:
             try:
                 lines = path.read_text(encoding=self.marks.encoding).rstrip("\n").split("\n")

@@ -35,7 +35,6 @@ from tsforge.app.watch.settings import (
     FolderSource,
     StdinSource,
     TableSource,
-    TextMarks,
     WatchConfig,
 )
 from tsforge.app.watch.sources import Offer, Source, StoredRows, TablePoll
@@ -46,6 +45,7 @@ from tsforge.artifact import Artifact, load_artifact
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
+from tsforge.data.config import TextMarks
 from tsforge.data.event_store import EventStore
 from tsforge.data.store import SeriesStore
 from tsforge.data.watch_state import Snapshot, WatchState, now_text

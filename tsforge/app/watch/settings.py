@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from tsforge.anomaly.config import DetectConfig
 from tsforge.app.forecast import LATEST
 from tsforge.core.config import Config
-from tsforge.data.config import CsvSource, DataConfig, ParquetSource, SqlSource
+from tsforge.data.config import CsvSource, DataConfig, ParquetSource, SqlSource, TextMarks
 from tsforge.data.schema import SeriesSchema
 from tsforge.forecasting.stream_rows import MAX_GAP
 
@@ -70,34 +70,6 @@ class RowsConfig(Config):
             empty_targets="keep",
             sentinels=self.sentinels,
         )
-
-
-class TextMarks(Config):
-    """Marks of CSV text."""
-
-    separator: str = Field(",", min_length=1, max_length=1)
-    decimal: Literal[".", ","] = "."
-    encoding: str = "utf-8"
-    null_values: tuple[str, ...] = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
-
-    @field_validator("encoding")
-    @classmethod
-    def _known_encoding(cls, value: str) -> str:
-        try:
-            "".encode(value)
-        except LookupError as error:
-            raise ValueError(f"unknown encoding '{value}' (common: utf-8, latin-1, cp1252, utf-16)") from error
-        return value
-
-    @model_validator(mode="after")
-    def _marks_differ(self) -> TextMarks:
-        if self.separator == self.decimal:
-            raise ValueError(f"separator and decimal are both '{self.decimal}'; they must differ")
-        return self
-
-    def as_source(self, path: str) -> CsvSource:
-        """Return them as a source."""
-        return CsvSource(path=path, **self.model_dump())
 
 
 class FolderSource(Config):
