@@ -276,11 +276,15 @@ def _findings(
 
 
 def captured_share(capture: dict[str, Any], expected: str | None) -> float:
-    """Return the share of free runs that do not end as the data do (``expected``), else as most that move do."""
+    """Return the share of free runs that do not end as the data do (``expected``), else as most that move do.
+
+    A run that ends far outside the range of the data does not end as they do, however it moves there.
+    """
+    kept = capture["kept"]
     ends = {
-        "rest": capture["fixed"],
-        "oscillation": capture["contracting"] + capture["near_zero"],
-        "chaos": capture["expanding"],
+        "rest": kept["fixed"],
+        "oscillation": kept["contracting"] + kept["near_zero"],
+        "chaos": kept["expanding"],
     }
     right = expected or max(("oscillation", "chaos"), key=lambda kind: ends[kind])
     return float(1.0 - ends[right])

@@ -22,9 +22,9 @@ TENT = Shallow(
 INSIDE = np.linspace(0.05, 0.95, 200)[:, None]
 
 
-def turning(modulus: float, angle: float = 1.0) -> Shallow:
-    """A rotation by ``angle`` with a factor: z -> modulus R z, its off-diagonal part through relu(x) - relu(-x)."""
-    side = modulus * math.sin(angle) * np.array([[0.0, -1.0], [1.0, 0.0]])
+def turning(modulus: float, angle: float = 1.0, stretch: float = 1.0) -> Shallow:
+    """A turn by ``angle`` with a factor, its side part through relu(x) - relu(-x); along ellipses ``stretch`` long."""
+    side = modulus * math.sin(angle) * np.array([[0.0, -stretch], [1.0 / stretch, 0.0]])
     return Shallow(
         np.full(2, modulus * math.cos(angle)),
         np.concatenate([side, -side], axis=1),
@@ -51,6 +51,10 @@ def test_runs_of_a_bistable_map_are_told_apart() -> None:
     np.testing.assert_allclose(capture.ends[fixed], -2.8, atol=1e-9)
     np.testing.assert_allclose(capture.growth[fixed], math.log(0.5), atol=1e-12)
     assert (capture.beyond == fixed).all()
+    report = capture.to_dict()
+    assert report["kept"]["expanding"] == report["expanding"]
+    assert report["fixed"] > 0.2
+    assert report["kept"]["fixed"] == 0.0
 
 
 def test_a_stable_cycle_contracts_and_shows_its_period() -> None:
@@ -71,6 +75,16 @@ def test_turning_maps(modulus: float, kind: str) -> None:
     capture = capture_test(turning(modulus), np.random.default_rng(0).normal(size=(40, 2)), settings=settings)
     assert capture.share(kind) == 1.0
     np.testing.assert_allclose(capture.growth, math.log(modulus), atol=1e-6)
+
+
+def test_a_cycle_that_stretches_deviations_within_each_turn_is_neither_growing_nor_shrinking() -> None:
+    """A turn takes 1,100 steps and swells a deviation up to a million times, so the two ends of 5,000 steps differ."""
+    rng = np.random.default_rng(0)
+    phase = rng.uniform(0.0, 2.0 * math.pi, 60)
+    states = np.column_stack([1e6 * np.cos(phase), np.sin(phase)])
+    settings = CaptureSettings(runs=60, steps=3000, tangent_steps=5000)
+    capture = capture_test(turning(1.0, 2.0 * math.pi / 1100.0, 1e6), states, settings=settings)
+    assert capture.share("near_zero") == 1.0
 
 
 def test_divergence_is_reported_also_when_it_comes_late() -> None:

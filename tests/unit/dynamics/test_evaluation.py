@@ -106,7 +106,11 @@ def test_a_run_that_diverges_has_no_metrics_and_says_why() -> None:
 @pytest.mark.parametrize(("expected", "share"), [(None, 0.4), ("chaos", 0.7), ("rest", 0.9), ("oscillation", 0.4)])
 def test_lost_runs_are_those_that_end_otherwise_than_the_data(expected: str | None, share: float) -> None:
     ends = {"fixed": 0.1, "contracting": 0.2, "near_zero": 0.4, "expanding": 0.3, "diverged": 0.0}
-    assert captured_share(ends, expected) == pytest.approx(share)
+    assert captured_share({**ends, "kept": ends}, expected) == pytest.approx(share)
+    lost = {**ends, "kept": ends | {"near_zero": 0.1, "expanding": 0.2}}  # 40 % of them far from the data
+    assert captured_share(lost, expected) == pytest.approx(
+        share + {None: 0.3, "chaos": 0.1, "rest": 0.0}.get(expected, 0.3)
+    )
 
 
 def test_medians_and_deviations_are_over_the_seeds_that_did_not_fail() -> None:
