@@ -254,7 +254,9 @@ def test_every_table_has_the_baselines_and_a_report(workspace: Workspace, folder
     assert page.startswith("<!doctype html>")
     assert "http" not in page
     assert "`" not in page
-    assert json.loads((result.path / "summary.json").read_text())["rows"][0]["family"] == "plant"
+    kept = (result.path / "summary.json").read_text()
+    assert json.loads(kept)["rows"][0]["family"] == "plant"
+    assert str(result.path) not in kept
     assert list(result.table["series"].unique(maintain_order=True)) == ["a", "b"]
 
 
@@ -507,5 +509,5 @@ def test_the_configs_measure_what_they_say() -> None:
     assert set(late.families) == set(known_families())
     assert late.two_sided
     assert {(score.joint, score.latency) for score in late.scores.values()} == {
-        (joint, rows) for joint in ("mean_abs", "mahalanobis", "product", "balanced") for rows in (0, 30)
+        (joint, rows) for joint in ("mean_abs", "mahalanobis", "product", "balanced", "consensus") for rows in (0, 30)
     }

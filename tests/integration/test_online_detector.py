@@ -297,6 +297,8 @@ def test_every_rule_goes_on_where_it_stopped(linear: Artifact, table: pl.DataFra
         {"score": {"smoothing": {"kind": "cusum", "shift": 2.0}}},
         {"score": {"joint": "product"}},
         {"score": {"joint": "balanced", "steps": [1, 4], "ewma": 0.3}},
+        {"score": {"joint": "consensus", "smoothing": 0.3, "ewma": 0.3}},
+        {"score": {"joint": "consensus", "kind": "tail", "smoothing": {"kind": "two_sided", "weight": 0.2}}},
         {"score": {"joint": "balanced", "smoothing": {"kind": "two_sided", "weight": 0.2}}},
         {"score": {"joint": "product", "smoothing": {"kind": "two_sided", "weight": 0.2}}},
         {"score": {"smoothing": {"kind": "two_sided", "reach": 4}}, "keep_variate_scores": False},

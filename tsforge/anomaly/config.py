@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tsforge.anomaly.incidents import check_grouping
 from tsforge.core.config import Config
 
-JointName = Literal["mahalanobis", "mean_abs", "product", "balanced", "max_abs", "top_k", "fisher"]
+JointName = Literal["mahalanobis", "mean_abs", "product", "balanced", "consensus", "max_abs", "top_k", "fisher"]
 HorizonReduction = Literal["first", "last", "median", "max"]
 ScoreKind = Literal[
     "normalised",
@@ -107,8 +107,9 @@ class ScoreConfig(Config):
     joint: JointName = "mahalanobis"
     """``mahalanobis`` sees broken correlations, ``max_abs`` single sensors, ``mean_abs`` broad faults, ``product`` (the
     Mahalanobis distance times ``mean_abs``) both of the outer ones; ``balanced`` does so too with residuals in units
-    between their own scale and the spread of the variate, so that a variate told almost exactly does not drown others.
-    """
+    between their own scale and the spread of the variate, so that a variate told almost exactly does not drown others;
+    ``consensus`` asks three that err differently to agree: ``product`` and the residuals of a plain regression of each
+    row on the one before, learnt from the training rows."""
     top_k: int | None = Field(None, ge=1)
     """Variates averaged by ``joint: top_k``."""
     steps: tuple[int, ...] | None = None
@@ -179,6 +180,11 @@ class ScoreConfig(Config):
             raise ValueError(
                 f"joint: balanced weighs residuals against the spread of the data, and kind '{self.kind}' has none in "
                 "units of the data; take joint: product"
+            )
+        if self.joint == "consensus" and self.is_windowed:
+            raise ValueError(
+                f"joint: consensus sets forecasts beside what the row before says, and kind '{self.kind}' makes none; "
+                "take joint: product"
             )
         if self.window is not None and self.window < 16 and self.kind in DYNAMIC_KINDS:
             raise ValueError(f"window {self.window} is too short for kind '{self.kind}'; give at least 16 rows")

@@ -2,12 +2,10 @@
 
     ratio     S = smooth(mean_k s_k / median of s_k on calibration rows)
     surprise  S = smooth(mean_k -log p_k(s_k)),   p_k the tail probability of score k on calibration rows (Fisher)
-    geometric S = smooth(exp(mean_k log s_k / median of s_k on calibration rows)),   distances not squared
 
 Members see different faults: distances of levels a broken relation between variates, residuals of a model a broken
 course in time, their mean a broad load. ``ratio`` keeps the size of a score: a strong fault counts long. ``surprise``
 grows with its logarithm, so that one wild row does not rule a smoothed level, but neither does a strong fault.
-``geometric`` asks members to agree: one that finds a row usual holds back what another makes of it.
 
 ``recentre`` subtracts what the joined score (of ``ratio`` its logarithm) has been lately, an exponential mean of the
 rows before: where normal rows drift, their scores would rank whole weeks above a fault. The price: a fault much
@@ -26,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -34,10 +32,10 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, field_validator
 
 from tsforge.anomaly.baselines import BaselineScorer, PcaResidual, build_baseline
-from tsforge.anomaly.config import CalibrationConfig, DetectConfig, QuantileRule, ScoreConfig, TwoSidedSmoothing
+from tsforge.anomaly.config import CalibrationConfig, DetectConfig, QuantileRule, ScoreConfig
 from tsforge.anomaly.detector import detect
-from tsforge.anomaly.scorers import mean_abs, mean_of
-from tsforge.anomaly.smoothing import Exponential, TwoSided
+from tsforge.anomaly.scorers import mean_abs
+from tsforge.anomaly.smoothing import Exponential
 from tsforge.anomaly.spans import training_rows
 from tsforge.artifact import Artifact, match_frame
 from tsforge.contracts.tables import JOINT
@@ -51,7 +49,7 @@ PlainName = Literal[
     "mean_abs", "max_abs", "mahalanobis", "pca_residual", "pca_mahalanobis", "var1_mean_abs", "var1_mahalanobis"
 ]
 ResidualName = Literal["residual_mahalanobis", "residual_mean_abs"]
-Join = Literal["ratio", "surprise", "geometric"]
+Join = Literal["ratio", "surprise"]
 MemberName = PlainName | ResidualName
 RESIDUAL_NAMES: tuple[ResidualName, ...] = ("residual_mahalanobis", "residual_mean_abs")
 TAIL_LEVEL = 0.98
@@ -68,9 +66,8 @@ class EnsembleConfig(Config):
     """``residual_*``: of an artifact, by ``detect``; the others are plain scorers of the training rows."""
     join: Join = "surprise"
     """How a member's score becomes comparable with the others."""
-    smoothing: Annotated[float, Field(gt=0.0, le=1.0)] | TwoSidedSmoothing | None = 0.1
-    """Weight of the newest row in the exponential mean of the sum, or ``{kind: two_sided, weight: 0.1}``, which reads
-    later rows too; null: each row by itself."""
+    smoothing: float | None = Field(0.1, gt=0.0, le=1.0)
+    """Weight of the newest row in the exponential mean of the sum; null: each row by itself."""
     recentre: float | None = Field(4_000.0, gt=0.0)
     """Half-life in rows of the level that is subtracted; null: none is."""
     score: ScoreConfig = ScoreConfig(joint="mahalanobis")
@@ -89,11 +86,6 @@ class EnsembleConfig(Config):
         if value.joint != "mahalanobis" or value.smoothing is not None or value.kind not in ("normalised", "tail"):
             raise ValueError("score of an ensemble needs joint mahalanobis, no smoothing, and a kind of residuals")
         return value
-
-    @property
-    def latency(self) -> int:
-        """Rows after a row whose scores its smoothed score reads."""
-        return self.smoothing.rows if isinstance(self.smoothing, TwoSidedSmoothing) else 0
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -146,24 +138,23 @@ def combine(
     known: int,
     *,
     join: Join = "ratio",
-    smoothing: float | TwoSidedSmoothing | None,
+    smoothing: float | None,
     recentre: float | None = None,
 ) -> FloatArray:
     """Return the joined score [N] of members [N]; larger = stranger, row t depends on members up to t only.
 
-    With two-sided smoothing on so many rows after it too, and as many last rows have no score. A member without a score
-    in a row is left out there; a row without any has no score.
+    A member without a score in a row is left out there; a row without any has no score.
 
     Args:
         members: scores of the same rows in time order.
         known: the first so many rows are normal and calibrate.
         join: how members become comparable.
-        smoothing: weight of the newest row, or of two-sided smoothing; None for none.
+        smoothing: weight of the newest row, None for none.
         recentre: half-life in rows of the level that is subtracted, None for none.
 
     Raises:
-        DataError: no member, members of different lengths, too few calibration rows, or with ``ratio`` and
-            ``geometric`` a member that is 0 on half of them.
+        DataError: no member, members of different lengths, too few calibration rows, or with ``ratio`` a member that is
+            0 on half of them.
     """
     if not members:
         raise DataError("an ensemble needs at least one member")
@@ -175,31 +166,11 @@ def combine(
         columns = [fit_surprise(values[:known]).of(values) for values in arrays.values()]
     else:
         columns = [values / _usual(name, values[:known]) for name, values in arrays.items()]
-    if join == "geometric":
-        logs = [
-            _log(column) * (0.5 if _is_squared(name) else 1.0) for name, column in zip(arrays, columns, strict=True)
-        ]
-        joined = np.exp(mean_of(np.stack(logs, axis=1)))
-    else:
-        joined = mean_abs(np.stack(columns, axis=1))
-    joined = _smoothed(joined, smoothing)
+    joined = mean_abs(np.stack(columns, axis=1))
+    joined = joined if smoothing is None else Exponential(smoothing).run(joined)
     if recentre is None:
         return joined
-    return recentred(joined if join == "surprise" else _log(joined), recentre)
-
-
-def _smoothed(scores: FloatArray, smoothing: float | TwoSidedSmoothing | None) -> FloatArray:
-    if smoothing is None:
-        return scores
-    if not isinstance(smoothing, TwoSidedSmoothing):
-        return Exponential(smoothing).run(scores)
-    known = TwoSided(smoothing.weight, smoothing.rows).run(scores)
-    return np.pad(known, (0, len(scores) - len(known)), constant_values=np.nan)
-
-
-def _is_squared(name: str) -> bool:
-    """Return whether a member is a squared distance, which would count twice beside sizes."""
-    return name.endswith("mahalanobis")
+    return recentred(_log(joined) if join == "ratio" else joined, recentre)
 
 
 def recentred(scores: ArrayLike, half_life: float) -> FloatArray:

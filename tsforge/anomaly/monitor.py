@@ -19,8 +19,7 @@ from tsforge.anomaly.buckets import BucketScale
 from tsforge.anomaly.calibration import Calibration, ranked_p_values
 from tsforge.anomaly.config import EventConfig
 from tsforge.anomaly.confirmed import judge
-from tsforge.anomaly.ewma import Ewma
-from tsforge.anomaly.scoring import ScoreModel
+from tsforge.anomaly.scoring import Memory, ScoreModel
 from tsforge.anomaly.segments import Segment, SegmentTracker, is_continuation
 from tsforge.anomaly.smoothing import Smoother, smooth_and_judge
 from tsforge.anomaly.thresholds import Decisions, ThresholdRule
@@ -197,7 +196,7 @@ class Monitor:
     names: tuple[str, ...]
     config: EventConfig
     model: ScoreModel
-    memory: Ewma | None = None
+    memory: Memory = field(default_factory=Memory)
     buckets: BucketScale | None
     calibration: Calibration
     smoother: Smoother | None

@@ -27,6 +27,7 @@ from tsforge.anomaly.online import OnlineDetector
 from tsforge.anomaly.online_rows import Recent, RecentRows, ring_size
 from tsforge.anomaly.online_windows import KeptWindows, RecentWindows
 from tsforge.anomaly.residuals import ResidualScale
+from tsforge.anomaly.row_regression import RowRegression
 from tsforge.anomaly.scoring import ScoreModel
 from tsforge.anomaly.segments import SegmentTracker
 from tsforge.anomaly.smoothing import restore_smoother
@@ -39,9 +40,9 @@ from tsforge.core.formats import check_version
 from tsforge.forecasting.stream_buffer import Buffer
 
 FORMAT = "tsforge-online-detector"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 """2: scores of windows and free runs; 3: guarded contexts; 4: residuals that add up; 5: event ids; 6: rows that wait
-for a smoothed score; 7: spreads of variates."""
+for a smoothed score; 7: spreads of variates; 8: regressions of a row on the one before."""
 _ARRAY, _LIST = "$array", "$list"
 _SHORT = 16  # lists up to this length stay among the facts
 
@@ -153,7 +154,8 @@ def _monitor_state(monitor: Monitor) -> dict[str, Any]:
         "model": _model_state(monitor.model),
         "buckets": None if monitor.buckets is None else _bucket_state(monitor.buckets),
         "calibration": _calibration_state(monitor.calibration),
-        "memory": None if monitor.memory is None else monitor.memory.level,
+        "memory": None if monitor.memory.ewma is None else monitor.memory.ewma.level,
+        "last_row": monitor.memory.row,
         "smoother": None if monitor.smoother is None else monitor.smoother.state(),
         "rule": monitor.rule.state(),
         "samples": None if monitor.samples is None else list(monitor.samples),
@@ -177,8 +179,10 @@ def _monitor(state: dict[str, Any], config: DetectConfig, names: tuple[str, ...]
     waiting = state.get("waiting")
     model = _model(state["model"], config)
     memory = model.memory()
-    if memory is not None:
-        memory.level = state["memory"]
+    if memory.ewma is not None:
+        memory.ewma.level = state["memory"]
+    if memory.row is not None:
+        memory.row = state["last_row"]
     monitor = Monitor(
         series_id=state["series_id"],
         names=names,
@@ -213,11 +217,12 @@ def _model_state(model: ScoreModel) -> dict[str, Any]:
         "variate_calibrations": calibrations,
         "ewma": None if model.ewma is None else model.ewma.spread,
         "share": model.share,
+        "regression": None if model.regression is None else _plain_fields(model.regression),
     }
 
 
 def _model(state: dict[str, Any], config: DetectConfig) -> ScoreModel:
-    weight = config.score.ewma
+    weight, regression = config.score.ewma, state.get("regression")
     return ScoreModel(
         config=config.score,
         scale=ResidualScale(**state["scale"]),
@@ -226,6 +231,7 @@ def _model(state: dict[str, Any], config: DetectConfig) -> ScoreModel:
         variate_calibrations=tuple(None if one is None else _calibration(one) for one in state["variate_calibrations"]),
         ewma=None if weight is None else Ewma(weight=weight, spread=state["ewma"]),
         share=state.get("share"),
+        regression=None if regression is None else RowRegression(**regression),
     )
 
 
@@ -249,7 +255,7 @@ def _calibration(state: dict[str, Any]) -> Calibration:
     return Calibration(**state | {"tail": None if state["tail"] is None else ParetoTail(**state["tail"])})
 
 
-def _plain_fields(value: Calibration | ResidualScale | Waiting) -> dict[str, Any]:
+def _plain_fields(value: Calibration | ResidualScale | RowRegression | Waiting) -> dict[str, Any]:
     """Return the fields of a dataclass as they are, arrays not copied."""
     return {item.name: getattr(value, item.name) for item in fields(value)}
 

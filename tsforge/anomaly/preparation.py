@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tsforge.anomaly.buckets import row_buckets
-from tsforge.anomaly.config import DetectConfig
+from tsforge.anomaly.config import DetectConfig, ScoreConfig
 from tsforge.anomaly.confirmed import ConfirmedRows
 from tsforge.anomaly.deviations import WindowedSeries, collect_deviations, observed_values
 from tsforge.anomaly.residuals import TrainingRange
+from tsforge.anomaly.row_regression import fit_row_regression
 from tsforge.anomaly.series import SeriesRows
 from tsforge.anomaly.spans import ScoredSpan, SeriesSpans, series_spans
 from tsforge.anomaly.thresholds import ThresholdRule, build_rule
@@ -84,7 +85,7 @@ def prepare(
         return _rule(config, panel.grid, len(found.series_ids))
 
     new_rule()  # an impossible budget is an error before the work, not after
-    training = _training_ranges(panel, span, found.series_ids)
+    training = _training_ranges(panel, span, found.series_ids, config.score)
     by = config.calibration.by
     buckets = None
     if by is not None:  # modes in single precision, as the rows of a stream have them
@@ -139,8 +140,10 @@ def _rule(config: DetectConfig, grid: TimeGrid, num_series: int) -> ThresholdRul
     )
 
 
-def _training_ranges(panel: Panel, span: ScoredSpan, series_ids: tuple[str, ...]) -> dict[str, TrainingRange]:
-    """Return the range of each variate in the training rows of each series.
+def _training_ranges(
+    panel: Panel, span: ScoredSpan, series_ids: tuple[str, ...], score: ScoreConfig
+) -> dict[str, TrainingRange]:
+    """Return what the training rows of each series say of its variates.
 
     A series without training rows in the frame takes those before scoring: its floor is needed, whatever it rests on.
     """
@@ -151,6 +154,10 @@ def _training_ranges(panel: Panel, span: ScoredSpan, series_ids: tuple[str, ...]
         if np.isnan(values).all():
             values = observed_values(panel, (name,), span.train_stop, span.start)[0]
         ranges[name] = TrainingRange.of(values)
+        if score.joint == "consensus":
+            found = ranges[name]
+            regression = fit_row_regression(values, smallest=score.scale_floor * (found.high - found.low))
+            ranges[name] = replace(found, regression=regression)
     return ranges
 
 

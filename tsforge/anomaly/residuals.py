@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
+from tsforge.anomaly.row_regression import RowRegression
 from tsforge.core.errors import DataError
 
 FloatArray = NDArray[np.float64]
@@ -26,11 +27,13 @@ class TrainingRange:
 
     Attributes:
         low, high: [V] extremes. deviation: [V] standard deviation.
+        regression: of a row on the one before, None where nothing asks for it.
     """
 
     low: FloatArray
     high: FloatArray
     deviation: FloatArray
+    regression: RowRegression | None = None
 
     @classmethod
     def of(cls, values: ArrayLike) -> TrainingRange:

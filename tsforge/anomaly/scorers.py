@@ -108,6 +108,26 @@ def balanced(
     return mean_abs(between) * mahalanobis(winsorise(z, limit), covariance, constant) ** 0.25
 
 
+def consensus(
+    z: ArrayLike, plain: ArrayLike, covariance: Covariance | None, constant: NDArray[np.bool_] | None = None
+) -> FloatArray:
+    """Return the geometric mean of ``mean_v |z_v|``, the Mahalanobis distance and ``mean_v |r_v|``.
+
+    A row is strange when all three say so: one that finds it usual holds back what another makes of it. Not a standard
+    score; the three were chosen on labelled series (docs/anomaly-benchmark.md).
+
+    Args:
+        z: [N, V] residuals of the model. plain: [N, V] residuals r of a row on the one before; where a row has none the
+            mean is one of two.
+        covariance, constant: as of ``mahalanobis``.
+
+    Raises:
+        DataError: see ``mahalanobis``.
+    """
+    joined, size = product(z, covariance, constant), mean_abs(plain)
+    return np.where(np.isnan(size), np.sqrt(joined), np.cbrt(joined * size))
+
+
 def fisher(p_values: ArrayLike) -> FloatArray:
     """Return ``-2 sum_v log p_v`` over observed variates, scaled up to V where some are missing.
 

@@ -16,8 +16,20 @@ from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.covariance import Covariance, fit_covariance
 from tsforge.anomaly.ewma import Ewma, fit_ewma
 from tsforge.anomaly.residuals import ResidualScale, TrainingRange, fit_residual_scale, reduce_horizon
-from tsforge.anomaly.scorers import balanced, fisher, mahalanobis, max_abs, mean_abs, product, top_k, winsorise
+from tsforge.anomaly.row_regression import RowRegression
+from tsforge.anomaly.scorers import (
+    balanced,
+    consensus,
+    fisher,
+    mahalanobis,
+    max_abs,
+    mean_abs,
+    product,
+    top_k,
+    winsorise,
+)
 from tsforge.anomaly.smoothing import build_smoother
+from tsforge.core.errors import DataError
 
 FloatArray = NDArray[np.float64]
 TAIL_FLOOR = 0.1  # smallest scale of normal deviates, whose scale is 1 for a calibrated forecast
@@ -31,6 +43,19 @@ class Scores:
     joint: FloatArray
 
 
+@dataclass(eq=False, kw_only=True)
+class Memory:
+    """What scores of later rows need of the rows before: moves with every row.
+
+    Attributes:
+        ewma: residuals that add up; None where they do not.
+        row: [V] what was last observed, standardised, of ``consensus``; None of other scores.
+    """
+
+    ewma: Ewma | None = None
+    row: FloatArray | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreModel:
     """Fitted scale, covariance and, for ``fisher``, one calibration a variate; never changed again.
@@ -39,6 +64,7 @@ class ScoreModel:
         used: [V] variates inside the covariance: neither constant in training nor without a scale.
         ewma: how far residuals add up over normal rows, with no row behind it; None where they do not.
         share: [V] of ``balanced``, scale of z in deviations of the variate in training.
+        regression: of ``consensus``, a row on the one before.
     """
 
     config: ScoreConfig
@@ -48,6 +74,7 @@ class ScoreModel:
     variate_calibrations: tuple[Calibration | None, ...] = ()
     ewma: Ewma | None = None
     share: FloatArray | None = None
+    regression: RowRegression | None = None
 
     def score(self, deviations: ArrayLike, values: ArrayLike) -> Scores:
         """Return the scores of rows in time order, smoothed from the first row on; row t depends on rows up to t only.
@@ -66,20 +93,28 @@ class ScoreModel:
         joint = smoother.run(scores.joint)
         return Scores(z=scores.z, joint=np.pad(joint, (0, len(scores.joint) - len(joint)), constant_values=np.nan))
 
-    def memory(self) -> Ewma | None:
-        """Return what ``raw`` remembers from row to row, with no row behind it; None where each stands by itself."""
-        return None if self.ewma is None else self.ewma.fresh()
+    def memory(self) -> Memory:
+        """Return what ``raw`` remembers from row to row, with no row behind it."""
+        return Memory(
+            ewma=None if self.ewma is None else self.ewma.fresh(),
+            row=None if self.regression is None else self.regression.nothing_before(),
+        )
 
-    def raw(self, deviations: ArrayLike, values: ArrayLike, memory: Ewma | None) -> Scores:
+    def raw(self, deviations: ArrayLike, values: ArrayLike, memory: Memory) -> Scores:
         """Return the scores before smoothing; shapes as in ``score``.
 
         Args:
             memory: of the rows before these, moved on by them; from ``memory``.
         """
         z = _deviates(self.scale, deviations, values, self.config)
-        if memory is not None:
-            z = _added_up(memory, z, self.scale.constant, self.config)
-        return Scores(z=z, joint=self._joint(z))
+        if memory.ewma is not None:
+            z = _added_up(memory.ewma, z, self.scale.constant, self.config)
+        if self.regression is None:
+            return Scores(z=z, joint=self._joint(z))
+        before = self.regression.nothing_before() if memory.row is None else memory.row
+        plain, memory.row = self.regression.residuals(values, before)
+        cut = winsorise(z, self.config.winsor)
+        return Scores(z=z, joint=consensus(cut, plain, self.covariance, self.constant))
 
     @property
     def constant(self) -> NDArray[np.bool_]:
@@ -113,6 +148,7 @@ class ScoreModel:
             "variates_scored": int(self.scale.scored.sum()),
             "variates_constant": int(self.scale.constant.sum()),
             "variates_without_scale": int((~self.scale.scored).sum()),
+            **({} if self.regression is None else {"variates_in_regression": int(self.regression.used.sum())}),
         }
 
 
@@ -122,9 +158,9 @@ def _deviates(scale: ResidualScale, deviations: ArrayLike, values: ArrayLike, co
     return np.where(scale.constant, z, np.maximum(z, 0.0)) if config.is_one_sided else z
 
 
-def _added_up(memory: Ewma, z: FloatArray, constant: NDArray[np.bool_], config: ScoreConfig) -> FloatArray:
+def _added_up(ewma: Ewma, z: FloatArray, constant: NDArray[np.bool_], config: ScoreConfig) -> FloatArray:
     """Return z [N, V] after the memory; variates that were constant in training stay as they are."""
-    return np.where(constant, z, memory.run(winsorise(z, config.winsor)))
+    return np.where(constant, z, ewma.run(winsorise(z, config.winsor)))
 
 
 def fit_score_model(
@@ -141,8 +177,11 @@ def fit_score_model(
         config: which scores.
 
     Raises:
-        DataError: too few residuals to set any scale, or for the memory of ``ewma``.
+        DataError: too few residuals to set any scale, or for the memory of ``ewma``; ``consensus`` without the
+            regression of the training rows.
     """
+    if (config.joint == "consensus") != (training.regression is not None):
+        raise DataError("joint: consensus, and no other, needs the regression of the training rows")
     unit = training.high - training.low if config.has_data_units else 1.0
     floor = TAIL_FLOOR if config.kind in ("tail", "growth") else config.scale_floor * unit
     scale = fit_residual_scale(deviations, training, smallest=floor, constant_score=config.constant_score)
@@ -165,6 +204,7 @@ def fit_score_model(
         variate_calibrations=calibrations,
         ewma=ewma,
         share=_share(scale, ewma, training, config) if config.joint == "balanced" else None,
+        regression=training.regression,
     )
 
 

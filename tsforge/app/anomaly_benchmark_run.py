@@ -173,7 +173,7 @@ class BaselineSetting:
             except DataError as error:  # the scorers alone can be judged all the same
                 found.append({"method": label, "role": "model", "status": "failed", "error": str(error)})
                 continue
-            take(label, scores, time.perf_counter() - started, "model", config.latency)
+            take(label, scores, time.perf_counter() - started, "model")
         return {"rows": found, "rules": ruled}
 
 
@@ -285,7 +285,7 @@ def _run_recipe(
     frame, start = data.frame(test=True), len(data.train)
     if isinstance(config, EnsembleConfig):
         found = ensemble_scores(artifact, frame, config, start=start)[0]
-        scored = judge(found.scores, found.known, data, judgement, config.latency)
+        scored = judge(found.scores, found.known, data, judgement)
         z = np.stack([found.z[name] for name in data.columns], axis=1)[found.known :]
         return replace(scored, z=z)
     settings = config.model_copy(update={"rule": judgement.rule_for(data), "events": judgement.events})

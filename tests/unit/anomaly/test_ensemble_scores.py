@@ -97,37 +97,6 @@ def test_ratio_is_the_mean_in_units_of_the_usual_score_smoothed() -> None:
         combine({"a": members["a"], "b": np.zeros(300)}, 200, smoothing=None)
 
 
-def test_geometric_is_the_geometric_mean_of_sizes_smoothed() -> None:
-    """A squared distance counts as a distance; missing members are left out; two-sided sums by a loop."""
-    rng = np.random.default_rng(10)
-    members = {"residual_mean_abs": rng.chisquare(2, 260), "residual_mahalanobis": 100.0 * rng.chisquare(5, 260)}
-    members["residual_mean_abs"][40], members["residual_mahalanobis"][90] = np.nan, 0.0
-    for values in members.values():
-        values[70] = np.nan
-    usual = {name: float(np.nanmedian(values[:200])) for name, values in members.items()}
-    plain = []
-    for row in range(260):
-        parts = []
-        for name, values in members.items():
-            if not math.isnan(values[row]):
-                size = max(values[row] / usual[name], np.finfo(float).tiny)
-                parts.append(math.log(size) / (2.0 if name.endswith("mahalanobis") else 1.0))
-        plain.append(math.exp(sum(parts) / len(parts)) if parts else math.nan)
-    np.testing.assert_allclose(combine(members, 200, join="geometric", smoothing=None), plain, rtol=1e-12)
-    smoothing = EnsembleConfig(smoothing={"kind": "two_sided", "weight": 0.3, "reach": 4})
-    assert smoothing.latency == 4
-    found = combine(members, 200, join="geometric", smoothing=smoothing.smoothing)
-    for row in range(260):
-        if row > 255 or math.isnan(plain[row]):
-            assert math.isnan(found[row])
-            continue
-        near = [
-            (0.7 ** abs(j), plain[row + j]) for j in range(-4, 5) if row + j >= 0 and not math.isnan(plain[row + j])
-        ]
-        assert found[row] == pytest.approx(sum(w * s for w, s in near) / sum(w for w, _ in near), rel=1e-12)
-    assert EnsembleConfig(smoothing=0.1).latency == 0
-
-
 def test_recentring_subtracts_the_mean_of_the_rows_before() -> None:
     rng = np.random.default_rng(9)
     scores = rng.normal(size=60) + 5.0
@@ -145,7 +114,7 @@ def test_recentring_subtracts_the_mean_of_the_rows_before() -> None:
     np.testing.assert_allclose(combine(members, 200, smoothing=0.1, recentre=50.0), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("join", ["ratio", "surprise", "geometric"])
+@pytest.mark.parametrize("join", ["ratio", "surprise"])
 def test_a_unit_of_a_member_changes_nothing(join: Any) -> None:
     rng = np.random.default_rng(3)
     a, b = rng.chisquare(2, 400), rng.chisquare(4, 400)

@@ -20,7 +20,7 @@ from tsforge.anomaly.covariance import DenseCovariance, LowRankCovariance
 from tsforge.anomaly.monitor import EventRow, Judged, Monitor
 from tsforge.anomaly.online_intake import plain_rows
 from tsforge.anomaly.residuals import TrainingRange, reduce_horizon
-from tsforge.anomaly.scoring import fit_score_model
+from tsforge.anomaly.scoring import Memory, fit_score_model
 from tsforge.anomaly.segments import Segment, find_segments
 from tsforge.anomaly.smoothing import TwoSided
 from tsforge.anomaly.thresholds import Quantile, RollingQuantile
@@ -48,7 +48,7 @@ def monitor_of(deviations: np.ndarray, config: EventConfig, start: int) -> Monit
     values = np.zeros((len(deviations), 4))
     training = TrainingRange(low=np.zeros(4), high=np.ones(4), deviation=np.full(4, 0.3))
     model = fit_score_model(deviations[:200], values[:200], training, ScoreConfig())
-    scores = model.raw(deviations[:200], values[:200], None).joint
+    scores = model.raw(deviations[:200], values[:200], Memory()).joint
     return Monitor(
         series_id="one",
         names=NAMES,
@@ -77,7 +77,7 @@ def chained(segments: list[Segment], leading: list[frozenset[str]], cooldown: in
 
 def expected_events(monitor: Monitor, deviations: np.ndarray, skipped: int) -> list[EventRow]:
     """Return the events of all rows at once: segments of the whole span, contributions of their rows, chains."""
-    found = monitor.model.raw(deviations, np.zeros((len(deviations), 4)), None)
+    found = monitor.model.raw(deviations, np.zeros((len(deviations), 4)), Memory())
     decisions, p = monitor.rule.run(found.joint), monitor.calibration.p_values(found.joint)
     segments = [one for one in find_segments(found.joint, decisions, monitor.config) if one.end >= skipped]
     ranked = []
@@ -125,7 +125,7 @@ def test_a_monitor_finds_the_events_of_the_whole_span_whatever_the_cuts(seed: in
 def late_monitor(deviations: np.ndarray, reach: int) -> Monitor:
     """Return a monitor whose scores wait, with a rule that learns from the rows it judges."""
     calm = monitor_of(deviations, EventConfig(merge_gap=2), 200)
-    rule = RollingQuantile(0.2, 100).fit(calm.model.raw(deviations[:200], np.zeros((200, 4)), None).joint)
+    rule = RollingQuantile(0.2, 100).fit(calm.model.raw(deviations[:200], np.zeros((200, 4)), Memory()).joint)
     return replace(calm, smoother=TwoSided(0.3, reach), rule=rule)
 
 
@@ -149,7 +149,7 @@ def test_rows_wait_for_their_score_with_all_that_belongs_to_them_whatever_the_cu
 
     whole, monitor = told([200, 700])
     size = 500 - reach
-    raw = monitor.model.raw(deviations[200:], values[200:], None)
+    raw = monitor.model.raw(deviations[200:], values[200:], Memory())
     smoothed = TwoSided(0.3, reach).run(raw.joint)
     np.testing.assert_array_equal(whole.joint, smoothed)
     np.testing.assert_array_equal(whole.z, raw.z[:size])
