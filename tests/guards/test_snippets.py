@@ -101,10 +101,13 @@ def test_nothing_committed_names_this_machine() -> None:
     files += [
         ROOT / name for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt", "docker-compose.yml")
     ]
+    places = re.compile(suspicious.pattern + r"|\"/(tmp|home)/")  # also where results were written
     hits = [
         f"{path.relative_to(ROOT)}: {match.group()}"
         for path in files
         if path.is_file()
-        for match in suspicious.finditer(path.read_text(encoding="utf-8"))
+        for match in (places if path.parent.name == "results" else suspicious).finditer(
+            path.read_text(encoding="utf-8")
+        )
     ]
     assert hits == []

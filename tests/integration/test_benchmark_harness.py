@@ -122,7 +122,9 @@ def test_naive_rows_are_always_there_and_rows_are_ranked(workspace: Workspace, t
     last = next(row for row in rows if row["model"] == "last_value")
     assert last["skill"] == 0.0
     assert all(row["parameters"] is not None and row["peak_memory_mb"] > 1 for row in rows)
-    assert json.loads((result.path / "summary.json").read_text())["rows"] == rows
+    kept = (result.path / "summary.json").read_text()
+    assert json.loads(kept)["rows"] == rows
+    assert str(result.path) not in kept
     assert pl.read_parquet(result.path / "table.parquet").equals(result.table)
 
 

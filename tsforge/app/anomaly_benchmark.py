@@ -191,10 +191,10 @@ class AnomalyBenchmarkResult(PassResult):
     notes: tuple[str, ...]
     path: Path
 
-    def summary(self) -> dict[str, Any]:
-        """Return what a person wants to know first."""
+    def summary(self, *, places: bool = True) -> dict[str, Any]:
+        """Return what a person wants to know first, with ``places`` where the report lies too."""
         rules = {"failed_rules": self.ruled.filter(status="failed").height} if self.ruled.height else {}
-        return {"benchmark": self.name, "rows": self.table.height, **rules, **self.facts()}
+        return {"benchmark": self.name, "rows": self.table.height, **rules, **self.facts(places=places)}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the records with what fits on a screen."""
@@ -240,7 +240,7 @@ def anomaly_benchmark(
         result.ruled.write_parquet(temporary / "rules.parquet")
         document = {
             "config": config.model_dump(mode="json"),
-            **result.summary(),
+            **result.summary(places=False),
             "environment": environment(config),
             "rows": result.records(),
             "rules": rule_records(result.ruled),

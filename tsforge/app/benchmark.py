@@ -108,9 +108,9 @@ class BenchmarkResult(PassResult):
     notes: tuple[str, ...]
     path: Path
 
-    def summary(self) -> dict[str, Any]:
-        """Return what a person wants to know first."""
-        return {"data": self.data, "settings": self.table.height, **self.facts()}
+    def summary(self, *, places: bool = True) -> dict[str, Any]:
+        """Return what a person wants to know first, with ``places`` where the report lies too."""
+        return {"data": self.data, "settings": self.table.height, **self.facts(places=places)}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the records without what only the report needs."""
@@ -352,7 +352,7 @@ def _save(result: BenchmarkResult, config: BenchmarkConfig, prepared: list[Prepa
         result.table.write_parquet(temporary / "table.parquet")
         document = {
             "config": config.model_dump(mode="json"),
-            **result.summary(),
+            **result.summary(places=False),
             "environment": environment(config),
             "rows": result.rows(),
         }

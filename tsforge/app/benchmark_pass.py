@@ -38,15 +38,15 @@ class PassResult:
         """Number of jobs that failed."""
         return self.table.filter(status="failed").height
 
-    def facts(self) -> dict[str, Any]:
-        """Return how the jobs ended and where the report lies."""
+    def facts(self, *, places: bool = True) -> dict[str, Any]:
+        """Return how the jobs ended and, with ``places``, where the report lies: its own files go with the folder."""
+        found = {"path": str(self.path), "report": str(self.path / "report.html")}
         return {
             "failed": self.failed,
             "skipped": self.table.filter(status="skipped").height,
             "from_cache": int(self.table["cached"].sum()),
             "notes": list(self.notes),
-            "path": str(self.path),
-            "report": str(self.path / "report.html"),
+            **(found if places else {}),
         }
 
 
