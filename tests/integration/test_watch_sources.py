@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 from datetime import timedelta
@@ -336,16 +337,21 @@ def test_a_key_that_appears_late_is_not_passed_over(plant: Watched) -> None:
     assert poll.rest() is None
 
 
-def test_a_table_in_postgresql(plant: Watched, postgres_url: str) -> None:
+@pytest.mark.parametrize("kind", ["float8", "numeric"])
+def test_a_table_in_postgresql(plant: Watched, postgres_url: str, kind: str) -> None:
+    """A cell that is NaN counts as missing and costs no row beside it, of either type of numbers."""
     from sqlalchemy import create_engine, text
 
     rows, engine = new_rows(), create_engine(postgres_url)
+    odd = pl.int_range(rows.height) == 40
+    rows = rows.with_columns(pl.when(odd).then(None).otherwise(pl.col("x")).alias("x"))
     with engine.begin() as connection:
         connection.execute(
-            text("CREATE TABLE readings (at timestamptz, machine text, ts timestamptz, x float8, y float8)")
+            text(f"CREATE TABLE readings (at timestamptz, machine text, ts timestamptz, x {kind}, y {kind})")
         )
         columns = ("at", "machine", "ts", "x", "y")
         lines = [dict(zip(columns, (row[1], *row), strict=True)) for row in rows.iter_rows()]
+        lines[40]["x"] = math.nan
         connection.execute(text("INSERT INTO readings VALUES (:at, :machine, :ts, :x, :y)"), lines)
     engine.dispose()
     source = table_source(plant.root, url=postgres_url, key="at")

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -365,11 +366,27 @@ def _whole_table(name: str, connection: Any) -> Executable:
 
 
 def typed_column(name: str, cells: list[Any]) -> pl.Series:
-    """Return cells as one column; SQLite may mix types in a column, then they become text for the cell checks."""
+    """Return cells as one column.
+
+    Decimals become whole numbers where all are, else floats, which hold NaN, infinities and any number of digits.
+    SQLite may mix types in a column, then its cells become text for the cell checks; so do addresses and UUIDs.
+    """
     try:
-        return pl.Series(name, cells, strict=True)
+        column = pl.Series(name, _without_decimals(cells), strict=True)
     except (TypeError, OverflowError, pl.exceptions.PolarsError):
+        column = None
+    if column is None or column.dtype == pl.Object:
         return pl.Series(name, [None if cell is None else str(cell) for cell in cells], dtype=pl.String)
+    return column
+
+
+def _without_decimals(cells: list[Any]) -> list[Any]:
+    decimals = [cell for cell in cells if isinstance(cell, Decimal)]
+    if not decimals:
+        return cells
+    is_whole = all(c.is_finite() and -(2**63) <= c < 2**63 and c == c.to_integral_value() for c in decimals)
+    kind = int if is_whole else float
+    return [kind(cell) if isinstance(cell, Decimal) else cell for cell in cells]
 
 
 def to_pandas(frame: SeriesFrame | pl.DataFrame) -> pd.DataFrame:

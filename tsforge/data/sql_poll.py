@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -11,6 +12,7 @@ from typing import Any
 import polars as pl
 from sqlalchemy import MetaData, Table, false, func, select
 from sqlalchemy.exc import NoSuchTableError
+from sqlalchemy.types import TypeEngine
 
 from tsforge.core.errors import DataError, listing, nearest
 from tsforge.data.config import SqlSource
@@ -18,6 +20,7 @@ from tsforge.data.io import source_url, typed_column
 from tsforge.data.sql import open_engine, safe_url, transaction
 
 Key = int | float | str | datetime | date
+_KINDS = "use a whole number, a float, text or a time"
 
 
 @dataclass(frozen=True)
@@ -125,15 +128,32 @@ class KeyedTable:
                 f"{self.origin} lacks column(s) {listing(missing)}{hint} (it has {listing(names, 20)}); "
                 "set source.key and source.rows"
             )
+        self._check_kind(found.c[self.key].type)
         self._found = found
         return found
 
+    def _check_kind(self, kind: TypeEngine[Any]) -> None:
+        """Refuse a column that no database orders as numbers, texts or times, before one is asked for its greatest."""
+        try:
+            found = kind.python_type
+        except NotImplementedError:  # a type of the database's own: its values will show
+            return
+        if found is bool or not issubclass(found, int | float | Decimal | str | datetime | date):
+            raise DataError(f"{self.origin}: key '{self.key}' is of type {kind}; {_KINDS}")
+
     def _plain(self, key: Any) -> Key | None:
+        if isinstance(key, float | Decimal) and not math.isfinite(key):
+            raise DataError(
+                f"{self.origin}: key '{self.key}' is {key} in a row, beside which no key grows; give that row a number "
+                "greater than all before, or delete it"
+            )
         if isinstance(key, Decimal) and key == int(key):
             return int(key)
+        if isinstance(key, Decimal):
+            raise DataError(f"{self.origin}: key '{self.key}' holds decimal fractions ({key}); {_KINDS}")
         if key is None or (isinstance(key, int | float | str | datetime | date) and not isinstance(key, bool)):
             return key
-        raise DataError(f"{self.origin}: key '{self.key}' holds {type(key).__name__}; use a number, text or time")
+        raise DataError(f"{self.origin}: key '{self.key}' holds {type(key).__name__}; {_KINDS}")
 
 
 def write_key(key: Key | None) -> dict[str, Any]:
