@@ -175,7 +175,8 @@ def _parse(raw: pl.Series, config: DataConfig) -> pl.Series:
 def _zoned(times: pl.Series, config: DataConfig) -> pl.Series:
     if config.timezone != "UTC" and not makes_local_days(config):
         raise DataError(
-            f"time column '{times.name}' carries its own zone, so timezone={config.timezone} has no effect; remove it"
+            f"time column '{times.name}' carries its own zone, so timezone={config.timezone} has no effect; remove "
+            "it, or set resample.every=1d for days of that clock"
         )
     return times.dt.convert_time_zone("UTC")
 

@@ -149,6 +149,7 @@ def test_checklist_5_10_autocast_leaves_the_scan_in_float32() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @torch.no_grad()
 def test_checklist_5_10_the_gpu_agrees() -> None:
     stack, x = stack_of(conv=4).float(), grid(2, 4, 33, features=D).float()
