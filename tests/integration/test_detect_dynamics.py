@@ -148,7 +148,7 @@ def test_regions_need_a_model_that_has_them(linear: Artifact, plrnn: Artifact) -
 
 
 def test_a_window_longer_than_the_training_rows_is_refused(linear: Artifact) -> None:
-    with pytest.raises(DataError, match=r"series 'a': 1000 training rows .* score\.window"):
+    with pytest.raises(DataError, match=r"'a': 1000 training rows .* lower score\.window, to 600"):
         scored(linear, made(), {"kind": "spectrum", "window": 1200})
 
 

@@ -216,6 +216,14 @@ def test_latent_scores_answer_another_question_and_name_it(s4: Artifact, linear:
         fit_latent(np.ones((60, 1, 3)))
     with pytest.raises(DataError, match="latent scores need 50 training rows .* 49 have one"):
         fit_latent(np.random.default_rng(0).normal(size=(49, 1, 3)))
+    with pytest.raises(DataError, match="0 have one; give the detector all rows that trained"):
+        fit_latent(np.full((200, 1), np.nan))  # of contexts that no series has
+    states = np.random.default_rng(0).normal(size=(60, 2, 3))
+    alone = fit_latent(states[:, 1:]).distances(states[:, 1:])
+    states[:, 0] = 0.1  # a mean of 60 such numbers rounds away from it
+    found = fit_latent(states).distances(states)
+    assert np.isnan(found[:, 0]).all()
+    np.testing.assert_array_equal(found[:, 1:], alone)
 
 
 def test_late_scores_are_late_and_nothing_rests_on_scores_that_read_scored_rows(linear: Artifact) -> None:

@@ -15,6 +15,7 @@ import pytest
 from test_online_detector import (
     BEGIN,
     ROWS,
+    TRAIN,
     Log,
     artifact_of,
     as_frame,
@@ -33,7 +34,7 @@ from tsforge.anomaly.online import OnlineDetector
 from tsforge.anomaly.online_windows import KeptWindows
 from tsforge.anomaly.windowed import WindowJudge
 from tsforge.artifact import Artifact
-from tsforge.core.errors import ModelError
+from tsforge.core.errors import DataError, ModelError
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "linear": {"name": "linear"},
@@ -113,6 +114,76 @@ def test_any_cutting_of_the_rows_equals_the_batch_run(
 ) -> None:
     """Checklist 7: scores bit for bit, events once each, over missing cells, blocks and rows, with files between."""
     check_any_cut(artifacts[name], table, watched(score))
+
+
+def with_odd_series(table: pl.DataFrame) -> pl.DataFrame:
+    """Add series that begin after training and in it, lack a variate, had a constant one, or nothing else."""
+    like, time = table.filter(series_id="a"), pl.col("time")
+    broken = pl.when(time == hours(BEGIN + 50)).then(9.0).otherwise(5.0)
+    odd = {
+        "begun": like.filter(time >= hours(BEGIN - 20)),
+        "no_z": like.with_columns(z=pl.lit(None, dtype=pl.Float64)),
+        "short": like.filter(time >= hours(TRAIN - 8)),
+        "steady": like.with_columns(z=broken),
+        "z_came": like.with_columns(z=pl.when(time >= hours(TRAIN)).then("z")),
+    }
+    return pl.concat([table, *(part.with_columns(series_id=pl.lit(name)) for name, part in odd.items())])
+
+
+@pytest.mark.parametrize("number", [0, 3, 4, 5, 8, 11], ids=lambda number: IDS[number])
+def test_series_and_variates_that_nothing_compares_with_are_left_out_and_named(
+    artifacts: dict[str, Artifact], table: pl.DataFrame, number: int
+) -> None:
+    """One series that began after training must not stop the others, in ``detect`` and in a stream."""
+    name, score = SCORES[number]
+    odd, config = with_odd_series(table), watched(score)
+    check_any_cut(artifacts[name], odd, config)
+    report = detect(artifacts[name], as_frame(odd), config, start=hours(BEGIN))
+    detector = OnlineDetector.start(artifacts[name], as_frame(odd), config, start=hours(BEGIN))
+    assert sorted(report.metadata["series"]) == sorted(detector.series) == ["a", "b", "no_z", "steady", "z_came"]
+    for notices in (report.metadata["notices"], detector.notices):
+        told = "\n".join(notices)
+        assert "2 of 7 series cannot be compared with the rows that trained the artifact (2024-01-01 00:00 to" in told
+        assert "not scored: begun, short" in told
+        assert "'begun': 150 training rows (0 of" in told or "'begun', 'short'" in told
+        assert ("'z' of 'z_came'" in told) == (score["kind"] != "regions")  # states of all variates are one
+    facts = report.metadata["series"]
+    assert {facts[each]["variates_scored"] for each in ("a", "b", "steady")} == {3}
+    assert {facts[each]["variates_scored"] for each in ("no_z", "z_came")} == (
+        {3} if score["kind"] == "regions" else {2}
+    )
+    steady = report.scores.table.filter(series_id="steady", variate="z").sort("time")
+    apart = steady.filter(pl.col("score").abs() > 5)
+    assert apart["time"].to_list() == [hours(BEGIN + 50)]  # judged by "differs from the constant"
+
+
+def test_when_nothing_compares_with_any_series_the_error_says_what_helps(
+    artifacts: dict[str, Artifact], table: pl.DataFrame
+) -> None:
+    begun = as_frame(table.filter(pl.col("time") >= hours(TRAIN + 10)))
+    for artifact, score, message in (
+        (
+            "linear",
+            {"kind": "reconstruction"},
+            "150 training rows .0 of them observed. .*; no score.window helps: give the",
+        ),
+        ("linear", {"kind": "spectrum", "window": 24}, "2 of 2 series cannot be compared .* no score.window helps"),
+        ("s4", {"kind": "latent"}, "50 training rows .*, 0 have one; give the detector all rows that trained the"),
+    ):
+        with pytest.raises(DataError, match=message):
+            detect(artifacts[artifact], begun, watched(score), start=hours(BEGIN))
+        with pytest.raises(DataError, match=message):
+            OnlineDetector.start(artifacts[artifact], begun, watched(score), start=hours(BEGIN))
+    frame = as_frame(table)
+    with pytest.raises(DataError, match="no window of 200 rows .* lower score.window, to 100 for example"):
+        detect(artifacts["linear"], frame, watched({"kind": "spectrum", "window": 200}), start=hours(BEGIN))
+    late = table.filter((pl.col("series_id") == "b") | (pl.col("time") >= hours(BEGIN - 20)))
+    with pytest.raises(DataError, match="2 of 2 .*'a': 150 .*0 of them.*'b': 150 .*150 of them.* to 100 for example"):
+        detect(artifacts["linear"], as_frame(late), watched({"kind": "spectrum", "window": 200}), start=hours(BEGIN))
+    some = table.filter((pl.col("series_id") == "a") | (pl.col("time") >= hours(BEGIN - 20)))
+    recent = some.filter((pl.col("series_id") == "b") | (pl.col("time") < hours(TRAIN + 30)))
+    with pytest.raises(DataError, match="1 of 2 series cannot be compared .*1 of 2 series cannot be calibrated"):
+        detect(artifacts["linear"], as_frame(recent), watched({"kind": "states", "window": 16}), start=hours(BEGIN))
 
 
 LATE = {"kind": "reconstruction", "window": 5, "overlap_reduction": "median"}

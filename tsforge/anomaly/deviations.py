@@ -12,6 +12,7 @@ from tsforge.anomaly.config import ScoreConfig
 from tsforge.anomaly.contexts import context_traces
 from tsforge.anomaly.growth import free_runs
 from tsforge.anomaly.residuals import tail_to_normal
+from tsforge.anomaly.uncomparable import Uncomparable
 from tsforge.anomaly.windowed import (
     FAR_OUT,
     UNCOMPARED,
@@ -21,7 +22,7 @@ from tsforge.anomaly.windowed import (
     training_traces,
 )
 from tsforge.artifact import Artifact
-from tsforge.core.errors import ConfigError, DataError
+from tsforge.core.errors import ConfigError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.forecasting.rolling import Output, RollingForecasts, rolling_forecasts
@@ -52,6 +53,7 @@ class Deviations:
 
     Attributes:
         windowed: of windowed kinds, what judges the rows of each series.
+        lacking: of these kinds, series without deviations, since their training rows hold too little.
     """
 
     series_ids: tuple[str, ...]
@@ -60,6 +62,7 @@ class Deviations:
     values: FloatArray
     expected: FloatArray
     windowed: Mapping[str, WindowedSeries] = field(default_factory=dict)
+    lacking: Mapping[str, Uncomparable] = field(default_factory=dict)
 
 
 def used_steps(config: ScoreConfig, horizon: int) -> tuple[int, ...]:
@@ -104,7 +107,7 @@ def collect_deviations(
     Raises:
         ModelError: ``tail``, ``interval`` or ``nll`` of an artifact that forecasts points only; ``regions``,
             ``growth``, ``masked``, ``latent`` or ``free_energy`` of a model that has nothing of the kind.
-        DataError: too few training rows for a window.
+        DataError: a window that is too large.
     """
     if config.is_windowed:
         return _windowed(artifact, frame, config, span, observed, training)
@@ -215,12 +218,12 @@ def _windowed(
     elif config.kind not in UNCOMPARED:
         learnt = training_traces(artifact, frame, config, training, function)
     judges: dict[str, WindowJudge] = {}
-    for place, name in enumerate(ids):
+    lacking: dict[str, Uncomparable] = {}
+    for name in ids:
         try:
             judges[name] = fit_window_judge(config, learnt.get(name, np.empty((0, 1))))
-        except DataError as error:
-            if not np.isnan(values[place]).all():  # nobody asks for rows that are not there
-                raise DataError(f"series '{name}': {error}") from error
+        except Uncomparable as error:
+            lacking[name] = error
     reach = max((judge.reach + judge.latency for judge in judges.values()), default=0)
     if function is None:
         traces = dict(zip(ids, observed_values(observed, ids, start - reach, stop), strict=True))
@@ -234,7 +237,7 @@ def _windowed(
             scored = judge.judge(of_rows[reach - judge.reach :], values[place, :until], start)
             found[place, :until, 0], expected[place, :until] = scored
             windowed[name] = WindowedSeries(judge, of_rows[len(of_rows) - judge.reach - judge.latency :])
-    return Deviations(ids, start, found, values, expected, windowed)
+    return Deviations(ids, start, found, values, expected, windowed, lacking)
 
 
 def observed_values(panel: Panel, series_ids: tuple[str, ...], start: int, stop: int) -> FloatArray:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from tsforge.anomaly.contexts import ContextFunction, FloatArray
 from tsforge.anomaly.covariance import by_row
+from tsforge.anomaly.uncomparable import Uncomparable
 from tsforge.artifact import Artifact
 from tsforge.contracts.tensors import Batch
-from tsforge.core.errors import DataError, ModelError
+from tsforge.core.errors import ModelError
 
 EXPLAINED = 0.95
 MOST_STATES = 5_000
@@ -42,7 +43,10 @@ class Latent(Protocol):
 
 @dataclass(frozen=True)
 class LatentScale:
-    """Where training states lie: mean [R, D], and for each r directions [k, D] divided by their deviations."""
+    """Where training states lie: mean [R, D], and for each r directions [k, D] divided by their deviations.
+
+    A state that never moved has no direction and no distance: nothing is known of how far is far.
+    """
 
     mean: FloatArray
     whitening: tuple[FloatArray, ...]
@@ -51,31 +55,42 @@ class LatentScale:
         """Return the distance [N, R] of states [N, R, D], each by itself; NaN where a state is, or all are ([N, 1])."""
         if states.ndim < 3:
             return np.full((len(states), len(self.mean)), np.nan)
-        parts = [by_row(white, states[:, r] - self.mean[r]) for r, white in enumerate(self.whitening)]
-        return np.stack([np.sqrt(np.square(part).sum(axis=1)) for part in parts], axis=1)
+        found = np.full(states.shape[:2], np.nan)
+        for r, white in enumerate(self.whitening):
+            if len(white):
+                found[:, r] = np.sqrt(np.square(by_row(white, states[:, r] - self.mean[r])).sum(axis=1))
+        return found
 
 
 def fit_latent(states: FloatArray, explained: float = EXPLAINED) -> LatentScale:
-    """Return the scale of training states [N, R, D]; rows with NaN are left out.
+    """Return the scale of training states [N, R, D]; rows with NaN are left out, and all of anything but states.
 
     Raises:
-        DataError: fewer than 50 states, or states that never move.
+        Uncomparable: fewer than 50 states, or states that never move.
     """
-    seen = states[~np.isnan(states).any(axis=(1, 2))]
+    seen = states[~np.isnan(states).any(axis=(1, 2))] if states.ndim == 3 else states[:0]
     if len(seen) < FEWEST_STATES:
-        raise DataError(
-            f"latent scores need {FEWEST_STATES} training rows with a whole context before them, {len(seen)} have one"
+        raise Uncomparable(
+            f"latent scores need {FEWEST_STATES} training rows with a whole context before them, {len(seen)} have one",
+            observed=len(seen),
         )
     mean, whitening = seen.mean(axis=0), []
     for r in range(states.shape[1]):
         centred = seen[:, r] - mean[r]
         values, directions = np.linalg.eigh(centred.T @ centred / (len(centred) - 1))
         values, directions = values[::-1], directions[:, ::-1]
-        if values[0] <= 0.0:
-            raise DataError("the hidden state of the model never moves in training; latent scores mean nothing for it")
+        if (seen[:, r] == seen[0, r]).all() or values[0] <= 0.0:  # a mean may round away from equal numbers
+            whitening.append(np.empty((0, states.shape[2])))
+            continue
         share = np.cumsum(values) / values.sum()
         count = int(np.searchsorted(share, explained * (1.0 - 1e-12))) + 1
         whitening.append(np.ascontiguousarray((directions[:, :count] / np.sqrt(values[:count])).T))
+    if not any(len(white) for white in whitening):
+        raise Uncomparable(
+            "the hidden state of the model never moves in training, so latent scores mean nothing for it",
+            observed=len(seen),
+            advice="take another score.kind",
+        )
     return LatentScale(mean=mean, whitening=tuple(whitening))
 
 

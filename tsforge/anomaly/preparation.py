@@ -16,6 +16,7 @@ from tsforge.anomaly.row_regression import fit_row_regression
 from tsforge.anomaly.series import SeriesRows
 from tsforge.anomaly.spans import ScoredSpan, SeriesSpans, series_spans
 from tsforge.anomaly.thresholds import ThresholdRule, build_rule
+from tsforge.anomaly.uncomparable import Uncomparable
 from tsforge.artifact import Artifact
 from tsforge.core.errors import DataError, listing
 from tsforge.data.frame import SeriesFrame
@@ -24,6 +25,7 @@ from tsforge.data.panel import Panel
 
 MICROSECONDS_PER_DAY = 86_400_000_000
 DAYS_PER_MONTH = 365.2425 / 12
+MOST_REASONS = 3  # told of series that cannot be compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Prepared:
     Attributes:
         calibrated: rows of a series, and which of them scale and calibrate.
         new_rule: makes an unfitted threshold rule.
-        notices: series left out.
+        notices: series and variates left out.
         windowed: of windowed kinds of score, what judges the rows of each series.
     """
 
@@ -63,7 +65,7 @@ def prepare(
 
     Raises:
         ConfigError: an impossible budget, steps beyond the horizon.
-        DataError: no row between training and scoring, or too few to calibrate any series.
+        DataError: no row between training and scoring, or too few to calibrate any series, or to compare any with.
         ModelError: a kind of score that the artifact cannot give.
     """
     first = max(span.train_stop, panel.span()[0])
@@ -93,6 +95,8 @@ def prepare(
     calibrated: list[tuple[SeriesRows, SeriesSpans]] = []
     lacking: dict[str, tuple[int, int]] = {}
     for place, name in enumerate(found.series_ids):
+        if name in found.lacking:
+            continue
         rows = SeriesRows(
             series_id=name,
             start=first,
@@ -113,7 +117,8 @@ def prepare(
             lacking[name] = (int(usable.sum()), spans)
         else:
             calibrated.append((rows, spans))
-    notices = _lacking(panel.grid, span, lacking, len(found.series_ids))
+    notices = _left_out(panel.grid, span, found.lacking, lacking, len(found.series_ids))
+    notices += _blind(calibrated, before, artifact.schema.targets)
     return Prepared(calibrated=calibrated, new_rule=new_rule, notices=notices, windowed=found.windowed)
 
 
@@ -161,16 +166,67 @@ def _training_ranges(
     return ranges
 
 
-def _lacking(grid: TimeGrid, span: ScoredSpan, lacking: dict[str, tuple[int, int]], total: int) -> list[str]:
-    """Return a notice about series that could not be calibrated; all of them is an error."""
-    if not lacking:
+def _left_out(
+    grid: TimeGrid,
+    span: ScoredSpan,
+    uncomparable: Mapping[str, Uncomparable],
+    lacking: Mapping[str, tuple[int, int]],
+    total: int,
+) -> list[str]:
+    """Return notices about series that cannot be scored; all of them is an error.
+
+    Args:
+        grid, span: of the rows.
+        uncomparable: series with too little in the training rows.
+        lacking: rows that calibrate, and rows that are needed, of series with too few of them.
+        total: series there are.
+    """
+    texts, advice = [], []
+    if uncomparable:
+        texts.append(
+            f"{len(uncomparable)} of {total} series cannot be compared with the rows that trained the artifact "
+            f"({show_time(grid.time_at(span.train_start))} to {show_time(grid.time_at(span.train_stop - 1))}): "
+            f"{_reasons(uncomparable)}"
+        )
+        # of the one that is nearest to what it needs: that helps at least one
+        advice.append(max(uncomparable.values(), key=lambda error: error.observed).advice)
+    if lacking:
+        name, (found, needed) = next(iter(lacking.items()))
+        texts.append(
+            f"{len(lacking)} of {total} series cannot be calibrated: between training (up to "
+            f"{show_time(grid.time_at(span.train_stop - 1))}) and scoring (from {show_time(grid.time_at(span.start))}) "
+            f"at least {needed} rows with a forecast and a value are needed, '{name}' has {found}"
+        )
+        advice.append("score later rows, fit on earlier ones, or lower calibration.min_rows")
+    if texts and len(uncomparable) + len(lacking) == total:
+        raise DataError("; ".join(part for pair in zip(texts, advice, strict=True) for part in pair))
+    named = [names for names in (uncomparable, lacking) if names]
+    return [f"{text}; not scored: {listing(names)}" for text, names in zip(texts, named, strict=True)]
+
+
+def _reasons(uncomparable: Mapping[str, Uncomparable]) -> str:
+    """Return what series lack, those that lack the same together; the most frequent reasons."""
+    alike: dict[str, list[str]] = {}
+    for name, error in uncomparable.items():
+        alike.setdefault(error.lack, []).append(f"'{name}'")
+    groups = sorted(alike.items(), key=lambda item: -len(item[1]))
+    parts = [f"{listing(names, 3)}: {lack}" for lack, names in groups[:MOST_REASONS]]
+    rest = sum(len(names) for _, names in groups[MOST_REASONS:])
+    return "; ".join(parts) + (f"; {rest} more series in the same way" if rest else "")
+
+
+def _blind(calibrated: list[tuple[SeriesRows, SeriesSpans]], before: int, names: tuple[str, ...]) -> list[str]:
+    """Return a notice about variates that have values before scoring and no score of any of them."""
+    found = {}
+    for rows, _ in calibrated:
+        seen = ~np.isnan(rows.values[:before]).all(axis=0) & ~rows.training.constant
+        blind = seen & np.isnan(rows.deviations[:before]).all(axis=(0, 1))
+        if blind.any():
+            found[rows.series_id] = listing(f"'{names[place]}'" for place in np.flatnonzero(blind))
+    if not found:
         return []
-    name, (found, needed) = next(iter(lacking.items()))
-    text = (
-        f"{len(lacking)} of {total} series cannot be calibrated: between training (up to "
-        f"{show_time(grid.time_at(span.train_stop - 1))}) and scoring (from {show_time(grid.time_at(span.start))}) at "
-        f"least {needed} rows with a forecast and a value are needed, '{name}' has {found}"
-    )
-    if len(lacking) == total:
-        raise DataError(f"{text}; score later rows, fit on earlier ones, or lower calibration.min_rows")
-    return [f"{text}; not scored: {listing(lacking)}"]
+    named = listing(f"{variates} of '{name}'" for name, variates in found.items())
+    return [
+        f"variates of {len(found)} series are not scored, because what they hold in training, or since, is too little "
+        f"to compare: {named}"
+    ]

@@ -7,8 +7,9 @@ is told without looking at it,
     E[x_j | x_o] = W_j (sigma^2 I + W_o' W_o)^-1 W_o' x_o,   o: the observed cells of the other rows,
 
 so that a map that hands its input on scores nothing: its own row is never in its input. Missing cells are left out of
-o, nothing is filled in. ``last`` tells a row from the rows before it (latency 0). ``mean`` and ``median`` join the
-errors of all windows that hold the row and read up to w - 1 later rows.
+o, nothing is filled in; a variate that training rows never hold is left out of the model and has no score. ``last``
+tells a row from the rows before it (latency 0). ``mean`` and ``median`` join the errors of all windows that hold the
+row and read up to w - 1 later rows.
 
 Every window is told by itself, so that its bits do not depend on how many are told together.
 
@@ -30,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsforge.anomaly.covariance import by_row
+from tsforge.anomaly.uncomparable import Uncomparable, window_advice
 from tsforge.core.errors import DataError
 
 FloatArray = NDArray[np.float64]
@@ -44,7 +46,10 @@ _BLOCK = 1 << 22  # numbers held at once
 
 @dataclass(frozen=True)
 class WindowPca:
-    """Standardisation [V] of rows, and the model of their windows: loadings [w, V, k] and noise variance sigma^2."""
+    """Standardisation [V] of rows, and the model of their windows: loadings [w, V, k] and noise variance sigma^2.
+
+    The center of a variate that was never observed is NaN, so that none of its cells is ever a condition.
+    """
 
     center: FloatArray
     scale: FloatArray
@@ -97,8 +102,9 @@ class WindowPca:
         """Return the row told from the known ones of ``cells`` [n, (w - 1) V], solved once for each pattern of them."""
         found = np.full((len(cells), self.loadings.shape[1]), np.nan)
         patterns, which = np.unique(known, axis=0, return_inverse=True)
+        told_by = (self.window - 1) * int((~np.isnan(self.center)).sum())
         for number, pattern in enumerate(patterns):
-            if pattern.mean() < FEWEST_SEEN:
+            if pattern.sum() < FEWEST_SEEN * told_by:
                 continue
             rows = which.ravel() == number
             found[rows] = by_row(self._hand_over(place, pattern), cells[np.ix_(rows, pattern)])
@@ -162,7 +168,8 @@ def fit_window_pca(training: FloatArray, window: int, explained: float = EXPLAIN
         explained: share of the variance that components hold.
 
     Raises:
-        DataError: too few complete windows, or too many cells in one.
+        DataError: too many cells in a window.
+        Uncomparable: too few complete windows.
     """
     width = training.shape[1]
     if window * width > MOST_CELLS:
@@ -171,16 +178,20 @@ def fit_window_pca(training: FloatArray, window: int, explained: float = EXPLAIN
             f"{MOST_CELLS}: lower score.window to {max(MOST_CELLS // width, 1)}"
         )
     seen = ~np.isnan(training)
-    counts = np.maximum(seen.sum(axis=0), 1)
+    known = seen.any(axis=0)
+    counts = np.where(known, seen.sum(axis=0), np.nan)
     center = np.where(seen, training, 0.0).sum(axis=0) / counts
     spread = np.sqrt(np.square(np.where(seen, training - center, 0.0)).sum(axis=0) / counts)
     scale = np.where(spread > 0.0, spread, 1.0)
-    z = (training - center) / scale
-    whole = np.flatnonzero(_complete(seen, window))
+    z = np.ascontiguousarray(((training - center) / scale)[:, known])
+    whole = np.flatnonzero(_complete(seen[:, known], window))
     if len(whole) < 2 * window:
-        raise DataError(
-            f"{len(training)} training rows hold {len(whole)} complete windows of {window} rows, reconstruction needs "
-            f"{2 * window}; lower score.window"
+        observed = int(seen.any(axis=1).sum())
+        raise Uncomparable(
+            f"{len(training)} training rows ({observed} of them observed) hold {len(whole)} complete windows of "
+            f"{window} rows, reconstruction needs {2 * window}",
+            observed=observed,
+            advice=window_advice(window, 2, lambda size: _complete(seen[:, known], size).sum() >= 2 * size),
         )
     chosen = whole[np.unique(np.linspace(0, len(whole) - 1, MOST_WINDOWS).astype(np.int64))]
     rows = z[chosen[:, None] + np.arange(window)].reshape(len(chosen), -1)
@@ -192,11 +203,13 @@ def fit_window_pca(training: FloatArray, window: int, explained: float = EXPLAIN
     noise = max(float(values[count:].mean()), _FLOOR * total / len(values), np.finfo(np.float64).tiny)
     loadings = directions[:, :count] * np.sqrt(np.maximum(values[:count] - noise, 0.0))
     # products round by the order in memory: that of what is stored and read again
-    return WindowPca(center, scale, np.ascontiguousarray(loadings).reshape(window, width, count), noise)
+    every = np.zeros((window, width, count))
+    every[:, known] = loadings.reshape(window, -1, count)
+    return WindowPca(center, scale, every, noise)
 
 
 def _complete(seen: NDArray[np.bool_], window: int) -> NDArray[np.bool_]:
-    """Return which windows [N - w + 1] have all cells."""
-    whole = seen.all(axis=1).astype(np.int64)
+    """Return which windows [N - w + 1] have all cells, none of no variates."""
+    whole = (seen.all(axis=1) & seen.any(axis=1)).astype(np.int64)
     sums = np.concatenate([[0], np.cumsum(whole)])
     return np.asarray(sums[window:] - sums[:-window] == window) if len(seen) >= window else np.zeros(0, dtype=bool)

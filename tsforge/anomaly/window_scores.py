@@ -7,12 +7,14 @@
 The marginal distribution may stay what it was: frequencies, transitions and regions tell. Windows end at the rows whose
 absolute number is a multiple of ``stride``; a row has the score of the last of them, so that it depends on a bounded
 number of rows up to it and on nothing else. A window that is observed to less than 90 % has no score (NaN). Every
-window is worked out by itself: whatever stands beside it, its score has the same bits.
+window is worked out by itself: whatever stands beside it, its score has the same bits. A variate of which training rows
+hold too little has no score; where that is so of all, nothing can be compared.
 
 Sources: D_H and the divergence of visited states as in Mikhaeil et al. (2022) and Hess et al. (2023), arXiv 2306.04406;
 see :mod:`tsforge.metrics`. Deviations: the reference is a mean of normalised spectra of windows, because a window is
 shorter than the training rows; states are those of one variate in delay coordinates, so that every variate has a score;
-counts of the reference are smoothed by half a count a cell, states outside its range belong to the outermost cells.
+counts of the reference are smoothed by half a count a cell, states outside its range belong to the outermost cells; a
+variate that never moved in training has spectral distance 0 while it stands still, and 1 when it moves.
 
 Legend: N scored rows, R training rows, V variates, K windows, F frequencies.
 """
@@ -30,7 +32,7 @@ import scipy.fft
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from tsforge.core.errors import DataError
+from tsforge.anomaly.uncomparable import Uncomparable, window_advice
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -39,6 +41,7 @@ _PRIOR = 0.5
 _MARGIN = 0.1  # share of the standard deviation by which cells reach beyond the training range
 _MOST_CELLS = 1 << 23  # numbers of all windows held at once
 _FLAT = 1e-9
+_SHORTEST = 16  # rows of a window that a config takes
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class SpectrumScore:
     """Spectra of training windows.
 
     Attributes:
-        roots: [V, F], square roots of the mean of normalised spectra.
+        roots: [V, F], square roots of the mean of normalised spectra; zeros of a variate that never moved, NaN of one
+            without a training window.
     """
 
     windows: Windows
@@ -97,7 +101,9 @@ class SpectrumScore:
         return self.windows.reach
 
     def scores(self, values: Floats, first: int) -> Floats:
-        """Return D_H [N, V] of each row's window, in [0, 1]; a window that does not move at all has 1.
+        """Return D_H [N, V] of each row's window, in [0, 1].
+
+        A window that does not move at all has 1, but 0 where no training window moved either.
 
         Args:
             values: [reach + N, V] in time order, NaN where not observed.
@@ -106,9 +112,7 @@ class SpectrumScore:
         found = np.empty((max(len(values) - self.reach, 0), values.shape[1]))
         for variate, root in enumerate(self.roots):
             told = [_spectra(block) for block in self.windows.blocks(values[:, variate], first)]
-            # a sum a window, no matrix product: that would round by how many there are
-            distances = [np.sqrt(np.clip(1.0 - (np.sqrt(part) * root).sum(axis=1), 0.0, 1.0)) for part in told]
-            found[:, variate] = self.windows.held(distances, len(found), first)
+            found[:, variate] = self.windows.held([_hellinger(part, root) for part in told], len(found), first)
         return found
 
 
@@ -118,19 +122,38 @@ def fit_spectrum(reference: Floats, *, window: int, stride: int) -> SpectrumScor
     Spectra are smoothed by a Gaussian of window / 64 frequency bins.
 
     Raises:
-        DataError: no training window of a variate is observed well enough.
+        Uncomparable: no training window of any variate is observed well enough.
     """
+    if not _holds_window(reference, window):
+        raise _too_short(
+            reference,
+            f"hold no window of {window} rows that is observed to {MIN_OBSERVED:.0%}, spectrum needs one",
+            window_advice(window, _SHORTEST, lambda size: _holds_window(reference, size)),
+        )
     roots = []
     for series in reference.T:
-        every = np.empty((0, window))
-        if len(series) >= window:
-            every = np.lib.stride_tricks.sliding_window_view(series, window)[:: max(window // 2, 1)]
+        every = np.lib.stride_tricks.sliding_window_view(series, window)[:: max(window // 2, 1)]
         spectra = _spectra(every)
-        spectra = spectra[~np.isnan(spectra).any(axis=1) & (spectra.sum(axis=1) > 0)]
-        if not len(spectra):
-            raise DataError(_too_short(len(reference), window))
-        roots.append(np.sqrt(spectra.mean(axis=0)))
+        spectra = spectra[~np.isnan(spectra).any(axis=1)]
+        moving = spectra[spectra.sum(axis=1) > 0]
+        nothing = np.full(spectra.shape[1], 0.0 if len(spectra) else np.nan)
+        roots.append(np.sqrt(moving.mean(axis=0)) if len(moving) else nothing)
     return SpectrumScore(Windows(window, stride), np.stack(roots))
+
+
+def _holds_window(reference: Floats, window: int) -> bool:
+    """Return whether a window that ``fit_spectrum`` takes is observed well enough in any variate of rows [R, V]."""
+    seen = np.cumsum(np.pad(~np.isnan(reference), ((1, 0), (0, 0))), axis=0)
+    count = (seen[window:] - seen[:-window])[:: max(window // 2, 1)]
+    return bool((count >= MIN_OBSERVED * window).any())
+
+
+def _hellinger(spectra: Floats, root: Floats) -> Floats:
+    """Return D_H [K] of normalised spectra [K, F] from the one with square roots [F]."""
+    if not root.any():  # nothing moved in training: two spectra without power are the same
+        return np.asarray(np.where(np.isnan(spectra).any(axis=1), np.nan, spectra.any(axis=1)))
+    # a sum a window, no matrix product: that would round by how many there are
+    return np.asarray(np.sqrt(np.clip(1.0 - (np.sqrt(spectra) * root).sum(axis=1), 0.0, 1.0)))
 
 
 def _spectra(block: Floats) -> Floats:
@@ -156,7 +179,7 @@ class StatesScore:
 
     Attributes:
         lags: [V] rows between the two delay coordinates. low, high: [V], range of the cells.
-        log_reference: [V, bins * bins], ln p of each cell.
+        log_reference: [V, bins * bins], ln p of each cell; NaN of a variate with too few training pairs.
     """
 
     windows: Windows
@@ -179,6 +202,9 @@ class StatesScore:
         """Return the divergence [N, V] of each row's window in nats, 0 or more; arguments as of ``SpectrumScore``."""
         found = np.empty((max(len(values) - self.reach, 0), values.shape[1]))
         for variate, expected in enumerate(self.log_reference):
+            if np.isnan(expected).any():
+                found[:, variate] = np.nan
+                continue
             low, high = float(self.low[variate]), float(self.high[variate])
             codes = _codes(values[:, variate], int(self.lags[variate]), low, high, self.bins)
             divergences = [_divergence(block, expected) for block in self.windows.blocks(codes, first)]
@@ -196,15 +222,31 @@ def fit_states(reference: Floats, *, window: int, stride: int, bins: int = 12, l
             rows is below 1/e, at most a quarter of the window.
 
     Raises:
-        DataError: a variate has fewer than ``window`` observed training pairs.
+        Uncomparable: no variate has ``window`` observed training pairs.
     """
+
+    def pairs(series: Floats, size: int) -> tuple[int, int]:
+        delay = memory(series, size // 4) if lag is None else lag
+        seen = ~np.isnan(series)
+        return delay, int((seen[delay:] & seen[: max(len(seen) - delay, 0)]).sum())
+
+    most = max(pairs(series, window)[1] for series in reference.T)
+    if most < window:
+        raise _too_short(
+            reference,
+            f"hold {most} pairs of rows to count states by, a window of {window} rows needs as many",
+            window_advice(
+                window, _SHORTEST, lambda size: any(pairs(series, size)[1] >= size for series in reference.T)
+            ),
+        )
     found = []
     for series in reference.T:
-        delay = memory(series, window // 4) if lag is None else lag
-        low, high = _range(series, window)
+        delay, count = pairs(series, window)
+        if count < window:
+            found.append((lag or 1, np.nan, np.nan, np.full(bins * bins, np.nan)))
+            continue
+        low, high = _range(series)
         codes = _codes(series, delay, low, high, bins)
-        if (codes >= 0).sum() < window:
-            raise DataError(_too_short(len(reference), window))
         counts = np.bincount(codes[codes >= 0], minlength=bins * bins) + _PRIOR
         found.append((delay, low, high, np.log(counts / counts.sum())))
     lags, lows, highs, expected = zip(*found, strict=True)
@@ -238,10 +280,8 @@ def memory(series: Floats, longest: int) -> int:
     return int(below[0]) + 1 if below.size else max(longest, 1)
 
 
-def _range(training: Floats, window: int) -> tuple[float, float]:
+def _range(training: Floats) -> tuple[float, float]:
     seen = training[~np.isnan(training)]
-    if seen.size < window:
-        raise DataError(_too_short(len(training), window))
     margin = _MARGIN * float(seen.std())
     return float(seen.min()) - margin, float(seen.max()) + margin
 
@@ -300,12 +340,17 @@ def fit_regions(reference: Floats, *, window: int, stride: int) -> RegionsScore:
     """Return the transitions between the regions [R, 1] of training rows, NaN where unknown.
 
     Raises:
-        DataError: fewer than ``window`` transitions of training are known.
+        Uncomparable: fewer than ``window`` transitions of training are known.
     """
     pairs = _pairs(reference)
     pairs = pairs[~np.isnan(pairs).any(axis=1)]
     if len(pairs) < window:
-        raise DataError(_too_short(len(reference), window))
+        raise _too_short(
+            reference,
+            f"hold {len(pairs)} known steps from region to region, a window of {window} rows needs as many",
+            window_advice(window, _SHORTEST, lambda size: len(pairs) >= size),
+            known="in a known region",
+        )
     kinds, counts = np.unique(pairs, axis=0, return_counts=True)
     total = counts.sum() + _PRIOR * (len(kinds) + 1)
     costs = -np.log((counts + _PRIOR) / total)
@@ -317,8 +362,8 @@ def _pairs(regions: Floats) -> Floats:
     return np.concatenate([regions[:-1], regions[1:]], axis=1)
 
 
-def _too_short(rows: int, window: int) -> str:
-    return (
-        f"{rows} training rows do not hold a window of {window} rows that is observed to {MIN_OBSERVED:.0%}; lower "
-        "score.window"
+def _too_short(reference: Floats, lack: str, advice: str, known: str = "observed") -> Uncomparable:
+    count = int((~np.isnan(reference)).any(axis=1).sum())
+    return Uncomparable(
+        f"{len(reference)} training rows ({count} of them {known}) {lack}", observed=count, advice=advice
     )

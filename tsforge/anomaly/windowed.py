@@ -130,7 +130,8 @@ def fit_window_judge(config: ScoreConfig, training: FloatArray) -> WindowJudge:
         training: [T, C] traces of the training rows.
 
     Raises:
-        DataError: too few training rows for a window.
+        DataError: a window that is too large, whatever the training rows.
+        Uncomparable: too few training rows.
     """
     if config.kind in UNCOMPARED:
         return WindowJudge(config, None)

@@ -134,6 +134,18 @@ def test_the_identity_map_gets_a_bad_grade_and_ours_a_good_one() -> None:
     assert identity < 2 * rate
 
 
+def test_a_variate_that_was_never_observed_in_training_is_as_if_it_were_not_there() -> None:
+    training, values = coupled(800), gappy()
+    training[:, 1] = np.nan
+    others = [0, 2]
+    model, alone = fit_window_pca(training, W), fit_window_pca(training[:, others], W)
+    overlaps: tuple[Overlap, ...] = ("last", "mean")
+    for overlap in overlaps:
+        told = model.expected(values, overlap)
+        assert np.isnan(told[:, 1]).all()
+        np.testing.assert_allclose(told[:, others], alone.expected(values[:, others], overlap), atol=1e-9)
+
+
 def test_constant_variates_missing_history_and_what_is_refused() -> None:
     training = coupled(800)
     training[:, 2] = 3.0
@@ -144,8 +156,10 @@ def test_constant_variates_missing_history_and_what_is_refused() -> None:
     assert model.expected(coupled(3)).shape == (3, 3)
     assert np.isnan(model.expected(coupled(3))).all()
     assert np.isnan(model.expected(coupled(8), "mean")).all()
-    with pytest.raises(DataError, match="hold 5 complete windows of 5 rows, reconstruction needs 10"):
+    with pytest.raises(DataError, match="hold 5 complete windows of 5 rows, reconstruction needs 10; .*, to 2 for"):
         fit_window_pca(coupled(9), W)
+    with pytest.raises(DataError, match=r"900 training rows \(0 of them observed\) hold 0 .*; no score\.window helps"):
+        fit_window_pca(np.full((900, 3), np.nan), W)
     with pytest.raises(DataError, match=r"1600 rows of 3 variates has 4800 cells; .* lower score.window to 1365"):
         fit_window_pca(coupled(4_000), 1_600)
     for wrong, message in (

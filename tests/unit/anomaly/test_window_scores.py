@@ -188,6 +188,35 @@ def test_a_series_that_stands_still_has_the_largest_spectral_distance() -> None:
         assert (found[W - 1 :] == 1.0).all()
 
 
+@pytest.mark.parametrize("stride", [1, 6])
+def test_a_variate_that_was_constant_in_training_has_distance_0_until_it_moves(stride: int) -> None:
+    values, reference = walk(400), walk(600, seed=1)
+    reference[:, 1], values[:, 1] = 5.0, 5.0
+    values[300, 1] = 5.5
+    values[:20, 1] = np.nan
+    score = fit_spectrum(reference, window=W, stride=stride)
+    found = of_all_rows(score, values)
+    np.testing.assert_array_equal(
+        found[:, :1], spectrum_scores(values[:, :1], reference[:, :1], window=W, stride=stride)
+    )
+    assert np.isnan(found[: W - 1, 1]).all()
+    assert (found[W + 20 : 300, 1] == 0.0).all()
+    assert (found[300 + stride - 1 :, 1] == 1.0).all()
+    edges = [score.reach, *range(280, 310), 333, 400]
+    parts = [score.scores(values[a - score.reach : b], a) for a, b in pairwise(edges)]
+    np.testing.assert_array_equal(np.concatenate(parts), found[score.reach :])
+
+
+@pytest.mark.parametrize("scores", [spectrum_scores, state_scores])
+def test_a_variate_with_too_little_in_training_has_no_score_and_the_others_keep_theirs(scores: Scores) -> None:
+    values, reference = walk(400, variates=3), walk(600, seed=1, variates=3)
+    reference[:, 0] = np.nan
+    reference[40:, 2] = np.nan
+    found = scores(values, reference, window=W, stride=5)
+    assert np.isnan(found[:, [0, 2]]).all()
+    np.testing.assert_array_equal(found[:, 1:2], scores(values[:, 1:2], reference[:, 1:2], window=W, stride=5))
+
+
 def test_values_beyond_training_count_in_the_outermost_cells() -> None:
     reference = walk(600)
     found = state_scores(np.full((200, 2), 1e6), reference, window=W, stride=1, lag=2)
@@ -217,6 +246,12 @@ def test_too_few_training_rows_are_refused(scores: Scores) -> None:
         scores(walk(300), walk(100), window=W, stride=1)
     hidden = walk(400)
     hidden[::2] = np.nan
+    with pytest.raises(DataError, match=r"100 training rows \(100 of them observed\) .*, to 64 for example"):
+        scores(walk(300), walk(100), window=W, stride=1)  # the halves of a window that are long enough to be counted
+    with pytest.raises(
+        DataError, match=r"200 training rows \(0 of them observed\) .* no score\.window helps: give the"
+    ):
+        scores(walk(300), np.full((200, 2), np.nan), window=W, stride=1)
     with pytest.raises(DataError, match="400 training rows"):
         scores(walk(300), hidden, window=W * 2, stride=1)
 
