@@ -20,7 +20,9 @@ from tsforge.data.versions import PanelVersions
 
 _BLOCK = 65_536  # rows checked in one go
 _CHANGES = 20  # from row to row that must be lost to say that a column is
-_NOTHING = 1e-12  # relative: what the arithmetic that made a column leaves behind is no change
+_FAINT = 1e-12  # relative: a change that arithmetic may have left behind, unless such changes lead somewhere
+_NOISE = 16 * float(np.finfo(np.float64).eps)  # relative: how far apart rounding sets the values of a constant
+_WANDERING = 24  # mean changes that the values of a constant may lie apart: noise goes to and fro
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -245,22 +247,30 @@ class Panel:
     def _check_resolution(self, dtype: torch.dtype) -> None:
         """Refuse columns whose changes vanish beside their level in some series, such as a meter that begins at 3e8.
 
-        That is so where most of at least ``_CHANGES`` changes from row to row are lost.
+        That is so where most of at least ``_CHANGES`` changes from row to row are lost. What the arithmetic that made
+        a constant left behind is no change.
         """
         least = torch.finfo(dtype).eps  # relative: numbers closer than this may be one
         owner = np.repeat(np.arange(self.num_series), self.lengths)
         changes = np.zeros((self.values.shape[1], self.num_series), dtype=np.int64)
         lost = np.zeros_like(changes)
+        faint = np.zeros(self.values.shape[1], dtype=bool)
         for begin in range(1, self.num_rows, _BLOCK):
             rows = slice(begin, min(begin + _BLOCK, self.num_rows))
             before = slice(begin - 1, rows.stop - 1)
             pair = self.observed[rows] & self.observed[before] & (owner[rows] == owner[before])[:, None]
             step, size = np.abs(self.values[rows] - self.values[before]), np.abs(self.values[rows])
-            moves = pair & (step > _NOTHING * size)
+            moves = pair & (step > _FAINT * size)
+            faint |= (pair & (step > 0) & ~moves).any(axis=0)
             small = moves & (step < least * size)
             for column in np.flatnonzero(small.any(axis=0)):
                 for total, counted in ((changes, moves), (lost, small)):
                     total[column] += np.bincount(owner[rows][counted[:, column]], minlength=self.num_series)
+        if least > _FAINT:  # float64 itself loses none of them
+            for column in np.flatnonzero(faint):
+                found = self._faint_changes(int(column), owner)
+                changes[column] += found
+                lost[column] += found
         places, owners = np.nonzero((lost >= _CHANGES) & (2 * lost > changes))  # blocks without a loss do not count
         if len(places):
             place, series = int(places[0]), int(owners[0])
@@ -272,6 +282,23 @@ class Panel:
                 f"changes ({lost[place, series]} of them in '{self.series_ids[series]}', at values up to "
                 f"{largest:.6g}); subtract a constant from them, or take differences"
             )
+
+    def _faint_changes(self, column: int, owner: Ints) -> Ints:
+        """Return how many faint changes of a column [num_series] are more than rounding.
+
+        A stretch without larger changes may be a constant up to rounding, or a counter far from 0 (an id of 1.8e18,
+        whose neighbours are one rounding unit apart). The constant goes to and fro, the counter leaves its level.
+        """
+        values, seen = self.values[:, column], self.observed[:, column]
+        step, size = np.abs(np.diff(values)), np.abs(values)
+        joined = seen[1:] & seen[:-1] & (owner[1:] == owner[:-1]) & (step <= _FAINT * size[1:])
+        starts = np.flatnonzero(np.concatenate([[True], ~joined]))
+        moved = np.concatenate([[0.0], np.where(joined, step, 0.0)])
+        total, count = (np.add.reduceat(part, starts) for part in (moved, (moved > 0).astype(np.int64)))
+        spread = np.maximum.reduceat(values, starts) - np.minimum.reduceat(values, starts)
+        real = (spread > _NOISE * size[starts]) & (spread * count > _WANDERING * total)
+        told = (moved > 0) & np.repeat(real, np.diff(np.append(starts, len(values))))
+        return np.bincount(owner[told], minlength=self.num_series).astype(np.int64)
 
 
 _Arrays: TypeAlias = tuple[Floats, Bools, Ints, Ints, "Floats | None"]

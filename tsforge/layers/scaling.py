@@ -106,12 +106,22 @@ def masked_moments(
 
 
 def _safe(spread: Tensor, size: Tensor) -> Tensor:
-    """Return ``spread``, or 1 where it is rounding noise of values of that ``size`` (constant columns)."""
-    return torch.where(spread > 1e-9 * size, spread, torch.ones_like(spread))
+    """Return ``spread``, or ``_unit_of_constant`` where it is rounding noise of values of that ``size``."""
+    return torch.where(spread > 1e-9 * size, spread, _unit_of_constant(size))
+
+
+def _unit_of_constant(size: Tensor) -> Tensor:
+    """Return the scale of a constant of that ``size``: 1, or more where neighbouring float32 numbers lie 1 apart, so
+    that rounding would be a jump beside the other variates.
+    """
+    return torch.where(size > 1e7, 1e-6 * size, 1.0)
 
 
 def _covariate_stats(values: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Return location and scale [size] of covariates; binary and constant columns keep location 0 and scale 1."""
+    """Return location and scale [size] of covariates; binary and constant columns keep location 0 and scale 1.
+
+    A constant so large that it would drown everything else (a year is none) is centred.
+    """
     loc, scale = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
     if values is None or values.numel() == 0:
         return loc, scale
@@ -119,8 +129,10 @@ def _covariate_stats(values: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     mask = torch.isfinite(values)
     mean, spread = masked_moments(values, mask)
     binary = ((values == 0) | (values == 1) | ~mask).all(dim=0)
-    keep = binary | (spread <= 1e-9 * mean.abs())
-    return torch.where(keep, loc, mean), torch.where(keep, scale, spread)
+    constant = spread <= 1e-9 * mean.abs()
+    unit = _unit_of_constant(mean.abs())
+    keep = binary | (constant & (unit == 1.0))
+    return torch.where(keep, loc, mean), torch.where(keep, scale, torch.where(constant, unit, spread))
 
 
 class Scaler(nn.Module):
@@ -200,7 +212,8 @@ class Scaler(nn.Module):
         self._set("global_scale", scale)
         self._set("series_loc", torch.where(seen, series_loc, mean))
         unseen_scale = torch.zeros_like(scale) if self.unknown == "context" else scale
-        self._set("series_scale", torch.where(seen & ~constant, series_spread, torch.where(seen, 1.0, unseen_scale)))
+        unit = torch.where(seen, _unit_of_constant(size), unseen_scale)
+        self._set("series_scale", torch.where(seen & ~constant, series_spread, unit))
         if self.kind == "series_max":
             peaks = torch.stack([_peak(values[a:b], mask[a:b]) for a, b in _spans(data.indptr)])
             unseen = torch.where(size > 0, size, 1.0)

@@ -144,6 +144,47 @@ def test_changes_that_float32_cannot_hold_are_refused(level: float, fine: bool) 
         panel.resident()
 
 
+ROUNDS = np.arange(200)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        1.8e18 + 40.0 * ROUNDS,  # an id: neighbours are equal, or one float64 number of 256 apart
+        1e15 + 0.5 * ROUNDS,
+        2.0**60 + 1000.0 * ROUNDS,
+        1e13 + 0.01 * ROUNDS,
+        np.where(ROUNDS == 100, 0.0, 1e15 + 0.5 * ROUNDS),  # in two stretches
+    ],
+)
+def test_counters_so_far_from_0_that_even_float64_hardly_tells_them_apart_are_refused(column: np.ndarray) -> None:
+    times = pl.datetime_range(START, START + timedelta(hours=199), "1h", eager=True)
+    table = pl.DataFrame({"ds": times, "y": np.sin(ROUNDS), "meter": column})
+    panel = Panel.from_frame(SeriesFrame.from_wide(table, time="ds"))
+    with pytest.raises(DataError, match=r"column\(s\) meter lie so far from 0 that float32 numbers"):
+        panel.resident()
+    assert panel.resident(dtype=torch.float64).target.shape == (200, 2)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        np.full(200, 1.8e18),
+        1.8e18 + 256.0 * (ROUNDS % 2),  # one float64 number to and fro
+        np.where(ROUNDS % 3 == 0, 0.1 + 0.2, 0.3),
+        np.array([np.full(length + 1, 0.1).sum() / (length + 1) for length in ROUNDS]),
+        1000.0 + np.cumsum(np.where(ROUNDS % 2, -1e-10, 1e-10)),  # real, but nothing that a sum could not leave behind
+        np.where(ROUNDS < 100, 0.3, 0.7) + 6e-17 * (ROUNDS % 2),  # two levels
+        np.where(ROUNDS % 50 == 0, np.nan, 5.0),
+    ],
+)
+def test_constants_up_to_rounding_stay(column: np.ndarray) -> None:
+    times = pl.datetime_range(START, START + timedelta(hours=199), "1h", eager=True)
+    table = pl.DataFrame({"ds": times, "y": np.sin(ROUNDS), "steady": column}).fill_nan(None)
+    panel = Panel.from_frame(SeriesFrame.from_wide(table, time="ds"))
+    assert panel.resident().target.shape == (200, 2)
+
+
 def test_one_series_far_from_0_among_others_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(panel_module, "_BLOCK", 7)  # several blocks
 

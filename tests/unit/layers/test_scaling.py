@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,33 @@ def test_constant_variates_give_finite_values_and_scale_one(kind: str, robust: b
     scaled = scaler.scale(batch._replace(context=context))
     assert bool(torch.isfinite(scaled.context).all())
     assert scaled.context[..., 1].abs().max().item() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["global", "series"])
+@pytest.mark.parametrize("level", [3e9, 1e15, 1.8e18])
+def test_huge_constants_stay_small_beside_the_other_variates(kind: str, level: float) -> None:
+    """The float32 location of such a constant may be off by more than the whole range of another variate."""
+    data = _series()
+    values = data.values.double().clone()
+    values[:, 1] = level * (1 + 2**-52 * (torch.arange(len(values)) % 2))
+    data = data._replace(values=values)
+    scaler = _fitted(kind, False, data)
+    assert scaler.scale_series(data).values[:, 1].abs().max().item() < 0.1
+    batch = _batch()
+    context = batch.context.clone()
+    context[..., 1] = torch.nextafter(torch.tensor(level), torch.tensor(torch.inf))
+    assert scaler.scale(batch._replace(context=context)).context[..., 1].abs().max().item() < 0.3
+
+
+@pytest.mark.parametrize("level", [2026.0, 1.8e18])
+def test_huge_constant_covariates_are_centred(level: float) -> None:
+    data = _series()
+    past = torch.full((len(data.values), 1), level, dtype=torch.float64)
+    scaler = Scaler("global", replace(SPEC, num_past=1))
+    scaler.fit(data._replace(past=past))
+    centred = level > 1e7
+    assert scaler.past_loc.item() == pytest.approx(level if centred else 0.0)
+    assert scaler.past_scale.item() == pytest.approx(1e-6 * level if centred else 1.0)
 
 
 def test_robust_scale_of_mostly_constant_data_falls_back_to_the_deviation() -> None:
