@@ -26,6 +26,7 @@ from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.ensemble import EnsembleNetwork
+from tsforge.forecasting.attribution import AttributionConfig, attribute
 from tsforge.forecasting.backtest import BacktestConfig, backtest
 from tsforge.forecasting.predict import predict
 from tsforge.forecasting.stream import Stream
@@ -223,6 +224,51 @@ def test_covariates_go_to_the_members_that_take_them() -> None:
     assert (error["mean"] - error["value"]).abs().mean() < 1.0
 
 
+def pushed(rows: int = ROWS) -> pl.DataFrame:
+    """``table`` with a known covariate that moves x, and a static one."""
+    data = table(rows).with_columns(push=pl.Series(np.random.default_rng(3).normal(size=2 * rows)))
+    size = pl.when(pl.col("series_id") == "a").then(1.0).otherwise(2.0)
+    return data.with_columns(x=pl.col("x") + 3.0 * pl.col("push"), size=size)
+
+
+@pytest.mark.parametrize(("names", "left_out"), [(["linear"], "push, size"), (["linear", "ar_net"], "size")])
+def test_covariates_that_no_member_reads_are_left_out_of_the_artifact(
+    names: list[str], left_out: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    frame = as_frame(pushed(), known=["push"], static=["size"])
+    settings = config({"candidates": names})
+    artifact = fit_frame(frame, settings)[0]
+    told = f"no chosen member of model 'auto' takes the covariate(s) {left_out}; fitted without them"
+    assert caplog.text.count(told) == 1
+    known = ("push",) if "ar_net" in names else ()
+    assert (artifact.schema.known, artifact.schema.static) == (known, ())
+    assert artifact.network.spec.num_known == len(known)
+    back = load_artifact(save_artifact(artifact, tmp_path).path or tmp_path)
+    future = frame if known else as_frame(pushed())  # nobody knows the future of push, and nothing reads it
+    cutoff = START + timedelta(hours=4 * (450 if known else ROWS - 1))
+    said = (
+        predict(back, future, cutoff=cutoff, quantile_levels=()).table.filter(series_id="a", variate="x").sort("step")
+    )
+    for method in ("auto", "occlusion"):
+        found = attribute(back, future, validate(AttributionConfig, {"method": method}), cutoff=cutoff).table
+        assert set(found.filter(pl.col("source_series") == "a")["source"]) <= {"x", "y", *known}
+        parts = found.filter(pl.col("kind") != "component").group_by("step").agg(pl.col("contribution").sum())
+        assert parts.sort("step")["contribution"].to_list() == pytest.approx(said["mean"].to_list(), rel=1e-3, abs=1e-3)
+    if not known:
+        told = r"no chosen member .* takes the covariate\(s\) push, size, and covariates=all refuses"
+        with pytest.raises(ConfigError, match=told):
+            fit_frame(frame, settings.model_copy(update={"covariates": "all"}))
+
+
+def test_an_older_artifact_that_still_lists_unread_covariates_is_explained() -> None:
+    frame = as_frame(pushed(), known=["push"], static=["size"])
+    artifact = replace(fit_frame(frame, config({"candidates": ["linear"]}))[0], schema=frame.schema)
+    cutoff = START + timedelta(hours=4 * 450)
+    for method in ("auto", "occlusion"):
+        found = attribute(artifact, frame, validate(AttributionConfig, {"method": method}), cutoff=cutoff)
+        assert set(found.by_source()["source"]) == {"x", "y"}
+
+
 def test_a_trained_model_is_let_in_when_it_clearly_helps(frame: SeriesFrame) -> None:
     settings = config({"minutes": 5, "candidates": ["last_value", "dlinear"]}, train={"max_epochs": 4, "seed": 1})
     artifact, training = fit_frame(frame, settings)
@@ -244,13 +290,29 @@ def test_a_trained_model_that_adds_nothing_clear_stays_out(frame: SeriesFrame) -
     assert "adds nothing clear" in race["dlinear L=12"]["why"] or "stopped" in race["dlinear L=12"]["why"]
 
 
-def test_nothing_is_begun_that_cannot_end_in_time(frame: SeriesFrame) -> None:
+def test_nothing_is_begun_that_cannot_end_in_time(frame: SeriesFrame, caplog: pytest.LogCaptureFixture) -> None:
     started = time.monotonic()
     artifact = fit_frame(frame, config({"minutes": 1e-4, "candidates": ["last_value", "dlinear"]}))[0]
     assert time.monotonic() - started < 20
     trained = [record for record in artifact.explanation["race"] if record["stage"] == "trained"]
     assert trained
     assert all("time is spent" in record["why"] for record in trained)
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told == [
+        "2 of 2 candidates that need training were not begun within model.minutes=0.0001: dlinear L=12, dlinear L=6"
+    ]
+
+
+def test_too_short_a_time_for_a_few_epochs_is_told_once(
+    frame: SeriesFrame, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auto, "step_seconds", lambda data, candidate: 1e3)
+    settings = config({"minutes": 1, "candidates": ["last_value", "dlinear"]})
+    race = race_of(fit_frame(frame, settings)[0])
+    assert race["dlinear L=12"]["why"].startswith("not begun: a step takes 1e+03 s, 3 short epochs do not fit")
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(told) == 1
+    assert told[0].startswith("2 of 2 candidates that need training were not begun")
 
 
 def test_an_experimental_model_is_tried_only_where_it_is_named(frame: SeriesFrame) -> None:

@@ -168,10 +168,21 @@ def test_interrupted_training_resumes_to_the_same_result(workspace_root: Path) -
     assert "interrupted" in err
     resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, timeout=200)
     fresh = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert "starting afresh" not in resumed.stderr
     one, other = json.loads(resumed.stdout), json.loads(fresh.stdout)
     assert one["epochs"] == other["epochs"] == 60
     assert one["test_mse"] == other["test_mse"]
     assert not list(checkpoints.rglob("*.ckpt"))
+
+
+def test_resume_without_an_interrupted_training_says_that_it_starts_afresh(tsforge: Any) -> None:
+    assert tsforge("ingest", *SMALL).code == 0
+    command = ["fit", *SMALL, "model=linear", "window.context_length=48", "window.horizon=6", "tracking.enabled=false"]
+    fitted = tsforge(*command, "--resume")
+    assert fitted.code == 0, fitted.err
+    assert "no interrupted training of exactly these settings; starting afresh" in fitted.err + fitted.out
+    again = tsforge(*command)
+    assert "starting afresh" not in again.err + again.out
 
 
 @pytest.mark.parametrize(

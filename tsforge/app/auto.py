@@ -57,7 +57,7 @@ from tsforge.network import ForecastNetwork, NetworkConfig
 from tsforge.training.callbacks import StopTraining
 from tsforge.training.config import TrainConfig
 from tsforge.training.loop import TrainResult
-from tsforge.tuning.halving import Contestant, ContestRecord, halve
+from tsforge.tuning.halving import Contestant, ContestRecord, NotBegun, halve
 
 __all__ = ["AUTO", "RaceData", "fit_for_benchmark", "race"]
 
@@ -65,6 +65,7 @@ _LOG = get_logger(__name__)
 _CELLS = 400_000  # of a candidate's errors in a fold; more windows overlap more than they tell
 _FEWEST_WINDOWS = 12
 _BLOCKS = 4  # stretches of a fold
+_SPENT = "not begun: the time is spent"
 _KEPT = 12  # closed forms that are tried on the earlier folds
 _ERRORS = (TsforgeError, ArithmeticError, RuntimeError, ValueError, MemoryError)
 
@@ -372,10 +373,24 @@ def _race_trained(
     sizes = {name: num_parameters(data, one) for name, one in candidates.items() if name in costs}
     order = sorted(costs, key=lambda name: sizes[name])  # not by the clock: the outcome depends on the order
     halve(order, lambda name, contestant: _train(work, name, contestant, costs[name], middle), on_record=finished)
+    _tell_left_out(work, list(candidates))
     names = [name for name in candidates if name in work.trained]
     if not names:
         return members, weights
     return _let_in(work, members, weights, names, middle)
+
+
+def _tell_left_out(work: _Race, names: Sequence[str]) -> None:
+    """Say once how many candidates the time did not reach; the leaderboard says why of each."""
+    left_out = [name for name in names if work.lines[name].why.startswith("not begun")]
+    if left_out:
+        _LOG.warning(
+            "%d of %d candidates that need training were not begun within model.minutes=%g: %s",
+            len(left_out),
+            len(names),
+            work.data.settings.minutes,
+            listing(left_out, 5),
+        )
 
 
 def _step_costs(work: _Race, names: Sequence[str]) -> dict[str, float]:
@@ -384,7 +399,7 @@ def _step_costs(work: _Race, names: Sequence[str]) -> dict[str, float]:
     for name in names:
         line, started = work.lines[name], time.monotonic()
         if work.seconds_left <= 0:
-            line.why = "not begun: the time is spent"
+            line.why = _SPENT
             continue
         try:
             costs[name] = step_seconds(_before(work.data, work.folds[-1]), line.candidate)
@@ -413,7 +428,7 @@ def _train(work: _Race, name: str, contestant: Contestant, each: float, middle: 
     waiting = [other for other, line in work.lines.items() if line.stage == "trained" and not line.why]
     left = work.seconds_left
     if left <= 0:
-        raise ModelError("not begun: the time is spent")
+        raise NotBegun(_SPENT)
     share = left / max(len(waiting), 1)
     stop = (fold.start, middle if middle > fold.start else fold.stop)
     watched = _fold(data, *stop)

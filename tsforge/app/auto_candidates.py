@@ -26,6 +26,7 @@ from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
 from tsforge.training.config import TrainConfig
 from tsforge.training.loop import TrainResult, fit_network
+from tsforge.tuning.halving import NotBegun
 
 AUTO = "auto"
 _MIXTURES = (AUTO, "committee")
@@ -313,7 +314,7 @@ def train(
         on_epoch: called with the network after each epoch; may raise.
 
     Raises:
-        ModelError: not even a few short epochs fit into the time.
+        NotBegun: not even a few short epochs fit into the time.
     """
     panel, length = reduced(data.panel, candidate.model), candidate.context_length
     network = build(data, candidate)
@@ -322,7 +323,9 @@ def train(
     steps = -(-len(windows) // data.training.batch_size)
     affordable = int(seconds / (_FEWEST_EPOCHS * each))
     if affordable < min(_FEWEST_STEPS, steps):
-        raise ModelError(f"a step takes {each:.2g} s: {_FEWEST_EPOCHS} short epochs do not fit into {seconds:.0f} s")
+        raise NotBegun(
+            f"not begun: a step takes {each:.2g} s, {_FEWEST_EPOCHS} short epochs do not fit into its {seconds:.2g} s"
+        )
     limits = [limit for limit in (data.training.max_steps_per_epoch, affordable) if limit is not None]
     config = data.training.model_copy(update={"max_steps_per_epoch": min(limits) if min(limits) < steps else None})
     result = fit_network(

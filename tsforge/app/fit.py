@@ -14,7 +14,7 @@ unseen entities in training, validation and test time: Spadon et al. (2022), IEE
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +64,7 @@ from tsforge.tracking.figures import forecast_figure
 from tsforge.tracking.registry import register
 from tsforge.tracking.runs import Run, Tracker
 from tsforge.training.config import TrainConfig
-from tsforge.training.loop import TrainResult, fit_network
+from tsforge.training.loop import CHECKPOINT, TrainResult, fit_network
 
 _LOG = get_logger(__name__)
 _COVARIATES = ("past", "known", "static")
@@ -297,15 +297,42 @@ def _check_held_out(network: ForecastNetwork, held_out: tuple[str, ...]) -> None
         )
 
 
-def _usable(frame: SeriesFrame, model: ModelConfig) -> SeriesFrame:
-    """Return the frame without the kinds of covariates that the model cannot take; each is named once."""
-    can = MODELS.get(model.name).capabilities_of(model)
+def _kept(frame: SeriesFrame, takes: Mapping[str, bool]) -> tuple[dict[str, tuple[str, ...]], str]:
+    """Return by kind the covariates that are taken, all or none, and the names of the others in words."""
     schema = frame.schema
-    kept = {kind: getattr(schema, kind) if getattr(can, f"{kind}_covariates") else () for kind in _COVARIATES}
-    left_out = [name for kind in _COVARIATES for name in getattr(schema, kind) if name not in kept[kind]]
+    kept: dict[str, tuple[str, ...]] = {kind: getattr(schema, kind) if takes[kind] else () for kind in _COVARIATES}
+    return kept, listing([name for kind in _COVARIATES for name in getattr(schema, kind) if name not in kept[kind]], 10)
+
+
+def _usable(frame: SeriesFrame, config: FitConfig) -> SeriesFrame:
+    """Return the frame without the kinds of covariates that the model cannot take, if it may be; each is named once."""
+    if config.covariates == "all":
+        return frame
+    model = config.model
+    can = MODELS.get(model.name).capabilities_of(model)
+    kept, left_out = _kept(frame, {kind: getattr(can, f"{kind}_covariates") for kind in _COVARIATES})
     if not left_out:
         return frame
-    _LOG.warning("model '%s' cannot take the covariate(s) %s; fitted without them", model.name, listing(left_out, 10))
+    _LOG.warning("model '%s' cannot take the covariate(s) %s; fitted without them", model.name, left_out)
+    return frame.with_covariates(**kept)
+
+
+def _read_by(network: ForecastNetwork, frame: SeriesFrame, config: FitConfig) -> SeriesFrame:
+    """Return the frame without the kinds of covariates that no chosen member reads: else a forecast would demand them.
+
+    Raises:
+        ConfigError: there are some, and ``config.covariates`` is ``all``.
+    """
+    kept, left_out = _kept(frame, {kind: getattr(network.spec, f"num_{kind}") > 0 for kind in _COVARIATES})
+    if not left_out:
+        return frame
+    told = f"no chosen member of model '{config.model.name}' takes the covariate(s) {left_out}"
+    if config.covariates == "all":
+        raise ConfigError(
+            f"{told}, and covariates=all refuses a fit without them; name models that take them in model.candidates, "
+            "or set covariates=usable"
+        )
+    _LOG.warning("%s; fitted without them", told)
     return frame.with_covariates(**kept)
 
 
@@ -351,8 +378,7 @@ def fit_frame(
             cannot forecast, weights to start from that do not fit or know too much, or the training failed.
     """
     seed_everything(seed := config.train.seed)
-    frame = newest(history)
-    frame = _usable(frame, config.model) if config.covariates == "usable" else frame
+    frame = _usable(newest(history), config)
     panel = panel_of(history, frame)
     splits, names = make_splits(panel, config.split), choose_held_out(config.entities, panel.series_ids)
     held_out = np.isin(panel.series_ids, names)
@@ -370,6 +396,7 @@ def fit_frame(
             raise ConfigError("--resume has no effect with model=auto; run it again without")
         network, training = _race(panel, config, splits, unit, held_out=held_out, progress=progress)
         _check_held_out(network, names)
+        frame = _read_by(network, frame, config)
         if fitted_rows != splits.train:  # the other rows of the valid span are no longer held out
             spans = replace(spans, graded={**spans.graded, "valid": spans.calibration})
     else:
@@ -481,6 +508,8 @@ def fit(
     if history is None:
         history = load_history(workspace, config.data, masked=True)
     checkpoint_dir = workspace.checkpoints / fingerprint(config)
+    if resume and not (checkpoint_dir / CHECKPOINT).exists():
+        _LOG.warning("--resume: there is no interrupted training of exactly these settings; starting afresh")
     name = f"{config.model.name} on {config.data.name}"
     tags = {"tsforge.model": config.model.name, "tsforge.dataset": config.data.name}
     with Tracker.open(workspace, config.tracking).start(name, config=config, tags=tags, parent=parent) as run:

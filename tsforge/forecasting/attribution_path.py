@@ -75,12 +75,19 @@ def read_inputs(network: ForecastNetwork, batch: Batch, baseline: Baseline) -> I
     """Return the inputs of a batch of one item.
 
     Args:
-        network: says the training means of covariates, their baseline.
-        batch: windows without a target.
+        network: says which kinds of covariates it reads, and their training means, the baseline.
+        batch: windows without a target; kinds that the network does not read are left out of it.
         baseline: level of the history of each variate: ``mean`` of its observed rows in the window, or the ``last``
             one; ``SHRUNK`` of the moves about it stay.
     """
-    batch = batch._replace(target=None, target_mask=None)
+    spec = network.spec
+    batch = batch._replace(
+        target=None,
+        target_mask=None,
+        past=batch.past if spec.num_past else None,
+        known=batch.known if spec.num_known else None,
+        static=batch.static if spec.num_static else None,
+    )
     values = {kind: getattr(batch, kind) for kind in KINDS if getattr(batch, kind) is not None}
     seen = {kind: batch.context_mask if kind == "context" else ~torch.isnan(value) for kind, value in values.items()}
     levels = {

@@ -19,6 +19,11 @@ from tsforge.core.signals import interruption
 from tsforge.tuning.study import TRIAL_ERRORS, Pruned
 
 _LOG = get_logger(__name__)
+State = Literal["complete", "stopped", "left_out", "failed"]
+
+
+class NotBegun(TsforgeError):
+    """Raised by an objective about a candidate that it leaves out, which is no failure of the candidate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +32,15 @@ class ContestRecord:
 
     Attributes:
         name: of the candidate.
-        state: ``stopped`` by a rung, or ``failed``.
+        state: ``complete``, ``stopped`` by a rung, ``left_out`` before its first step, or ``failed``.
         value: what the objective returned, None unless complete.
         steps: reports made.
         seconds: wall time.
-        error: why it was stopped or failed.
+        error: why it was stopped or left out, or failed.
     """
 
     name: str
-    state: Literal["complete", "stopped", "failed"]
+    state: State
     value: float | None
     steps: int
     seconds: float
@@ -101,7 +106,7 @@ def _one(study: Any, trial: Any, name: str, objective: Callable[[str, Contestant
 
     contestant, started = Contestant(trial), time.monotonic()
 
-    def record(state: Literal["complete", "stopped", "failed"], value: float | None, why: str | None) -> ContestRecord:
+    def record(state: State, value: float | None, why: str | None) -> ContestRecord:
         seconds = time.monotonic() - started
         return ContestRecord(name=name, state=state, value=value, steps=contestant.steps, seconds=seconds, error=why)
 
@@ -114,10 +119,13 @@ def _one(study: Any, trial: Any, name: str, objective: Callable[[str, Contestant
     except Pruned as stop:
         study.tell(trial, state=TrialState.PRUNED)
         return record("stopped", None, str(stop))
+    except NotBegun as reason:
+        study.tell(trial, state=TrialState.FAIL)  # Optuna has no other word for it
+        return record("left_out", None, str(reason))
     except TRIAL_ERRORS as error:
         study.tell(trial, state=TrialState.FAIL)
         if interruption(error) is not None:
             raise
-        reason = str(error) if isinstance(error, TsforgeError) else f"{type(error).__name__}: {error}"
-        _LOG.warning("candidate %s failed: %s", name, reason)
-        return record("failed", None, reason)
+        why = str(error) if isinstance(error, TsforgeError) else f"{type(error).__name__}: {error}"
+        _LOG.warning("candidate %s failed: %s", name, why)
+        return record("failed", None, why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tsforge.core.errors import ModelError
-from tsforge.tuning.halving import Contestant, ContestRecord, halve
+from tsforge.tuning.halving import Contestant, ContestRecord, NotBegun, halve
 
 CURVES = {  # error after each epoch
     "good": [1.0, 0.5, 0.4, 0.3, 0.25, 0.2, 0.2, 0.2, 0.2],
@@ -55,6 +55,18 @@ def test_a_failure_is_a_record_and_others_go_on() -> None:
     assert found[0].error == "it cannot be built"
     assert "its error is nan" in str(found[1].error)
     assert halve([], objective) == []
+
+
+def test_what_is_left_out_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    def objective(name: str, contestant: Contestant) -> float:
+        if name == "late":
+            raise NotBegun("not begun: the time is spent")
+        return learn(name, contestant)
+
+    found = halve(["good", "late"], objective)
+    assert [record.state for record in found] == ["complete", "left_out"]
+    assert found[1].error == "not begun: the time is spent"
+    assert not caplog.records
 
 
 def test_interruption_passes_and_bugs_are_not_hidden() -> None:
