@@ -341,6 +341,23 @@ def test_predict_starts_new_series_cold(shops: Any) -> None:
         validate(PredictConfig, {"cold_start": "pad", "reconcile": "mint"})
 
 
+def test_new_series_can_be_selected_beside_stored_ones(shops: Any) -> None:
+    every = predict(shops, cold_start={"like": {"n/d": "*", "n/e": "n/b"}}).table
+
+    def names(series: list[str]) -> set[str]:
+        found = predict(shops, cold_start={"like": {"n/d": "*", "n/e": "n/b"}}, series=series).table
+        assert found.equals(every.filter(pl.col("series_id").is_in(found["series_id"].unique().to_list())))
+        return set(found["series_id"])
+
+    assert names(["n/a", "n/d"]) == {"n/a", "n/d"}
+    assert names(["n/e"]) == {"n/e"}
+    assert names(["n/a"]) == {"n/a", "n/d", "n/e"}  # as ever: the command asks for them
+    with pytest.raises(DataError, match="unknown series n/f"):
+        names(["n/a", "n/f", "n/d"])
+    with pytest.raises(ConfigError, match="n/a has rows"):
+        predict(shops, cold_start={"like": {"n/a": "n/b"}}, series=["n/a"])
+
+
 def test_variates_of_one_series(tmp_path: Path) -> None:
     """The nodes may be the targets of one series: the same machinery, series by series."""
     from tsforge.app.fit import fit_frame

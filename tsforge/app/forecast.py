@@ -37,7 +37,7 @@ class PredictConfig(Config):
     """Stored data set; default the one the artifact was fitted on."""
     series: tuple[str, ...] | None = Field(None, min_length=1)
     """Only these series; default all. Where series are forecast together (a reconciliation, a model that attends to all
-    of them) the others still take part."""
+    of them, ``cold_start.like``) the others still take part. Of new series all are forecast unless some are named."""
     cutoff: str | int | None = None
     """Last time that may be seen; default the last observed row of each series. Where publications are kept, values are
     those of that moment."""
@@ -91,8 +91,9 @@ def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
     if not dataset:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
     steps = max(config.horizon or 0, artifact.window.horizon)
+    new = [] if config.cold_start is None else list(config.cold_start.like)  # defined by the command, not stored
     # forecasts that depend on the other series are made of all of them
-    joint = config.reconcile is not None or artifact.network.capabilities.rows_coupled
+    joint = config.reconcile is not None or artifact.network.capabilities.rows_coupled or bool(new)
     chosen = None if joint else config.series
     fitted = FittedData.of(artifact, dataset)
     frame = load_dataset(workspace, fitted, series=chosen, cutoff=config.cutoff, masked=True, extend=steps)
@@ -136,15 +137,17 @@ def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
             rollout=config.rollout,
         )
     if joint and config.series is not None:
-        forecast = _only(forecast, frame, config.series)
+        forecast = _only(forecast, frame, config.series, new)
     return replace(
         forecast, metadata={**forecast.metadata, "dataset": dataset, "data_fingerprint": frame.fingerprint()}
     )
 
 
-def _only(forecast: Forecast, frame: SeriesFrame, names: Sequence[str]) -> Forecast:
-    """Return the rows of some series of a joint forecast."""
-    frame.select_series(names)  # refuses what it does not know
+def _only(forecast: Forecast, frame: SeriesFrame, names: Sequence[str], new: Sequence[str]) -> Forecast:
+    """Return the rows of some series of a joint forecast; of the new ones all, unless some are named."""
+    if stored := [name for name in names if name not in new]:
+        frame.select_series(stored)  # refuses what it does not know
+    names = names if set(names) & set(new) else [*names, *new]
     wanted = pl.col("series_id").is_in(names)
     absent = sorted(set(names) - set(forecast.answer["series_id"]))
     if absent:

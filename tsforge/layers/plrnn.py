@@ -363,11 +363,11 @@ def make_map(
     _belongs(kind, "rectified", rectified, wanted=kind == "almost_linear", needed=kind == "almost_linear")
     _belongs(kind, "theta_range", theta_range, wanted=dendritic, needed=False)
     if any(width < 1 for width in widths) or (layered and not widths) or (kind != "deep" and len(widths) > 1):
-        raise ConfigError(f"hidden is {hidden}; it must be at least 1, and one number unless the kind is 'deep'")
+        raise ConfigError(f"model.hidden is {hidden}; it must be at least 1, and one number unless the kind is 'deep'")
     if bases is not None and bases < 1:
-        raise ConfigError(f"bases is {bases}; it must be at least 1")
+        raise ConfigError(f"model.bases is {bases}; it must be at least 1")
     if rectified is not None and not 0 <= rectified <= latent:
-        raise ConfigError(f"rectified is {rectified}; it must be between 0 and latent = {latent}")
+        raise ConfigError(f"model.rectified is {rectified}; it must be between 0 and model.latent = {latent}")
     if theta_range is not None and not -math.inf < theta_range[0] <= theta_range[1] < math.inf:
         raise ConfigError(f"theta_range is {theta_range}; it must be finite, the lower end first")
 
@@ -392,10 +392,12 @@ def make_map(
 
 
 def _belongs(kind: str, name: str, value: object, *, wanted: bool, needed: bool) -> None:
+    """Refuse a setting of another kind, and a missing one; both networks call theirs ``model.NAME``."""
     if value is not None and not wanted:
-        raise ConfigError(f"{name} does not belong to a PLRNN of kind '{kind}'; leave it out")
+        raise ConfigError(f"model.{name} does not belong to a PLRNN of kind '{kind}'; leave it out")
     if value is None and needed:
-        raise ConfigError(f"a PLRNN of kind '{kind}' needs {name}")
+        example = {"hidden": 50, "bases": 5, "rectified": 3}[name]
+        raise ConfigError(f"a PLRNN of kind '{kind}' needs model.{name} (for example model.{name}={example})")
 
 
 def _draw(kind: str, generator: torch.Generator, latent: int, widths: tuple[int, ...]) -> Values:
