@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import logging
+import re
+import socket
 import sqlite3
 import threading
 import time
@@ -25,7 +28,8 @@ from tsforge.app.watch.run import watch
 from tsforge.app.watch.settings import JsonlSink, WebhookSink
 from tsforge.app.watch.sinks import JsonlFile
 from tsforge.app.watch.status import watch_status
-from tsforge.app.watch.webhook import retry_after
+from tsforge.app.watch.webhook import DeliveryError, Webhook, retry_after
+from tsforge.core.config import validate
 from tsforge.core.errors import BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.data.event_store import EventStore
@@ -208,6 +212,61 @@ def test_a_receiver_that_refuses_is_tried_again_as_it_asks_and_then_left_out(
     )
     assert "s3cret" not in said
     assert "t0ken" not in said
+
+
+class Dripping:
+    """A server that sends ``first`` and then a byte now and then, never coming to an end."""
+
+    def __init__(self, first: bytes) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/hook"
+        self.asked = 0
+        self._first, self._over = first, threading.Event()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while not self._over.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.asked += 1
+            threading.Thread(target=self._drip, args=(connection,), daemon=True).start()
+
+    def _drip(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65_536)
+            connection.sendall(self._first)
+            while not self._over.wait(0.1):
+                connection.sendall(b"x")
+
+    def close(self) -> None:
+        self._over.set()
+        self._listener.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n", None),  # it has been taken, whatever else is said
+        (b"HTTP/1.1 200 OK\r\nX-Slow: ", "does not answer (TimeoutError: nothing within 0.5 s)"),
+        (b"", "does not answer (TimeoutError: nothing within 0.5 s)"),
+    ],
+    ids=["body", "headers", "status"],
+)
+def test_an_answer_in_drips_holds_up_nothing(first: bytes, reason: str | None) -> None:
+    server = Dripping(first)
+    settings = validate(WebhookSink, {"kind": "webhook", "url": server.url, "timeout_seconds": 0.5})
+    item = Outgoing(seq=1, generation=1, event_id="e", transition="opened", record="{}")
+    started = time.monotonic()
+    if reason is None:
+        assert Webhook(settings, "plant").send([item], 7) == 7
+    else:
+        with pytest.raises(DeliveryError, match=re.escape(reason)):
+            Webhook(settings, "plant").send([item], 7)
+    assert time.monotonic() - started < 20  # drips go on for ever
+    assert server.asked == 1
+    server.close()
 
 
 def test_redirects_are_not_followed(plant: Watched, receiver: Receiver, secrets: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from tsforge.core.errors import BackendError
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 # an older kernel, another file system, layers of a container, a sandbox
+_OF_SYSTEM = re.compile(r"\(os error (\d+)\)")  # how polars ends what the system told it
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
 
 
@@ -27,10 +29,28 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _explain(path: Path, error: OSError) -> BackendError:
-    return BackendError(
-        f"cannot write {path}: {error.strerror or error}; nothing was changed, free space or choose another folder"
-    )
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a disk that refuses into one message, whoever wrote: Python, or polars by its own means."""
+    try:
+        yield
+    except OSError as error:
+        raise _explain(path, error.strerror or str(error)) from error
+    except _polars_error() as error:
+        found = _OF_SYSTEM.search(str(error))
+        if found is None:
+            raise
+        raise _explain(path, os.strerror(int(found.group(1)))) from error
+
+
+def _polars_error() -> tuple[type[Exception], ...]:
+    """Return what polars raises, nothing where it is not loaded; asked only when something was raised."""
+    polars = sys.modules.get("polars")
+    return () if polars is None else (polars.exceptions.PolarsError,)
+
+
+def _explain(path: Path, why: str) -> BackendError:
+    return BackendError(f"cannot write {path}: {why}; nothing was changed, free space or choose another folder")
 
 
 @contextmanager
@@ -41,21 +61,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
         BackendError: the folder is read-only or the disk is full; ``path`` keeps its old content.
     """
     path = Path(path)
-    try:
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise _explain(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        _sync(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise _explain(path, error) from error
+        with _explained(path):
+            yield temporary
+            _sync(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,24 +93,21 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not replace:
         raise BackendError(f"{path} exists already; remove it or choose another name")
-    try:
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise _explain(path, error) from error
     try:
-        yield temporary
-        for item in temporary.rglob("*"):
-            _sync(item)
-        _sync(temporary)
-        os.chmod(temporary, 0o755)
-        if path.exists():
-            _take_over(temporary, path)
-        else:
-            os.rename(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise _explain(path, error) from error
+        with _explained(path):
+            yield temporary
+            for item in temporary.rglob("*"):
+                _sync(item)
+            _sync(temporary)
+            os.chmod(temporary, 0o755)
+            if path.exists():
+                _take_over(temporary, path)
+            else:
+                os.rename(temporary, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

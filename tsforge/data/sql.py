@@ -13,33 +13,17 @@ from urllib.parse import quote
 
 from sqlalchemy import Connection, CursorResult, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from tsforge.core.database import BUSY_SECONDS, reason
 from tsforge.core.errors import BackendError, ConfigError
 
-BUSY_SECONDS = 30
 _WRITE = "tsforge_write"
 
 DATABASE_ERROR = SQLAlchemyError  # for rooms that do not import SQLAlchemy
 _TIMEOUT_OF = {"psycopg": "connect_timeout", "psycopg2": "connect_timeout", "pymysql": "connect_timeout"}  # by driver
 _TIMEOUT_OF |= {"mysqldb": "connect_timeout", "pyodbc": "timeout"}
-
-_ADVICE = (
-    ("database or disk is full", "the disk is full; free space and run it again"),
-    ("no space left", "the disk is full; free space and run it again"),
-    ("readonly", "the file or its folder is read-only; make both writable"),
-    ("read-only", "the database is read-only; use a writable one"),
-    ("unable to open", "the file cannot be opened; check that its folder exists and is writable"),
-    ("locked", f"another process held the database for {BUSY_SECONDS} s; run it again when that one has finished"),
-    ("not a database", "the file is not a SQLite database; check the path"),
-    ("malformed", "the file is damaged; restore it from a backup"),
-    ("disk i/o error", "the disk refused to read or write; check free space and the disk"),
-    # a refused login is a failed connection too, and said first
-    ("password", "the server refused the login; check user and password"),
-    ("does not exist", "create it, or check the name"),
-    ("connection", "the server does not answer or ended the connection; check that it runs and the address is right"),
-)
 
 
 def safe_url(url: str | URL) -> str:
@@ -93,15 +77,7 @@ def explained(engine: Engine, action: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, of_driver) as error:
-        raise BackendError(f"cannot {action} {safe_url(engine.url)}: {_reason(error)}; nothing was changed") from error
-
-
-def _reason(error: Exception) -> str:
-    origin = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    text = str(origin).strip().splitlines()[0] if str(origin).strip() else type(origin).__name__
-    lowered = str(origin).lower()
-    advice = next((advice for sign, advice in _ADVICE if sign in lowered), None)
-    return text if advice is None else f"{text} ({advice})"
+        raise BackendError(f"cannot {action} {safe_url(engine.url)}: {reason(error)}; nothing was changed") from error
 
 
 def open_engine(url: str | URL, *, read_only: bool = False) -> Engine:

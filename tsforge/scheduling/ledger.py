@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from tsforge.core.database import reason
 from tsforge.core.errors import BackendError, ConfigError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.owner import Owner
@@ -172,10 +173,8 @@ class Ledger:
             with self._engine.connect().execution_options(tsforge_read=read) as connection, connection.begin():
                 yield connection
         except SQLAlchemyError as error:
-            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            raise BackendError(
-                f"the run ledger at {self._shown} did not answer: {reason}; check TSFORGE_DATABASE_URL and the database"
-            ) from error
+            why = reason(error, "check TSFORGE_DATABASE_URL and the database")
+            raise BackendError(f"the run ledger at {self._shown} did not answer: {why}") from error
 
     def now(self) -> datetime:
         """Return the time by the clock all holders share: that of the database."""

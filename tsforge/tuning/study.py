@@ -16,6 +16,7 @@ from typing import Any
 
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import fingerprint
+from tsforge.core.database import database_error, reason
 from tsforge.core.errors import BackendError, ConfigError, ModelError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.seeding import derive_seed
@@ -150,10 +151,10 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except StorageInternalError as error:
+    except database_error() + (StorageInternalError,) as error:  # noqa: RUF005 - mypy reads no unpacking here
+        why = reason(error, "free space and run it again")
         raise BackendError(
-            f"the study file {path} could not be written or read ({error}); finished trials are safe, free space and "
-            "run it again"
+            f"the study file {path} could not be written or read: {why}; finished trials are safe"
         ) from error
 
 

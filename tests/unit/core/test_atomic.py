@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from tsforge.core import atomic
@@ -40,6 +41,19 @@ def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     with pytest.raises(BackendError, match="No space left"), atomic_file(target):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_clear_error_when_polars_writes(tmp_path: Path) -> None:
+    """polars calls the system by its own means: its error is none of Python's."""
+    rows = pl.DataFrame({"a": [1.0]})
+    told = r"cannot write .*a\.parquet: No space left on device; nothing was changed"
+    with pytest.raises(BackendError, match=told), atomic_file(tmp_path / "a.parquet"):
+        rows.write_parquet("/dev/full")
+    with pytest.raises(BackendError, match="No space left"), atomic_directory(tmp_path / "folder"):
+        rows.write_csv("/dev/full")
+    with pytest.raises(pl.exceptions.ColumnNotFoundError), atomic_file(tmp_path / "b.parquet"):
+        rows.select("b")  # a mistake is not the disk's
     assert list(tmp_path.iterdir()) == []
 
 

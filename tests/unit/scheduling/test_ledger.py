@@ -354,7 +354,7 @@ def test_bad_addresses_are_explained(tmp_path: Path) -> None:
     assert "s3cr3t" not in str(caught.value)
     with pytest.raises(ConfigError, match="not mysql"):
         Ledger("mysql://u:p@h/db")
-    with pytest.raises(BackendError, match="did not answer"):
+    with pytest.raises(BackendError, match=r"did not answer: unable to open database file \(the file cannot be opened"):
         Ledger(f"sqlite:///{tmp_path / 'missing' / 'folder' / 'x.db'}")
     with pytest.raises(BackendError) as caught:
         Ledger("postgresql://user:secret@127.0.0.1:1/db")

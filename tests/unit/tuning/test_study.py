@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -312,6 +313,19 @@ def test_a_damaged_study_file_is_reported(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(BackendError, match="no such table"):
         study(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_study(tmp_path: Path) -> None:
+    """Here a limit on the size of files, which SQLite meets as it meets the end of a disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(BackendError, match=r"the study file .*ridge\.db could not be written or read: .*space"):
+            study(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "ridge.db").exists()
+    assert study(tmp_path, 6).best.value is not None
 
 
 def test_progress_goes_to_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

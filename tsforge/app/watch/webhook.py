@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import hmac
 import http.client
 import os
+import queue
+import socket
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -88,13 +92,9 @@ class Webhook:
         connection = kind(parts.hostname, parts.port, timeout=self._timeout)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
-            connection.request("POST", target, body=body, headers=headers)
-            answer = connection.getresponse()
-            answer.read(65_536)
+            answer = _answer(connection, target, body, headers, self._timeout)
         except (OSError, http.client.HTTPException) as error:
             raise DeliveryError(f"{parts.hostname} does not answer ({type(error).__name__}: {error})") from error
-        finally:
-            connection.close()
         if 200 <= answer.status < 300:
             return
         wait = retry_after(answer.getheader("Retry-After"), time.time())
@@ -107,6 +107,47 @@ class Webhook:
 
     def close(self) -> None:
         """Hold nothing: every delivery has its own connection."""
+
+
+def _answer(
+    connection: http.client.HTTPConnection, target: str, body: bytes, headers: dict[str, str], seconds: float
+) -> http.client.HTTPResponse:
+    """Return status and headers of the answer to a POST; what it says further is not waited for.
+
+    In a thread of its own, given up after ``seconds`` in all: the limit of a socket begins anew with every byte, and
+    the lookup of a name has none.
+
+    Raises:
+        OSError, HTTPException: no answer, or none in time.
+    """
+    found: queue.Queue[http.client.HTTPResponse | OSError | http.client.HTTPException] = queue.Queue(1)
+    is_over = threading.Event()
+
+    def ask() -> None:
+        try:
+            connection.connect()
+            if is_over.is_set():  # nothing is said any more that will be said again
+                connection.close()
+                return
+            connection.request("POST", target, body=body, headers=headers)
+            found.put(connection.getresponse())
+        except (OSError, http.client.HTTPException) as error:
+            found.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        told = found.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"nothing within {seconds:g} s") from None
+    finally:
+        is_over.set()
+        if connection.sock is not None:
+            with contextlib.suppress(OSError):  # wakes a thread that still reads
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+    if isinstance(told, Exception):
+        raise told
+    return told
 
 
 def retry_after(value: str | None, now: float) -> float:
