@@ -1,10 +1,10 @@
-"""Ranks of the short table over all of its sets, joined from the result files of its parts.
+"""Ranks of the short table over all of its sets, or of the long one, joined from the result files of its parts.
 
-Usage: python benchmarks/short_ranks.py --out benchmarks/results/short_ranks_DATE FILE.json [FILE.json ...]
+Usage: python benchmarks/short_ranks.py [--table long] --out benchmarks/results/short_ranks_DATE FILE.json [...]
 
-The twelve sets of ``benchmark/short`` were measured in several sittings, each with a table of its own. Here every set
-is ranked once (seeds averaged first, ties share their mean rank) and ranks are averaged over sets, for models
-measured on all of them. A model that several files have on a set counts as the last of them has it. ``first or
+The sets of ``benchmark/short`` and ``benchmark/long`` were measured in several sittings, each with a table of its own.
+Here every set is ranked once (seeds averaged first, ties share their mean rank) and ranks are averaged over sets, for
+models measured on all of them. A model that several files have on a set counts as the last of them has it. ``first or
 level``: lowest of all, or with a seed within the range of the seeds of the lowest. Rows that choose their look-back
 by the test rows ("best look-back") take no part. Writes OUT.json and OUT.md.
 """
@@ -41,7 +41,7 @@ def read(paths: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
 def ranked(sets: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return one record a model that every set has, best first."""
     models = [name for name in next(iter(sets.values())) if all(name in rows for rows in sets.values())]
-    records = {name: {"model": name, "ranks": {}, "first": 0, "level": 0} for name in models}
+    records: dict[str, dict[str, Any]] = {name: {"model": name, "ranks": {}, "first": 0, "level": 0} for name in models}
     for data, rows in sets.items():
         ranks = rankdata([rows[name]["mse"] for name in models])
         lowest = min((rows[name] for name in models), key=lambda row: row["mse"])
@@ -56,9 +56,11 @@ def ranked(sets: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     return sorted(records.values(), key=lambda record: record["mean_rank"])
 
 
-def page(records: list[dict[str, Any]], sets: dict[str, dict[str, dict[str, Any]]], files: list[Path]) -> str:
+def page(
+    records: list[dict[str, Any]], sets: dict[str, dict[str, dict[str, Any]]], files: list[Path], table: str
+) -> str:
     """Return the table as text."""
-    lines = [f"# The short table over {len(sets)} sets, {datetime.now(UTC):%Y-%m-%d}", ""]
+    lines = [f"# The {table} table over {len(sets)} sets, {datetime.now(UTC):%Y-%m-%d}", ""]
     lines += [(__doc__ or "").split("\n\n", 2)[2].strip(), "", f"Joined from {', '.join(f.name for f in files)}.", ""]
     lines += [f"| model | mean rank | first | first or level | {' | '.join(sets)} |", "|" + "---|" * (4 + len(sets))]
     for record in records:
@@ -85,13 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--table", choices=("short", "long"), default="short")
     given = parser.parse_args()
     sets = read(given.files)
     records = ranked(sets)
     with atomic_file(given.out.with_suffix(".json")) as path:
         path.write_text(json.dumps({"files": [f.name for f in given.files], "records": records}, indent=1) + "\n")
     with atomic_file(given.out.with_suffix(".md")) as path:
-        path.write_text(page(records, sets, given.files), encoding="utf-8")
+        path.write_text(page(records, sets, given.files, given.table), encoding="utf-8")
 
 
 if __name__ == "__main__":
