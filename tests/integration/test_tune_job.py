@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -20,7 +22,7 @@ from tsforge.app.fit import FitConfig, fit
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.publish import promote
 from tsforge.app.tune import TuneJobConfig, leaves, trial_space, tune, with_values
-from tsforge.core.config import load
+from tsforge.core.config import load, validate
 from tsforge.core.errors import BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.tracking.registry import champion
@@ -69,6 +71,143 @@ def test_a_metric_that_no_fit_reports_is_refused_before_the_first_trial(workspac
     with pytest.raises(ConfigError, match=r"known: valid_mae, valid_mse\)$"):
         tune(job("study.metric=valid_unseen_mae"), workspace)
     assert not workspace.tuning.exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            "data.name: {choices: [other]}, data.timezone: {choices: [UTC]}",
+            r"data\.name, data\.timezone cannot be searched: all trials share the data .*tune each data set by itself",
+        ),
+        (
+            "window.horizon: {choices: [1, 12]}",
+            r"window\.horizon cannot be searched: what is graded .* a study for each",
+        ),
+        ("window.min_observed: {low: 0.1, high: 0.9}", r"window\.min_observed cannot be searched: what is graded"),
+        (
+            "split.ends: {choices: [['2013-03-01', '2013-04-01', null]]}",
+            r"split\.ends cannot be searched: what is graded",
+        ),
+        ("entities.held_out: {choices: [0.0, 0.5]}", r"entities\.held_out cannot be searched: what is graded"),
+        (
+            "model.name: {choices: [linear, var]}",
+            r"model\.name cannot be searched: each model has settings .*model=auto",
+        ),
+        ("calibration.method: {choices: [cqr]}", r"calibration\.method cannot be searched: no error of a trial"),
+        (
+            "warm_start.artifact: {choices: [null, latest]}",
+            r"warm_start\.artifact cannot be searched: trials begin at fresh",
+        ),
+    ],
+)
+def test_fields_with_which_errors_cannot_be_compared_are_refused_before_the_first_trial(
+    workspace: Workspace, space: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"study\.space: {message}"):
+        tune(job(f"study.space={{{space}}}"), workspace)
+    assert not workspace.tuning.exists()
+
+
+def test_of_several_refused_fields_every_reason_is_told_and_null_leaves_one_alone() -> None:
+    with pytest.raises(ConfigError, match=r"data\.name cannot be .*\. window\.horizon cannot be "):
+        trial_space(job("study.space={data.name: {choices: [a]}, window.horizon: {choices: [1, 2]}}"))
+    space = trial_space(job("study.space={data.name: null, split.train: null, window.stride: {choices: [1, 12]}}"))
+    assert list(space) == ["model.weights", "model.remove", "model.ridge", "window.stride"]
+    with pytest.raises(ConfigError, match=r"model\.refit cannot be searched: what is graded"):
+        trial_space(job("fit.model={name: auto}", "study.space={model.refit: {choices: [all, train]}}"))
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            "window.context_length: {choices: [abc, 48]}",
+            r"window\.context_length cannot be 'abc' \(.*valid integer.*\); correct the space",
+        ),
+        (
+            "window.context_length: {choices: [48, 0]}",
+            r"window\.context_length cannot be 0 \(.*greater than or equal to 1",
+        ),
+        (
+            "model.remove: {choices: [nonsense, none]}",
+            r"model\.remove cannot be 'nonsense' \(.*'window_mean' or 'last'",
+        ),
+        ("model.ridge: {low: -1, high: 5, log: false}", r"model\.ridge cannot be -1\.0 \(.*a number from 0 on"),
+        ("covariates: {choices: [some]}", r"covariates cannot be 'some' \(.*'usable' or 'all'"),
+        (
+            "scaling.unknown: {choices: [context]}",
+            r"scaling\.unknown cannot be 'context' \(.*scaling\.kind=series only",
+        ),
+        ("train.cycles: {choices: [5]}", r"train\.cycles cannot be 5 \(train\.cycles has no effect with schedule"),
+    ],
+)
+def test_values_that_no_fit_takes_are_refused_before_the_first_trial(
+    workspace: Workspace, space: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"study\.space: {message}"):
+        tune(job(f"study.space={{{space}}}"), workspace)
+    assert not workspace.tuning.exists()
+
+
+def test_values_that_go_with_others_of_the_search_or_between_the_ends_of_a_range_stay() -> None:
+    together = "train.schedule: {choices: [constant, cyclic_cosine]}, train.cycles: {choices: [null, 5]}"
+    assert trial_space(job(f"study.space={{{together}}}"))["train.cycles"].choices == (None, 5)  # type: ignore[union-attr]
+    cyclic = ["fit.train.schedule=cyclic_cosine", "fit.train.cycles=5"]
+    epochs = trial_space(job(*cyclic, "study.space={train.max_epochs: {low: 11, high: 29}}"))["train.max_epochs"]
+    assert epochs.describe() == "int 11..29", "10 is a multiple of neither, 15 goes"
+    assert "scaling.unknown" in trial_space(
+        job("study.space={scaling.unknown: {choices: [context]}, scaling.kind: {choices: [series]}}")
+    )
+
+
+def late_panel(workspace: Workspace, folder: Path, late: int) -> dict[str, object]:
+    """Store two series of 300 hours, the second begins ``late`` hours after the first; return the settings of data."""
+    times = [datetime(2026, 1, 1) + timedelta(hours=hour) for hour in range(300)]
+    wave = np.sin(np.arange(300) * 2 * np.pi / 24) + np.random.default_rng(0).normal(size=300) * 0.1
+    one = pl.DataFrame({"ds": times, "who": "early", "load": wave})
+    pl.concat([one, one[late:].with_columns(who=pl.lit("late"))]).write_csv(folder / "late.csv")
+    data: dict[str, object] = {
+        "name": "late",
+        "layout": "long",
+        "series": "who",
+        "source": {"kind": "csv", "path": str(folder / "late.csv")},
+    }
+    ingest(validate(IngestConfig, {"data": data}), workspace)
+    return data
+
+
+def test_context_lengths_with_which_fewer_windows_are_graded_are_refused(
+    tracked_workspace: Workspace, tmp_path: Path
+) -> None:
+    data = late_panel(tracked_workspace, tmp_path, late=190)  # the valid span begins at row 210
+
+    def searched(space: object, **fit: object) -> TuneJobConfig:
+        window = {"context_length": 12, "horizon": 6}
+        settings = {"data": data, "model": {"name": "linear"}, "window": window} | fit
+        study = {"name": "late", "num_trials": 2, "space": {"window.context_length": space}}
+        return validate(TuneJobConfig, {"fit": settings, "study": study})
+
+    refused = (
+        r"context_length cannot be searched from 12 to 48: .* has 50 windows with the first and 25 with the last.*"
+    )
+    for space in ({"choices": [12, 48]}, {"low": 12, "high": 48}, {"choices": [48, 12, 5000]}):
+        with pytest.raises(ConfigError, match=refused + "search up to 20, or leave those series out"):
+            tune(searched(space), tracked_workspace)
+    with pytest.raises(ConfigError, match="from 12 to 204: .*search up to 20"):  # more leave nothing to train on
+        tune(searched({"low": 12, "high": 5000}), tracked_workspace)
+    assert not tracked_workspace.tuning.exists()
+    held_out = searched({"choices": [12, 48]}, entities={"held_out": ["late"]})
+    assert len(tune(held_out, tracked_workspace).trials) == 2, "the late series is not graded"
+
+
+def test_context_lengths_that_every_series_has_are_searched(tracked_workspace: Workspace, tmp_path: Path) -> None:
+    data = late_panel(tracked_workspace, tmp_path, late=190)
+    window = {"context_length": 12, "horizon": 6}
+    study = {"name": "late", "num_trials": 2, "space": {"window.context_length": {"choices": [12, 20, 5000]}}}
+    settings = {"fit": {"data": data, "model": {"name": "linear"}, "window": window}, "study": study}
+    result = tune(validate(TuneJobConfig, settings), tracked_workspace)
+    assert result.trials[0].values["window.context_length"] == 12
 
 
 def test_trials_leave_the_settings_of_intervals_to_the_best_config(workspace: Workspace) -> None:

@@ -6,25 +6,57 @@ The objective sees the training span and the valid span only; the test span stay
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from tsforge.app.auto import AUTO
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.app.ingest import load_history
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config, search_space, to_yaml, validate
-from tsforge.core.errors import ConfigError, ModelError, nearest
+from tsforge.core.errors import ConfigError, ModelError, listing, nearest
 from tsforge.core.workspace import Workspace
-from tsforge.data.vintages import History
+from tsforge.data.entities import choose_held_out
+from tsforge.data.panel import Panel
+from tsforge.data.splits import make_splits
+from tsforge.data.vintages import History, newest
+from tsforge.data.window_index import count_windows
 from tsforge.models.registry import MODELS
 from tsforge.tracking.runs import Run, Tracker
 from tsforge.tracking.study import BEST_TRIAL, NOTE, OUTCOME, PRUNED, STUDY, TRIAL, TRIALS
 from tsforge.tuning.config import TuneConfig
 from tsforge.tuning.result import TrialRecord, TuneResult
-from tsforge.tuning.space import Space, build_space
+from tsforge.tuning.space import Choice, Space, build_space
 from tsforge.tuning.study import Pruned, Trial, opened
+
+_CONTEXT = "window.context_length"
+_GRADED = "what is graded of the valid span depends on it, and errors on different values cannot be compared"
+_ONE_EACH = "run a study for each setting, under a study.name of its own"
+_UNSEARCHED = {  # a field, or a section with a dot behind it: why it cannot be searched, and what to do
+    "data.": (
+        "all trials share the data as fit.data states it, and errors on different data cannot be compared",
+        "tune each data set by itself, under a study.name of its own",
+    ),
+    "window.horizon": (_GRADED, _ONE_EACH),
+    "window.min_observed": (_GRADED, _ONE_EACH),
+    "split.": (_GRADED, _ONE_EACH),
+    "entities.held_out": (_GRADED, _ONE_EACH),
+    "entities.seed": (_GRADED, _ONE_EACH),
+    "model.name": (
+        "each model has settings and a search space of its own",
+        "run a study for each model, under a study.name of its own, or fit model=auto, which tries them all",
+    ),
+    "warm_start.": ("trials begin at fresh weights", "leave it out"),
+    "calibration.": ("no error of a trial depends on it", "set it in fit, the best config keeps it"),
+    "log_graphs": ("no error of a trial depends on it", "set it in fit, the best config keeps it"),
+    "tracking.": ("no error of a trial depends on it", "set it in fit, the best config keeps it"),
+}
 
 
 class TuneJobConfig(Config):
@@ -46,14 +78,16 @@ def tune(config: TuneJobConfig, workspace: Workspace, *, progress: bool = False)
 
     Raises:
         DataError: the data set is not in the store.
-        ConfigError: a space names no field, no fit has the metric, or the study of that name searched something else.
+        ConfigError: a space names no field, a value that its field does not take or a field with which errors cannot be
+            compared, no fit has the metric, or the study of that name searched something else.
         ModelError: no trial succeeded.
         BackendError: another process works on the study, or a store does not answer.
         KeyboardInterrupt: finished trials and the best config so far are kept.
     """
     _check_metric(config)
-    frame = load_history(workspace, config.fit.data, masked=True)
     space = trial_space(config)
+    frame = load_history(workspace, config.fit.data, masked=True)
+    _check_contexts(config, space, frame)
     current = leaves(config.fit.model_dump(mode="json"))
     storage = workspace.tuning / f"{config.study.name}.db"
     tracker = Tracker.open(workspace, config.fit.tracking)
@@ -92,7 +126,7 @@ def trial_space(config: TuneJobConfig) -> Space:
     them.
 
     Raises:
-        ConfigError: see ``build_space``.
+        ConfigError: see ``build_space``; a field that cannot be searched, or a value that its field does not take.
     """
     declared = search_space(config.fit)
     can = MODELS.get(config.fit.model.name).capabilities_of(config.fit.model)
@@ -102,7 +136,93 @@ def trial_space(config: TuneJobConfig) -> Space:
             for name, space in declared.items()
             if not name.startswith("train.") or name in config.study.space
         }
-    return build_space(declared, config.study.space, leaves(config.fit.model_dump(mode="json")))
+    space = build_space(declared, config.study.space, leaves(config.fit.model_dump(mode="json")))
+    _check_fields(config.fit, space)
+    _check_values(config.fit, space)
+    return space
+
+
+def _check_fields(fit: FitConfig, space: Space) -> None:
+    """Refuse fields whose errors cannot be compared, and those that a trial does not read."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for name in space:
+        keys = [key for key in _UNSEARCHED if name == key or (key.endswith(".") and name.startswith(key))]
+        if keys:
+            refused.setdefault(_UNSEARCHED[keys[0]], []).append(name)
+        elif name == "model.refit" and fit.model.name == AUTO:  # rows that members are fitted on are not graded
+            refused.setdefault((_GRADED, _ONE_EACH), []).append(name)
+    if refused:
+        parts = [f"{listing(names, 20)} cannot be searched: {why}; {way}" for (why, way), names in refused.items()]
+        raise ConfigError("study.space: " + ". ".join(parts))
+
+
+def _check_values(fit: FitConfig, space: Space) -> None:
+    """Refuse a choice, or an end of a range, with which every trial would fail before it is fitted."""
+    faults = []
+    for name, dimension in space.items():
+        beside = [other for other in space if other != name and other.split(".")[0] == name.split(".")[0]]
+        for value in dimension.choices if isinstance(dimension, Choice) else dimension.ends:
+            try:
+                with_values(fit, {name: value})
+            except ConfigError as error:
+                # between the ends of a range, or with other values of the fields beside it, it may go
+                if _is_own_fault(fit, name, value) or (isinstance(dimension, Choice) and not beside):
+                    faults.append(f"{name} cannot be {value!r} ({error})")
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        told = "; ".join(faults[:5])
+        raise ConfigError(f"study.space: {told}{more}; correct the space, or leave these values out")
+
+
+def _is_own_fault(fit: FitConfig, name: str, value: Any) -> bool:
+    """Return whether a field does not take a value whatever stands beside it: by its own type, bounds and checks."""
+    section, *path = name.split(".")
+    holder = getattr(fit, section)
+    if not path or not isinstance(holder, BaseModel):
+        holder, path = fit, [section]
+    plain = holder.model_dump(mode="json")
+    place = plain
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    try:
+        type(holder).model_validate(plain)
+    except ValidationError as error:
+        return any(list(item["loc"][: len(path)]) == path for item in error.errors())
+    except ConfigError:  # of settings that do not go together
+        pass
+    return False
+
+
+def _check_contexts(config: TuneJobConfig, space: Space, history: History) -> None:
+    """Refuse context lengths with which other windows of the valid span are graded: a series may begin too late."""
+    dimension, fit = space.get(_CONTEXT), config.fit
+    if dimension is None:
+        return
+    panel = Panel.from_frame(newest(history))
+    splits, names = make_splits(panel, fit.split), choose_held_out(fit.entities, panel.series_ids)
+    chosen = np.isin(panel.series_ids, names)
+    only = None if not names else chosen if config.study.metric.startswith("valid_unseen") else ~chosen
+    aligned = MODELS.get(fit.model.name).capabilities_of(fit.model).rows_coupled
+
+    def windows(span: tuple[int, int], context: int) -> int:
+        return len(count_windows(panel, fit.window.horizon, 1, span, need=context, only=only, aligned=aligned))
+
+    lengths = sorted(int(value) for value in (dimension.choices if isinstance(dimension, Choice) else dimension.ends))
+    low, wide = lengths[0], range(lengths[0], lengths[-1] + 1)
+    # a context that leaves no window to train on gives no error
+    top = low + bisect_left(wide, True, key=lambda length: not windows(splits.train, length)) - 1
+    if top < low:
+        return
+    longest = max(length for length in lengths if length <= top) if isinstance(dimension, Choice) else top
+    most, fewest = windows(splits.valid, low), windows(splits.valid, longest)
+    if fewest < most:
+        limit = low + bisect_left(wide, True, key=lambda length: windows(splits.valid, length) < most) - 1
+        raise ConfigError(
+            f"study.space: {_CONTEXT} cannot be searched from {low} to {longest}: some series begin so late that the "
+            f"valid span has {most} windows with the first and {fewest} with the last, and errors on different windows "
+            f"cannot be compared; search up to {limit}, or leave those series out of the data set"
+        )
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,6 +37,12 @@ class Range:
     is_integer: bool = False
     stand_in: tuple[Any, float] | None = None
 
+    @property
+    def ends(self) -> tuple[int | float, int | float]:
+        """The smallest and the largest value that may be drawn."""
+        kind = int if self.is_integer else float
+        return kind(self.low), kind(self.high)
+
     def suggest(self, trial: Suggester, name: str) -> int | float:
         """Draw a value of the field ``name``."""
         if self.is_integer:

@@ -96,6 +96,11 @@ def test_a_wrong_space_is_refused_with_its_place(overrides: dict[str, object], m
     assert message in str(caught.value) or "lo" in overrides.get("model.lags", {})  # type: ignore[operator]
 
 
+def test_ends_are_what_may_be_drawn() -> None:
+    assert repr(Range(2, 96, False, True).ends) == "(2, 96)"
+    assert repr(Range(1, 5, True).ends) == "(1.0, 5.0)"
+
+
 def test_values_survive_the_store_and_outside_values_are_recognised() -> None:
     whole, real = Range(2, 96, False, True), Range(0.0, 1.0)
     assert (whole.encode(5), whole.encode(5.0), whole.encode(5.5), whole.encode(1), whole.encode(True)) == (
