@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -50,6 +51,39 @@ def test_the_story_of_a_champion(site: Any) -> None:
     assert worse.facts["improvement"] < 0
     assert resolve("plant@champion", workspace).name == better.facts["challenger"]
     assert resolve("plant@challenger", workspace).name == worse.facts["challenger"]
+
+
+def test_a_second_run_with_other_settings_says_that_the_first_one_stands(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace = Workspace.open()
+    first = retrain(config(site, "last_value"), AS_OF, workspace)
+    assert "other_settings" not in first.summary()
+    same = retrain(config(site, "last_value"), AS_OF, workspace)
+    assert same.summary()["other_settings"] == []
+    assert {**first.facts, "promoted": True} == {**same.facts, "promoted": same.promoted}
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+    other = config(site, "last_value", promote="never", compare={"span": "5d", "cutoffs": 12, "margin": 0.05})
+    second = retrain(other, AS_OF, workspace)
+    assert (second.status, second.promoted, second.facts) == ("unchanged", True, same.facts)
+    assert second.summary()["other_settings"] == ["compare.span", "promote"]
+    assert "plant as of 2026-03-10T12:00:00+00:00 stays as it was done, with other settings than now" in caplog.text
+    assert "(compare.span, promote); another as-of" in caplog.text
+
+
+def test_nothing_is_claimed_about_a_retraining_whose_settings_the_ledger_does_not_know(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace = Workspace.open()
+    ledger = Ledger(workspace.database_url)
+    claim = ledger.claim("retrain/plant", AS_OF)
+    assert claim is not None
+    ledger.finish(claim, message="better", details={"challenger": "old", "promoted": True})  # as an older version did
+    ledger.close()
+    again = retrain(config(site, "last_value", promote="never"), AS_OF, workspace)
+    assert (again.status, again.promoted, again.facts) == ("unchanged", True, {"challenger": "old"})
+    assert "other_settings" not in again.summary()
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 def test_a_damaged_champion_is_an_error_and_stays(site: Any) -> None:

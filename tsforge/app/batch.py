@@ -261,7 +261,7 @@ def _published(ledger: Ledger, config: BatchConfig, as_of: datetime, path: Path)
 def _kept(status: Literal["adopted", "unchanged"], found: published.Partition, config: BatchConfig) -> BatchResult:
     """Return the result of a batch that stays as it was published; told where the job has other settings now."""
     stored = found.manifest.get("config", {}).get("resolved", {})
-    changed = tuple(_changed(stored, config.model_dump(mode="json")))
+    changed = tuple(changed_settings(stored, config.model_dump(mode="json")))
     if changed:
         LOGGER.warning(
             "%s stays as it was published, with other settings than now (%s); --force publishes it again",
@@ -271,11 +271,11 @@ def _kept(status: Literal["adopted", "unchanged"], found: published.Partition, c
     return BatchResult(status=status, partition=found, other_settings=changed)
 
 
-def _changed(stored: Any, now: Any, name: str = "") -> Iterator[str]:
+def changed_settings(stored: Any, now: Any, name: str = "") -> Iterator[str]:
     """Yield the dotted names of the settings that differ; those that came after the stored ones are not known."""
     if isinstance(stored, dict) and isinstance(now, dict):
         for key in sorted(stored.keys() & now.keys()):
-            yield from _changed(stored[key], now[key], f"{name}.{key}" if name else key)
+            yield from changed_settings(stored[key], now[key], f"{name}.{key}" if name else key)
     elif stored != now:
         yield name
 

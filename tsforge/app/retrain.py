@@ -17,13 +17,14 @@ import polars as pl
 from pydantic import Field, field_validator, model_validator
 
 from tsforge.app.batch import BatchBusy, data_seen_until, parse_as_of
+from tsforge.app.batch import changed_settings
 from tsforge.app.checks import before
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import IngestConfig, ingest, load_history
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config
-from tsforge.core.errors import ConfigError, DataError, TsforgeError
+from tsforge.core.errors import ConfigError, DataError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.config import DataConfig
@@ -32,10 +33,11 @@ from tsforge.data.splits import SplitConfig
 from tsforge.data.vintages import Delays, History, VintageFrame, newest, published_by, seen_from
 from tsforge.forecasting.predict import predict
 from tsforge.metrics.significance import diebold_mariano
-from tsforge.scheduling.ledger import Claim, Ledger
+from tsforge.scheduling.ledger import Claim, Ledger, LedgerRun
 from tsforge.tracking.registry import CHAMPION, has_alias, promote, resolve
 
 LOGGER = get_logger(__name__)
+_SETTINGS = "settings"  # key of the ledger's details, beside the facts
 
 
 class CompareConfig(Config):
@@ -132,6 +134,8 @@ class RetrainResult:
         promoted: whether the challenger is the champion now.
         reason: why, in words.
         facts: artifact ids and the figures of the contest.
+        other_settings: those of the job that differ from the ones it was done with; None where it was done now, or
+            where the ledger does not say with which.
     """
 
     status: Literal["done", "unchanged"]
@@ -139,6 +143,7 @@ class RetrainResult:
     promoted: bool
     reason: str
     facts: dict[str, Any] = field(default_factory=dict)
+    other_settings: tuple[str, ...] | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return what a person wants to know first."""
@@ -148,6 +153,7 @@ class RetrainResult:
             "promoted": self.promoted,
             "reason": self.reason,
             **self.facts,
+            **({} if self.other_settings is None else {"other_settings": list(self.other_settings)}),
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -171,19 +177,35 @@ def retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Ret
         if claim is None:
             run = ledger.find(config.key, as_of)
             if run is not None and run.status == "done":
-                facts = dict(run.details)
-                return RetrainResult(
-                    status="unchanged",
-                    as_of=as_of,
-                    promoted=bool(facts.pop("promoted", False)),
-                    reason=run.message,
-                    facts=facts,
-                )
+                return _kept(run, config, as_of)
             raise BatchBusy(f"another process retrains {config.name} as of {as_of.isoformat()}; ask again later")
         with ledger.keep_alive(claim):
             return _claimed(ledger, claim, config, as_of, workspace)
     finally:
         ledger.close()
+
+
+def _kept(run: LedgerRun, config: RetrainConfig, as_of: datetime) -> RetrainResult:
+    """Return what was done before; told where the job has other settings now."""
+    facts = dict(run.details)
+    stored = facts.pop(_SETTINGS, None)  # rows of older versions lack it: nothing is claimed about them
+    changed = None if stored is None else tuple(changed_settings(stored, config.model_dump(mode="json")))
+    if changed:
+        LOGGER.warning(
+            "the retraining of %s as of %s stays as it was done, with other settings than now (%s); another as-of, or "
+            "another name of the job, retrains with these",
+            config.name,
+            as_of.isoformat(),
+            listing(changed),
+        )
+    return RetrainResult(
+        status="unchanged",
+        as_of=as_of,
+        promoted=bool(facts.pop("promoted", False)),
+        reason=run.message,
+        facts=facts,
+        other_settings=changed,
+    )
 
 
 def _claimed(
@@ -200,7 +222,8 @@ def _claimed(
     except BaseException as error:
         ledger.fail(claim, f"{type(error).__name__}: {error} (a bug in tsforge)")
         raise
-    ledger.finish(claim, message=result.reason, details={**result.facts, "promoted": result.promoted})
+    details = {**result.facts, "promoted": result.promoted, _SETTINGS: config.model_dump(mode="json")}
+    ledger.finish(claim, message=result.reason, details=details)
     log_event(LOGGER, "retrained", job=config.name, promoted=result.promoted, reason=result.reason)
     return result
 

@@ -6,6 +6,7 @@ import http.client
 import importlib
 import logging
 import os
+import re
 import socket
 import sqlite3
 import tempfile
@@ -25,6 +26,12 @@ from tsforge.tracking.redact import redact
 
 _IMPORT_LOCK = threading.Lock()
 _CONNECT_SECONDS = 5.0
+_DOWNLOAD = re.compile(r"The following failures occurred while downloading one or more artifacts from (?P<place>.+):$")
+_GONE = re.compile(r"no ?such|not (exist|found)|\b404\b", re.IGNORECASE)
+_REGISTER_AGAIN = (
+    "; put that folder back from a backup, or make a new version (tsforge fit with tracking.register_as) and give it "
+    "the alias (tsforge promote)"
+)
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # MLflow's own defaults keep asking a dead server for minutes; a value set by the user wins.
 _ENVIRONMENT = {
@@ -136,10 +143,26 @@ def _client(uri: str) -> Any:
 
 
 def brief(error: BaseException, limit: int = 300) -> str:
-    """Return the first line of an error's message, without secrets, cut to ``limit`` characters."""
+    """Return the first line of an error's message, without secrets, cut to ``limit`` characters.
+
+    A line that only announces what follows takes the next one along. Files of a registered version that are gone are
+    said to be, with what to do, which is never cut.
+    """
     lines = [line.strip() for line in redact(str(error)).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    text, advice = lines[0] if lines else type(error).__name__, ""
+    if text.endswith(":"):
+        told = next((line for line in lines[1:] if not line.startswith("#####")), "")  # MLflow's "##### File X #####"
+        download = _DOWNLOAD.match(text)
+        if download is None:
+            text = f"{text} {told}".rstrip()
+        elif _GONE.search(told):
+            text = f"files of that version are gone from {download['place']} ({told})"
+            advice = _REGISTER_AGAIN
+        else:
+            text = (
+                f"files of that version cannot be fetched from {download['place']}: {told or 'MLflow names no reason'}"
+            )
+    return (text if len(text) <= limit else text[: limit - 1] + "…") + advice
 
 
 def sqlite_path(uri: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tsforge.core.errors import BackendError, ConfigError
-from tsforge.tracking.client import normalise_uri, open_client
+from tsforge.tracking.client import brief, normalise_uri, open_client
 
 
 def free_port() -> int:
@@ -195,3 +195,28 @@ def test_files_of_the_default_experiment_stay_beside_the_store(mlflow_template: 
         (location,) = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
     connection.close()
     assert location == (mlflow_template.parent / "mlartifacts" / "default").as_uri()
+
+
+DOWNLOAD = "The following failures occurred while downloading one or more artifacts from file:///srv/m-1:\n"
+
+
+def test_files_of_a_version_that_are_gone_are_said_to_be_with_what_to_do() -> None:
+    told = brief(RuntimeError(DOWNLOAD + "##### File artifacts #####\nNo such artifact: 'artifacts'"))
+    assert told.startswith("files of that version are gone from file:///srv/m-1 (No such artifact: 'artifacts'); put ")
+    assert "back from a backup" in told
+    assert "tsforge fit with tracking.register_as" in told
+    long = brief(RuntimeError(DOWNLOAD + f"##### File a #####\nNo such file: {'x' * 400}"))
+    assert "…; put that folder back" in long, "what to do is never cut"
+
+
+def test_an_error_keeps_the_cause_that_its_first_line_announces() -> None:
+    denied = brief(RuntimeError(DOWNLOAD + "##### File a/b #####\n[Errno 13] Permission denied: '/srv/m-1'"))
+    assert (
+        denied
+        == "files of that version cannot be fetched from file:///srv/m-1: [Errno 13] Permission denied: '/srv/m-1'"
+    )
+    assert brief(RuntimeError("it failed for:\n\n  a reason\nmore")) == "it failed for: a reason"
+    assert brief(RuntimeError("it failed\nfor a reason")) == "it failed"
+    assert brief(RuntimeError("it failed:")) == "it failed:"
+    assert brief(RuntimeError("")) == "RuntimeError"
+    assert brief(RuntimeError("get:\npostgresql://ann:s3cr3t@host/x")) == "get: postgresql://ann:***@host/x"
