@@ -238,6 +238,33 @@ def test_too_few_rows_before_the_start_is_an_error_with_the_number(artifact: Art
         detect(artifact, as_frame(data), start=hours(ROWS + 5))
 
 
+@pytest.mark.parametrize("kind", ["normalised", "latent"])
+def test_a_value_beyond_single_precision_is_refused_by_its_place_and_not_as_a_lack_of_rows(
+    artifact: Artifact, data: pl.DataFrame, kind: str
+) -> None:
+    broken, model = changed(data, "b", "z", slice(1300, 1301), 1e39), artifact
+    if kind == "latent":
+        settings = {"model": {"name": "gru", "d_model": 4}, "train": {"max_epochs": 1, "max_steps_per_epoch": 2}}
+        model = fitted(as_frame(data), **settings)
+    with pytest.raises(DataError, match=r"beyond 3\.4e\+38.*'b'"):
+        detect(model, as_frame(broken), config(score={"kind": kind}), start=hours(VALID + 200))
+
+
+def test_confirmed_rows_teach_nothing_where_a_series_has_no_training_rows(
+    artifact: Artifact, data: pl.DataFrame
+) -> None:
+    """Such a series is compared with the rows before scoring; neither range nor regression may rest on confirmed ones."""
+    late = data.filter((pl.col("series_id") != "a") | (pl.col("time") >= hours(TRAIN)))
+    wild = changed(late, "a", "x", slice(600, 620), 40.0)
+    spans = pl.DataFrame({"series_id": ["a"], "start": [hours(560)], "end": [hours(700)]})
+    settings = config(score={"joint": "consensus", "steps": [1]})
+    one, other = (
+        detect(artifact, as_frame(rows), settings, start=hours(VALID + 60), confirmed=spans) for rows in (late, wild)
+    )
+    assert joint(one, "a")["score"].drop_nulls().len() > 300
+    assert joint(one, "a").equals(joint(other, "a"))
+
+
 def test_a_long_memory_gets_the_rows_it_needs_or_the_series_is_left_out(artifact: Artifact, data: pl.DataFrame) -> None:
     """160 rows set the scale for ``ewma: 0.0125``, though half of those at hand would be fewer."""
     settings = config(score={"ewma": 0.0125})

@@ -19,7 +19,7 @@ from tsforge.artifact import Artifact
 from tsforge.contracts.tensors import Batch
 from tsforge.core.errors import DataError, ModelError
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.windows import WindowDataset
+from tsforge.data.windows import NoWindowError, WindowDataset
 from tsforge.forecasting.fixed_blocks import block_size, padded
 from tsforge.forecasting.predict import padded_panel
 from tsforge.forecasting.window_forecasts import evaluating, to_device
@@ -76,7 +76,7 @@ def context_outputs(
     def blocks() -> Iterator[ContextOutputs]:
         try:
             windows = WindowDataset(panel, spec, start + 1, stop + spec.horizon)
-        except DataError:  # nobody has enough history
+        except NoWindowError:  # nobody has enough history
             return
         for batch in windows.batches(context_block(network, function)):
             if batch.series_index is None or batch.cutoff_index is None:

@@ -11,7 +11,7 @@ from tsforge.anomaly.buckets import row_buckets
 from tsforge.anomaly.config import DetectConfig, ScoreConfig
 from tsforge.anomaly.confirmed import ConfirmedRows
 from tsforge.anomaly.deviations import WindowedSeries, collect_deviations, observed_values
-from tsforge.anomaly.residuals import TrainingRange
+from tsforge.anomaly.residuals import MIN_OBSERVED, TrainingRange
 from tsforge.anomaly.row_regression import fit_row_regression
 from tsforge.anomaly.series import SeriesRows
 from tsforge.anomaly.spans import ScoredSpan, SeriesSpans, series_spans
@@ -87,7 +87,7 @@ def prepare(
         return _rule(config, panel.grid, len(found.series_ids))
 
     new_rule()  # an impossible budget is an error before the work, not after
-    training = _training_ranges(panel, span, found.series_ids, config.score)
+    training = _training_ranges(panel, span, found.series_ids, config.score, confirmed)
     by = config.calibration.by
     buckets = None
     if by is not None:  # modes in single precision, as the rows of a stream have them
@@ -146,22 +146,26 @@ def _rule(config: DetectConfig, grid: TimeGrid, num_series: int) -> ThresholdRul
 
 
 def _training_ranges(
-    panel: Panel, span: ScoredSpan, series_ids: tuple[str, ...], score: ScoreConfig
+    panel: Panel, span: ScoredSpan, series_ids: tuple[str, ...], score: ScoreConfig, confirmed: ConfirmedRows
 ) -> dict[str, TrainingRange]:
     """Return what the training rows of each series say of its variates.
 
-    A series without training rows in the frame takes those before scoring: its floor is needed, whatever it rests on.
+    A series with fewer than 20 observed training rows in the frame takes all rows before scoring but confirmed ones:
+    its floor is needed, whatever it rests on. Confirmed rows never tell how a row follows the one before.
     """
     train = observed_values(panel, series_ids, span.train_start, span.train_stop)
     ranges = {}
     for place, name in enumerate(series_ids):
         values = train[place]
-        if np.isnan(values).all():
-            values = observed_values(panel, (name,), span.train_stop, span.start)[0]
-        ranges[name] = TrainingRange.of(values)
+        is_few = int((~np.isnan(values)).any(axis=1).sum()) < MIN_OBSERVED
+        if is_few:
+            values = observed_values(panel, (name,), span.train_start, span.start)[0]
+        spared = confirmed.mask(name, span.train_start, len(values))[:, None]
+        normal = np.where(spared, np.nan, values)
+        ranges[name] = TrainingRange.of(normal if is_few else values)
         if score.joint == "consensus":
             found = ranges[name]
-            regression = fit_row_regression(values, smallest=score.scale_floor * (found.high - found.low))
+            regression = fit_row_regression(normal, smallest=score.scale_floor * (found.high - found.low))
             ranges[name] = replace(found, regression=regression)
     return ranges
 

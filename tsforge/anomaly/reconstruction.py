@@ -178,20 +178,23 @@ def fit_window_pca(training: FloatArray, window: int, explained: float = EXPLAIN
             f"{MOST_CELLS}: lower score.window to {max(MOST_CELLS // width, 1)}"
         )
     seen = ~np.isnan(training)
-    known = seen.any(axis=0)
+    known = _known(seen, window)
     counts = np.where(known, seen.sum(axis=0), np.nan)
     center = np.where(seen, training, 0.0).sum(axis=0) / counts
+    lowest = np.where(seen, training, np.inf).min(axis=0, initial=np.inf)
+    still = known & (lowest == np.where(seen, training, -np.inf).max(axis=0, initial=-np.inf))
+    center = np.where(still, lowest, center)  # a mean rounds away from equal numbers, and the spread from 0
     spread = np.sqrt(np.square(np.where(seen, training - center, 0.0)).sum(axis=0) / counts)
     scale = np.where(spread > 0.0, spread, 1.0)
     z = np.ascontiguousarray(((training - center) / scale)[:, known])
     whole = np.flatnonzero(_complete(seen[:, known], window))
-    if len(whole) < 2 * window:
+    if len(whole) < 2 * window:  # as ``_suffices`` says
         observed = int(seen.any(axis=1).sum())
         raise Uncomparable(
             f"{len(training)} training rows ({observed} of them observed) hold {len(whole)} complete windows of "
             f"{window} rows, reconstruction needs {2 * window}",
             observed=observed,
-            advice=window_advice(window, 2, lambda size: _complete(seen[:, known], size).sum() >= 2 * size),
+            advice=window_advice(window, 2, lambda size: _suffices(seen[:, _known(seen, size)], size)),
         )
     chosen = whole[np.unique(np.linspace(0, len(whole) - 1, MOST_WINDOWS).astype(np.int64))]
     rows = z[chosen[:, None] + np.arange(window)].reshape(len(chosen), -1)
@@ -206,6 +209,20 @@ def fit_window_pca(training: FloatArray, window: int, explained: float = EXPLAIN
     every = np.zeros((window, width, count))
     every[:, known] = loadings.reshape(window, -1, count)
     return WindowPca(center, scale, every, noise)
+
+
+def _known(seen: NDArray[np.bool_], window: int) -> NDArray[np.bool_]:
+    """Return which variates [V] have windows enough of their own: the others would leave none to the rest.
+
+    Where none has, all that were ever observed.
+    """
+    enough = np.array([_suffices(seen[:, [v]], window) for v in range(seen.shape[1])], dtype=bool)
+    return enough if enough.any() else np.asarray(seen.any(axis=0))
+
+
+def _suffices(seen: NDArray[np.bool_], window: int) -> bool:
+    """Return whether rows [N, V] hold as many complete windows as a reconstruction needs."""
+    return int(_complete(seen, window).sum()) >= 2 * window
 
 
 def _complete(seen: NDArray[np.bool_], window: int) -> NDArray[np.bool_]:

@@ -69,7 +69,9 @@ def fit_row_regression(training: ArrayLike, *, smallest: ArrayLike) -> RowRegres
     count = np.maximum(seen.sum(axis=0), 1)
     mean = np.where(seen, x, 0.0).sum(axis=0) / count
     apart = np.where(seen, x - mean, 0.0)
-    used = (apart != 0.0).any(axis=0) & (np.ptp(np.where(seen, x, mean), axis=0) > 0.0)
+    low = np.where(seen, x, np.inf).min(axis=0, initial=np.inf)
+    high = np.where(seen, x, -np.inf).max(axis=0, initial=-np.inf)
+    used = high > low  # a mean rounds away from equal numbers
     deviation = np.fmax(np.sqrt(np.square(apart).sum(axis=0) / count), np.asarray(smallest, dtype=np.float64))
     deviation = np.where(used, deviation, 1.0)
     z = np.clip(np.where(used, (x - mean) / deviation, 0.0), -CLIP, CLIP)

@@ -299,12 +299,18 @@ def _context_rows(panel: Panel, spec: WindowSpec, series: Ints, cutoff: Ints) ->
     return low + cutoff - panel.offset[series] - spec.context_length, low, panel.indptr[series + 1]
 
 
-def _nothing_fits(panel: Panel, spec: WindowSpec, span: tuple[int | None, int | None], only: Bools | None) -> DataError:
+class NoWindowError(DataError):
+    """No series has rows enough for a window."""
+
+
+def _nothing_fits(
+    panel: Panel, spec: WindowSpec, span: tuple[int | None, int | None], only: Bools | None
+) -> NoWindowError:
     lengths, inside = panel.lengths, np.diff(panel.rows(*span)[1])
     if only is not None:
         lengths, inside = lengths[only], inside[only]
     place = "" if span == (None, None) else f", of which {int(inside.max(initial=0))} in the span asked for"
-    return DataError(
+    return NoWindowError(
         f"no window fits: context_length {spec.context_length} and horizon {spec.horizon} need {spec.length} rows in a "
         f"row ({spec.horizon} of them in the span), the longest of {len(lengths)} series has "
         f"{int(lengths.max(initial=0))}{place}; shorten them or bring more data"

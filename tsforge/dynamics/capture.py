@@ -176,7 +176,8 @@ def _growth(mapping: PiecewiseLinear, z: Array, steps: int, rng: np.random.Gener
     both = np.concatenate([z, deviation])
     total, align = np.zeros(runs), steps // 10  # the first tenth turns the deviation into its fastest direction
     align -= align % _RENORMALISE
-    times = np.arange(0, steps + _RENORMALISE, _RENORMALISE).clip(max=steps) - 0.5 * steps
+    times = np.arange(0.0, steps + _RENORMALISE, _RENORMALISE).clip(max=steps)
+    times -= times.mean()
     leverage, slope, place = times / np.square(times).sum(), np.zeros(runs), 0
     with np.errstate(all="ignore"):
         for index in range(1, align + steps + 1):

@@ -16,7 +16,7 @@ from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid
 from tsforge.data.panel import Panel
-from tsforge.data.windows import WindowDataset
+from tsforge.data.windows import NoWindowError, WindowDataset
 from tsforge.forecasting.fixed_blocks import block_size, padded
 from tsforge.forecasting.predict import padded_panel
 from tsforge.forecasting.window_forecasts import FloatArray, as_array, evaluating, to_device
@@ -153,7 +153,7 @@ def _window_outputs(
     first, last = start - steps + 1, stop - 1 + spec.horizon
     try:
         windows = WindowDataset(panel, spec, first, last, aligned=coupled)
-    except DataError:  # nobody has enough history: every forecast stays NaN
+    except NoWindowError:  # nobody has enough history: every forecast stays NaN
         return
     with evaluating(network), torch.no_grad():
         for batch in windows.batches(block_size(network, windows.rows_per_item)):

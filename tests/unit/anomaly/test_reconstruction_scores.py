@@ -73,6 +73,29 @@ def test_windows_that_hold_a_row_are_joined_and_rows_without_all_of_them_are_lef
     assert np.isnan(last[: W - 1]).all()
 
 
+def test_a_constant_that_moves_spoils_no_row_beside_it_however_its_mean_rounds() -> None:
+    training, later = coupled(800), coupled(60, seed=2)
+    training[:, 1], later[:, 1] = 0.1, 0.1
+    assert training.sum(axis=0)[1] / 800 != 0.1
+    model = fit_window_pca(training, W)
+    assert (model.center[1], model.scale[1]) == (0.1, 1.0)
+    before = model.expected(later)
+    later[30, 1] = 0.6
+    np.testing.assert_allclose(model.expected(later), before, atol=1e-9)
+
+
+def test_a_variate_that_is_seldom_observed_is_left_out_alone() -> None:
+    training = coupled(800)
+    whole = fit_window_pca(np.delete(training, 1, axis=1), W)
+    training[5:, 1] = np.nan
+    model = fit_window_pca(training, W)
+    assert np.isnan(model.center).tolist() == [place == 1 for place in range(training.shape[1])]
+    later = coupled(60, seed=2)
+    found = model.expected(later)
+    assert np.isnan(found[:, 1]).all()
+    np.testing.assert_allclose(np.delete(found, 1, axis=1), whole.expected(np.delete(later, 1, axis=1)), atol=1e-9)
+
+
 def test_components_hold_the_share_asked_for_and_noise_is_what_they_leave_over() -> None:
     training = coupled(800)
     model = fit_window_pca(training, W, explained=0.9)

@@ -88,6 +88,15 @@ def test_rows_across_a_gap_teach_nothing_and_never_observed_variates_take_no_par
     assert not nothing.used.any()
 
 
+def test_a_constant_takes_no_part_however_its_mean_rounds() -> None:
+    """The mean of many 0.1 is not 0.1, and what missing cells count as must not make it move."""
+    train = course(300)
+    train[:, 2] = 0.1
+    train[::7, 2] = NAN
+    assert np.nansum(train, axis=0)[2] / np.count_nonzero(~np.isnan(train[:, 2])) != 0.1
+    assert fit_row_regression(train, smallest=0.0).used.tolist() == [True, True, False]
+
+
 def test_rows_cut_anywhere_give_the_same_bits() -> None:
     train, test = course(300), course(400, seed=3)
     rng = np.random.default_rng(0)

@@ -69,6 +69,13 @@ def test_a_stable_cycle_contracts_and_shows_its_period() -> None:
     assert capture.to_dict()["settled"] == {"16": 1.0}
 
 
+@pytest.mark.parametrize("steps", [101, 105, 111, 255, 1001])
+def test_growth_is_exact_for_any_number_of_steps(steps: int) -> None:
+    settings = CaptureSettings(runs=20, steps=600, tangent_steps=steps)
+    capture = capture_test(turning(0.999), np.random.default_rng(0).normal(size=(20, 2)), settings=settings)
+    np.testing.assert_allclose(capture.growth, math.log(0.999), rtol=1e-6)
+
+
 @pytest.mark.parametrize(("modulus", "kind"), [(1.0, "near_zero"), (0.998, "contracting"), (0.9, "fixed")])
 def test_turning_maps(modulus: float, kind: str) -> None:
     settings = CaptureSettings(runs=40, steps=1000, tangent_steps=1000)
