@@ -253,7 +253,7 @@ def test_a_value_beyond_single_precision_is_refused_by_its_place_and_not_as_a_la
 def test_confirmed_rows_teach_nothing_where_a_series_has_no_training_rows(
     artifact: Artifact, data: pl.DataFrame
 ) -> None:
-    """Such a series is compared with the rows before scoring; neither range nor regression may rest on confirmed ones."""
+    """Such a series is compared with the rows before scoring; nothing of that may rest on confirmed ones."""
     late = data.filter((pl.col("series_id") != "a") | (pl.col("time") >= hours(TRAIN)))
     wild = changed(late, "a", "x", slice(600, 620), 40.0)
     spans = pl.DataFrame({"series_id": ["a"], "start": [hours(560)], "end": [hours(700)]})

@@ -269,6 +269,39 @@ def test_an_answer_in_drips_holds_up_nothing(first: bytes, reason: str | None) -
     server.close()
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://host/s3cret ",
+        " https://host/s3cret",
+        "https://host/s3cret\x7f",
+        "https://host/stra\u00dfe-s3cret",
+        "https://a..b/s3cret",
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_refused_before_anything_is_sent(
+    plant: Watched, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("HOOK_URL", address)
+    monkeypatch.setenv("HOOK_SECRET", "key")
+    with pytest.raises(ConfigError, match="environment variable HOOK_URL (is no address|holds blanks)") as caught:
+        plant.watch(sinks={"hook": hook()})
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_header_that_cannot_be_sent_is_told_at_once() -> None:
+
+    item = Outgoing(seq=1, generation=1, event_id="e", transition="opened", record="{}")
+    server = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+    settings = validate(WebhookSink, {"kind": "webhook", "url": url, "timeout_seconds": 30})
+    started = time.monotonic()
+    with pytest.raises(DeliveryError, match=r"cannot be asked \(UnicodeEncodeError\)"):
+        Webhook(settings, "\u0416").send([item], 1)
+    assert time.monotonic() - started < 20
+    server.close()
+
+
 def test_redirects_are_not_followed(plant: Watched, receiver: Receiver, secrets: str) -> None:
     receiver.answer = lambda number: (307, {"Location": "http://elsewhere.example/steal?x=1"})
     facts = plant.watch(sinks={"hook": hook(tries=2)}).facts

@@ -508,7 +508,7 @@ def fit(
     if history is None:
         history = load_history(workspace, config.data, masked=True)
     checkpoint_dir = workspace.checkpoints / fingerprint(config)
-    if resume and not (checkpoint_dir / CHECKPOINT).exists():
+    if resume and config.model.name != AUTO and not (checkpoint_dir / CHECKPOINT).exists():
         _LOG.warning("--resume: there is no interrupted training of exactly these settings; starting afresh")
     name = f"{config.model.name} on {config.data.name}"
     tags = {"tsforge.model": config.model.name, "tsforge.dataset": config.data.name}

@@ -16,8 +16,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field, field_validator, model_validator
 
-from tsforge.app.batch import BatchBusy, data_seen_until, parse_as_of
-from tsforge.app.batch import changed_settings
+from tsforge.app.batch import BatchBusy, changed_settings, data_seen_until, parse_as_of
 from tsforge.app.checks import before
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.fitted_data import FittedData

@@ -10,7 +10,7 @@ import glob
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _TAIL = 1 << 16  # bytes in which the last line of a file is looked for
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _FETCH_ROWS = 50_000
+_MOST_DIGITS = 38  # of a whole number that may be an id
 _SQLITE_MISTAKE = re.compile(r"no such|syntax error|incomplete input|ambiguous column")  # not told apart by class
 
 
@@ -368,8 +369,9 @@ def _whole_table(name: str, connection: Any) -> Executable:
 def typed_column(name: str, cells: list[Any]) -> pl.Series:
     """Return cells as one column.
 
-    Decimals become whole numbers where all are, else floats, which hold NaN, infinities and any number of digits.
-    SQLite may mix types in a column, then its cells become text for the cell checks; so do addresses and UUIDs.
+    Decimals become whole numbers where all are (text where one is beyond 64 bits: it may be an id), else floats, which
+    hold NaN, infinities and any number of digits. SQLite may mix types in a column, then its cells become text for the
+    cell checks; so do addresses and UUIDs.
     """
     try:
         column = pl.Series(name, _without_decimals(cells), strict=True)
@@ -384,8 +386,12 @@ def _without_decimals(cells: list[Any]) -> list[Any]:
     decimals = [cell for cell in cells if isinstance(cell, Decimal)]
     if not decimals:
         return cells
-    is_whole = all(c.is_finite() and -(2**63) <= c < 2**63 and c == c.to_integral_value() for c in decimals)
-    kind = int if is_whole else float
+    kind: Callable[[Decimal], Any] = float
+    if all(cell.is_finite() and cell == cell.to_integral_value() for cell in decimals):
+        if all(-(2**63) <= cell < 2**63 for cell in decimals):
+            kind = int
+        elif all(cell.adjusted() < _MOST_DIGITS for cell in decimals):
+            kind = "{:f}".format
     return [kind(cell) if isinstance(cell, Decimal) else cell for cell in cells]
 
 

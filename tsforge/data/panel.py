@@ -22,6 +22,7 @@ _BLOCK = 65_536  # rows checked in one go
 _CHANGES = 20  # from row to row that must be lost to say that a column is
 _FAINT = 1e-12  # relative: a change that arithmetic may have left behind, unless such changes lead somewhere
 _NOISE = 16 * float(np.finfo(np.float64).eps)  # relative: how far apart rounding sets the values of a constant
+_LARGE = 1e7  # from here on neighbouring float32 numbers lie 1 apart: below, sums that drift are left in peace
 _WANDERING = 24  # mean changes that the values of a constant may lie apart: noise goes to and fro
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -268,7 +269,7 @@ class Panel:
                     total[column] += np.bincount(owner[rows][counted[:, column]], minlength=self.num_series)
         if least > _FAINT:  # float64 itself loses none of them
             for column in np.flatnonzero(faint):
-                found = self._faint_changes(int(column), owner)
+                found = self._faint_changes(int(column), owner, least)
                 changes[column] += found
                 lost[column] += found
         places, owners = np.nonzero((lost >= _CHANGES) & (2 * lost > changes))  # blocks without a loss do not count
@@ -283,11 +284,16 @@ class Panel:
                 f"{largest:.6g}); subtract a constant from them, or take differences"
             )
 
-    def _faint_changes(self, column: int, owner: Ints) -> Ints:
+    def _faint_changes(self, column: int, owner: Ints, least: float) -> Ints:
         """Return how many faint changes of a column [num_series] are more than rounding.
 
         A stretch without larger changes may be a constant up to rounding, or a counter far from 0 (an id of 1.8e18,
-        whose neighbours are one rounding unit apart). The constant goes to and fro, the counter leaves its level.
+        whose neighbours are one rounding unit apart). The constant goes to and fro, the counter leaves its level. What
+        is lost of a series that shows other changes, such as the end of a decay, is no loss.
+
+        Args:
+            column: number. owner: series of each row.
+            least: numbers closer than this, relative, may be one.
         """
         values, seen = self.values[:, column], self.observed[:, column]
         step, size = np.abs(np.diff(values)), np.abs(values)
@@ -296,9 +302,21 @@ class Panel:
         moved = np.concatenate([[0.0], np.where(joined, step, 0.0)])
         total, count = (np.add.reduceat(part, starts) for part in (moved, (moved > 0).astype(np.int64)))
         spread = np.maximum.reduceat(values, starts) - np.minimum.reduceat(values, starts)
-        real = (spread > _NOISE * size[starts]) & (spread * count > _WANDERING * total)
-        told = (moved > 0) & np.repeat(real, np.diff(np.append(starts, len(values))))
+        real = (size[starts] >= _LARGE) & (spread > _NOISE * size[starts]) & (spread * count > _WANDERING * total)
+        told = (
+            (moved > 0) & np.repeat(real, np.diff(np.append(starts, len(values)))) & self._is_one(column, least)[owner]
+        )
         return np.bincount(owner[told], minlength=self.num_series).astype(np.int64)
+
+    def _is_one(self, column: int, least: float) -> Bools:
+        """Return of which series [num_series] all values of a column are one number, or two neighbours."""
+        found, filled = np.ones(self.num_series, dtype=bool), self.lengths > 0
+        begins, values, seen = self.indptr[:-1][filled], self.values[:, column], self.observed[:, column]
+        low = np.minimum.reduceat(np.where(seen, values, np.inf), begins)
+        high = np.maximum.reduceat(np.where(seen, values, -np.inf), begins)
+        with np.errstate(invalid="ignore"):  # of a series without a value inf - inf is asked
+            found[filled] = high - low <= least * np.maximum(np.abs(low), np.abs(high))
+        return found
 
 
 _Arrays: TypeAlias = tuple[Floats, Bools, Ints, Ints, "Floats | None"]

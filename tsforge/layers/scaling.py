@@ -59,9 +59,9 @@ def is_diverse(data: TrainingSeries) -> bool:
     mean = by_series(filled) / seen.clamp(min=1)
     own = (by_series(torch.where(mask, values - mean[owner], 0.0).square()) / seen.clamp(min=1)).sqrt()
     together = masked_moments(values, mask)[1]
-    peak = filled.abs().amax(dim=0)
+    peak = torch.zeros_like(own).scatter_reduce(0, owner[:, None].expand_as(filled), filled.abs(), "amax")
     for variate in range(values.shape[1]):
-        spreads = own[:, variate][(seen[:, variate] > 1) & (own[:, variate] > 1e-9 * peak[variate])]
+        spreads = own[:, variate][(seen[:, variate] > 1) & (own[:, variate] > 1e-9 * peak[:, variate])]
         if len(spreads) < 2:
             continue
         calm, middle, lively = spreads.quantile(spreads.new_tensor([0.1, 0.5, 0.9])).tolist()
@@ -207,15 +207,15 @@ class Scaler(nn.Module):
         scale = self._fall_back(spread, size, values, mask)
         series_loc, series_spread = self._series_stats(data, values)
         seen = torch.stack([mask[a:b].any(dim=0) for a, b in _spans(data.indptr)])
-        constant = series_spread <= 1e-9 * size
+        peaks = torch.stack([_peak(values[a:b], mask[a:b]) for a, b in _spans(data.indptr)])
+        constant = series_spread <= 1e-9 * peaks
         self._set("global_loc", mean)
         self._set("global_scale", scale)
         self._set("series_loc", torch.where(seen, series_loc, mean))
         unseen_scale = torch.zeros_like(scale) if self.unknown == "context" else scale
-        unit = torch.where(seen, _unit_of_constant(size), unseen_scale)
+        unit = torch.where(seen, _unit_of_constant(peaks), unseen_scale)
         self._set("series_scale", torch.where(seen & ~constant, series_spread, unit))
         if self.kind == "series_max":
-            peaks = torch.stack([_peak(values[a:b], mask[a:b]) for a, b in _spans(data.indptr)])
             unseen = torch.where(size > 0, size, 1.0)
             self._set("series_loc", torch.zeros_like(peaks))
             self._set("series_scale", torch.where(peaks > 0, peaks, torch.where(seen, 1.0, unseen)))
@@ -234,13 +234,12 @@ class Scaler(nn.Module):
         return _safe(spread, size)
 
     def _series_stats(self, data: TrainingSeries, values: Tensor) -> tuple[Tensor, Tensor]:
-        size = _peak(values, data.mask)
         locs, spreads = [], []
         for start, stop in _spans(data.indptr):
             rows, seen = values[start:stop], data.mask[start:stop]
             loc, spread = masked_moments(rows, seen, robust=self.robust)
             if self.robust:
-                spread = torch.where(spread > 1e-9 * size, spread, masked_moments(rows, seen)[1])
+                spread = torch.where(spread > 1e-9 * _peak(rows, seen), spread, masked_moments(rows, seen)[1])
             locs.append(loc)
             spreads.append(spread)
         return torch.stack(locs), torch.stack(spreads)

@@ -147,15 +147,27 @@ def _only_process(path: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def _storage_errors(path: Path) -> Iterator[None]:
+    """Explain what Optuna raises about an open study; its own words tell little, their cause tells more."""
     from optuna.exceptions import StorageInternalError
 
     try:
         yield
-    except database_error() + (StorageInternalError,) as error:  # noqa: RUF005 - mypy reads no unpacking here
-        why = reason(error, "free space and run it again")
-        raise BackendError(
-            f"the study file {path} could not be written or read: {why}; finished trials are safe"
-        ) from error
+    except StorageInternalError as error:
+        raise _lost(path, error.__cause__ if isinstance(error.__cause__, Exception) else error) from error
+
+
+@contextmanager
+def _making_errors(path: Path) -> Iterator[None]:
+    """Explain what comes through Optuna as it is while the tables of a study are made."""
+    try:
+        yield
+    except database_error() as error:
+        raise _lost(path, error) from error
+
+
+def _lost(path: Path, error: Exception) -> BackendError:
+    why = reason(error, "free space and run it again")
+    return BackendError(f"the study file {path} could not be written or read: {why}; finished trials are safe")
 
 
 class _Connection(sqlite3.Connection):
@@ -176,7 +188,8 @@ def _open(path: Path) -> Any:
         for suffix in ("-wal", "-shm", "-journal"):  # of a study that was removed: SQLite would replay them into ours
             path.with_name(path.name + suffix).unlink(missing_ok=True)
         with atomic_file(path) as temporary:
-            storage = optuna.storages.RDBStorage(sqlite_url(temporary))
+            with _making_errors(path):
+                storage = optuna.storages.RDBStorage(sqlite_url(temporary))
             storage.remove_session()
             storage.engine.dispose()
     try:

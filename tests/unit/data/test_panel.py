@@ -154,12 +154,12 @@ ROUNDS = np.arange(200)
         1e15 + 0.5 * ROUNDS,
         2.0**60 + 1000.0 * ROUNDS,
         1e13 + 0.01 * ROUNDS,
-        np.where(ROUNDS == 100, 0.0, 1e15 + 0.5 * ROUNDS),  # in two stretches
+        np.where(ROUNDS == 100, np.nan, 1e15 + 0.5 * ROUNDS),  # in two stretches
     ],
 )
 def test_counters_so_far_from_0_that_even_float64_hardly_tells_them_apart_are_refused(column: np.ndarray) -> None:
     times = pl.datetime_range(START, START + timedelta(hours=199), "1h", eager=True)
-    table = pl.DataFrame({"ds": times, "y": np.sin(ROUNDS), "meter": column})
+    table = pl.DataFrame({"ds": times, "y": np.sin(ROUNDS), "meter": column}).fill_nan(None)
     panel = Panel.from_frame(SeriesFrame.from_wide(table, time="ds"))
     with pytest.raises(DataError, match=r"column\(s\) meter lie so far from 0 that float32 numbers"):
         panel.resident()
@@ -175,6 +175,10 @@ def test_counters_so_far_from_0_that_even_float64_hardly_tells_them_apart_are_re
         np.array([np.full(length + 1, 0.1).sum() / (length + 1) for length in ROUNDS]),
         1000.0 + np.cumsum(np.where(ROUNDS % 2, -1e-10, 1e-10)),  # real, but nothing that a sum could not leave behind
         np.where(ROUNDS < 100, 0.3, 0.7) + 6e-17 * (ROUNDS % 2),  # two levels
+        np.cumsum(np.full(200, 33333.3)) / (ROUNDS + 1),  # a constant that sums carry away
+        20.0 + 80.0 * np.exp(-ROUNDS / 2.0),  # its end is lost, and no loss
+        3e8 * (1.0 + np.exp(-ROUNDS / 2.0)),
+        np.tile(1e9 * (1.0 + np.exp(-np.arange(100) / 2.0)), 2),
         np.where(ROUNDS % 50 == 0, np.nan, 5.0),
     ],
 )

@@ -84,12 +84,22 @@ def test_uuids_and_addresses_are_series_ids(postgres_url: str, database: Connect
     assert read(postgres_url, series="host").frame.series_ids == ("10.0.0.7",)
 
 
+def test_whole_numbers_beyond_64_bits_are_ids_of_their_own_and_values_all_the_same(
+    postgres_url: str, database: Connection
+) -> None:
+    table(database, "h * 1e20::numeric AS power, 12345678901234567890::numeric + h / 12 AS id")
+    got = read(postgres_url, series="id").frame
+    assert got.series_ids == ("12345678901234567890", "12345678901234567891")
+    assert got.table["power"].max() == 23e20
+
+
 @pytest.mark.parametrize(
     ("cells", "kind", "told"),
     [
         ([Decimal("3"), None, Decimal("-7.000")], pl.Int64, [3, None, -7]),
         ([Decimal("0.5"), Decimal("2")], pl.Float64, [0.5, 2.0]),
-        ([Decimal(2**63), Decimal(1)], pl.Float64, [float(2**63), 1.0]),
+        ([Decimal(2**63), Decimal(1), None], pl.String, [str(2**63), "1", None]),  # two ids stay two
+        ([Decimal("1E+40"), Decimal(3)], pl.Float64, [1e40, 3.0]),
         ([Decimal(-(2**63)), Decimal(2**63 - 1)], pl.Int64, [-(2**63), 2**63 - 1]),
         ([Decimal("1E+40"), Decimal("1E-45")], pl.Float64, [1e40, 1e-45]),
         ([Decimal("Infinity"), Decimal("-Infinity")], pl.Float64, [math.inf, -math.inf]),

@@ -146,6 +146,27 @@ def test_huge_constants_stay_small_beside_the_other_variates(kind: str, level: f
     assert scaler.scale(batch._replace(context=context)).context[..., 1].abs().max().item() < 0.3
 
 
+@pytest.mark.parametrize("peak", [1e7, 3e9, 1e12])
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_small_series_keeps_its_own_scale_beside_a_huge_one(peak: float, robust: bool) -> None:
+    rows = torch.arange(200, dtype=torch.float64)
+    small = 5.0 + 3.0 * torch.sin(rows)
+    values = torch.cat([peak * (1.0 + 0.2 * torch.sin(rows)), small, torch.full((200,), 5.0)])[:, None]
+    data = TrainingSeries(
+        values=values,
+        mask=torch.ones_like(values, dtype=torch.bool),
+        indptr=torch.tensor([0, 200, 400, 600]),
+        offset=torch.zeros(3, dtype=torch.int64),
+    )
+    spec = replace(SPEC, num_variates=1, num_past=0, num_known=0, num_static=0)
+    scaler = Scaler("series", spec, robust=robust).double()
+    scaler.fit(data)
+    alone = _oracle(small.numpy(), robust=robust)[1]
+    assert float(scaler.series_scale[1, 0]) == pytest.approx(float(alone), rel=1e-9)
+    assert float(scaler.series_scale[2, 0]) == 1.0
+    assert is_diverse(data)
+
+
 @pytest.mark.parametrize("level", [2026.0, 1.8e18])
 def test_huge_constant_covariates_are_centred(level: float) -> None:
     data = _series()

@@ -199,15 +199,18 @@ def check_address(address: str, where: str) -> None:
     """Refuse what is no plain HTTP address; the message does not repeat it, since it may hold a secret.
 
     Raises:
-        ValueError: another scheme, no host, or a user and password inside.
+        ValueError: another scheme, no host, signs that no request can hold, or a user and password inside.
     """
     try:
         parts = urlsplit(address)
         parts.port  # noqa: B018 - reading it checks it
+        (parts.hostname or "").encode("idna")
     except ValueError:
         raise ValueError(f"{where} is no address such as https://host/path") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{where} is no address such as https://host/path")
+    if not f"{parts.path}{parts.query}".isascii() or any(sign <= " " or sign == "\x7f" for sign in address):
+        raise ValueError(f"{where} holds blanks or other signs that an address must spell as %20, %C3%9F and so on")
     if parts.username or parts.password:
         raise ValueError(f"{where} holds a user or password; sign with secret_env instead")
 

@@ -93,6 +93,8 @@ class Webhook:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
             answer = _answer(connection, target, body, headers, self._timeout)
+        except (http.client.InvalidURL, ValueError) as error:  # their texts hold the address
+            raise DeliveryError(f"the address of {parts.hostname} cannot be asked ({type(error).__name__})") from None
         except (OSError, http.client.HTTPException) as error:
             raise DeliveryError(f"{parts.hostname} does not answer ({type(error).__name__}: {error})") from error
         if 200 <= answer.status < 300:
@@ -119,8 +121,10 @@ def _answer(
 
     Raises:
         OSError, HTTPException: no answer, or none in time.
+        ValueError: an address or a header that cannot be sent.
     """
-    found: queue.Queue[http.client.HTTPResponse | OSError | http.client.HTTPException] = queue.Queue(1)
+    found: queue.Queue[http.client.HTTPResponse | OSError | http.client.HTTPException | ValueError] = queue.Queue(1)
+    connection.auto_open = 0  # a connection that was given up stays closed
     is_over = threading.Event()
 
     def ask() -> None:
@@ -131,7 +135,7 @@ def _answer(
                 return
             connection.request("POST", target, body=body, headers=headers)
             found.put(connection.getresponse())
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # the last: an address that is none
             found.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
