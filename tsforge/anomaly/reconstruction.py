@@ -7,7 +7,7 @@ is told without looking at it,
     E[x_j | x_o] = W_j (sigma^2 I + W_o' W_o)^-1 W_o' x_o,   o: the observed cells of the other rows,
 
 so that a map that hands its input on scores nothing: its own row is never in its input. Missing cells are left out of
-o, nothing is filled in; a variate that training rows never hold is left out of the model and has no score. ``last``
+o, nothing is filled in; a variate with too few complete windows of its own is left out and has no score. ``last``
 tells a row from the rows before it (latency 0). ``mean`` and ``median`` join the errors of all windows that hold the
 row and read up to w - 1 later rows.
 
