@@ -10,10 +10,11 @@ import logging
 import re
 import socket
 import sqlite3
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -272,8 +273,8 @@ def test_an_answer_in_drips_holds_up_nothing(first: bytes, reason: str | None) -
 @pytest.mark.parametrize(
     "address",
     [
-        "https://host/s3cret ",
-        " https://host/s3cret",
+        "https://host/s3 cret",
+        "https://host/s3cret\tx",
         "https://host/s3cret\x7f",
         "https://host/stra\u00dfe-s3cret",
         "https://a..b/s3cret",
@@ -289,6 +290,34 @@ def test_an_address_that_cannot_be_asked_is_refused_before_anything_is_sent(
     assert "s3cret" not in str(caught.value)
 
 
+def test_a_certificate_that_nobody_signed_is_told_as_such(tmp_path: Path) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+    made = made.not_valid_before(datetime(2020, 1, 1)).not_valid_after(datetime(2090, 1, 1))
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "own.pem").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem) + secret)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own.pem")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError), context.wrap_socket(listener.accept()[0], server_side=True):
+                pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"https://localhost:{listener.getsockname()[1]}/hook"
+        settings = validate(WebhookSink, {"kind": "webhook", "url": url, "timeout_seconds": 20})
+        item = Outgoing(seq=1, generation=1, event_id="e", transition="opened", record="{}")
+        with pytest.raises(DeliveryError, match=r"localhost does not answer \(SSLCertVerificationError: .*self-signed"):
+            Webhook(settings, "plant").send([item], 1)
+
+
 def test_a_header_that_cannot_be_sent_is_told_at_once() -> None:
 
     item = Outgoing(seq=1, generation=1, event_id="e", transition="opened", record="{}")
@@ -296,7 +325,7 @@ def test_a_header_that_cannot_be_sent_is_told_at_once() -> None:
     url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
     settings = validate(WebhookSink, {"kind": "webhook", "url": url, "timeout_seconds": 30})
     started = time.monotonic()
-    with pytest.raises(DeliveryError, match=r"cannot be asked \(UnicodeEncodeError\)"):
+    with pytest.raises(DeliveryError, match=r"127.0.0.1 cannot be asked \(UnicodeEncodeError\)"):
         Webhook(settings, "\u0416").send([item], 1)
     assert time.monotonic() - started < 20
     server.close()

@@ -202,13 +202,16 @@ def _check_contexts(config: TuneJobConfig, space: Space, history: History) -> No
     panel = Panel.from_frame(newest(history))
     splits, names = make_splits(panel, fit.split), choose_held_out(fit.entities, panel.series_ids)
     chosen = np.isin(panel.series_ids, names)
-    only = None if not names else chosen if config.study.metric.startswith("valid_unseen") else ~chosen
+    trained = ~chosen if names else None
+    graded = chosen if names and config.study.metric.startswith("valid_unseen") else trained
     aligned = MODELS.get(fit.model.name).capabilities_of(fit.model).rows_coupled
 
     def windows(span: tuple[int, int], context: int) -> int:
+        only = trained if span is splits.train else graded
         return len(count_windows(panel, fit.window.horizon, 1, span, need=context, only=only, aligned=aligned))
 
-    lengths = sorted(int(value) for value in (dimension.choices if isinstance(dimension, Choice) else dimension.ends))
+    values = dimension.choices if isinstance(dimension, Choice) else dimension.ends
+    lengths = sorted(with_values(fit, {_CONTEXT: value}).window.context_length for value in values)
     low, wide = lengths[0], range(lengths[0], lengths[-1] + 1)
     # a context that leaves no window to train on gives no error
     top = low + bisect_left(wide, True, key=lambda length: not windows(splits.train, length)) - 1

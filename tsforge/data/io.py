@@ -391,8 +391,12 @@ def _without_decimals(cells: list[Any]) -> list[Any]:
         if all(-(2**63) <= cell < 2**63 for cell in decimals):
             kind = int
         elif all(cell.adjusted() < _MOST_DIGITS for cell in decimals):
-            kind = "{:f}".format
+            kind = _digits
     return [kind(cell) if isinstance(cell, Decimal) else cell for cell in cells]
+
+
+def _digits(whole: Decimal) -> str:
+    return f"{whole.to_integral_value():f}"  # 12.00 is the id 12
 
 
 def to_pandas(frame: SeriesFrame | pl.DataFrame) -> pd.DataFrame:

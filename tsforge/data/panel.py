@@ -289,7 +289,7 @@ class Panel:
 
         A stretch without larger changes may be a constant up to rounding, or a counter far from 0 (an id of 1.8e18,
         whose neighbours are one rounding unit apart). The constant goes to and fro, the counter leaves its level. What
-        is lost of a series that shows other changes, such as the end of a decay, is no loss.
+        is lost of a series that shows other changes in most rows, such as the end of a decay, is no loss.
 
         Args:
             column: number. owner: series of each row.
@@ -303,10 +303,9 @@ class Panel:
         total, count = (np.add.reduceat(part, starts) for part in (moved, (moved > 0).astype(np.int64)))
         spread = np.maximum.reduceat(values, starts) - np.minimum.reduceat(values, starts)
         real = (size[starts] >= _LARGE) & (spread > _NOISE * size[starts]) & (spread * count > _WANDERING * total)
-        told = (
-            (moved > 0) & np.repeat(real, np.diff(np.append(starts, len(values)))) & self._is_one(column, least)[owner]
-        )
-        return np.bincount(owner[told], minlength=self.num_series).astype(np.int64)
+        told = (moved > 0) & np.repeat(real, np.diff(np.append(starts, len(values))))
+        found, rows = (np.bincount(owner[part], minlength=self.num_series) for part in (told, seen))
+        return np.where(self._is_one(column, least) | (2 * found >= rows), found, 0).astype(np.int64)
 
     def _is_one(self, column: int, least: float) -> Bools:
         """Return of which series [num_series] all values of a column are one number, or two neighbours."""

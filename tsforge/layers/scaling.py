@@ -81,6 +81,8 @@ def masked_quantile(
     values: Float[Tensor, "*lead rows column"], mask: Bool[Tensor, "*lead rows column"], level: float
 ) -> Float[Tensor, "*lead column"]:
     """Return the ``level`` quantile of observed values along the rows, linear between order statistics; 0 if none."""
+    if not values.shape[-2]:
+        return values.sum(dim=-2)  # of no rows
     ordered = torch.where(mask, values, torch.inf).sort(dim=-2).values
     last = (mask.sum(dim=-2, keepdim=True) - 1).clamp(min=0)
     place = last.to(values.dtype) * level

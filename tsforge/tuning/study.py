@@ -158,7 +158,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _making_errors(path: Path) -> Iterator[None]:
-    """Explain what comes through Optuna as it is while the tables of a study are made."""
+    """Explain what comes through Optuna as it is while the tables of a study are made or looked up."""
     try:
         yield
     except database_error() as error:
@@ -201,9 +201,10 @@ def _open(path: Path) -> Any:
             f"{path.name}-shm if they are there, or move it away to start afresh"
         ) from error
     try:
-        return optuna.storages.RDBStorage(
-            sqlite_url(path.resolve()), engine_kwargs={"connect_args": {"factory": _Connection, "timeout": 20}}
-        )
+        with _making_errors(path):
+            return optuna.storages.RDBStorage(
+                sqlite_url(path.resolve()), engine_kwargs={"connect_args": {"factory": _Connection, "timeout": 20}}
+            )
     except RuntimeError as error:
         raise BackendError(f"{path} was written by another version of Optuna: {error}") from error
 

@@ -155,6 +155,7 @@ ROUNDS = np.arange(200)
         2.0**60 + 1000.0 * ROUNDS,
         1e13 + 0.01 * ROUNDS,
         np.where(ROUNDS == 100, np.nan, 1e15 + 0.5 * ROUNDS),  # in two stretches
+        np.where(ROUNDS == 0, 0.0, 1e15 + 0.5 * ROUNDS),  # a meter that began at 0
     ],
 )
 def test_counters_so_far_from_0_that_even_float64_hardly_tells_them_apart_are_refused(column: np.ndarray) -> None:

@@ -99,6 +99,7 @@ def test_whole_numbers_beyond_64_bits_are_ids_of_their_own_and_values_all_the_sa
         ([Decimal("3"), None, Decimal("-7.000")], pl.Int64, [3, None, -7]),
         ([Decimal("0.5"), Decimal("2")], pl.Float64, [0.5, 2.0]),
         ([Decimal(2**63), Decimal(1), None], pl.String, [str(2**63), "1", None]),  # two ids stay two
+        ([Decimal("12.00"), Decimal(2**63)], pl.String, ["12", str(2**63)]),
         ([Decimal("1E+40"), Decimal(3)], pl.Float64, [1e40, 3.0]),
         ([Decimal(-(2**63)), Decimal(2**63 - 1)], pl.Int64, [-(2**63), 2**63 - 1]),
         ([Decimal("1E+40"), Decimal("1E-45")], pl.Float64, [1e40, 1e-45]),

@@ -319,6 +319,16 @@ def test_statistics_travel_with_the_weights_whatever_the_number_of_series() -> N
         torch.testing.assert_close(old, new, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_series_without_rows_in_the_training_span_takes_the_global_statistics(robust: bool) -> None:
+    data = _series()
+    longer = data._replace(
+        indptr=torch.cat([data.indptr, data.indptr[-1:]]), offset=torch.cat([data.offset, data.offset[-1:]])
+    )
+    scaler = _fitted("series", robust, longer)
+    torch.testing.assert_close(scaler.series_scale[-1], scaler.global_scale)
+
+
 def test_masked_moments_and_quantiles_of_nothing_are_zero() -> None:
     values = torch.full((2, 4, 1), torch.nan)
     mask = torch.zeros(2, 4, 1, dtype=torch.bool)

@@ -93,10 +93,12 @@ class Webhook:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
             answer = _answer(connection, target, body, headers, self._timeout)
-        except (http.client.InvalidURL, ValueError) as error:  # their texts hold the address
-            raise DeliveryError(f"the address of {parts.hostname} cannot be asked ({type(error).__name__})") from None
-        except (OSError, http.client.HTTPException) as error:
+        except http.client.InvalidURL:  # its text holds the address
+            raise DeliveryError(f"the address of {parts.hostname} cannot be asked (InvalidURL)") from None
+        except (OSError, http.client.HTTPException) as error:  # a certificate that is not trusted is a ValueError too
             raise DeliveryError(f"{parts.hostname} does not answer ({type(error).__name__}: {error})") from error
+        except ValueError as error:
+            raise DeliveryError(f"{parts.hostname} cannot be asked ({type(error).__name__})") from None
         if 200 <= answer.status < 300:
             return
         wait = retry_after(answer.getheader("Retry-After"), time.time())
@@ -169,7 +171,7 @@ def retry_after(value: str | None, now: float) -> float:
 
 
 def _from_environment(name: str, what: str) -> str:
-    value = os.environ.get(name)
+    value = os.environ.get(name, "").strip()  # a line end that came along from a file
     if not value:
         raise ConfigError(f"the environment variable {name} is not set; it should hold {what}")
     return value
