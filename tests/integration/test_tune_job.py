@@ -182,10 +182,10 @@ def test_context_lengths_with_which_fewer_windows_are_graded_are_refused(
 ) -> None:
     data = late_panel(tracked_workspace, tmp_path, late=190)  # the valid span begins at row 210
 
-    def searched(space: object, **fit: object) -> TuneJobConfig:
+    def searched(space: object, metric: str = "valid_mae", **fit: object) -> TuneJobConfig:
         window = {"context_length": 12, "horizon": 6}
         settings = {"data": data, "model": {"name": "linear"}, "window": window} | fit
-        study = {"name": "late", "num_trials": 2, "space": {"window.context_length": space}}
+        study = {"name": "late", "num_trials": 2, "metric": metric, "space": {"window.context_length": space}}
         return validate(TuneJobConfig, {"fit": settings, "study": study})
 
     refused = (
@@ -199,6 +199,9 @@ def test_context_lengths_with_which_fewer_windows_are_graded_are_refused(
     assert not tracked_workspace.tuning.exists()
     held_out = searched({"choices": [12, 48]}, entities={"held_out": ["late"]})
     assert len(tune(held_out, tracked_workspace).trials) == 2, "the late series is not graded"
+    unseen = searched({"choices": [12, 48]}, "valid_unseen_mae", entities={"held_out": ["late"]})
+    with pytest.raises(ConfigError, match="from 12 to 48: .*search up to 20"):  # it alone is, and what trains is not it
+        tune(unseen, tracked_workspace)
 
 
 def test_context_lengths_that_every_series_has_are_searched(tracked_workspace: Workspace, tmp_path: Path) -> None:
