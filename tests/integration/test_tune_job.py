@@ -27,6 +27,7 @@ from tsforge.core.errors import BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.tracking.registry import champion
 from tsforge.tracking.runs import Tracker
+from tsforge.tuning.space import Choice
 
 FAST = [
     "fit.window.context_length=48",
@@ -99,28 +100,6 @@ def test_a_metric_that_no_fit_reports_is_refused_before_the_first_trial(workspac
             "warm_start.artifact: {choices: [null, latest]}",
             r"warm_start\.artifact cannot be searched: trials begin at fresh",
         ),
-    ],
-)
-def test_fields_with_which_errors_cannot_be_compared_are_refused_before_the_first_trial(
-    workspace: Workspace, space: str, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=rf"study\.space: {message}"):
-        tune(job(f"study.space={{{space}}}"), workspace)
-    assert not workspace.tuning.exists()
-
-
-def test_of_several_refused_fields_every_reason_is_told_and_null_leaves_one_alone() -> None:
-    with pytest.raises(ConfigError, match=r"data\.name cannot be .*\. window\.horizon cannot be "):
-        trial_space(job("study.space={data.name: {choices: [a]}, window.horizon: {choices: [1, 2]}}"))
-    space = trial_space(job("study.space={data.name: null, split.train: null, window.stride: {choices: [1, 12]}}"))
-    assert list(space) == ["model.weights", "model.remove", "model.ridge", "window.stride"]
-    with pytest.raises(ConfigError, match=r"model\.refit cannot be searched: what is graded"):
-        trial_space(job("fit.model={name: auto}", "study.space={model.refit: {choices: [all, train]}}"))
-
-
-@pytest.mark.parametrize(
-    ("space", "message"),
-    [
         (
             "window.context_length: {choices: [abc, 48]}",
             r"window\.context_length cannot be 'abc' \(.*valid integer.*\); correct the space",
@@ -142,7 +121,7 @@ def test_of_several_refused_fields_every_reason_is_told_and_null_leaves_one_alon
         ("train.cycles: {choices: [5]}", r"train\.cycles cannot be 5 \(train\.cycles has no effect with schedule"),
     ],
 )
-def test_values_that_no_fit_takes_are_refused_before_the_first_trial(
+def test_fields_and_values_that_cannot_be_searched_are_refused_before_the_first_trial(
     workspace: Workspace, space: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"study\.space: {message}"):
@@ -150,9 +129,20 @@ def test_values_that_no_fit_takes_are_refused_before_the_first_trial(
     assert not workspace.tuning.exists()
 
 
+def test_of_several_refused_fields_every_reason_is_told_and_null_leaves_one_alone() -> None:
+    with pytest.raises(ConfigError, match=r"data\.name cannot be .*\. window\.horizon cannot be "):
+        trial_space(job("study.space={data.name: {choices: [a]}, window.horizon: {choices: [1, 2]}}"))
+    space = trial_space(job("study.space={data.name: null, split.train: null, window.stride: {choices: [1, 12]}}"))
+    assert list(space) == ["model.weights", "model.remove", "model.ridge", "window.stride"]
+    with pytest.raises(ConfigError, match=r"model\.refit cannot be searched: what is graded"):
+        trial_space(job("fit.model={name: auto}", "study.space={model.refit: {choices: [all, train]}}"))
+
+
 def test_values_that_go_with_others_of_the_search_or_between_the_ends_of_a_range_stay() -> None:
     together = "train.schedule: {choices: [constant, cyclic_cosine]}, train.cycles: {choices: [null, 5]}"
-    assert trial_space(job(f"study.space={{{together}}}"))["train.cycles"].choices == (None, 5)  # type: ignore[union-attr]
+    cycles = trial_space(job(f"study.space={{{together}}}"))["train.cycles"]
+    assert isinstance(cycles, Choice)
+    assert cycles.choices == (None, 5)
     cyclic = ["fit.train.schedule=cyclic_cosine", "fit.train.cycles=5"]
     epochs = trial_space(job(*cyclic, "study.space={train.max_epochs: {low: 11, high: 29}}"))["train.max_epochs"]
     assert epochs.describe() == "int 11..29", "10 is a multiple of neither, 15 goes"

@@ -34,6 +34,7 @@ from pydantic import Field, field_validator
 from tsforge.anomaly.baselines import BaselineScorer, PcaResidual, build_baseline
 from tsforge.anomaly.config import CalibrationConfig, DetectConfig, QuantileRule, ScoreConfig
 from tsforge.anomaly.detector import detect
+from tsforge.anomaly.row_regression import hold
 from tsforge.anomaly.scorers import mean_abs
 from tsforge.anomaly.smoothing import Exponential
 from tsforge.anomaly.spans import training_rows
@@ -300,11 +301,10 @@ def ensemble_scores(
 def filled(values: ArrayLike) -> FloatArray:
     """Return rows [N, V] where a missing value is the last one before it, at the start the first one after, else 0."""
     x = np.array(values, dtype=np.float64)
-    seen = ~np.isnan(x)
-    last = np.maximum.accumulate(np.where(seen, np.arange(len(x))[:, None], -1), axis=0)
-    first = np.where(seen.any(axis=0), seen.argmax(axis=0), 0)
-    out = np.take_along_axis(x, np.where(last < 0, first, last), axis=0)
-    return np.where(np.isnan(out), 0.0, out)
+    if not len(x):
+        return x
+    first = np.take_along_axis(x, (~np.isnan(x)).argmax(axis=0)[None], axis=0)[0]
+    return np.nan_to_num(hold(x, first), nan=0.0, posinf=np.inf, neginf=-np.inf)
 
 
 def _log(values: ArrayLike) -> FloatArray:

@@ -154,15 +154,15 @@ def _training_ranges(
     its floor is needed, whatever it rests on. Confirmed rows never tell how a row follows the one before.
     """
     train = observed_values(panel, series_ids, span.train_start, span.train_stop)
+    is_few = (~np.isnan(train)).any(axis=2).sum(axis=1) < MIN_OBSERVED
+    few = tuple(name for name, lacks in zip(series_ids, is_few, strict=True) if lacks)
+    instead = dict(zip(few, observed_values(panel, few, span.train_start, span.start), strict=True)) if few else {}
     ranges = {}
     for place, name in enumerate(series_ids):
-        values = train[place]
-        is_few = int((~np.isnan(values)).any(axis=1).sum()) < MIN_OBSERVED
-        if is_few:
-            values = observed_values(panel, (name,), span.train_start, span.start)[0]
+        values = instead.get(name, train[place])
         spared = confirmed.mask(name, span.train_start, len(values))[:, None]
         normal = np.where(spared, np.nan, values)
-        ranges[name] = TrainingRange.of(normal if is_few else values)
+        ranges[name] = TrainingRange.of(normal if is_few[place] else values)
         if score.joint == "consensus":
             found = ranges[name]
             regression = fit_row_regression(normal, smallest=score.scale_floor * (found.high - found.low))

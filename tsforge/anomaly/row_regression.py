@@ -4,7 +4,8 @@
 
 Plain and blind to anything longer than a row, so it errs elsewhere than a model with a context does: what ``joint:
 consensus`` asks beside it. Learnt from the training rows of a series alone. A missing value counts as the last one
-before it; of its own it says nothing. Variates that were constant in training take no part.
+before it; of its own it says nothing. Variates that were constant in training take no part. The plain scorer
+``baselines.Var1Residual`` is the same regression of complete rows at once, with the fixed floor of published tables.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RowRegression:
         """
         z = np.where(self.used, self._standard(values), 0.0)
         seen = ~np.isnan(z)
-        held = _held(z, before)
+        held = hold(z, before)
         past = np.concatenate([before[None], held[:-1]])
         r = held - by_row(self.weights, np.where(np.isnan(past), np.where(np.isnan(held), 0.0, held), past))
         return np.where(seen & self.used, r, np.nan), held[-1].copy() if len(held) else before
@@ -75,7 +76,7 @@ def fit_row_regression(training: ArrayLike, *, smallest: ArrayLike) -> RowRegres
     deviation = np.fmax(np.sqrt(np.square(apart).sum(axis=0) / count), np.asarray(smallest, dtype=np.float64))
     deviation = np.where(used, deviation, 1.0)
     z = np.clip(np.where(used, (x - mean) / deviation, 0.0), -CLIP, CLIP)
-    held = np.nan_to_num(_held(z, np.full(x.shape[1], np.nan)), nan=0.0)
+    held = np.nan_to_num(hold(z, np.full(x.shape[1], np.nan)), nan=0.0)
     there: NDArray[np.bool_] = np.asarray(seen.any(axis=1))
     pairs = there[1:] & there[:-1]  # across a gap a row says nothing of the next
     past, now = held[:-1][pairs], held[1:][pairs]
@@ -88,7 +89,7 @@ def fit_row_regression(training: ArrayLike, *, smallest: ArrayLike) -> RowRegres
     )
 
 
-def _held(z: FloatArray, before: FloatArray) -> FloatArray:
+def hold(z: FloatArray, before: FloatArray) -> FloatArray:
     """Return rows [N, V] where a missing value is the last one before it, from ``before`` [V] at the start."""
     if not np.isnan(z).any():
         return z

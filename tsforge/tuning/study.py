@@ -420,7 +420,13 @@ class Session:
 
         if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
             return {}
-        shares = get_param_importances(self.study, evaluator=FanovaImportanceEvaluator(seed=self.config.seed % 2**32))
+        evaluator = FanovaImportanceEvaluator(seed=self.config.seed % 2**32)
+        try:
+            shares = get_param_importances(self.study, evaluator=evaluator)
+        except RuntimeError as error:
+            if "zero total variance" not in str(error):
+                raise
+            return {}  # results that differ by rounding
         return dict(sorted(((name, float(share)) for name, share in shares.items()), key=lambda item: -item[1]))
 
 

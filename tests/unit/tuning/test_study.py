@@ -328,6 +328,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_study(tmp_path: Path) -> None:
     assert study(tmp_path, 6).best.value is not None
 
 
+def test_results_that_differ_by_rounding_alone_have_no_importance(tmp_path: Path) -> None:
+    config = TuneConfig(name="flat", num_trials=6)
+    result = tune(
+        lambda values, trial: 1.0 + 2e-16 * (trial.number % 2), SPACE, config, directory=tmp_path, defaults=DEFAULTS
+    )
+    assert len({trial.value for trial in result.trials}) > 1
+    assert result.importance == {}
+
+
 def test_progress_goes_to_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = TuneConfig(name="shown", num_trials=2)
     tune(objective, SPACE, config, directory=tmp_path, defaults=DEFAULTS, progress=True)
