@@ -11,7 +11,7 @@ from pydantic import SerializeAsAny, field_validator
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig, ScalingKind
-from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries, is_known_complete
 from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.layers.likelihoods import Likelihood, LikelihoodConfig, Point, build_likelihood, masked_mean
@@ -391,6 +391,4 @@ def _choose_scaling(config: NetworkConfig, capabilities: Capabilities) -> Scalin
 
 def _gaps(mask: Tensor | None) -> Tensor | None:
     """Return the mask where it hides a cell; a GPU is not made to wait for the answer."""
-    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return mask
-    return None if bool(mask.all()) else mask
+    return None if mask is None or is_known_complete(mask) else mask

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -81,8 +82,8 @@ def plain_rows(rows: pl.DataFrame, place: StreamPlace, judged: pl.DataFrame | No
 
 def _cells(table: pl.DataFrame, place: StreamPlace, columns: Sequence[str]) -> tuple[Ints, Ints, FloatArray] | None:
     """Return series, absolute row [M] and cells [M, C] of a table whose series come one after another."""
-    chosen = _columns(tuple(table.columns), tuple(table.dtypes), tuple(columns)) if table.height else None
-    if chosen is None:
+    chosen = _columns(tuple(table.columns), tuple(columns)) if table.height else None
+    if chosen is None or table["series_id"].dtype != pl.String:
         return None
     names = table["series_id"].to_list()
     try:
@@ -94,27 +95,26 @@ def _cells(table: pl.DataFrame, place: StreamPlace, columns: Sequence[str]) -> t
     index = _index(table["time"], place.grid)
     if index is None:
         return None
-    if table.height <= _FEW:  # straight from records: a table operation costs more than the whole row
-        cells = np.array([chosen(record) for record in table.rows()], dtype=np.float64)
-        cells = cells.reshape(table.height, len(columns))
-    else:
+    few = [chosen(record) for record in table.rows()] if table.height <= _FEW else None
+    plain = few is not None and set(map(type, chain.from_iterable(few))) == {float}  # types of columns cost more
+    if not plain and any(table[name].dtype not in _FLOATS for name in columns):
+        return None
+    if few is None:
         cells = np.empty((table.height, len(columns)))
         for column, name in enumerate(columns):
             cells[:, column] = table[name].to_numpy()
+    else:  # straight from records: a table operation costs more than the whole row
+        cells = np.array(few, dtype=np.float64)
     return None if np.isinf(cells).any() else (series, index, cells)
 
 
 @lru_cache(maxsize=16)
-def _columns(
-    names: tuple[str, ...], kinds: tuple[pl.DataType, ...], wanted: tuple[str, ...]
-) -> Callable[[Sequence[Any]], Any] | None:
-    """Return what picks the wanted columns out of a record; None where a column is missing or of an unusual type."""
-    kind = dict(zip(names, kinds, strict=True))
-    if any(kind.get(name) not in _FLOATS for name in wanted):
+def _columns(names: tuple[str, ...], wanted: tuple[str, ...]) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+    """Return what picks the wanted columns out of a record; None where a column is missing."""
+    if not {"series_id", "time", *wanted} <= set(names):
         return None
-    if kind.get("series_id") != pl.String or "time" not in kind:
-        return None
-    return itemgetter(*(names.index(name) for name in wanted))
+    first, *more = (names.index(name) for name in wanted)
+    return itemgetter(first, *more) if more else itemgetter(slice(first, first + 1))
 
 
 def _index(times: pl.Series, grid: TimeGrid) -> Ints | None:

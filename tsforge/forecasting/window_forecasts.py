@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tsforge.contracts.tensors import Batch
+from tsforge.contracts.tensors import Batch, is_complete
 from tsforge.core.errors import DataError, ModelError
 from tsforge.data.windows import WindowDataset
 from tsforge.metrics.point import ErrorSums
@@ -85,6 +85,8 @@ def window_batches(
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with every tensor on ``device``."""
+    if all(part is None or part.device == device for part in batch):
+        return batch
     parts = {name: part.to(device) for name, part in batch._asdict().items() if isinstance(part, Tensor)}
     return batch._replace(**parts)
 
@@ -181,7 +183,7 @@ def error_sums(network: ForecastNetwork, windows: WindowDataset, *, batch_size: 
                 raise DataError("errors need windows with targets; these are for prediction only")
             error = network.predict(batch).mean - batch.target
             count = torch.full(error.shape[1:], len(error))
-            if not bool(batch.target_mask.all()):
+            if not is_complete(batch.target_mask):
                 error, count = error.masked_fill_(~batch.target_mask, 0.0), batch.target_mask.sum(dim=0).cpu()
             absolute = as_array(error.abs().sum(dim=0))
             sums.add_sums(as_array(error.square_().sum(dim=0)), absolute, count.numpy(), len(error))

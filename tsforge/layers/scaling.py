@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ScalingKind
-from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
+from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries, is_known_complete
 from tsforge.core.config import Config
 from tsforge.core.errors import ModelError, listing
 
@@ -350,7 +350,9 @@ class Scaler(nn.Module):
             stats: what ``stats(batch)`` returned, if it is at hand.
         """
         loc, scale = stats if stats is not None else self.stats(batch)
-        context = torch.where(batch.context_mask, _standardise(batch.context, loc, scale), 0.0)
+        context = _standardise(batch.context, loc, scale)
+        if not is_known_complete(batch.context_mask):
+            context = torch.where(batch.context_mask, context, 0.0)
         target = batch.target
         if target is not None:
             target = _standardise(target, loc, scale)

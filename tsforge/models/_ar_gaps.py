@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tsforge.contracts.tensors import is_complete
 from tsforge.ops.kalman import conditional_fill, precision_matrix
 from tsforge.ops.stability import is_stationary
 from tsforge.ops.toeplitz import Levinson, levinson, sound_autocovariance
@@ -60,7 +61,7 @@ class GapFiller(nn.Module):
 
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:
         """Return ``values`` [B, L, V] with gaps filled; observed cells are untouched."""
-        if bool(mask.all()):
+        if is_complete(mask):
             return values
         center = self.center.to(values.dtype)
         centred = torch.where(mask, values - center, 0.0)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
-from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries, is_complete
 from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.models import _ar_explain as explaining
@@ -263,7 +263,7 @@ class ARNet(ForecastModel[ARNetConfig]):
     def _parts(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the additive parts [B, H, V] of the location, and what hidden layers say of other outputs."""
         context, mask = batch.context, batch.context_mask
-        complete = bool(mask.all())
+        complete = is_complete(mask)
         rows = self.lags if complete else context.shape[1]  # gaps are filled from the whole context
         context, mask = context[:, context.shape[1] - rows :], mask[:, mask.shape[1] - rows :]
         parts: dict[str, Tensor] = {}

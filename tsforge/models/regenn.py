@@ -42,7 +42,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
-from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries, is_known_complete
 from tsforge.core.config import tunable
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.core.logs import get_logger
@@ -478,7 +478,7 @@ def _fill(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A gap repeats the value before it, one at the start the value after it; 0 where nothing was observed.
     """
     length = values.shape[1]
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):  # no gap, as mostly
+    if is_known_complete(mask):  # no gap, as mostly
         ends = torch.zeros_like(mask[:, :1], dtype=torch.int64)
         return values, ends, ends + (length - 1)
     steps = torch.arange(length, device=values.device).view(1, -1, 1)

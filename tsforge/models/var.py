@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
-from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
+from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries, is_complete
 from tsforge.core.config import tunable
 from tsforge.core.errors import ModelError
 from tsforge.models._ar_gaps import GapFiller
@@ -269,7 +269,7 @@ class Var(ForecastModel[VarConfig]):
     def _filled(self, values: Tensor, mask: Tensor) -> Tensor:
         """Return rows [N, V] in float64 with gaps filled, in stretches of some hundred rows; the first one begins with
         rows that nobody observed, which are dropped again."""
-        if bool(mask.all()):
+        if is_complete(mask):
             return values.double()
         more = -len(values) % _GAP_ROWS
         rows = torch.cat([values.new_zeros(more, values.shape[1], dtype=torch.float64), values.double()])
