@@ -1,6 +1,6 @@
 """Publications: what reading them as of a moment costs, and what training on what was known at the time is worth.
 
-    python benchmarks/vintages.py [--output FOLDER] [--seeds 3]
+    python benchmarks/vintages.py [--quick] [--seeds 3] [--out benchmarks/results/vintages_cpu2_DATE]
 
 Speed: a million publications of one column (20 of each of 50,000 hours): building, 100 frames as of a moment, and
 batches of windows with and without publications, in turns. Worth: a made-up load follows the wind, of which only
@@ -11,20 +11,16 @@ training window see what was published at its own time, *last* trains on the las
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
+from _measure import arguments, describe, heading, write
 
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.core.config import validate
@@ -51,12 +47,12 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def million() -> pl.DataFrame:
-    """Return a million publications, each hour's value revised 19 times."""
-    hours = np.repeat(np.arange(ROWS), VERSIONS)
+def million(rows: int) -> pl.DataFrame:
+    """Return ``VERSIONS`` publications of the value of each hour: a million of all ``ROWS``."""
+    hours = np.repeat(np.arange(rows), VERSIONS)
     start = pl.lit(START).cast(pl.Datetime("us", "UTC"))
     values = np.random.default_rng(0).normal(size=len(hours))
-    table = pl.DataFrame({"hour": hours, "out": hours + np.tile(np.arange(VERSIONS), ROWS), "y": values})
+    table = pl.DataFrame({"hour": hours, "out": hours + np.tile(np.arange(VERSIONS), rows), "y": values})
     return table.select(
         pl.lit("a").alias("series_id"),
         (start + pl.duration(hours=pl.col("hour"))).alias("time"),
@@ -65,12 +61,12 @@ def million() -> pl.DataFrame:
     )
 
 
-def speed() -> dict[str, float]:
+def speed(rows: int) -> dict[str, float]:
     """Return medians over rounds."""
-    table, schema = million(), SeriesSchema(targets=("y",), freq="1h")
+    table, schema = million(rows), SeriesSchema(targets=("y",), freq="1h")
     build = [seconds(lambda: VintageFrame(table, schema)) for _ in range(3)]
     frame = VintageFrame(table, schema)
-    moments = [START + timedelta(hours=int(hour)) for hour in np.linspace(100, ROWS, MOMENTS)]
+    moments = [START + timedelta(hours=int(hour)) for hour in np.linspace(100, rows, MOMENTS)]
     frames = [seconds(lambda: [frame.as_of(moment) for moment in moments]) for _ in range(3)]
     panel = Panel.from_frame(frame.latest())
     spec = WindowSpec(context_length=168, horizon=24)
@@ -92,7 +88,7 @@ def speed() -> dict[str, float]:
     }
 
 
-def worth(model: dict[str, Any], seed: int, error: float, revision: float) -> float:
+def worth(model: dict[str, Any], seed: int, error: float, revision: float, *, quick: bool) -> float:
     """Return how many times the error of *own* the model makes when trained on the last values."""
     frame = VintageFrame(revised_table(2000, seed=seed, error=error, revision=revision), SCHEMA)
     settings = {
@@ -100,7 +96,7 @@ def worth(model: dict[str, Any], seed: int, error: float, revision: float) -> fl
         "model": model,
         "window": {"context_length": 24, "horizon": 12},
         "split": {"train": 0.85, "valid": 0.15, "test": 0.0},
-        "train": {"max_epochs": 12, "accelerator": "cpu", "seed": seed},
+        "train": {"max_epochs": 1 if quick else 12, "accelerator": "cpu", "seed": seed},
         "calibration": {"enabled": False},
         "tracking": {"enabled": False},
     }
@@ -116,21 +112,17 @@ def worth(model: dict[str, Any], seed: int, error: float, revision: float) -> fl
 
 def main() -> None:
     """Measure, print and write the dated result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    found = speed()
+    given = arguments(__doc__, numbers={"seeds": 3})
+    before = os.getloadavg()[0]
+    rows = 2_000 if given.quick else ROWS
+    found = speed(rows)
     lines = [
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores, "
-        "one thread",
-        "",
-        f"A million publications: built in {found['build_seconds']:.2f} s, {MOMENTS} frames as of a moment in "
+        f"{rows * VERSIONS:,} publications: built in {found['build_seconds']:.2f} s, {MOMENTS} frames as of moments in "
         f"{found['hundred_frames_seconds']:.2f} s. A batch of 256 windows (168 + 24 rows): "
         f"{found['batch_plain_ms']:.2f} ms, as of their moments {found['batch_as_of_ms']:.2f} ms.",
         "",
-        "MSE of training on the last values over that of training on those of the time (last value of load as truth):",
+        "MSE of training on the last values over that of training on those of the time, 40 cutoffs, the last value of",
+        "load as truth:",
         "",
         "| model | error of wind an hour ahead | revision of load | ratio, by seed |",
         "|---|---|---|---|",
@@ -138,17 +130,14 @@ def main() -> None:
     ratios: dict[str, list[float]] = {}
     for name, model in MODELS.items():
         for error, revision in ((0.2, 0.0), (0.0, 0.5), (0.2, 0.5)):
-            values = [worth(model, seed, error, revision) for seed in range(given.seeds)]
+            values = [worth(model, seed, error, revision, quick=given.quick) for seed in range(given.seeds)]
             ratios[f"{name}, {error}, {revision}"] = values
             lines.append(f"| {name} | {error} | {revision} | {', '.join(f'{value:.2f}' for value in values)} |")
             print(lines[-1], flush=True)
-    text = "\n".join(lines)
-    print(text)
-    if given.output:
-        name = f"vintages_cpu{os.cpu_count()}_{datetime.now(UTC).date().isoformat()}"
-        (given.output / f"{name}.md").write_text(f"# Vintages\n\n`benchmarks/vintages.py`: {text}\n", encoding="utf-8")
-        record = {"speed": found, "mse_last_over_own": ratios, "seeds": given.seeds}
-        (given.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    about = describe(given, before)
+    page = [*heading("Publications: cost and worth", about), "", *(__doc__ or "").strip().splitlines()[4:], "", *lines]
+    record = {"about": about, "speed": found, "mse_last_over_own": ratios, "seeds": given.seeds}
+    write(given.out, record, "\n".join(page) + "\n")
 
 
 if __name__ == "__main__":
