@@ -47,6 +47,11 @@ def test_volume_under_the_surface(variant: Variant, roc: float, pr: float, thres
     assert found.pr == pytest.approx(pr, abs=1e-12)
 
 
+def test_a_volume_without_width_is_the_area_where_the_best_scores_hit_both_events() -> None:
+    found = vus(LABELS, SCORES, width=0)
+    assert (found.roc, found.pr) == pytest.approx((0.83203125, 0.6520658263305322), abs=1e-12)
+
+
 def test_best_f1_and_point_adjusted() -> None:
     assert best_f1(LABELS, SCORES).f1 == pytest.approx(0.56, abs=1e-12)
     adjusted = best_adjusted_f1(LABELS, SCORES, percents=(0, 50))

@@ -103,6 +103,28 @@ def test_known_p_values_give_no_more_false_discoveries_than_wanted(
     assert mixtures(make, transform) < 0.1
 
 
+def decayed_rate(power: float) -> float:
+    """Return the mean false-discovery rate whose counts are sums of delta^(T - t), over every T of 10 draws."""
+    delta, rates, found = 0.99, [], 0
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        p, strange = generator.uniform(size=2000), generator.uniform(size=2000) < 0.1
+        p[strange] = stats.norm.sf(generator.normal(4.5, 1.0, size=2000)[strange])
+        rejected = LordDecay(0.1, delta=delta).run(p**power)
+        found += int(rejected.sum())
+        false = all_of = 0.0
+        for t in range(p.size):
+            false, all_of = delta * false + (rejected[t] & ~strange[t]), delta * all_of + rejected[t]
+            rates.append(false / max(all_of, 1.0))
+    assert found > 10 * 20
+    return float(np.mean(rates))
+
+
+def test_known_p_values_give_no_more_decayed_false_discoveries_than_wanted() -> None:
+    """Checklist 9 of the default procedure, whose rate forgets; wrong p-values show up."""
+    assert decayed_rate(1.0) < 0.1 < decayed_rate(1.5)
+
+
 def test_wrong_p_values_show_up_in_the_same_experiment() -> None:
     assert mixtures(lambda: LordPlusPlus(0.1), lambda p: p**1.5) > 0.15
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from statsmodels.tsa.statespace.sarimax import SARIMAX
 
 from tsforge.core.errors import ModelError
 from tsforge.ops import kalman
@@ -74,6 +75,18 @@ def test_filter_forecast_equals_forecast_from_filled_values() -> None:
     found = kalman_forecast(weight, 1.0, values, mask, 6)
     np.testing.assert_allclose(found.mean, path[15:], atol=1e-12)
     assert (np.diff(found.variance) > -1e-12).all()
+
+
+def test_filter_forecast_equals_that_of_statsmodels() -> None:
+    rng = np.random.default_rng(3)
+    weight = np.array([0.5, 0.2, -0.3])
+    values, mask = rng.normal(size=40), rng.random(40) > 0.3
+    mask[-2:] = False
+    model = SARIMAX(np.where(mask, values, np.nan), order=(3, 0, 0))
+    expected = model.smooth(np.r_[weight, 2.0]).get_forecast(6)
+    found = kalman_forecast(weight, 2.0, values, mask, 6)
+    np.testing.assert_allclose(found.mean, expected.predicted_mean, atol=1e-8)
+    np.testing.assert_allclose(found.variance, expected.var_pred_mean, rtol=1e-8)
 
 
 def test_filter_variance_without_gaps_is_the_sum_of_squared_responses() -> None:
