@@ -45,6 +45,7 @@ FORMAT = "tsforge-artifact"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")  # the name of one folder, as ``create_artifact`` makes them
+_MADE = re.compile(r"-(\d{8}T\d{6,12})Z-[0-9a-f]{8}")  # how an id ends: UTC time and hash
 _TRAINING_TABLES = ("evolution_epochs",)
 _PACKAGES = ("tsforge", "torch", "lightning", "numpy", "polars", "safetensors")
 _DAMAGE = (  # what content of the wrong form raises
@@ -298,6 +299,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is no complete artifact: {MANIFEST} is missing; fit again or restore a copy")
     try:
         manifest = json.loads(place.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{place} cannot be read ({error.strerror}); restore a copy or fit again") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{place} is damaged ({error}); restore a copy or fit again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -337,6 +340,40 @@ def _read_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
             )
         contents[name] = content
     return contents
+
+
+def stated_id(path: Path) -> str:
+    """Return the id in the manifest of the folder ``path``; its name where the manifest cannot be read."""
+    try:
+        return str(_read_manifest(path)["id"])
+    except ArtifactError:
+        return path.name
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the artifacts below ``folder`` by the time in their ids, newest first; ids without a time come last.
+
+    A copy under another name is as old as its original, which goes before it. A damaged artifact keeps its place by
+    its name: whoever asks for the newest is told of the damage, not given an older one.
+    """
+
+    def age(path: Path) -> tuple[str, bool, str]:
+        found = _MADE.search(name := stated_id(path))
+        return (found[1] if found else "", path.name == name, path.name)
+
+    places = [manifest.parent for manifest in folder.glob(f"*/{MANIFEST}")]
+    return sorted((path for path in places if not path.name.startswith(".")), key=age, reverse=True)
+
+
+def verify_artifact(path: Path) -> str:
+    """Return the id of the artifact in the folder ``path`` after every file was compared with its SHA-256.
+
+    Raises:
+        ArtifactError: missing or damaged; the message names the file.
+    """
+    manifest = _read_manifest(path)
+    _read_files(path, manifest)
+    return str(manifest["id"])
 
 
 def load_artifact(path: Path) -> Artifact:

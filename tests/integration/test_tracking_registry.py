@@ -22,7 +22,7 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from tsforge.artifact import Artifact, create_artifact, save_artifact
+from tsforge.artifact import MANIFEST, Artifact, create_artifact, save_artifact, verify_artifact
 from tsforge.contracts.tensors import DataSpec
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError
 from tsforge.core.workspace import Workspace
@@ -261,6 +261,90 @@ def test_an_artifact_that_is_not_here_is_fetched_once_and_whole(
     ):
         resolve("weather@champion", tracked_workspace)
     assert not fetched.exists()
+
+
+@pytest.fixture
+def stored(saved: tuple[Artifact, Artifact], tracked_workspace: Workspace) -> Path:
+    """The folder of a champion's artifact in the store; the workspace has none of its own."""
+    artifact = saved[0]
+    assert artifact.path is not None
+    register(artifact, "weather", "champion", tracked_workspace)
+    shutil.rmtree(artifact.path)
+    (manifest,) = tracked_workspace.mlflow_artifacts.rglob(MANIFEST)
+    return manifest.parent
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other bytes", "no list"])
+def test_a_version_that_is_damaged_in_the_store_is_not_kept(
+    stored: Path, tracked_workspace: Workspace, damage: str
+) -> None:
+    place = stored / (MANIFEST if damage == "no list" else "weights.safetensors")
+    whole = place.read_bytes()
+    if damage == "missing":
+        place.unlink()
+    else:
+        flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+        place.write_bytes({"truncated": whole[:50], "other bytes": flipped, "no list": b"{"}[damage])
+    with pytest.raises(ArtifactError, match=rf"version 1 of model 'weather' cannot be used .*{place.name}") as caught:
+        resolve("weather@champion", tracked_workspace)
+    assert str(stored.parent) in str(caught.value), "the place in the store is named, not that of the download"
+    assert "\n" not in str(caught.value)
+    assert not list((tracked_workspace.root / "cache").rglob("*.safetensors"))
+    place.write_bytes(whole)
+    assert verify_artifact(resolve("weather@champion", tracked_workspace)) == stored.name
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest"])
+def test_a_cached_copy_that_rots_is_fetched_again(stored: Path, tracked_workspace: Workspace, damage: str) -> None:
+    cached = resolve("weather@champion", tracked_workspace)
+    place = cached / (MANIFEST if damage == "no manifest" else "weights.safetensors")
+    if damage == "truncated":
+        place.write_bytes(b"x")
+    else:
+        place.unlink()
+    assert resolve("weather@champion", tracked_workspace) == cached
+    assert verify_artifact(cached) == stored.name
+    assert [item.name for item in cached.parent.iterdir()] == [cached.name], "nothing is left beside it"
+
+
+def test_a_rotten_copy_stays_while_the_store_has_no_better(stored: Path, tracked_workspace: Workspace) -> None:
+    cached = resolve("weather@champion", tracked_workspace)
+    (cached / "weights.safetensors").write_bytes(b"x")
+    whole = (stored / "weights.safetensors").read_bytes()
+    (stored / "weights.safetensors").write_bytes(b"y")
+    with pytest.raises(ArtifactError, match="as the store holds it"):
+        resolve("weather@champion", tracked_workspace)
+    (stored / "weights.safetensors").write_bytes(whole)
+    assert verify_artifact(resolve("weather@champion", tracked_workspace)) == stored.name
+
+
+@pytest.mark.parametrize("level", ["artifact", "data", "model"])
+def test_folders_of_the_store_that_were_emptied_are_gone(
+    stored: Path, tracked_workspace: Workspace, level: str
+) -> None:
+    emptied = {"artifact": stored, "data": stored.parent, "model": stored.parent.parent}[level]
+    shutil.rmtree(emptied)
+    emptied.mkdir()
+    with pytest.raises(
+        (ArtifactError, BackendError), match=r"files of .*version.* are gone from .*backup.*register_as"
+    ):
+        resolve("weather@champion", tracked_workspace)
+    assert not (tracked_workspace.root / "cache").exists()
+
+
+def test_another_artifact_in_the_place_of_a_version_is_not_taken_for_it(
+    stored: Path, saved: tuple[Artifact, Artifact], tracked_workspace: Workspace
+) -> None:
+    first, second = saved
+    assert first.path is not None
+    assert second.path is not None
+    shutil.copytree(second.path, first.path)  # a folder of that name, with the content of another
+    assert verify_artifact(resolve("weather@champion", tracked_workspace)) == first.id
+    shutil.rmtree(tracked_workspace.root / "cache")
+    shutil.rmtree(stored)
+    shutil.copytree(second.path, stored)
+    with pytest.raises(ArtifactError, match=rf"is artifact {first.id}, but .* holds {second.id}"):
+        resolve("weather@champion", tracked_workspace)
 
 
 @pytest.mark.parametrize(

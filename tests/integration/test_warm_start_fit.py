@@ -14,12 +14,14 @@ import torch
 from tsforge.app import fit as fit_module
 from tsforge.app.fit import FitConfig, fit, fit_frame
 from tsforge.app.ingest import IngestConfig, ingest
-from tsforge.app.warm_start import starting_weights
+from tsforge.app.warm_start import check_blind, starting_weights
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError
 from tsforge.core.workspace import Workspace
+from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.panel import Panel
 from tsforge.forecasting.predict import predict
 from tsforge.network import build_network
 
@@ -183,11 +185,95 @@ def test_other_models_and_sizes_are_refused(earlier: Artifact) -> None:
         fit_frame(frame(), warm(model={**REGENN, "ff_dim": 16}), earlier=earlier)
     renamed = frame().table.rename({"b": "c"})
     data = SeriesFrame.from_long(renamed, time="time", series_id="series_id", targets=["a", "c"], freq="1i")
-    with pytest.raises(ConfigError, match=r"was fitted on a, b at freq 1i, the data has a, c at 1i"):
+    with pytest.raises(ConfigError, match=r"was fitted on the targets columns a, b, this fit has a, c: weights belong"):
         fit_frame(data, warm(), earlier=earlier)
     nothing_said = replace(earlier, provenance={})
     with pytest.raises(ConfigError, match="does not say which rows it has seen"):
         fit_frame(frame(), warm(), earlier=nothing_said)
+
+
+GRU = {"name": "gru", "d_model": 4, "num_layers": 1, "heads": 1, "patch_length": 2, "patch_stride": 2}
+PAST, KNOWN = ("p", "q"), ("k", "l")
+
+
+def led(past: tuple[str, ...] = PAST, known: tuple[str, ...] = KNOWN, **renamed: str) -> SeriesFrame:
+    """One target with covariates, in the order given."""
+    draw = np.random.default_rng(7).normal(size=(ROWS, 5))
+    table = pl.DataFrame({"t": np.arange(ROWS), **dict(zip("apqkl", draw.T, strict=True))}).rename(renamed)
+    return SeriesFrame.from_wide(table, time="t", targets=["a"], past=past, known=known, freq="1i")
+
+
+@pytest.fixture(scope="module")
+def led_earlier() -> Artifact:
+    return early(led(), model=GRU, scaling={"kind": "global"})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (led(past=("q", "p")), r"the past columns p, q, this fit has q, p: weights belong to places"),
+        (led(known=("l", "k")), r"the known columns k, l, this fit has l, k"),
+        (led(past=("p", "r"), q="r"), r"the past columns p, q, this fit has p, r"),
+        (led(known=("k", "m"), l="m"), r"the known columns k, l, this fit has k, m"),
+    ],
+)
+def test_covariates_in_other_places_are_refused(led_earlier: Artifact, data: SeriesFrame, message: str) -> None:
+    settings = warm(model=GRU, scaling={"kind": "global"})
+    with pytest.raises(ConfigError, match=message):
+        fit_frame(data, settings, earlier=led_earlier)
+    assert fit_frame(led(), settings, earlier=led_earlier)[1].epochs == 2
+
+
+def test_static_features_in_other_places_are_refused(earlier: Artifact) -> None:
+    before = replace(earlier, schema=replace(earlier.schema, static=("size", "region")))
+    with pytest.raises(ConfigError, match=r"the static columns size, region, this fit has none"):
+        fit_frame(frame(), warm(), earlier=before)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"kind": "none"}, r"scaling 'global', this fit has 'none': .*set scaling\.kind=global scaling\.robust=false"),
+        ({"kind": "series"}, r"this fit has 'series': its weights are of other units"),
+        ({"kind": "global", "robust": True}, r"scaling 'global', this fit has 'global' \(robust\)"),
+    ],
+)
+def test_another_scaling_is_refused(led_earlier: Artifact, scaling: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit_frame(led(), warm(model=GRU, scaling=scaling), earlier=led_earlier)
+
+
+def test_auto_may_start_where_it_means_the_scaling_of_the_earlier_fit(led_earlier: Artifact) -> None:
+    assert led_earlier.network.scaling == "global"
+    assert fit_frame(led(), warm(model=GRU), earlier=led_earlier)[1].epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (None, {"q": "2i"}, r"past covariates 0 rows later than the targets, the data has q 2 \(publication_delay\)"),
+        (
+            {"q": "2i"},
+            {"p": "1i", "q": "2i"},
+            r"past covariates q 2 rows later than the targets, the data has p 1, q 2",
+        ),
+        ({"q": "2i"}, {"q": "2i", "else": "9i"}, ""),  # nothing that it reads
+        ({"a": "1i", "q": "3i"}, {"q": "2i"}, ""),  # as many rows later than the target
+    ],
+)
+def test_another_delay_of_what_it_reads_is_refused(
+    led_earlier: Artifact, before: dict[str, str] | None, now: dict[str, str], message: str
+) -> None:
+    def stated(delay: dict[str, str] | None) -> dict[str, Any]:
+        return config(LATE, 30).data.model_dump() | {"publication_delay": delay}
+
+    fitted = replace(led_earlier, config={**led_earlier.config, "data": stated(before)})
+    panel, data = Panel.from_frame(led()), validate(DataConfig, stated(now))
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            check_blind(fitted, panel, LATE, (), data)
+    else:
+        check_blind(fitted, panel, LATE, (), data)
 
 
 def test_where_it_would_have_no_effect_it_is_refused(earlier: Artifact) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import dataset_hierarchy, load_dataset
-from tsforge.artifact import MANIFEST, load_artifact
+from tsforge.artifact import load_artifact, newest_first
 from tsforge.contracts.tables import Forecast
 from tsforge.core.config import Config, QuantileLevel, Seed
 from tsforge.core.errors import ArtifactError, ConfigError, DataError, listing
@@ -37,7 +37,7 @@ class PredictConfig(Config):
     """Stored data set; default the one the artifact was fitted on."""
     series: tuple[str, ...] | None = Field(None, min_length=1)
     """Only these series; default all. Where series are forecast together (a reconciliation, a model that attends to all
-    of them, ``cold_start.like``) the others still take part. Of new series all are forecast unless some are named."""
+    of them, ``cold_start``) the others still take part. Of new series all are forecast unless some are named."""
     cutoff: str | int | None = None
     """Last time that may be seen; default the last observed row of each series. Where publications are kept, values are
     those of that moment."""
@@ -92,8 +92,9 @@ def predict(config: PredictConfig, workspace: Workspace) -> Forecast:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
     steps = max(config.horizon or 0, artifact.window.horizon)
     new = [] if config.cold_start is None else list(config.cold_start.like)  # defined by the command, not stored
-    # forecasts that depend on the other series are made of all of them
-    joint = config.reconcile is not None or artifact.network.capabilities.rows_coupled or bool(new)
+    # what depends on the other series (of a cold start the intervals) is made of all of them
+    is_asked = config.reconcile is not None or config.cold_start is not None
+    joint = is_asked or artifact.network.capabilities.rows_coupled
     chosen = None if joint else config.series
     fitted = FittedData.of(artifact, dataset)
     frame = load_dataset(workspace, fitted, series=chosen, cutoff=config.cutoff, masked=True, extend=steps)
@@ -150,6 +151,8 @@ def _only(forecast: Forecast, frame: SeriesFrame, names: Sequence[str], new: Seq
     names = names if set(names) & set(new) else [*names, *new]
     wanted = pl.col("series_id").is_in(names)
     absent = sorted(set(names) - set(forecast.answer["series_id"]))
+    if absent and "cold_start" in forecast.metadata:
+        raise DataError(f"no forecast of {listing(absent)}: they begin after the cutoff; give a later one")
     if absent:
         raise DataError(
             f"no forecast of {listing(absent)}: all series are forecast from one cutoff, and nothing of these is "
@@ -164,14 +167,14 @@ def _only(forecast: Forecast, frame: SeriesFrame, names: Sequence[str], new: Seq
 
 
 def find_artifact(reference: str, workspace: Workspace) -> Path:
-    """Return the folder of an artifact; ``latest`` is the one made last in this workspace.
+    """Return the folder of an artifact; ``latest`` is the one of this workspace that was fitted last.
 
     Raises:
         ArtifactError: there is none; BackendError: the registry does not answer.
     """
     if reference != LATEST:
         return resolve(reference, workspace)
-    made = [place.parent for place in workspace.artifacts.glob(f"*/{MANIFEST}")]
+    made = newest_first(workspace.artifacts)
     if not made:
         raise ArtifactError(f"no artifact in {workspace.artifacts} yet; run tsforge fit first")
-    return max(made, key=lambda path: path.name.rsplit("-", 2)[-2:])  # ids end in UTC time and hash
+    return made[0]

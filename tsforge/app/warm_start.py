@@ -4,11 +4,16 @@ Source: the released training of ReGENN (Spadon et al. 2022, IEEE TPAMI 44(9), a
 a longer span of an epidemic this way, with dropout of 0.2. Deviation: trained weights only. Statistics, graphs and what
 else is read off the data are those of the new training span, so nothing is scaled by what it was long ago.
 
+Weights know inputs by their place and in the units of their scaling, so an earlier fit of other or differently ordered
+columns, another scaling or another publication delay is refused: shapes may agree, and the start would be a wrong one.
+
 Weights know the data they were fitted on. An earlier fit that has seen anything at or after the end of the new training
 span, or a series that is held out now, is refused: errors on the later spans would look better than they are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from pydantic import Field
@@ -20,9 +25,13 @@ from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, listing
 from tsforge.core.seeding import derive_seed
 from tsforge.core.workspace import Workspace
+from tsforge.data.config import DataConfig
 from tsforge.data.grid import show_time
 from tsforge.data.panel import Panel
+from tsforge.data.vintages import Delays
 from tsforge.network import ForecastNetwork
+
+_ROLES = ("targets", "past", "known", "static")
 
 
 class WarmStartConfig(Config):
@@ -59,11 +68,18 @@ def starting_weights(network: ForecastNetwork, earlier: Artifact, dropout: float
         seed: of the choice of cells.
 
     Raises:
-        ConfigError: another model, or tensors of other names or shapes.
+        ConfigError: another model or scaling, or tensors of other names or shapes.
     """
     model = network.config.model.name
     if earlier.model_name != model:
         raise ConfigError(f"warm_start.artifact {earlier.id} is a '{earlier.model_name}', not a '{model}'")
+    if _scaled(earlier.network) != _scaled(network):
+        kind, robust = earlier.network.scaling, str(earlier.network.config.scaling.robust).lower()
+        raise ConfigError(
+            f"warm_start.artifact {earlier.id} was fitted with scaling {_scaled(earlier.network)}, this fit has "
+            f"{_scaled(network)}: its weights are of other units; set scaling.kind={kind} scaling.robust={robust}, or "
+            "start from another fit"
+        )
     found = {f"model.{name}": value.detach() for name, value in earlier.network.model.named_parameters()}
     wanted = {f"model.{name}": value for name, value in network.model.named_parameters()}
     odd = [
@@ -81,6 +97,12 @@ def starting_weights(network: ForecastNetwork, earlier: Artifact, dropout: float
     return {**result, "param_offset": earlier.network.param_offset.clone()}
 
 
+def _scaled(network: ForecastNetwork) -> str:
+    """Return the scaling that a network's weights are of; ``auto`` has become what it stands for."""
+    is_robust = network.config.scaling.robust and network.scaling != "none"
+    return f"'{network.scaling}'{' (robust)' if is_robust else ''}"
+
+
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
@@ -91,25 +113,54 @@ def _dropped(value: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.where(kept, value / (1.0 - share), 0.0)
 
 
-def check_blind(earlier: Artifact, panel: Panel, train_stop: int, held_out: tuple[str, ...]) -> None:
-    """Refuse weights that know what the new fit is graded on.
+def _check_columns(name: str, earlier: Artifact, panel: Panel, data: DataConfig | None) -> None:
+    """Refuse weights that were fitted on other inputs, or on the same in other places."""
+    before, now = earlier.schema, panel.schema
+    if before.freq != now.freq:
+        raise ConfigError(f"{name} was fitted at freq {before.freq}, the data has {now.freq}; start from another fit")
+    for role in _ROLES:
+        theirs, ours = getattr(before, role), getattr(now, role)
+        if theirs != ours:
+            raise ConfigError(
+                f"{name} was fitted on the {role} columns {listing(theirs, 10) or 'none'}, this fit has "
+                f"{listing(ours, 10) or 'none'}: weights belong to places; give the same in the same order, or start "
+                "from another fit"
+            )
+    if data is None:
+        return
+    own = (earlier.config.get("data") or {}).get("publication_delay")
+    late, late_now = (
+        Delays.of(delay, now, panel.grid, strict=False).past or {} for delay in (own, data.publication_delay)
+    )
+    if late != late_now:
+        raise ConfigError(
+            f"{name} was fitted with past covariates {_shown(late)} rows later than the targets, the data has "
+            f"{_shown(late_now)} (publication_delay); start from a fit with the same"
+        )
+
+
+def _shown(late: Mapping[str, int]) -> str:
+    return listing((f"{name} {rows}" for name, rows in late.items()), 10) or "0"
+
+
+def check_blind(
+    earlier: Artifact, panel: Panel, train_stop: int, held_out: tuple[str, ...], data: DataConfig | None = None
+) -> None:
+    """Refuse weights that know what the new fit is graded on, or that belong to other inputs.
 
     Args:
         earlier: the fit to start from.
         panel: the data of the new fit.
         train_stop: row after its training span.
         held_out: series it does not train on.
+        data: settings of that data; None leaves the publication delay unchecked.
 
     Raises:
-        ConfigError: other variates or another grid, rows at or after ``train_stop`` seen, a held-out series seen, or an
-            artifact that does not say what it has seen.
+        ConfigError: other columns or another order of them, another frequency or delay, another grid, rows at or after
+            ``train_stop`` seen, a held-out series seen, or an artifact that does not say what it has seen.
     """
     name = f"warm_start.artifact {earlier.id}"
-    if (earlier.schema.targets, earlier.schema.freq) != (panel.schema.targets, panel.schema.freq):
-        raise ConfigError(
-            f"{name} was fitted on {listing(earlier.schema.targets, 10)} at freq {earlier.schema.freq}, the data has "
-            f"{listing(panel.schema.targets, 10)} at {panel.schema.freq}"
-        )
+    _check_columns(name, earlier, panel, data)
     spans = earlier.provenance.get("span_rows")
     if not spans:
         raise ConfigError(

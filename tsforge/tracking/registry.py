@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tsforge.artifact import MANIFEST, Artifact
+from tsforge.artifact import MANIFEST, Artifact, newest_first, stated_id, verify_artifact
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, listing, nearest
 from tsforge.core.logs import get_logger, log_event
@@ -36,6 +36,10 @@ _ARTIFACT_ID = "tsforge.artifact_id"
 _HISTORY = "tsforge.history"
 _HISTORY_LENGTH = 20
 _LOADER = "tsforge.tracking.pyfunc"
+_PUT_BACK = (
+    "put that folder back from a backup, or make a new version (tsforge fit with tracking.register_as) and give it the "
+    "alias (tsforge promote)"
+)
 _REQUIREMENTS = ("tsforge", "mlflow", "numpy", "pandas", "polars", "safetensors", "scipy", "torch")
 
 
@@ -329,35 +333,64 @@ def resolve(reference: str, workspace: Workspace) -> Path:
     except ArtifactError as error:
         if mark:
             raise
-        known = sorted(path.name for path in workspace.artifacts.glob("*") if (path / MANIFEST).is_file())
+        known = [path.name for path in newest_first(workspace.artifacts)]
         raise ArtifactError(
-            f"'{reference}' is neither a folder nor an artifact id (newest here: {listing(known[:-4:-1]) or 'none'}); "
+            f"'{reference}' is neither a folder nor an artifact id (newest here: {listing(known[:3]) or 'none'}); "
             f"asked as a registered model: {error}"
         ) from error
     local = workspace.artifacts / found.artifact_id
-    return local.resolve() if found.artifact_id and (local / MANIFEST).is_file() else _fetch(found, workspace)
+    is_here = found.artifact_id and (local / MANIFEST).is_file() and stated_id(local) == found.artifact_id
+    return local.resolve() if is_here else _fetch(found, workspace)
 
 
 def _fetch(found: ModelVersion, workspace: Workspace) -> Path:
-    """Return the cached copy of a version's artifact, downloaded whole or not at all."""
+    """Return the cached copy of a version's artifact, verified; one that is not whole is fetched again.
+
+    Raises:
+        ArtifactError: the store holds no whole artifact. BackendError: it does not answer, or the disk refuses.
+    """
     target = workspace.root / "cache" / "models" / f"{found.name}-{found.version}-{found.artifact_id or 'model'}"
-    if (target / MANIFEST).is_file():
+    if _is_whole(target):
         return target.resolve()
+    is_damaged = target.exists()
     mlflow = import_mlflow("mlflow.artifacts")
     with _store(workspace) as client, tempfile.TemporaryDirectory() as folder:
+        place = client.get_model_version_download_uri(found.name, found.version)
         # by its address: a ``models:/`` reference would be looked up in the store that is the process-wide default
-        mlflow.artifacts.download_artifacts(
-            artifact_uri=client.get_model_version_download_uri(found.name, found.version),
-            dst_path=folder,
-            tracking_uri=workspace.tracking_uri,
+        local = mlflow.artifacts.download_artifacts(
+            artifact_uri=place, dst_path=folder, tracking_uri=workspace.tracking_uri
         )
-        manifests = list(Path(folder).rglob(MANIFEST))
-        if len(manifests) != 1:
-            raise ArtifactError(f"version {found.version} of model '{found.name}' holds no tsforge artifact")
+        fetched = _only_artifact(Path(local), found, redact(place))
         try:
-            with atomic_directory(target) as temporary:
-                shutil.copytree(manifests[0].parent, temporary, dirs_exist_ok=True)
+            with atomic_directory(target, replace=is_damaged) as temporary:
+                shutil.copytree(fetched, temporary, dirs_exist_ok=True)
         except BackendError:
-            if not (target / MANIFEST).is_file():  # else another process fetched it meanwhile
+            if not _is_whole(target):  # else another process fetched it meanwhile
                 raise
     return target.resolve()
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify_artifact(folder)
+    except ArtifactError:
+        return False
+    return True
+
+
+def _only_artifact(folder: Path, found: ModelVersion, place: str) -> Path:
+    """Return the folder of the one artifact in what was downloaded from ``place``, after it was verified."""
+    name = f"version {found.version} of model '{found.name}'"
+    manifests = list(folder.rglob(MANIFEST))
+    if not manifests and found.artifact_id:
+        raise ArtifactError(f"files of {name} are gone from {place} (no {MANIFEST} there); {_PUT_BACK}")
+    if len(manifests) != 1:
+        raise ArtifactError(f"{name} holds {len(manifests) or 'no'} tsforge artifact{'s' if manifests else ''}")
+    try:
+        stated = verify_artifact(manifests[0].parent)
+    except ArtifactError as error:
+        why = str(error).replace(str(folder), place)
+        raise ArtifactError(f"{name} cannot be used as the store holds it: {why}") from error
+    if found.artifact_id and stated != found.artifact_id:
+        raise ArtifactError(f"{name} is artifact {found.artifact_id}, but {place} holds {stated}; {_PUT_BACK}")
+    return manifests[0].parent

@@ -20,7 +20,10 @@ from tsforge.artifact import (
     create_artifact,
     load_artifact,
     match_frame,
+    newest_first,
     save_artifact,
+    stated_id,
+    verify_artifact,
 )
 from tsforge.core.errors import ArtifactError, BackendError
 from tsforge.data.frame import SeriesFrame
@@ -107,6 +110,27 @@ def test_ids_sort_by_time_and_differ(make_artifact) -> None:
     first, second = make_artifact(), make_artifact()
     assert re.fullmatch(r"dlinear-\d{8}T\d{12}Z-[0-9a-f]{8}", first.id)
     assert first.id < second.id
+
+
+def test_newest_first_goes_by_the_time_in_the_id(make_artifact, tmp_path: Path) -> None:
+    network = make_artifact()
+    for identity in ("var-20260101T000000000000Z-11111111", "ar_net-20270101T000000Z-22222222", "by-hand"):
+        save_artifact(replace(network, id=identity), tmp_path)
+    shutil.copytree(tmp_path / "var-20260101T000000000000Z-11111111", tmp_path / "zz-copy")
+    shutil.copytree(tmp_path / "by-hand", tmp_path / ".by-hand.x.tmp")
+    (tmp_path / "no-artifact").mkdir()
+    names = ["ar_net-20270101T000000Z-22222222", "var-20260101T000000000000Z-11111111", "zz-copy", "by-hand"]
+    assert [path.name for path in newest_first(tmp_path)] == names
+    assert stated_id(tmp_path / "zz-copy") == names[1]
+    assert newest_first(tmp_path / "nowhere") == []
+
+
+def test_verifying_reads_no_network_and_names_what_is_damaged(saved: Path) -> None:
+    assert verify_artifact(saved) == saved.name
+    content = (saved / "metrics.json").read_bytes()
+    (saved / "metrics.json").write_bytes(content[:-1])
+    with pytest.raises(ArtifactError, match=r"metrics\.json is damaged"):
+        verify_artifact(saved)
 
 
 def test_provenance_names_versions_and_seeds(make_artifact) -> None:
