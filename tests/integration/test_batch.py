@@ -18,7 +18,7 @@ import pytest
 from tsforge.app import published
 from tsforge.app.batch import BatchBusy, BatchConfig, BatchInterrupted, BatchResult, backfill, parse_as_of, run_batch
 from tsforge.core.config import validate
-from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError
+from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, TsforgeError
 from tsforge.core.signals import termination_as_interrupt
 from tsforge.core.workspace import Workspace
 from tsforge.scheduling.ledger import Ledger, LedgerRun
@@ -250,6 +250,37 @@ class TestRecovery:
         again = run(site)
         assert again.status == "published"
         assert hashes(again.partition) == hashes(first.partition)
+
+    @pytest.mark.parametrize("damage", ["a byte", "the end"])
+    def test_a_damaged_file_is_told_until_force_repairs_it(self, site: Any, damage: str) -> None:
+        first = run(site)
+        path = first.partition.path / "forecast.parquet"
+        content = path.read_bytes()
+        half = len(content) // 2
+        flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        path.write_bytes(flipped if damage == "a byte" else content[:100])
+        message = r"forecast\.parquet was changed after it was published; publish it again with batch run --force"
+        with pytest.raises(ArtifactError, match=message):
+            run(site)
+        with pytest.raises(ArtifactError, match=message):
+            backfill(validate(BatchConfig, site.batch()), AS_OF, AS_OF, "1h", Workspace.open())
+        assert run(site, force=True).status == "published"
+        assert path.read_bytes() == content
+        assert run(site).status == "unchanged"
+
+    def test_damaged_events_of_an_earlier_batch_are_named(self, site: Any) -> None:
+        path = run(site).partition.path / "events.parquet"
+        path.write_bytes(b"PAR1xx")
+        later = AS_OF + timedelta(hours=12)
+        with pytest.raises(ArtifactError, match=r"as_of=2026-03-04T06-00-00Z/events\.parquet was changed"):
+            run(site, later)
+        row = ledger_row(later)
+        assert row is not None
+        assert row.status == "failed"
+        assert "batch run --force" in row.message
+        assert "bug" not in row.message
+        run(site, force=True)
+        assert run(site, later).status == "published"
 
     def test_a_batch_that_is_running_is_not_run_twice(self, site: Any) -> None:
         ledger = Ledger(Workspace.open().database_url)

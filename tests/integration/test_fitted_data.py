@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ def test_an_artifact_that_does_not_say_where_its_calendar_came_from_reads_the_st
     shop.ingest("dated", rows(), calendar=CALENDAR)
     artifact = shop.fit("dated", calendar=CALENDAR)
     for own in ({}, {"name": "dated", "calendar": {}}):
-        fitted = FittedData(name="dated", artifact=artifact.id, own=own, known=artifact.schema.known)
+        fitted = replace(FittedData.of(artifact, "dated"), own=own)
         assert load_dataset(shop.workspace, fitted).schema.known == artifact.schema.known
 
 
@@ -267,6 +268,25 @@ def test_a_hierarchy_keeps_its_sums(shop: Shop) -> None:
     found = shop.predict(artifact, reconcile={"method": "ols"})
     assert found["series_id"].n_unique() == len(artifact.series_ids)
     assert found["mean"].to_numpy().min() > 0
+
+
+def test_a_batch_makes_the_sums_that_predictions_make(shop: Shop) -> None:
+    """Values that only the model takes for invalid enter no sum, be the hierarchy stated by the job or by the fit."""
+    table = pl.concat(
+        rows(wild=(DAYS - 3,) if name == "a" else ()).select("ds", "y", s=pl.lit(f"all/{name}")) for name in "ab"
+    )
+    long: dict[str, Any] = {"layout": "long", "series": "s", "targets": ["y"]}
+    structure = {"levels": ["top", "part"], "separator": "/"}
+    shop.ingest("tree", table, hierarchy=structure, **long)
+    artifact = shop.fit("tree", "linear", valid_range={"y": [0.0, 15.0]}, hierarchy=structure, **long)
+    wanted = shop.predict(artifact).sort("series_id", "step")
+    assert wanted.filter(series_id="all")["mean"].is_between(15.0, 25.0).all()
+    for name, settings in {"stated": long | {"hierarchy": structure}, "fitted": long}.items():
+        batch = {"name": name, "data": shop.data("tree", **settings), "model": artifact.id, "detect": None}
+        result = run_batch(validate(BatchConfig, batch), FIRST + timedelta(days=DAYS - 1), shop.workspace)
+        published = result.partition.table("forecast")
+        assert published is not None
+        assert_frame_equal(published.sort("series_id", "step").select(wanted.columns), wanted, abs_tol=1e-5)
 
 
 def test_static_columns_beside_those_of_the_fit_group_events_and_make_sums(shop: Shop) -> None:
@@ -333,3 +353,53 @@ def test_a_cutoff_before_the_data_is_told_its_last_row(shop: Shop) -> None:
         DataError, match=r"no rows up to 1990-01-01; the data runs from 2023-01-01 .* to 2024-02-24 00:00$"
     ):
         shop.predict(artifact, cutoff="1990-01-01")
+
+
+LATE: dict[str, Any] = {"targets": ["y"], "past": ["z"]}
+LATE_USES: dict[str, Callable[[Shop, Artifact], Any]] = COMMANDS | {
+    "batch": lambda shop, artifact: run_batch(
+        validate(
+            BatchConfig,
+            {"name": "b", "data": shop.data("late", **LATE), "model": artifact.id, "ingest": False, "detect": None},
+        ),
+        FIRST + timedelta(days=DAYS - 1),
+        shop.workspace,
+    ),
+    "stream": lambda shop, artifact: stream(StreamConfig(artifact=artifact.id), shop.workspace),
+}
+
+
+@pytest.mark.parametrize("use", sorted(LATE_USES))
+def test_covariates_with_another_delay_than_those_of_the_fit_are_refused(shop: Shop, use: str) -> None:
+    shop.ingest("late", rows(), publication_delay={"z": "3d"}, **LATE)
+    artifact = shop.fit("late", publication_delay={"z": "3d"}, **LATE)
+    shop.ingest("late", rows(), **LATE)
+    message = (
+        rf"artifact {artifact.id} was fitted with publication_delay \{{'z': '3d'\}}, data set 'late' has none: 1 of 1 "
+        r"past covariates that the model reads \(z\)"
+    )
+    with pytest.raises(DataError, match=message):
+        LATE_USES[use](shop, artifact)
+
+
+def test_a_delay_of_the_job_that_the_model_was_not_fitted_with_leaves_the_store_alone(shop: Shop) -> None:
+    shop.ingest("late", rows(), **LATE)
+    artifact = shop.fit("late", **LATE)
+    wanted = shop.predict(artifact)
+    data = shop.data("late", **LATE, publication_delay={"z": "3d"})
+    job = validate(BatchConfig, {"name": "b", "data": data, "model": artifact.id, "detect": None})
+    with pytest.raises(DataError, match="was fitted with publication_delay none, data set 'late' has"):
+        run_batch(job, FIRST + timedelta(days=DAYS - 1), shop.workspace)
+    assert_frame_equal(shop.predict(artifact), wanted)
+
+
+def test_delays_that_move_no_row_of_what_the_model_reads_are_no_matter(shop: Shop) -> None:
+    """What counts is how much later than the targets a covariate comes, whatever words say so."""
+    shop.ingest("late", rows(), publication_delay={"z": "3d"}, **LATE)
+    artifact = shop.fit("late", publication_delay={"z": "3d"}, **LATE)
+    alone = shop.fit("late", publication_delay={"z": "3d"}, targets=["y"])
+    wanted = shop.predict(artifact), shop.predict(alone)
+    shop.ingest("late", rows(), publication_delay={"y": "1d", "z": "96h"}, **LATE)
+    assert_frame_equal(shop.predict(artifact), wanted[0])
+    shop.ingest("late", rows(), **LATE)
+    assert_frame_equal(shop.predict(alone), wanted[1])

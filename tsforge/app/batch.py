@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-from pydantic import Field, field_validator, model_validator
 
-from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
 from tsforge.app import batch_online, published
-from tsforge.app.checks import CheckConfig, CheckResult, NonEmptyCheck, before, run_checks
+from tsforge.app.batch_config import BatchConfig, DetectStage, ForecastStage
+from tsforge.app.checks import CheckResult, before, run_checks
 from tsforge.app.events import Recorded, confirmed_spans, record_report
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import IngestConfig, ingest, load_history, mask_invalid
 from tsforge.artifact import Artifact, load_artifact, match_frame
-from tsforge.core.config import Config, QuantileLevel, fingerprint
+from tsforge.core.config import fingerprint
 from tsforge.core.errors import BackendError, ConfigError, DataError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.signals import interrupts_held
@@ -36,13 +35,26 @@ from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.vintages import Delays, newest, published_by
 from tsforge.forecasting.coherent_predict import predict_coherent
-from tsforge.forecasting.online_rules import OnlineConfig
+from tsforge.forecasting.cold_start import ColdStartConfig, predict_cold
 from tsforge.forecasting.predict import predict
-from tsforge.forecasting.reconcile import ReconcileConfig
 from tsforge.scheduling.jobs import BUSY_EXIT_CODE
 from tsforge.scheduling.ledger import Claim, Ledger
 from tsforge.tracking.registry import resolve
 
+__all__ = [
+    "BackfillResult",
+    "BatchBusy",
+    "BatchConfig",
+    "BatchInterrupted",
+    "BatchResult",
+    "DetectStage",
+    "ForecastStage",
+    "backfill",
+    "changed_settings",
+    "data_seen_until",
+    "parse_as_of",
+    "run_batch",
+]
 LOGGER = get_logger(__name__)
 MOST_BATCHES = 100_000  # of one backfill: every minute for two months; more is a slip of the unit
 
@@ -57,70 +69,6 @@ class BatchInterrupted(TsforgeError):
     """Ctrl-C or SIGTERM came when the batch was being published already, so it was completed."""
 
     exit_code = 130  # the shell's status of an interrupted command
-
-
-class ForecastStage(Config):
-    """What is forecast; None as the whole stage forecasts nothing."""
-
-    horizon: int | None = Field(None, ge=1)
-    """Steps; None = as many as the model was trained for."""
-    quantile_levels: tuple[QuantileLevel, ...] | None = None
-    """Levels; None = all the artifact offers."""
-    reconcile: ReconcileConfig | None = None
-    """Make the forecasts of the data set's hierarchy add up; they then start from one row, the last observed one."""
-    online: OnlineConfig | None = None
-    """Adapt the intervals to how earlier batches of the job fared; ``{}`` takes the defaults."""
-
-
-class DetectStage(Config):
-    """What is scored: the rows of the last ``span`` before ``as_of``."""
-
-    span: str = "7d"
-    detector: DetectConfig = DetectConfig()
-
-    @field_validator("span")
-    @classmethod
-    def _is_duration(cls, value: str) -> str:
-        try:
-            before(datetime(2000, 1, 1), value)
-        except DataError as error:
-            raise ValueError(str(error)) from error
-        return value
-
-
-class BatchConfig(Config):
-    """A recurring job over one data set and one model.
-
-    Attributes:
-        name: of the job: its key in the ledger and its folder below ``published/``.
-        data: the data set; its source is read again before each batch.
-        model: artifact folder, artifact id, or ``NAME@alias`` of the registry (``weather@champion``).
-        ingest: read the source first; False uses what is in the store.
-        checks: what the data must satisfy; a failed blocking check publishes nothing.
-        forecast, detect: the stages, None leaves one out.
-        allow_future_model: accept a model that was fitted on rows after ``as_of`` (a backfill with today's champion);
-            its forecasts look better than they could have been then, and the manifest says so.
-    """
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,99}$")
-    data: DataConfig
-    model: str = Field(min_length=1)
-    ingest: bool = True
-    checks: tuple[CheckConfig, ...] = (NonEmptyCheck(),)
-    forecast: ForecastStage | None = ForecastStage()
-    detect: DetectStage | None = DetectStage()
-    allow_future_model: bool = False
-
-    @model_validator(mode="after")
-    def _has_sums(self) -> BatchConfig:
-        if self.forecast is not None and self.forecast.reconcile is not None and self.data.hierarchy is None:
-            raise ValueError(f"forecast.reconcile: data set '{self.data.name}' has no hierarchy; state data.hierarchy")
-        return self
-
-    @property
-    def key(self) -> str:
-        """The job's name in the ledger."""
-        return f"batch/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,13 +196,19 @@ def run_batch(config: BatchConfig, as_of: datetime, workspace: Workspace, force:
 
 
 def _published(ledger: Ledger, config: BatchConfig, as_of: datetime, path: Path) -> published.Partition | None:
-    """Return the partition when ledger and folder agree that it is done."""
+    """Return the partition when ledger and folder agree that it is done.
+
+    Raises:
+        ArtifactError: it is damaged; ``force`` publishes it again.
+    """
     run = ledger.find(config.key, as_of)
     if run is None or run.status != "done":
         return None
     partition = published.read_partition(path)
     if partition is None:
         LOGGER.warning("%s is recorded as published, but the folder is gone; publishing it again", path)
+        return None
+    published.verify_partition(partition)
     return partition
 
 
@@ -346,19 +300,19 @@ def _make(work: _Work) -> tuple[dict[str, Any], list[CheckResult]]:
     """Run the stages before publishing and return manifest and check results; the tables lie with ``work``."""
     config = work.config
     with work.stage("ingest") as facts:
-        raw = _known_at(work, facts)
-    with work.stage("check") as facts:
         artifact = load_artifact(resolve(config.model, work.workspace))
+        fitted = FittedData.of(artifact, config.data.name).applied_to(config.data)  # before anything is stored
+        raw = _known_at(work, fitted, facts)
+    with work.stage("check") as facts:
         trained_until = _check_model(artifact, config, work.as_of)
         steps = config.forecast.horizon if config.forecast is not None else None
-        fitted = FittedData.of(artifact, config.data.name).applied_to(config.data)
-        raw = add_calendar(raw.extend(steps or artifact.window.horizon), fitted.calendar)
-        frame = mask_invalid(raw, fitted)
-        frame = match_frame(artifact, frame)
+        raw = add_calendar(raw.extend(max(steps or 0, artifact.window.horizon)), fitted.calendar)
+        seen = mask_invalid(raw, fitted)
+        frame = match_frame(artifact, seen)
         checks = _check_data(raw.until(work.as_of), work, facts)
     if config.forecast is not None:
         with work.stage("forecast") as facts:
-            table = _forecast(artifact, frame, work, config.forecast)
+            table = _forecast(artifact, seen, work, config.forecast)
             work.tables["forecast"] = table
             facts["rows"] = work.counts["forecasts"] = table.height
             if config.forecast.online is not None:
@@ -388,9 +342,13 @@ def _publish(
 
 
 def _forecast(artifact: Artifact, frame: SeriesFrame, work: _Work, stage: ForecastStage) -> pl.DataFrame:
-    """Return the forecast table; what reconciliation did goes to the manifest."""
+    """Return the forecast table; what reconciliation or a cold start did goes to the manifest."""
     asked: dict[str, Any] = {"quantile_levels": stage.quantile_levels, "horizon": stage.horizon}
     structure = work.config.data.hierarchy
+    if stage.cold_start is not None:
+        cold = predict_cold(artifact, frame, _still_new(stage.cold_start, frame, work), **asked)
+        work.facts["cold_start"] = cold.metadata["cold_start"]
+        return cold.table
     if stage.reconcile is None or structure is None:
         return predict(artifact, frame, **asked).table
     forecast = predict_coherent(artifact, frame, structure, stage.reconcile, **asked)
@@ -398,19 +356,33 @@ def _forecast(artifact: Artifact, frame: SeriesFrame, work: _Work, stage: Foreca
     return forecast.table
 
 
-def _known_at(work: _Work, facts: dict[str, Any]) -> SeriesFrame:
+def _still_new(config: ColdStartConfig, frame: SeriesFrame, work: _Work) -> ColdStartConfig:
+    """Return the settings without new series that have rows by now: a job outlives the day they begin."""
+    begun = [name for name in config.like if name in frame.series_ids]
+    if not begun:
+        return config
+    LOGGER.warning(
+        "%s: forecast.cold_start.like of %s has no effect any more: there are rows of it; leave it out",
+        work.config.name,
+        listing(begun),
+    )
+    return config.model_copy(update={"like": {name: like for name, like in config.like.items() if name not in begun}})
+
+
+def _known_at(work: _Work, fitted: DataConfig, facts: dict[str, Any]) -> SeriesFrame:
     """Return what was known at as_of: rows up to it, and later values of known covariates only.
 
     Where publications are kept, values are those published by as_of; where targets are declared to come late, the rows
     that were not out yet are hidden.
 
-    Values outside their range are not hidden and calendar features not added yet.
+    Values outside their range are not hidden and calendar features not added yet; sums are made of valid values, by the
+    ranges of the data set and of the model alike (``fitted``).
     """
     config = work.config
     if config.ingest:
         record = ingest(IngestConfig(data=config.data, checks=(), as_of=work.as_of), work.workspace).record
         facts.update(rows_in=record.rows_in, rows_new=record.rows_new, rows_changed=record.rows_changed)
-    plain = config.data.model_copy(update={"calendar": CalendarConfig()})  # added once the frame reaches the horizon
+    plain = fitted.model_copy(update={"calendar": CalendarConfig()})  # added once the frame reaches the horizon
     history = load_history(work.workspace, plain)
     if history.schema.has_integer_time:
         raise DataError(f"data set '{config.data.name}' has integer time; a batch stands at a calendar time")

@@ -25,6 +25,7 @@ from tsforge.core.workspace import Workspace
 
 FORMAT = 1
 _FORM = "as_of=%Y-%m-%dT%H-%M-%SZ"
+_AGAIN = "publish it again with batch run --force"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,6 @@ def read_partition(path: Path) -> Partition | None:
     Raises:
         ArtifactError: the manifest is unreadable or of a newer format, or a file it names is missing.
     """
-    again = "publish it again with --force"
     if not path.is_dir():
         return None
     try:
@@ -68,10 +68,10 @@ def read_partition(path: Path) -> Partition | None:
         missing = [name for name in manifest["files"] if not (path / name).is_file()]
         job, version = manifest["job"], manifest.get("format")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"the batch in {path} has no readable manifest ({error}); {again}") from error
-    check_version(version, FORMAT, what=f"the batch in {path}", remedy=again)
+        raise ArtifactError(f"the batch in {path} has no readable manifest ({error}); {_AGAIN}") from error
+    check_version(version, FORMAT, what=f"the batch in {path}", remedy=_AGAIN)
     if missing:
-        raise ArtifactError(f"the batch in {path} lacks {', '.join(missing)}; {again}")
+        raise ArtifactError(f"the batch in {path} lacks {', '.join(missing)}; {_AGAIN}")
     return Partition(job=job, as_of=as_of, path=path, manifest=manifest)
 
 
@@ -79,13 +79,18 @@ def verify_partition(partition: Partition, only: Sequence[str] | None = None) ->
     """Check every file of a batch (or only some) against the hash in its manifest.
 
     Raises:
-        ArtifactError: a file was changed.
+        ArtifactError: a file was changed, or cannot be read.
     """
     for name, facts in partition.manifest["files"].items():
-        if (only is None or name in only) and _sha256(partition.path / name) != facts["sha256"]:
-            raise ArtifactError(
-                f"{partition.path / name} was changed after it was published; publish it again with --force"
-            )
+        if only is not None and name not in only:
+            continue
+        path = partition.path / name
+        try:
+            found = _sha256(path)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
+        if found != facts["sha256"]:
+            raise ArtifactError(f"{path} was changed after it was published; {_AGAIN}")
 
 
 def write_partition(
@@ -205,10 +210,13 @@ def events(workspace: Workspace, job: str, *, until: datetime | None = None) -> 
 
     Batches score overlapping spans, so a long event is published several times; ``event_id`` tells that it is the same.
     ``first_as_of`` and ``last_as_of`` say which batches saw it.
+
+    Raises:
+        ArtifactError: the events of a batch were changed after they were published, or see ``read_partition``.
     """
     found = []
     for partition in partitions(workspace, job, until=until):
-        table = partition.table("events")
+        table = _events_of(partition)
         if table is not None and table.height:
             found.append(table.with_columns(as_of=pl.lit(partition.as_of)))
     if not found:
@@ -217,6 +225,14 @@ def events(workspace: Workspace, job: str, *, until: datetime | None = None) -> 
     seen = history.group_by("event_id").agg(first_as_of=pl.col("as_of").min(), last_as_of=pl.col("as_of").max())
     newest = history.unique("event_id", keep="last", maintain_order=True).drop("as_of")
     return newest.join(seen, on="event_id", how="left", maintain_order="left").sort("start", "event_id")
+
+
+def _events_of(partition: Partition) -> pl.DataFrame | None:
+    verify_partition(partition, ["events.parquet"])
+    try:
+        return partition.table("events")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ArtifactError(f"{partition.path / 'events.parquet'} cannot be read ({error}); {_AGAIN}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -153,3 +153,29 @@ def test_events_of_overlapping_batches_count_once_in_their_latest_version(worksp
     until = published.events(workspace, "demo", until=AS_OF)
     assert until is not None
     assert set(until["event_id"]) == {"one", "two"}
+
+
+def test_events_that_cannot_be_read_are_named(workspace: Workspace) -> None:
+    publish(workspace, AS_OF, {"e": 1})
+    damaged = publish(workspace, AS_OF + timedelta(days=1), {"e": 2}).path / "events.parquet"
+    content = damaged.read_bytes()
+    for wrong in (b"PAR1xx", content[:-1], content[:40] + b"?" + content[41:]):
+        damaged.write_bytes(wrong)
+        with pytest.raises(ArtifactError, match=r"as_of=2026-03-02T06-00-00Z/events\.parquet was changed"):
+            published.events(workspace, "demo")
+    earlier = published.events(workspace, "demo", until=AS_OF)
+    assert earlier is not None
+    assert earlier["event_id"].to_list() == ["e"]
+
+
+def test_a_file_beside_the_manifest_and_a_folder_in_place_of_a_file_are_told(workspace: Workspace) -> None:
+    partition = publish(workspace)
+    manifest = dict(partition.manifest) | {"files": {}}
+    (partition.path / "manifest.json").write_text(json.dumps(manifest))
+    (partition.path / "events.parquet").write_bytes(b"PAR1xx")
+    with pytest.raises(ArtifactError, match=r"events\.parquet cannot be read"):
+        published.events(workspace, "demo")
+    (partition.path / "forecast.parquet").unlink()
+    (partition.path / "forecast.parquet").mkdir()
+    with pytest.raises(ArtifactError, match=r"forecast\.parquet cannot be read \(Is a directory\)"):
+        published.verify_partition(partition, ["forecast.parquet"])
