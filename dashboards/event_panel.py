@@ -50,6 +50,8 @@ def draw(workspace: Workspace, mine: pl.DataFrame, events: pl.DataFrame) -> None
         if shown["variates"]:
             bars = triage_charts.contribution_chart(shown["variates"])
             st.plotly_chart(bars, width="stretch", key="contributions")
+        elif shown["variates"] is None:
+            st.caption("Which variates are behind it cannot be read: its row of the table `tsf_events` is damaged.")
         else:
             st.caption("Nobody said which variates are behind it.")
     _similar(workspace, shown, events)
@@ -106,7 +108,7 @@ def _head(workspace: Workspace, event: dict[str, Any], mine: pl.DataFrame) -> No
 
 def _around(workspace: Workspace, event: dict[str, Any], mine: pl.DataFrame, events: pl.DataFrame) -> None:
     """Draw the series around the event with what was expected of it, where a detection kept that."""
-    names = [item["variate"] for item in event["variates"]]
+    names = [item["variate"] for item in event["variates"] or []]
     strong = _leading(event)[:_PANELS]
     places = st.columns([2, 1], vertical_alignment="bottom")
     chosen = places[0].multiselect("Variates drawn", names, default=strong, key=f"drawn-{event['event_id']}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 import streamlit as st
@@ -13,7 +13,7 @@ import streamlit as st
 from dashboards import address
 from dashboards.text import code, plain
 from tsforge.app import catalog, catalog_results, triage
-from tsforge.core.errors import TsforgeError, listing
+from tsforge.core.errors import BackendError, TsforgeError, listing
 from tsforge.core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tsforge.app.explain import Attribution, Importance
 
 MINUTE = "%Y-%m-%d %H:%M"
+_Answer = TypeVar("_Answer")
 _LEAST_SHARE = 5e-5  # percentages have two decimals
 
 
@@ -46,10 +47,16 @@ def page(title: str, draw: Callable[[Workspace], None], *, lead: str = "") -> No
 def section(title: str, draw: Callable[[Workspace], None]) -> None:
     """Draw a part of a page that asks a store of its own: where that fails, the other parts stay."""
     st.subheader(title)
+    asked(title, draw, workspace())
+
+
+def asked(title: str, ask: Callable[[Workspace], _Answer], workspace: Workspace) -> _Answer | None:
+    """Return what a store answers, None where it fails: that is one message, and the other parts of the page stay."""
     try:
-        draw(workspace())
+        return ask(workspace)
     except TsforgeError as error:
         st.error(f"**{title} cannot be shown.** {plain(error)}", icon=":material/error:")
+        return None
 
 
 def choose(
@@ -66,14 +73,22 @@ def choose(
 
     Args:
         label: what is chosen.
-        options: at least one value.
+        options: the values.
         key: name in the URL.
         names: shown text per option.
         where: the column or container to draw in.
         damaged: values that were left out of the options for that reason.
         lasting: options are stored results, which no other choice takes away: one that was shown until now and is gone
             was removed, and that is said.
+
+    Raises:
+        BackendError: there is no option.
     """
+    if not options:  # an empty page is told before: here a stored result lacks what every one has
+        raise BackendError(
+            f"there is no {label.lower()} to choose: a table of what is chosen above is empty; choose another one, or "
+            "make it again"
+        )
     wanted, state, shown = address.get(key), f"choice-{key}", dict(names or {})
     if wanted and wanted not in options:
         if address.is_news():

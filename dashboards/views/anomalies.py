@@ -25,6 +25,7 @@ from dashboards.text import plain
 from tsforge.app import catalog_results, triage
 from tsforge.app.catalog_results import StoredDetection
 from tsforge.contracts.tables import JOINT
+from tsforge.core.errors import BackendError
 from tsforge.core.workspace import Workspace
 
 _AROUND = 72  # rows shown before and after an event
@@ -72,6 +73,8 @@ def _draw(workspace: Workspace) -> None:
     chosen = choose("Detection", list(names), "detection", names=names, where=left, damaged=damaged, lasting=True)
     record = next(item for item in detections if item["id"] == chosen)
     report = detection(record)
+    if report.scores.is_empty():
+        raise BackendError(f"detection '{chosen}' holds no score: it is damaged, or nothing was scored; make it again")
     series = _choose_series(report, right)
     for notice in report.metadata["notices"]:
         st.warning(plain(notice), icon=":material/monitor_heart:")
@@ -106,11 +109,12 @@ def _choose_series(report: StoredDetection, where: Any) -> str:
 
 def _choose_event(events: pl.DataFrame) -> dict[str, Any]:
     rows = {row["event_id"]: row for row in events.iter_rows(named=True)}
-    names = {
-        key: f"{_span(row)}, peak {row['peak_score']:.3g}, first {row['variates'][0]['variate']}"
-        for key, row in rows.items()
-    }
+    names = {key: f"{_span(row)}, peak {row['peak_score']:.3g}, first {_first(row)}" for key, row in rows.items()}
     return rows[choose("Event (strongest first)", list(rows), "event", names=names)]
+
+
+def _first(event: dict[str, Any]) -> str:
+    return event["variates"][0]["variate"] if event["variates"] else "unknown"
 
 
 def _span(event: dict[str, Any]) -> str:
@@ -122,7 +126,7 @@ def _timeline(report: StoredDetection, series: str, event: dict[str, Any] | None
     rows = series_table(report.metadata["dataset"], series)
     variates = [name for name in report.metadata["variates"] if name in rows.columns]
     if event is not None:
-        ranked = [item["variate"] for item in event["variates"]]
+        ranked = [item["variate"] for item in event["variates"] or []]
         variates.sort(key=lambda name: ranked.index(name) if name in ranked else len(ranked))
     left, right = st.columns([1, 3], vertical_alignment="bottom")
     variate = choose("Variate shown", variates, "variate", where=left)

@@ -11,6 +11,7 @@ from dashboards.style import place_map
 from dashboards.text import plain
 from tsforge.app import catalog_results
 from tsforge.app.catalog_results import StoredBacktest
+from tsforge.core.errors import BackendError
 from tsforge.core.workspace import Workspace
 
 _NAMES = {
@@ -60,6 +61,8 @@ def _draw(workspace: Workspace) -> None:
     left, right = st.columns([2, 1])
     chosen = choose("Backtest", list(names), "backtest", names=names, where=left, damaged=damaged, lasting=True)
     report = backtest(chosen)
+    if report.summary.is_empty() or not report.metrics:
+        raise BackendError(f"backtest '{chosen}' is damaged: its leaderboard is empty; run tsforge backtest again")
     metric_names = {name: _metric_name(name) for name in report.metrics}
     metric = choose("Metric", list(report.metrics), "metric", names=metric_names, where=right)
     _verdict(report, metric)

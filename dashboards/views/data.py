@@ -87,9 +87,18 @@ def _draw(workspace: Workspace) -> None:
     st.caption("Outliers lie more than 6 robust standard deviations from the median.")
     st.subheader("Ingestions")
     batches = catalog.dataset_batches(workspace, name)
-    errors = [json.loads(reasons).get("error") for reasons in batches["reasons"]]
+    errors = [_why(reasons) for reasons in batches["reasons"]]
     batches = batches.with_columns(pl.Series("error", errors, dtype=pl.String))
     table(batches, _BATCHES, integers=tuple(column for column in _BATCHES if column.startswith("rows_")))
+
+
+def _why(reasons: str) -> str | None:
+    """Return why an ingestion was refused."""
+    try:
+        error = json.loads(reasons).get("error")
+    except (ValueError, AttributeError):
+        return "cannot be read: its row of the table tsf_batches is damaged"
+    return None if error is None else str(error)
 
 
 def _missing(report: pl.DataFrame, series: int) -> None:

@@ -359,7 +359,8 @@ def _explanation(facts: dict[str, Any], variate: str) -> None:
         if not found:
             st.caption("Nothing recorded for this model.")
             return
-        training = facts["provenance"].get("training") or {}
+        kept = facts["provenance"].get("training")
+        training = kept if isinstance(kept, dict) else {}
         if training.get("epochs") and training.get("best_epoch", 0) < 0:
             earlier = training.get("started_from")
             start = f"the weights of {plain(earlier)} that it began at" if earlier else "its closed-form start"
@@ -367,12 +368,12 @@ def _explanation(facts: dict[str, Any], variate: str) -> None:
         tabs = st.tabs([name.replace("_", " ") for name in found])
         for tab, (name, records) in zip(tabs, found.items(), strict=True):
             with tab:
-                if name in _DRAWN:
-                    _DRAWN[name](pl.DataFrame(records, infer_schema_length=None), facts)
-                elif isinstance(records, list) and all(isinstance(record, dict) for record in records):
-                    table(_named(records, facts, variate))
-                else:
+                if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
                     st.json(records, expanded=False)
+                elif name in _DRAWN:
+                    _DRAWN[name](pl.DataFrame(records, infer_schema_length=None), facts)
+                else:
+                    table(_named(records, facts, variate))
 
 
 def _named(records: list[dict[str, Any]], facts: dict[str, Any], variate: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import streamlit as st
 
-from dashboards.state import empty, left_out, page, table
+from dashboards.state import asked, empty, left_out, page, table
 from dashboards.text import plain
 from tsforge.app import catalog, catalog_results
 from tsforge.core.workspace import Workspace
@@ -49,8 +49,8 @@ def show() -> None:
 
 
 def _draw(workspace: Workspace) -> None:
-    datasets = catalog.list_datasets(workspace)
-    if not datasets:
+    datasets = asked("Data sets", catalog.list_datasets, workspace)
+    if datasets == []:
         empty("data", "tsforge ingest data=nyc_weather")
         return
     artifacts = catalog.list_artifacts(workspace)
@@ -59,27 +59,46 @@ def _draw(workspace: Workspace) -> None:
         broken |= catalog_results.damaged_reports(workspace, kind)
     left_out(broken, "Make them again, or remove their folders.")
     detections = catalog_results.list_detections(workspace)
-    jobs = catalog.job_runs(workspace, limit=20)
-    failed = sum(run["status"] == "failed" for run in jobs)
-    cells = {
-        "Data sets": str(len(datasets)),
-        "Fitted models": str(len(artifacts)),
-        "Events in the last detection": str(detections[0]["events"]) if detections else "none yet",
-        "Failed of the last jobs": f"{failed} of {len(jobs)}" if jobs else "none yet",
-    }
-    for column, (label, value) in zip(st.columns(4), cells.items(), strict=True):
-        column.metric(label, value, border=True)
-    st.subheader("Data sets")
-    table([{**item, "freshness": _freshness(item)} for item in datasets], _DATASETS, integers=("rows", "series"))
-    stale = [item["name"] for item in datasets if item["stale"]]
-    if stale:
-        st.warning(f"Older than their stated maximum age: {plain(', '.join(stale))}", icon=":material/schedule:")
+    jobs = asked("Last scheduled runs", lambda home: catalog.job_runs(home, limit=20), workspace)
+    _cells(datasets, artifacts, detections, jobs)
+    if datasets is not None:
+        _datasets(datasets)
     st.subheader("Fitted models")
     if artifacts:
         table(artifacts[:20], _MODELS)
         st.caption("Errors are in standard deviations of each variate over the training span, so that models compare.")
     else:
-        empty("fitted model", f"tsforge fit data={datasets[0]['name']} model=ar_net")
+        empty("fitted model", f"tsforge fit data={datasets[0]['name'] if datasets else 'NAME'} model=ar_net")
+    if jobs is not None:
+        _jobs(jobs)
+
+
+def _cells(
+    datasets: list[dict[str, Any]] | None,
+    artifacts: list[dict[str, Any]],
+    detections: list[dict[str, Any]],
+    jobs: list[dict[str, Any]] | None,
+) -> None:
+    failed = sum(run["status"] == "failed" for run in jobs or [])
+    cells = {
+        "Data sets": "unknown" if datasets is None else str(len(datasets)),
+        "Fitted models": str(len(artifacts)),
+        "Events in the last detection": str(detections[0]["events"]) if detections else "none yet",
+        "Failed of the last jobs": f"{failed} of {len(jobs)}" if jobs else "unknown" if jobs is None else "none yet",
+    }
+    for column, (label, value) in zip(st.columns(4), cells.items(), strict=True):
+        column.metric(label, value, border=True)
+
+
+def _datasets(datasets: list[dict[str, Any]]) -> None:
+    st.subheader("Data sets")
+    table([{**item, "freshness": _freshness(item)} for item in datasets], _DATASETS, integers=("rows", "series"))
+    stale = [item["name"] for item in datasets if item["stale"]]
+    if stale:
+        st.warning(f"Older than their stated maximum age: {plain(', '.join(stale))}", icon=":material/schedule:")
+
+
+def _jobs(jobs: list[dict[str, Any]]) -> None:
     st.subheader("Last scheduled runs")
     if jobs:
         table(jobs, JOBS, integers=("rows",))

@@ -13,7 +13,7 @@ import streamlit as st
 
 from dashboards import address, event_panel
 from dashboards.event_actions import bulk_bar, said
-from dashboards.state import choose, detection, empty, flag, page, stored_events
+from dashboards.state import choose, detection, empty, flag, left_out, page, stored_events
 from dashboards.text import code, plain
 from tsforge.app import catalog_results, triage
 from tsforge.app.catalog import in_words
@@ -48,7 +48,8 @@ def _draw(workspace: Workspace) -> None:
     version = triage.events_version(workspace)
     said()
     first, *others = st.columns(4)
-    events = _chosen_events(datasets, version, first)
+    events, damaged = triage.apart(_chosen_events(datasets, version, first))
+    left_out(damaged, "Restore their rows of the table `tsf_events` from a backup of the database.")
     rows = _filtered(events, others)
     silenced = int(rows["suppressed"].sum())
     with st.container(horizontal=True, vertical_alignment="center"):

@@ -69,7 +69,7 @@ def test_broken_store_is_one_message(view: str, workspace_root: Path) -> None:
     page = draw(view)
     assert not page.exception
     if view in ("overview", "data", "runs", "triage"):
-        assert len(page.error) == (2 if view == "runs" else 1), "runs asks two stores"
+        assert len(page.error) == (2 if view in ("overview", "runs") else 1), "these ask two stores"
         assert all("cannot be shown" in error.value for error in page.error)
 
 

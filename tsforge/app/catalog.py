@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -189,23 +189,28 @@ def made_series(workspace: Workspace, name: str) -> list[str]:
 def list_artifacts(workspace: Workspace) -> list[dict[str, Any]]:
     """Return one record a fitted model, newest first; folders that are no complete artifact are left out."""
     records = []
-    for path in workspace.artifacts.glob("*/manifest.json"):
+    for path in _artifact_folders(workspace).values():
         with suppress(ArtifactError):
-            facts = _facts(path.parent)
+            facts = _facts(path)
             shown = ("id", "model", "dataset", "created", "horizon", "context_length")
-            records.append({**{name: facts[name] for name in shown}, **facts["metrics"]})
+            records.append({**facts["metrics"], **{name: facts[name] for name in shown}})
     return sorted(records, key=lambda record: record["created"], reverse=True)
 
 
 def damaged_artifacts(workspace: Workspace) -> dict[str, str]:
     """Return the fitted models that ``list_artifacts`` leaves out, with what is wrong with each."""
     found = {}
-    for path in sorted(workspace.artifacts.glob("*/manifest.json")):
+    for name, path in sorted(_artifact_folders(workspace).items()):
         try:
-            _facts(path.parent)
+            _facts(path)
         except ArtifactError as error:
-            found[path.parent.name] = str(error)
+            found[name] = str(error)
     return found
+
+
+def _artifact_folders(workspace: Workspace) -> dict[str, Path]:
+    """Return the folders of fitted models by name; one that is being written, or was set aside, begins with a dot."""
+    return {path.name: path for path in workspace.artifacts.glob("[!.]*") if path.is_dir()}
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -214,18 +219,28 @@ def _facts(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: the folder is incomplete or damaged; the message says what of it.
     """
-    parts = {}
-    for name in _FACT_FILES:
-        try:
-            parts[name] = json.loads((path / f"{name}.json").read_bytes())
-        except FileNotFoundError:
-            raise ArtifactError(f"{name}.json is missing") from None
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{name}.json cannot be read") from error
+    parts = {name: _object(path / f"{name}.json") for name in ("manifest", *_FACT_FILES)}
+    del parts["manifest"]  # it only has to be there
     try:
-        return _shown(path.name, **parts) | {"paths": (path / "dependence.safetensors").is_file()}
-    except (ValueError, KeyError, TypeError) as error:
+        facts = _shown(path.name, **parts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"its JSON files lack something: {error!r}") from error
+    wrong = [name for name, is_fine in _CHECKS.items() if not is_fine(facts[name])]
+    if wrong:
+        raise ArtifactError(f"its JSON files have no usable {listing(wrong)}")
+    return facts | {"paths": (path / "dependence.safetensors").is_file()}
+
+
+def _object(place: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(place.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{place.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{place.name} cannot be read") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{place.name} holds no JSON object")
+    return found
 
 
 def _shown(
@@ -256,7 +271,26 @@ def _shown(
     }
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
 _FACT_FILES = ("spec", "schema", "metrics", "explanation", "provenance")
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("model", "dataset", "freq"), _is_text),
+    **dict.fromkeys(("horizon", "context_length"), _is_size),
+    **dict.fromkeys(("series", "variates"), _is_names),
+    "created": lambda moment: moment.tzinfo is not None,  # the newest comes first, and only aware times compare
+    "metrics": lambda found: all(isinstance(value, int | float | None) for value in found.values()),
+}
 
 
 def artifact_facts(workspace: Workspace, artifact: str) -> dict[str, Any]:
@@ -268,14 +302,17 @@ def artifact_facts(workspace: Workspace, artifact: str) -> dict[str, Any]:
     Raises:
         ArtifactError: it is not here, or damaged.
     """
-    path = workspace.artifacts / artifact
-    if Path(artifact).name != artifact or not (path / "manifest.json").is_file():
+    path = _artifact_folders(workspace).get(artifact)
+    if path is None:
         known = [record["id"] for record in list_artifacts(workspace)]
         raise ArtifactError(f"no artifact '{artifact}' in {workspace.artifacts} (known: {listing(known) or 'none'})")
     try:
         return _facts(path)
     except ArtifactError as error:
         raise ArtifactError(f"artifact {path} is damaged ({error}); fit again") from error
+
+
+_UNREADABLE = " (its details in the table ledger_runs cannot be read)"
 
 
 def job_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]]:
@@ -294,7 +331,7 @@ def job_runs(workspace: Workspace, limit: int = 100) -> list[dict[str, Any]]:
             "started": run.started,
             "seconds": run.seconds,
             "rows": run.rows,
-            "message": run.message,
+            "message": f"{run.message}{_UNREADABLE}" if run.is_damaged else run.message,
         }
         for run in runs
     ]

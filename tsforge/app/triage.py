@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
@@ -24,6 +24,7 @@ __all__ = [
     "HEALTH_RATIO",
     "EventWindow",
     "act",
+    "apart",
     "event_datasets",
     "event_window",
     "events_version",
@@ -48,13 +49,18 @@ LEADING_SHARE = 0.5  # variates with at least this share of the strongest contri
 NAMED = 3  # variates named in a line
 _SHARE_OF_ERRORS = 0.99
 _ALIKE = 0.25
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST, _LAST = (  # as a table keeps them; a year is left, since windows reach beyond an event
+    (moment - _EPOCH) // timedelta(microseconds=1)
+    for moment in (datetime(2, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
+)
 
 
 def queue(events: pl.DataFrame) -> pl.DataFrame:
     """Return one row an incident, or an event that is in none; what waits longest for a person comes last.
 
     Args:
-        events: as the store gives them.
+        events: that can be shown (``apart``).
 
     Returns:
         ``key`` (unique), ``dataset, event_id`` (of the strongest event), ``start, end, series, events`` (how many),
@@ -86,6 +92,26 @@ def queue(events: pl.DataFrame) -> pl.DataFrame:
     return grouped.sort("human_state", "start", descending=[False, True], maintain_order=True).with_columns(
         pl.col("human_state").cast(pl.String)
     )
+
+
+def apart(events: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Return the events that can be shown, and what is wrong with the others: ``DATASET/ID`` -> why.
+
+    The store was damaged by other hands then: it writes neither such times nor such states.
+    """
+    times = [name for name in ("start", "end", "peak_time") if isinstance(events.schema[name], pl.Datetime)]
+    faults = [
+        pl.when(~pl.col(name).to_physical().is_between(_FIRST, _LAST)).then(
+            pl.lit(f"{name} lies outside the years 2 to 9998")
+        )
+        for name in times
+    ]
+    state = pl.col("human_state")
+    faults.append(pl.when(~state.is_in(HUMAN_STATES)).then(pl.format("human_state is '{}'", state)))
+    judged = events.with_columns(fault=pl.concat_str(faults, separator=", ", ignore_nulls=True))
+    wrong = judged.filter(pl.col("fault") != "")
+    names = wrong.select(pl.concat_str("dataset", "event_id", separator="/"), "fault")
+    return judged.filter(pl.col("fault") == "").drop("fault"), dict(names.iter_rows())
 
 
 def row_key() -> pl.Expr:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,9 +13,11 @@ import polars as pl
 
 from tsforge.contracts.tables import EVENT_COLUMNS
 from tsforge.core.errors import DataError, listing
+from tsforge.core.logs import get_logger
 from tsforge.data.grid import TIME_DTYPE, TimeLike, parse_time
 from tsforge.data.suppressions import EventFacts
 
+_LOG = get_logger(__name__)
 MACHINE_STATES = ("open", "closed")
 HUMAN_STATES = ("new", "acknowledged", "dismissed", "confirmed")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -168,9 +171,12 @@ def _beyond(new: float | None, old: float | None) -> bool:
 
 
 def facts_of(row: Mapping[str, Any]) -> EventFacts:
-    """Return what suppression rules look at in a row of the database."""
+    """Return what suppression rules look at in a row of the database.
+
+    Where the variates of a row cannot be read none of them leads it, so that a rule about a variate never silences it.
+    """
     integer = bool(row["has_integer_time"])
-    ranked = json.loads(row["variates"])
+    ranked = _variates(row["variates"])
     return EventFacts(
         dataset=row["dataset"],
         series_id=row["series_id"],
@@ -184,6 +190,8 @@ def facts_of(row: Mapping[str, Any]) -> EventFacts:
 def event_table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     """Return rows of the database as the public table (``TABLE``), by start; times are UTC, or integers.
 
+    Variates that cannot be read are null, and a warning names their events: everything else of these is known.
+
     Raises:
         DataError: some data sets have integer time and others not, so the times fit into no one column.
     """
@@ -193,15 +201,43 @@ def event_table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
         raise DataError(f"{whole} have integer time and other data sets do not; ask for the events of one data set")
     plain: dict[str, Any] = {"variates": pl.String, **dict.fromkeys(_MOMENTS, pl.Datetime("us"))}
     table = pl.DataFrame({name: [row.get(name) for row in rows] for name in TABLE}, schema={**TABLE, **plain})
-    table = table.with_columns(_ranked(table["variates"]), pl.col(_MOMENTS).dt.replace_time_zone("UTC"))
+    table = table.with_columns(_ranked(table), pl.col(_MOMENTS).dt.replace_time_zone("UTC"))
     if kinds != {True}:
         table = table.with_columns(pl.col(_TIMES).cast(TIME_DTYPE))
     return table.sort("start", "dataset", "series_id", "event_id")
 
 
-def _ranked(texts: pl.Series) -> pl.Series:
+def _ranked(table: pl.DataFrame) -> pl.Series:
     """Return the ranked variates of each event from the text that the database keeps."""
+    texts = table["variates"]
+    with suppress(pl.exceptions.ComputeError):  # an infinite contribution: Python writes it, plain JSON has no word
+        found = texts.str.json_decode(VARIATES)
+        if found.list.eval(pl.element().struct.field("variate").is_not_null()).list.all().fill_null(False).all():
+            return found
+    ranked = [_variates(text) for text in texts]
+    rows = zip(table["dataset"], table["event_id"], ranked, strict=True)
+    damaged = [f"'{name}' of '{dataset}'" for dataset, name, found in rows if found is None]
+    if damaged:
+        _LOG.warning(
+            "%d of %d events are shown without variates, which the table tsf_events holds damaged: %s; restore them "
+            "from a backup of the database",
+            len(damaged),
+            len(ranked),
+            listing(damaged),
+        )
+    return pl.Series(texts.name, ranked, dtype=VARIATES)
+
+
+def _variates(text: str) -> list[dict[str, Any]] | None:
+    """Return the ranked variates of an event, None where the text is not what ``_row`` wrote."""
     try:
-        return texts.str.json_decode(VARIATES)
-    except pl.exceptions.ComputeError:  # an infinite contribution: Python writes it, plain JSON has no word for it
-        return pl.Series(texts.name, [json.loads(text) for text in texts], dtype=VARIATES)
+        found = json.loads(text)
+    except (ValueError, TypeError):
+        return None
+    return found if isinstance(found, list) and all(map(_is_ranked, found)) else None
+
+
+def _is_ranked(item: object) -> bool:
+    if not isinstance(item, dict) or not isinstance(item.get("variate"), str):
+        return False
+    return all(isinstance(item.get(name), int | float | None) for name in ("contribution", "conditional", "additive"))

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-from tsforge.core.errors import DataError, listing
+from tsforge.core.errors import BackendError, ConfigError, DataError, listing
 from tsforge.data.schema import SeriesSchema
 
 FORMAT = 2
@@ -125,15 +125,25 @@ class Definition:
 
     @classmethod
     def from_row(cls, row: Row[Any]) -> Definition:
-        """Return the definition in a row of ``DATASETS``."""
-        schema = json.loads(row.schema)
+        """Return the definition in a row of ``DATASETS``.
+
+        Raises:
+            BackendError: a column of the row is no JSON object, or no schema.
+        """
+        schema, columns, config = (_object(row, name) for name in ("schema", "columns", "config"))
         has_vintages = bool(schema.pop(_VINTAGES, False))
+        try:
+            described = SeriesSchema.from_dict(schema)
+        except (ConfigError, TypeError) as error:
+            raise _unreadable(row, "schema", str(error)) from error
+        if any(not isinstance(columns.get(name), str) for name in described.columns):
+            raise _unreadable(row, "columns", "it does not say where every variate is kept")
         return cls(
             id=row.id,
             name=row.name,
-            schema=SeriesSchema.from_dict(schema),
-            columns=json.loads(row.columns),
-            config=json.loads(row.config),
+            schema=described,
+            columns=columns,
+            config=config,
             has_vintages=has_vintages,
             num_rows=row.num_rows,
             first_time=row.first_time,
@@ -144,6 +154,23 @@ class Definition:
         """Return the observation table: ``series_id, time`` (and ``published``) and one column a variate."""
         name = f"tsf_obs_{self.id}_{_slug(self.name, 30)}"
         return observation_table(name, list(self.columns.values()), has_vintages=self.has_vintages)
+
+
+def _object(row: Row[Any], name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(getattr(row, name))
+    except (ValueError, TypeError) as error:
+        raise _unreadable(row, name, str(error)) from error
+    if not isinstance(found, dict):
+        raise _unreadable(row, name, "it is no JSON object")
+    return found
+
+
+def _unreadable(row: Row[Any], column: str, why: str) -> BackendError:
+    return BackendError(
+        f"dataset '{row.name}': the column {column} of its row in the table {DATASETS.name} cannot be read ({why}); "
+        "restore that row from a backup of the database"
+    )
 
 
 def schema_text(schema: SeriesSchema, *, has_vintages: bool) -> str:

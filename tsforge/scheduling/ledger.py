@@ -90,6 +90,7 @@ class LedgerRun:
         output: where the result lies (a batch: its manifest), or None.
         rows: rows published, or None.
         details: further numbers of the maker.
+        is_damaged: the details, and with them the count of failures, could not be read; everything else is whole.
     """
 
     job: str
@@ -105,6 +106,7 @@ class LedgerRun:
     rows: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     failures: int = 0
+    is_damaged: bool = False
 
     @property
     def seconds(self) -> float | None:
@@ -318,10 +320,20 @@ class Ledger:
         return True
 
     def find(self, job: str, slot: datetime) -> LedgerRun | None:
-        """Return the row of one slot, or None."""
+        """Return the row of one slot, or None.
+
+        Raises:
+            BackendError: its details cannot be read, and who asks for one slot may be about to tell them.
+        """
         with self._transaction(read=True) as connection:
             row = connection.execute(sa.select(_RUNS).where(_key(job, _aware(slot, "slot")))).one_or_none()
-        return None if row is None else _record(row)
+        run = None if row is None else _record(row)
+        if run is not None and run.is_damaged:
+            raise BackendError(
+                f"the details of {job} at {run.slot.isoformat()} in the table {_RUNS.name} of {self._shown} cannot be "
+                "read; restore that row from a backup, or set its details to {}"
+            )
+        return run
 
     def runs(
         self,
@@ -332,7 +344,7 @@ class Ledger:
         until: datetime | None = None,
         limit: int | None = 200,
     ) -> list[LedgerRun]:
-        """Return runs, the latest slot first.
+        """Return runs, the latest slot first; one whose details cannot be read is among them (``is_damaged``).
 
         Args:
             job: only this job; a trailing ``*`` matches a prefix (``batch/*``).
@@ -411,10 +423,24 @@ def _held(claim: Claim) -> sa.ColumnElement[bool]:
 
 def _record(row: sa.Row[Any]) -> LedgerRun:
     values = dict(row._mapping)
-    details = json.loads(values.pop("details"))
-    # rows of versions that did not count failures: every attempt is taken for one
+    # rows of versions that did not count failures, and damaged ones: every attempt is taken for one
     unknown = values["attempt"] if values["status"] == "failed" else 0
-    return LedgerRun(**values, failures=details.pop(_FAILURES, unknown), details=details)
+    details = _details(values.pop("details"), unknown)
+    if details is None:
+        return LedgerRun(**values, failures=unknown, is_damaged=True)
+    return LedgerRun(**values, failures=details.pop(_FAILURES), details=details)
+
+
+def _details(text: str, failures: int) -> dict[str, Any] | None:
+    """Return the details of a row with its count of failures, ``failures`` where it has none; None if damaged."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    details = {_FAILURES: failures, **found}
+    return details if isinstance(details[_FAILURES], int) else None
 
 
 def _make_engine(database_url: str) -> sa.Engine:

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from apscheduler.triggers.base import BaseTrigger
 from tsforge.core.atomic import atomic_file
 from tsforge.core.errors import BackendError
 from tsforge.core.logs import get_logger, log_event
+from tsforge.core.owner import Owner
 from tsforge.core.workspace import Workspace
 from tsforge.scheduling.child import ChildLimits, ChildResult, run_child
 from tsforge.scheduling.cron import Cron
@@ -106,6 +107,7 @@ class Scheduler:
         self._crons = {job.name: config.cron_of(job) for job in config.jobs}
         self._locks = {job.name: threading.Lock() for job in config.jobs}
         self._starts_checked: set[str] = set()
+        self._told: dict[str, tuple[datetime, int]] = {}  # job -> slot and attempt of another scheduler told last
         self._is_health_untold = False
 
     def run_due(self) -> list[SlotResult]:
@@ -139,10 +141,20 @@ class Scheduler:
         return results
 
     def _busy(self, job: JobConfig) -> list[SlotResult]:
-        return [
-            SlotResult(job=job.name, slot=run.slot, status="busy", message=f"{run.claimed_by} works on it")
-            for run in self._running(job, self.ledger.now())
-        ]
+        results = []
+        for run in self._running(job, self.ledger.now()):
+            self._tell_taken(job, run)
+            results.append(
+                SlotResult(job=job.name, slot=run.slot, status="busy", message=f"{run.claimed_by} works on it")
+            )
+        return results
+
+    def _tell_taken(self, job: JobConfig, run: LedgerRun) -> None:
+        """Say once that another scheduler has a slot: else this one seems to do nothing."""
+        if self._told.get(job.name) != (run.slot, run.attempt):
+            self._told[job.name] = (run.slot, run.attempt)
+            slot = run.slot.isoformat()
+            log_event(LOGGER, "slot taken", job=job.name, slot=slot, by=run.claimed_by, status=run.status)
 
     def _running(self, job: JobConfig, now: datetime) -> list[LedgerRun]:
         """Return the slots of the job that a living process works on."""
@@ -186,7 +198,9 @@ class Scheduler:
 
     def _run_slot(self, job: JobConfig, slot: datetime) -> SlotResult | None:
         claim = self.ledger.claim(job.key, slot, exclusive=True)
-        if claim is None:  # another scheduler was faster
+        if claim is None:  # another scheduler was faster; where it still works on it, ``_busy`` tells
+            for run in self.ledger.runs(job.key, statuses=["done"], since=slot, until=slot):
+                self._tell_taken(job, run)
             return None
         log_event(LOGGER, "slot started", job=job.name, slot=slot.isoformat(), attempt=claim.attempt)
         folder = self.workspace.root / "logs" / job.name
@@ -197,17 +211,12 @@ class Scheduler:
                 child = run_child(job.command(slot), log, limits, stop=self.stop, environment=self._environment())
             except BackendError as error:
                 self.ledger.fail(claim, str(error))
-                return SlotResult(job=job.name, slot=slot, status="failed", message=str(error))
+                result = SlotResult(job=job.name, slot=slot, status="failed", message=str(error))
+                _tell_end(result)
+                return result
         _prune(folder)
         result = self._close(job, claim, child)
-        log_event(
-            LOGGER,
-            f"slot {result.status}",
-            job=job.name,
-            slot=slot.isoformat(),
-            exit_code=child.exit_code,
-            seconds=round(child.seconds, 3),
-        )
+        _tell_end(result, exit_code=child.exit_code, seconds=round(child.seconds, 3))
         return result
 
     def _environment(self) -> Mapping[str, str]:
@@ -276,8 +285,7 @@ class Scheduler:
         finally:
             self.stop.set()
             scheduler.shutdown(wait=True)  # children have been told to end by now
-            with suppress(OSError):  # of a folder that is none: it was told
-                health.unlink(missing_ok=True)
+            _remove_health(health)
             log_event(LOGGER, "scheduler stopped", pid=os.getpid())
 
     def status(self, *, upcoming: int = 3, last: int = 5) -> list[JobStatus]:
@@ -344,8 +352,24 @@ def _write_health(path: Path, config: ScheduleConfig) -> None:
     now = datetime.now(UTC)
     good_until = now + timedelta(seconds=3 * min(config.poll_seconds, 10.0) + 10.0)
     record = {"time": now.isoformat(), "good_until": good_until.isoformat(), "pid": os.getpid()}
+    record["owner"] = str(Owner.current())
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(record), encoding="utf-8")
+
+
+def _remove_health(path: Path) -> None:
+    """Remove the health file unless another scheduler of this host renewed it last: its sign of life stays."""
+    try:
+        if json.loads(path.read_text(encoding="utf-8"))["owner"] == str(Owner.current()):
+            path.unlink(missing_ok=True)
+    except (OSError, ValueError, KeyError, TypeError):  # gone or unreadable: nothing of ours is left to remove
+        return
+
+
+def _tell_end(result: SlotResult, **facts: object) -> None:
+    """Log what became of a slot; of one that did not end well also why, in one line."""
+    why = {} if result.status == "done" else {"reason": result.message.partition("\n")[0]}
+    log_event(LOGGER, f"slot {result.status}", job=result.job, slot=result.slot.isoformat(), **facts, **why)
 
 
 def _prune(folder: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, BackendError, DataError
 from tsforge.core.workspace import Workspace
+from tsforge.scheduling.ledger import Ledger
 from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.runs import Tracker
 
@@ -171,6 +173,92 @@ def test_damaged_results_are_named_with_the_reason(workspace: Workspace) -> None
         (workspace.reports / kind / "torn").mkdir(parents=True)
         (workspace.reports / kind / "torn" / "report.json").write_text("{")
         assert list(catalog_results.damaged_reports(workspace, kind)) == ["torn"]
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "why"),
+    [
+        ("manifest", None, "manifest.json is missing"),
+        ("manifest", "[]", "manifest.json holds no JSON object"),
+        ("provenance", "[1, 2]", "provenance.json holds no JSON object"),
+        ("provenance", '{"created": "2026-01-01"}', "no usable created"),
+        ("provenance", '{"created": [], "dataset": "plant"}', "lack something"),
+        ("metrics", "[]", "metrics.json holds no JSON object"),
+        ("metrics", '{"test_mae": "x"}', "no usable metrics"),
+        ("schema", '{"schema": {}, "series_ids": []}', "lack something"),
+        ("explanation", "3", "explanation.json holds no JSON object"),
+    ],
+)
+def test_an_artifact_of_damaged_content_is_named_and_the_others_are_listed(
+    workspace: Workspace, part: str, content: str | None, why: str
+) -> None:
+    store_artifact(workspace, "whole", "2026-01-01T00:00:00+00:00")
+    place = store_artifact(workspace, "torn", "2026-02-01T00:00:00+00:00") / f"{part}.json"
+    place.unlink() if content is None else place.write_text(content)
+    assert [record["id"] for record in catalog.list_artifacts(workspace)] == ["whole"]
+    assert catalog.damaged_artifacts(workspace).keys() == {"torn"}
+    assert why in catalog.damaged_artifacts(workspace)["torn"]
+    with pytest.raises(ArtifactError, match=r"artifact .*torn is damaged \(.*\); fit again"):
+        catalog.artifact_facts(workspace, "torn")
+
+
+def test_a_half_written_artifact_is_neither_listed_nor_damaged(workspace: Workspace) -> None:
+    store_artifact(workspace, ".whole.x1y2.tmp", "2026-01-01T00:00:00+00:00")
+    (workspace.artifacts / ".older.17.old").mkdir()
+    (workspace.artifacts / "a file").touch()
+    assert catalog.list_artifacts(workspace) == []
+    assert catalog.damaged_artifacts(workspace) == {}
+    for name in ("", ".", "..", ".whole.x1y2.tmp", "a file"):
+        with pytest.raises(ArtifactError, match="no artifact"):
+            catalog.artifact_facts(workspace, name)
+
+
+def test_a_number_of_the_fit_never_hides_what_the_artifact_is(workspace: Workspace) -> None:
+    folder = store_artifact(workspace, "whole", "2026-01-01T00:00:00+00:00")
+    (folder / "metrics.json").write_text('{"created": 3}')
+    assert catalog.list_artifacts(workspace)[0]["created"] == datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        ("config", "garbage"),
+        ("config", "3"),
+        ("schema", "[]"),
+        ("schema", '{"targets": ["x"]}'),
+        ("schema", '{"targets": ["x"], "freq": "often"}'),
+        ("schema", '{"targets": 3, "freq": "1h"}'),
+        ("columns", "[]"),
+        ("columns", "{}"),
+    ],
+)
+def test_a_damaged_record_of_a_dataset_is_one_message(workspace: Workspace, column: str, text: str) -> None:
+    ingest_hours(workspace, this_hour())
+    damage(workspace, f"UPDATE tsf_datasets SET {column} = :text", text=text)
+    message = rf"dataset 'plant': the column {column} of its row in the table tsf_datasets cannot be read \("
+    for question in (catalog.list_datasets, lambda home: catalog.read_series(home, "plant", "a")):
+        with pytest.raises(BackendError, match=message):
+            question(workspace)
+
+
+def test_a_run_with_damaged_details_is_listed_and_said_to_be(workspace: Workspace) -> None:
+    ledger = Ledger(workspace.database_url)
+    for hour in range(2):
+        claim = ledger.claim("demo", AS_OF + timedelta(hours=hour))
+        assert claim is not None
+        ledger.finish(claim, message="published")
+    ledger.close()
+    damage(workspace, "UPDATE ledger_runs SET details = :text WHERE slot < '2026-03-01 06:30'", text="garbage")
+    newest, torn = catalog.job_runs(workspace)
+    assert (newest["status"], newest["message"]) == ("done", "published")
+    assert (torn["status"], torn["slot"]) == ("done", AS_OF)
+    assert torn["message"] == "published (its details in the table ledger_runs cannot be read)"
+
+
+def damage(workspace: Workspace, statement: str, **values: str) -> None:
+    """Change the database behind the back of the stores."""
+    with closing(sqlite3.connect(workspace.database_url.removeprefix("sqlite:///"))) as database, database:
+        database.execute(statement, values)
 
 
 def test_runs_of_all_experiments_and_their_curves(tracked_workspace: Workspace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -79,6 +81,47 @@ def test_an_incident_is_one_row_of_the_queue(workspace: Workspace) -> None:
     assert rows["plant/" + "d" * 8]["strength"] is None, "without a threshold there is nothing to compare with"
     assert triage.members(read(workspace), "plant/i1")["event_id"].to_list() == ["b" * 8, "c" * 8]
     assert triage.queue(read(workspace).clear()).is_empty()
+
+
+def test_events_that_cannot_be_shown_are_named_and_the_others_stay(workspace: Workspace) -> None:
+    stored = read(workspace)
+    whole, damaged = triage.apart(stored)
+    assert whole.equals(stored)
+    assert damaged == {}
+    bad = stored.with_columns(
+        end=pl.when(pl.col("event_id") == "a" * 8)
+        .then(pl.lit(9 * 10**17).cast(pl.Datetime("us", "UTC")))
+        .otherwise("end"),
+        peak_time=pl.when(pl.col("event_id") != "d" * 8).then("peak_time"),
+        human_state=pl.when(pl.col("event_id") == "b" * 8).then(pl.lit("odd")).otherwise("human_state"),
+    )
+    whole, damaged = triage.apart(bad)
+    assert damaged == {
+        "plant/" + "a" * 8: "end lies outside the years 2 to 9998",
+        "plant/" + "b" * 8: "human_state is 'odd'",
+    }
+    assert triage.queue(whole)["event_id"].to_list() == ["d" * 8, "c" * 8], "a peak nobody dated is no damage"
+    numbered = stored.with_columns(pl.col("start", "end", "peak_time").to_physical() * 10**6)
+    assert triage.apart(numbered)[0].equals(numbered), "a position is no time"
+    assert triage.apart(stored.clear())[0].is_empty()
+
+
+def test_an_event_whose_variates_cannot_be_read_stays_in_the_queue(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(sqlite3.connect(workspace.database_url.removeprefix("sqlite:///"))) as database, database:
+        database.execute("UPDATE tsf_events SET variates = 'garbage' WHERE event_id = ?", ("a" * 8,))
+    events = read(workspace)
+    rows = {row["key"]: row for row in triage.queue(events).to_dicts()}
+    assert rows["plant/" + "a" * 8]["variates"] == ""
+    assert rows["plant/" + "d" * 8]["variates"] == "y"
+    assert (
+        f"1 of 4 events are shown without variates, which the table tsf_events holds damaged: '{'a' * 8}' of 'plant'"
+        in (caplog.text)
+    )
+    asked = {"series": "s1", "start": "2026-01-01 00:00", "end": "2026-01-01 05:00", "reason": "valves are swapped"}
+    number = triage.maintain(workspace, events.row(0, named=True), **asked, weekly=False, actor="Ada")
+    assert read(workspace).filter(pl.col("suppressed_by") == number).height == 1, "other rules know what they look at"
 
 
 def test_an_incident_waits_as_long_as_one_of_its_events_does(workspace: Workspace) -> None:

@@ -54,6 +54,21 @@ def claimed(ledger: Ledger, slot: datetime = SLOT, **options: bool) -> Claim:
     return claim
 
 
+@pytest.mark.parametrize("text", ["garbage", "[]", '{"failed_attempts": "two"}'])
+def test_damaged_details_are_a_mark_on_their_run_only(ledger: Ledger, text: str) -> None:
+    ledger.finish(claimed(ledger, SLOT + timedelta(hours=1)), details={"rows_in": 3})
+    ledger.fail(claimed(ledger), "no")
+    with ledger._transaction() as connection:
+        connection.execute(sa.text("UPDATE ledger_runs SET details = :text WHERE status = 'failed'"), {"text": text})
+    newest, torn = ledger.runs("job")
+    assert (newest.details, newest.is_damaged) == ({"rows_in": 3}, False)
+    assert (torn.status, torn.failures, dict(torn.details), torn.is_damaged) == ("failed", 1, {}, True)
+    with pytest.raises(BackendError, match=r"details of job at 2026-03-01T06:00:00\+00:00 in the table ledger_runs"):
+        ledger.find("job", SLOT)
+    assert claimed(ledger).failures == 1, "the slot can be run again, and every attempt counts as failed"
+    assert not ledger.runs("job")[1].is_damaged
+
+
 def test_a_slot_is_claimed_once_and_done_for_good(ledger: Ledger, clock: Clock) -> None:
     claim = claimed(ledger)
     assert ledger.claim("job", SLOT) is None

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tsforge.app.schedule import run_scheduler
+from tsforge.core.owner import Owner
 from tsforge.core.workspace import Workspace
 from tsforge.scheduling.child import ChildLimits, run_child
 from tsforge.scheduling.jobs import JobConfig, ScheduleConfig
@@ -213,6 +214,93 @@ def test_a_second_scheduler_does_not_overlap(make: Callable[..., Scheduler], clo
     ]
     assert len(spans) == 2
     assert spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]
+
+
+def told(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, object]]:
+    """The fields of the lines logged with that message."""
+    return [record.fields for record in caplog.records if record.getMessage() == message]  # type: ignore[attr-defined]
+
+
+def test_who_works_on_a_slot_elsewhere_is_said_once(
+    make: Callable[..., Scheduler], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    one, other = make(APPEND), make(APPEND, catch_up="all")
+    clock.time = START + timedelta(hours=1)
+    slot = START.replace(hour=6, minute=0)
+    claim = one.ledger.claim("schedule/demo", slot)
+    assert claim is not None
+    for _ in range(3):
+        other.run_due()
+    [line] = told(caplog, "slot taken")
+    assert line == {"job": "demo", "slot": slot.isoformat(), "by": str(claim.owner), "status": "claimed"}
+    one.ledger.finish(claim)
+    clock.time = START + timedelta(hours=2)
+    assert one.ledger.claim("schedule/demo", slot.replace(hour=7)) is not None
+    other.run_due()
+    assert [line["slot"] for line in told(caplog, "slot taken")] == [
+        slot.isoformat(),
+        slot.replace(hour=7).isoformat(),
+    ]
+
+
+def test_a_slot_that_another_one_has_done_already_is_said_too(
+    make: Callable[..., Scheduler], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    one, other = make(APPEND), make(APPEND)
+    clock.time = START + timedelta(hours=1)
+    job, slot = other.config.jobs[0], START.replace(hour=6, minute=0)
+    assert [result.status for result in one.run_due()] == ["done"]
+    caplog.clear()
+    assert other._run_slot(job, slot) is None, "it had planned the slot before the first one was through"
+    assert [line["status"] for line in told(caplog, "slot taken")] == ["done"]
+    assert told(caplog, "slot started") == []
+
+
+def test_the_line_of_a_slot_that_failed_says_why(
+    make: Callable[..., Scheduler], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    slow = make("import time; print('on', flush=True); time.sleep(60)", timeout_seconds=1)
+    clock.time = START + timedelta(hours=1)
+    slow.run_due()
+    [line] = told(caplog, "slot failed")
+    assert str(line["reason"]).startswith("timed out after 1 s; output in ")
+    assert "\n" not in str(line["reason"])
+    assert line["exit_code"] == -signal.SIGTERM
+    caplog.clear()
+    fine = make("print('fine')", name="fine", start=START)
+    assert fine.workspace is slow.workspace
+    [done] = told(caplog, "slot done")
+    assert "reason" not in done
+
+
+def test_the_line_of_a_slot_that_could_not_start_says_why(
+    make: Callable[..., Scheduler], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    scheduler = make(APPEND)
+    scheduler.workspace.root.mkdir(parents=True, exist_ok=True)
+    (scheduler.workspace.root / "logs").write_text("in the way", encoding="utf-8")
+    clock.time = START + timedelta(hours=1)
+    assert [result.status for result in scheduler.run_due()] == ["failed"]
+    [line] = told(caplog, "slot failed")
+    assert str(line["reason"]).startswith("cannot start ")
+
+
+def test_a_scheduler_that_stops_leaves_the_sign_of_life_of_another_one(make: Callable[..., Scheduler]) -> None:
+    scheduler = make(APPEND)
+    path = health_file(scheduler.workspace)
+    for owner, stays in (("elsewhere:1:2", True), (str(Owner.current()), False)):
+        service = threading.Thread(target=scheduler.run)
+        scheduler.stop.clear()
+        service.start()
+        wait_for(path.exists)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"owner": owner}), encoding="utf-8")
+        scheduler.stop.set()
+        service.join(timeout=30)
+        assert path.exists() is stays
 
 
 def test_a_slot_that_runs_elsewhere_is_busy(make: Callable[..., Scheduler], clock: Clock) -> None:
