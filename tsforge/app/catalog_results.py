@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -77,7 +78,8 @@ def _batch_records(workspace: Workspace, job: str) -> list[dict[str, Any]]:
     ]
     if len(batches) > 1:
         whole = {"id": f"{_BATCH}/{job}", "source": f"batches {job}, the last {len(batches)}"}
-        records.append({**_batch_facts(batches[0]), **whole, "events": _all_events(batches).height})
+        with suppress(OSError, pl.exceptions.PolarsError):  # of a damaged one: told where that batch is chosen
+            records.append({**_batch_facts(batches[0]), **whole, "events": _all_events(batches).height})
     return records
 
 
@@ -148,7 +150,7 @@ def _load_batches(workspace: Workspace, name: str) -> StoredDetection:
         tables = [table for batch in chosen if (table := batch.table("scores")) is not None]
         events = _all_events(chosen)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise BackendError(f"a batch of {job} is damaged ({error}); publish it again with --force") from error
+        raise BackendError(f"a batch of {job} is damaged ({error}); publish it again with batch run --force") from error
     keys = ["series_id", "time", "variate"]
     scores = pl.concat(tables, how="diagonal_relaxed").unique(keys, keep="first").sort(keys)
     newest = chosen[0]
@@ -198,7 +200,7 @@ def load_forecast(workspace: Workspace, name: str) -> pl.DataFrame:
             try:
                 table = batch.table("forecast")
             except (OSError, pl.exceptions.PolarsError) as error:
-                raise BackendError(f"{batch.path} is damaged ({error}); publish it again with --force") from error
+                raise BackendError(f"{batch.path} is damaged ({error}); publish it again with batch run --force") from error
             if table is not None:
                 return table
     raise _unknown("published forecast", name, list_forecasts(workspace))

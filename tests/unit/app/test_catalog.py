@@ -404,6 +404,19 @@ def test_an_unreadable_batch_hides_no_other(workspace: Workspace) -> None:
     ]
 
 
+def test_damaged_events_of_a_batch_hide_no_other_one(workspace: Workspace) -> None:
+    publish(workspace, 0, events(e=1))
+    publish(workspace, 1, events(e=1))
+    oldest = published.partition_path(workspace, "nightly", AS_OF)
+    (oldest / "events.parquet").write_bytes(b"PAR1xx")
+    assert [record["id"] for record in catalog_results.list_detections(workspace)] == [
+        "batch/nightly/2026-03-02T06-00-00Z",
+        "batch/nightly/2026-03-01T06-00-00Z",
+    ]
+    with pytest.raises(BackendError, match="is damaged .* publish it again with batch run --force"):
+        catalog_results.load_detection(workspace, "batch/nightly/2026-03-01T06-00-00Z")
+
+
 def test_detection_is_read_back_with_its_facts(workspace: Workspace) -> None:
     store_detection(workspace, notices=["stale"], variates=["x"], rule="fixed")
     found = catalog_results.load_detection(workspace, "plant-linear-1")
