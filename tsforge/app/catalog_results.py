@@ -200,7 +200,8 @@ def load_forecast(workspace: Workspace, name: str) -> pl.DataFrame:
             try:
                 table = batch.table("forecast")
             except (OSError, pl.exceptions.PolarsError) as error:
-                raise BackendError(f"{batch.path} is damaged ({error}); publish it again with batch run --force") from error
+                why = f"{batch.path} is damaged ({error}); publish it again with batch run --force"
+                raise BackendError(why) from error
             if table is not None:
                 return table
     raise _unknown("published forecast", name, list_forecasts(workspace))
