@@ -15,8 +15,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tsforge.app.fit import FitConfig
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
-from tsforge.core.config import validate
+from tsforge.core.config import load, validate
 from tsforge.layers.regenn import GraphEvolution, co_occurrence, cosine, window_counts
 from tsforge.models._regenn_fit import count_graph
 from tsforge.models.regenn import ReGENN, ReGENNConfig
@@ -169,6 +170,58 @@ def test_2_shapes_for_all_switches(settings: dict[str, Any]) -> None:
         assert (model.source_layer is None) == settings["ablate_gse"]
 
 
+NETS = list(product(("lstm", "gru", "rnn"), ("lstm", "gru", "rnn", "none")))
+
+
+def shapes_seen(model: ReGENN, batch: Batch) -> dict[str, list[tuple[int, ...]]]:
+    """Return the shapes that each part of the network takes in and gives out during one forecast."""
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    names = ("source_layer", "encoder", "gate", "sequencer", "target_layer")
+    hooks = []
+    for name in (*names, "drop"):
+        part = getattr(model, name)
+
+        def note(_: Any, given: tuple[Any, ...], found: Any, name: str = name) -> None:
+            first = found[0] if isinstance(found, tuple) else found
+            seen.setdefault(name, []).extend((tuple(given[0].shape), tuple(first.shape)))
+
+        if part is not None:
+            hooks.append(part.register_forward_hook(note))
+    seen["output"] = [tuple(model(batch).raw.shape)]
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("attend", ["variables", "entities"])
+@pytest.mark.parametrize(("gate", "sequencer"), NETS)
+def test_2_shapes_of_every_step(gate: str, sequencer: str, attend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of table 3.3, each seen where it happens: in the layers, not in the kernel that joins them."""
+    monkeypatch.setenv("TSFORGE_COMPILED", "off")
+    sizes = np.random.default_rng([*map(ord, gate + sequencer + attend)])
+    for both, back in product((False, True), (False, True) if sequencer != "none" else (False,)):
+        B, w, h, V = (int(sizes.integers(low, 8)) for low in (1, 1, 1, 2))
+        settings: dict[str, Any] = {"gate": gate, "sequencer": sequencer, "attend": attend, "bidirectional_gate": both}
+        spec = DataSpec(context_length=w, horizon=h, num_variates=V)
+        model = make(spec, **settings, bidirectional_sequencer=back, ff_dim=4)
+        seen = shapes_seen(model, batch_of(spec, B))
+        rows = (B, V, w) if attend == "variables" else (V, B, w)  # one cutoff: the entities are the sequence
+        expected = {
+            "source_layer": [(B, w, V), (B, w, V)],
+            "encoder": [rows, rows],
+            "gate": [(B, V, w), (B, V, h * (1 + both))],
+            "drop": [(B, h, V)] * (2 if sequencer == "none" else 4),  # 4b, 5 and 7: directions are already summed
+            "sequencer": [(B, h, V), (B, h, V * (1 + back))],
+            "target_layer": [(B, h, V), (B, h, V)],
+            "output": [(B, h, V, 1)],
+        }
+        if sequencer == "none":
+            del expected["sequencer"]
+        assert seen == expected, (both, back)
+        assert model.source_layer is not None
+        assert model.source_layer(torch.zeros(B, w, V).double(), model.graph)[1].shape == (V, V)
+
+
 @pytest.mark.parametrize(("length", "horizon", "variates", "ff_dim"), [(7, 14, 3, 2048), (5, 3, 4, 16)])
 def test_3_parameter_count(length: int, horizon: int, variates: int, ff_dim: int) -> None:
     w, h, V = length, horizon, variates
@@ -235,21 +288,45 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
-def _lstm(part: dict[str, Array], name: str, rows: Array) -> Array:
-    size = part[f"{name}.weight_hh_l0"].shape[1]
-    h, c, out = np.zeros(size), np.zeros(size), []
-    for x in rows:
-        both = part[f"{name}.weight_ih_l0"] @ x + part[f"{name}.bias_ih_l0"]
-        both = both + part[f"{name}.weight_hh_l0"] @ h + part[f"{name}.bias_hh_l0"]
-        i, f, g, o = (both[k * size : (k + 1) * size] for k in range(4))
-        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(g)
-        h = _sigmoid(o) * np.tanh(c)
-        out.append(h)
-    return np.array(out)
+def _lstm(given: Array, back: Array, h: Array, c: Array) -> tuple[Array, Array]:
+    i, f, g, o = np.split(given + back, 4)
+    c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(g)
+    return _sigmoid(o) * np.tanh(c), c
+
+
+def _gru(given: Array, back: Array, h: Array, c: Array) -> tuple[Array, Array]:
+    (r, z, n), (r_back, z_back, n_back) = np.split(given, 3), np.split(back, 3)
+    new = np.tanh(n + _sigmoid(r + r_back) * n_back)
+    keep = _sigmoid(z + z_back)
+    return keep * h + (1 - keep) * new, c
+
+
+def _elman(given: Array, back: Array, h: Array, c: Array) -> tuple[Array, Array]:
+    return np.tanh(given + back), c
+
+
+CELLS = {"lstm": _lstm, "gru": _gru, "rnn": _elman}
+
+
+def _recur(part: dict[str, Array], name: str, kind: str, rows: Array) -> Array:
+    """Return the outputs of a recurrent net over rows, summed over its directions where it has two."""
+    total = np.zeros((len(rows), part[f"{name}.weight_hh_l0"].shape[1]))
+    for end in ("", "_reverse"):
+        if f"{name}.weight_hh_l0{end}" not in part:
+            continue
+        w_x, w_h, b_x, b_h = (
+            part[f"{name}.{what}_l0{end}"] for what in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        h, c = np.zeros(total.shape[1]), np.zeros(total.shape[1])
+        for step in range(len(rows)) if not end else reversed(range(len(rows))):
+            h, c = CELLS[kind](w_x @ rows[step] + b_x, w_h @ h + b_h, h, c)
+            total[step] += h
+    return total
 
 
 def _norm(part: dict[str, Array], name: str, x: Array) -> Array:
-    return part[f"{name}.weight"] * (x - x.mean()) / math.sqrt(x.var() + 1e-5) + part[f"{name}.bias"]
+    unit: Array = (x - x.mean()) / math.sqrt(x.var() + 1e-5)
+    return part[f"{name}.weight"] * unit + part[f"{name}.bias"]
 
 
 def _encoder(part: dict[str, Array], rows: Array) -> Array:
@@ -268,43 +345,103 @@ def _encoder(part: dict[str, Array], rows: Array) -> Array:
 
 
 def _evolve(part: dict[str, Array], name: str, graph: Array) -> tuple[Array, Array]:
-    evolved = graph @ part[f"{name}.W_A"] + part[f"{name}.b_A"]
+    evolved = graph @ part[f"{name}.W_A"] + part.get(f"{name}.b_A", 0.0)
     V = len(graph)
     cos = np.zeros((V, V))
     for a, b in product(range(V), repeat=2):
         cos[a, b] = evolved[a] @ evolved[b] / (np.linalg.norm(evolved[a]) * np.linalg.norm(evolved[b]))
-    return evolved, cos * part[f"{name}.W_C"] + part[f"{name}.B_C"]
+    return evolved, cos * part[f"{name}.W_C"] + part.get(f"{name}.B_C", 0.0)
 
 
-def by_hand(model: ReGENN, x: Array) -> Array:
-    """Return the released network's forecast [H, V] of one window [L, V], written out from its equations."""
+BENT: dict[str, Any] = {
+    "none": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0.0),
+    "tanh": np.tanh,
+    "sigmoid": _sigmoid,
+    "selu": lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(x)),
+}
+
+
+def by_hand(model: ReGENN, x: Array, cutoffs: Array | None = None) -> Array:
+    """Return the released network's forecast [S, H, V] of windows [S, L, V], written out from its equations.
+
+    The rows of one cutoff stand for the entities of a mini-batch; without cutoffs all are of one.
+    """
     part = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    length, variates = x.shape
-    horizon = model.spec.horizon
+    config, horizon = model.config, model.spec.horizon
+    count, length, variates = x.shape
     evolved, weights = _evolve(part, "source_layer", part["graph"])
-    mixed = np.array(
-        [[sum(weights[a, b] * x[t, b] for b in range(variates)) for a in range(variates)] for t in range(length)]
-    )
-    timed = part["source_layer.W_T"].T @ mixed + part["source_layer.b_T"]
-    gated = _lstm(part, "gate", _encoder(part, timed.T)).T  # [H, V]
-    v = _lstm(part, "sequencer", gated) + gated
+    rows = np.zeros((count, variates, length))
+    for s in range(count):
+        mixed = np.array(
+            [[sum(weights[a, b] * x[s, t, b] for b in range(variates)) for a in range(variates)] for t in range(length)]
+        )
+        bent = BENT[config.evolution_activation](mixed)
+        rows[s] = (part["source_layer.W_T"].T @ bent + part.get("source_layer.b_T", 0.0)).T
+    if config.encoder and config.attend == "variables":
+        rows = np.array([_encoder(part, row) for row in rows])
+    elif config.encoder:  # sequence first: the entities are what is attended to, for each variate alone
+        same = np.zeros(count) if cutoffs is None else cutoffs
+        whole = rows.copy()
+        for cutoff in np.unique(same):
+            for v in range(variates):
+                rows[same == cutoff, v] = _encoder(part, whole[same == cutoff, v])
     _, weights = _evolve(part, "target_layer", evolved)
-    out = np.zeros((horizon, variates))
-    for d, a in product(range(horizon), range(variates)):
-        out[d, a] = sum(weights[a, b] * v[d, b] for b in range(variates))
-        out[d, a] += sum(part["ar_weight"][t, d] * x[t, a] for t in range(length)) + part["ar_bias"][d]
+    out = np.zeros((count, horizon, variates))
+    for s in range(count):
+        t = _recur(part, "gate", config.gate, rows[s]).T  # [H, V]
+        ahead = t if config.sequencer == "none" else _recur(part, "sequencer", config.sequencer, t) + t
+        for d, a in product(range(horizon), range(variates)):  # what the target layer mixes, and the straight path
+            out[s, d, a] = sum(weights[a, b] * ahead[d, b] for b in range(variates))
+            if "ar_weight" in part:
+                straight = sum(part["ar_weight"][step, d] * x[s, step, a] for step in range(length))
+                out[s, d, a] += straight + part.get("ar_bias", np.zeros(horizon))[d]
     return np.maximum(out, 0.0)
 
 
-def test_the_released_forward_pass_in_float64() -> None:
-    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
-    model = make(spec, shake=0.4, **FAITHFUL | {"ff_dim": 20})
-    model.graph = torch.rand(3, 3, dtype=torch.float64)
-    batch = batch_of(spec, 6)
+CUTOFFS = torch.tensor([10, 20, 10, 30, 20, 10])  # entities of three cutoffs, one of them alone
+
+
+def assert_released(model: ReGENN, seed: int = 0) -> None:
+    """Compare a float64 model with the equations on rows of three cutoffs, at a random graph."""
+    variates = model.spec.num_variates
+    graph = np.random.default_rng(seed).uniform(size=(variates, variates))
+    model.graph = torch.from_numpy(graph)
+    batch = batch_of(model.spec, 6, seed)._replace(cutoff_index=CUTOFFS)
     found = model(batch).raw[..., 0].detach().numpy()
-    expected = np.array([by_hand(model, row) for row in batch.context.numpy()])
+    expected = by_hand(model, batch.context.numpy(), CUTOFFS.numpy())
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
-    assert 0.2 < (expected > 0).mean() < 0.95  # both sides of the clip were seen
+    assert 0.05 < (expected > 0).mean() < 0.95  # both sides of the clip were seen
+
+
+@pytest.mark.parametrize("attend", ["variables", "entities"])
+@pytest.mark.parametrize(("gate", "sequencer"), NETS)
+def test_the_released_forward_pass_in_float64(gate: str, sequencer: str, attend: str) -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    for both, back in product((False, True), (False, True) if sequencer != "none" else (False,)):
+        settings = {"gate": gate, "sequencer": sequencer, "attend": attend, "bidirectional_gate": both}
+        settings |= {"bidirectional_sequencer": back, "ff_dim": 20}
+        assert_released(make(spec, shake=0.4, **FAITHFUL | settings), seed=2 * both + back)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid", "selu"])
+def test_the_released_activations_of_evolution(activation: str) -> None:
+    spec = DataSpec(context_length=6, horizon=4, num_variates=3)
+    settings = {"evolution_activation": activation, "ff_dim": 20}
+    assert_released(make(spec, shake=0.4, **FAITHFUL | settings))
+
+
+@pytest.mark.parametrize("variates", [2, 3])
+def test_the_shipped_preset_is_the_released_forward_pass(variates: int) -> None:
+    """Exactly its settings: no autoregression, no bias, entities of a cutoff attend to each other, 7 to 14 steps."""
+    shipped = load(FitConfig, "experiment/regenn_faithful")
+    assert isinstance(shipped.model, ReGENNConfig)
+    window = shipped.window
+    spec = DataSpec(context_length=window.context_length, horizon=window.horizon, num_variates=variates)
+    model = make(spec, shake=0.15, **shipped.model.model_dump(exclude={"name"}))
+    assert model.config == shipped.model
+    assert {"ar_weight", "source_layer.b_A", "source_layer.b_T"}.isdisjoint(model.state_dict())
+    assert_released(model)
 
 
 # 7: a row alone

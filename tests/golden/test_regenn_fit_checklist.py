@@ -22,9 +22,11 @@ from tsforge.core.errors import DataError
 from tsforge.core.seeding import derive_seed
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
+from tsforge.data.splits import SplitConfig, make_splits
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.window_forecasts import forecast_batches
 from tsforge.metrics.point import ErrorSums, mae, msle, rmse
+from tsforge.models import regenn
 from tsforge.models._regenn_fit import count_graph
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
 from tsforge.training.config import TrainConfig
@@ -52,7 +54,9 @@ def panel_of(values: Array, names: tuple[str, ...]) -> Panel:
 def fit(
     panel: Panel, window: WindowSpec, stop: int, *, valid: int | None = None, seed: int = 0, **parts: Any
 ) -> ForecastNetwork:
+    """Return a fitted network; ``parts`` are settings of the model, of ``train`` and ``scaling``, and where to stop."""
     train_settings = parts.pop("train", {})
+    options = {name: parts.pop(name) for name in ("checkpoint_dir", "resume", "on_epoch") if name in parts}
     scaling = parts.pop("scaling", "global")
     config = validate(
         NetworkConfig,
@@ -69,6 +73,7 @@ def fit(
         validate(TrainConfig, {**settings, **train_settings}),
         series=panel.training_series(None, stop),
         progress=False,
+        **options,
     )
     return network
 
@@ -139,6 +144,28 @@ def test_9_too_short_a_panel_says_what_is_needed() -> None:
         WindowDataset(panel, WindowSpec(context_length=7, horizon=14))
 
 
+@pytest.mark.parametrize(("rows", "fits"), [(42, True), (41, False)])
+def test_9_a_panel_needs_w_and_h_v_and_twice_h(rows: int, fits: bool) -> None:
+    """Section 4: w + h_v + 2 h = 7 + 7 + 28 rows leave one window to train on, one row less leaves none."""
+    window, validation = WindowSpec(context_length=7, horizon=14), 7
+    panel = panel_of(np.random.default_rng(0).normal(size=(2, rows, 2)), ("a", "b"))
+    parts = make_splits(
+        panel, SplitConfig(kind="counts", counts=(rows - 14 - validation, validation, 14))
+    )  # test targets are the last h rows, dev targets the h_v before them
+    assert (parts.train[1], parts.valid[1], parts.test[1]) == (rows - 21, rows - 14, rows)
+    assert len(WindowDataset(panel, window, *parts.test)) == 2  # one of each series
+    if not fits:
+        with pytest.raises(DataError, match="context_length 7 and horizon 14 need 21 rows in a row"):
+            WindowDataset(panel, window, *parts.train)
+        return
+    train = WindowDataset(panel, window, *parts.train)
+    assert train.cutoff_index.tolist() == [7, 7]
+    network = fit(panel, window, parts.train[1], ff_dim=8, train={"max_epochs": 1})
+    found = np.concatenate([part.mean for part in forecast_batches(network, WindowDataset(panel, window, *parts.test))])
+    assert found.shape == (2, 14, 2)
+    assert np.isfinite(found).all()
+
+
 # 11: storage
 
 
@@ -166,6 +193,36 @@ def test_11_round_trip_bit_for_bit_and_the_graph_is_not_counted_on_top(tmp_path:
     assert torch.equal(loaded.model.graph, network.model.graph)
     expected = count_graph(panel.training_series(None, 50), presence="observed", by_windows=False, sizes=(6, 4))
     torch.testing.assert_close(network.model.graph, expected.float())
+
+
+class _Interrupted(Exception):
+    """What ends the first of two runs."""
+
+
+@pytest.mark.parametrize("settings", [{}, {"network_gate": 1.0, "presence": "positive", "count": "windows"}])
+def test_11_a_resumed_run_keeps_its_graph(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after epoch 1 and resumed where counting gives something else: the graph of the first run stays."""
+    values = np.random.default_rng(1).poisson(2.0, size=(3, 60, 3)).astype(float)
+    panel, window = panel_of(values, ("a", "b", "c")), WindowSpec(context_length=6, horizon=4)
+    straight = fit(panel, window, 50, valid=60, ff_dim=8, train={"max_epochs": 3}, **settings)
+
+    def stop(epoch: int, _: dict[str, float]) -> None:
+        if epoch == 1:
+            raise _Interrupted
+
+    kept: dict[str, Any] = {"checkpoint_dir": tmp_path, "train": {"max_epochs": 3}, "ff_dim": 8, **settings}
+    with pytest.raises(_Interrupted):
+        fit(panel, window, 50, valid=60, on_epoch=stop, **kept)
+    monkeypatch.setattr(regenn, "count_graph", lambda *_, **__: torch.full((3, 3), 7.0))
+    poisoned = fit(panel, window, 50, valid=60, ff_dim=8, train={"max_epochs": 1}, **settings)
+    counted = straight.state_dict()["model.graph"]
+    assert bool((poisoned.state_dict()["model.graph"] == 7.0).all())  # a run from the start takes it
+    resumed = fit(panel, window, 50, valid=60, resume=True, **kept).state_dict()
+    assert torch.equal(resumed["model.graph"], counted)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed[name], value), name
 
 
 # 13: learning
@@ -252,3 +309,21 @@ def test_15_root_mean_squared_error_is_global() -> None:
     assert float(rmse(target, forecast).value) == pytest.approx(whole, rel=1e-12)
     of_batches = np.mean([math.sqrt((forecast[part] ** 2).mean()) for part in batches])
     assert abs(of_batches - whole) > 0.1
+
+
+def test_15_evaluation_does_not_depend_on_the_batch() -> None:
+    """Batches of 7, whose last is smaller, and one of 512: the same root mean squared error, that of all cells."""
+    values = np.random.default_rng(2).normal(size=(3, 60, 2)).cumsum(1) * [1.0, 10.0]
+    panel, window = panel_of(values, ("a", "b")), WindowSpec(context_length=6, horizon=4)
+    network = fit(panel, window, 40, ff_dim=8)
+    valid = WindowDataset(panel, window, 40, 60)
+    assert len(valid) % 7
+    found = [math.sqrt(evaluate_windows(network, valid, size)["valid_mse"]) for size in (7, 512)]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    scale = np.sqrt(values[:, :40].reshape(-1, 2).var(0))  # errors are in scaled units
+    parts = list(forecast_batches(network, valid))
+    assert all(part.target is not None for part in parts)
+    errors = np.concatenate([(part.mean - np.asarray(part.target)) / scale for part in parts])
+    assert found[0] == pytest.approx(math.sqrt((errors**2).mean()), rel=1e-5)
+    by_batch = [math.sqrt((errors[k : k + 7] ** 2).mean()) for k in range(0, len(errors), 7)]
+    assert abs(np.mean(by_batch) - found[0]) > 1e-2 * found[0]

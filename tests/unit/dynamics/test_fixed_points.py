@@ -100,7 +100,8 @@ def test_checklist_8_11_no_cycle_of_2_to_15_steps() -> None:
 
 def test_checklist_8_11_exactly_two_27_cycles() -> None:
     params = vanilla(*CASES["twenty-seven"])
-    found = find_cycles(params, STATES, periods=(27,), budget=QUICK)
+    found = find_cycles(params, STATES, periods=range(2, 28), budget=QUICK)
+    assert [cycle.period for cycle in found] == [27, 27]  # and no shorter one but the fixed point
     assert [cycle.kind for cycle in found] == ["saddle", "stable"]
     assert [cycle.modulus for cycle in found] == pytest.approx([1.132, 0.6932], abs=1e-3)
     for cycle in found:
@@ -140,6 +141,57 @@ def test_checklist_8_11_almost_linear_enumeration_equals_the_search(seed, latent
 def test_the_almost_linear_cases_have_several_fixed_points() -> None:
     counts = [len(enumerate_cycles(piecewise_linear(almost_linear(s, m, p)[3]))) for s, m, p in [(0, 8, 4), (4, 8, 6)]]
     assert counts == [2, 5]
+
+
+def cycles_by_hand(a: np.ndarray, weight: np.ndarray, h: np.ndarray, rectified: int, period: int) -> list[np.ndarray]:
+    """Return the cycles [k, M] of an AL-RNN, of least period k, from the native form: every order of regions is tried.
+
+    Each begins at its point of least first entry.
+    """
+    latent = len(a)
+    straight = latent - rectified
+    pieces = [
+        np.diag(a) + weight * np.concatenate([np.ones(straight), signs])
+        for signs in itertools.product([0.0, 1.0], repeat=rectified)
+    ]
+    found: list[np.ndarray] = []
+    for order in itertools.product(pieces, repeat=period):
+        product, shift = np.eye(latent), np.zeros(latent)
+        for piece in order:
+            product, shift = piece @ product, piece @ shift + h
+        z = np.linalg.solve(np.eye(latent) - product, shift)
+        points = [z]
+        for piece in order:  # a point lies in the region that it was solved for if the map takes it the same way
+            bent = np.concatenate([points[-1][:straight], np.maximum(points[-1][straight:], 0.0)])
+            points.append(a * points[-1] + weight @ bent + h)
+            if np.abs(points[-1] - (piece @ points[-2] + h)).max() > 1e-9:
+                break
+        else:
+            orbit = np.array(points[:-1])
+            gaps = np.abs(orbit[1:] - z).max(axis=1)
+            orbit = np.roll(orbit, -int(orbit[:, 0].argmin()), axis=0)
+            known = any(np.abs(orbit - other).max() < 1e-7 for other in found)
+            if not known and not (gaps < 1e-7).any():
+                found.append(orbit)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("seed", "latent", "rectified", "period", "count"),
+    [(40, 2, 1, 3, 2), (183, 2, 2, 2, 2), (209, 3, 2, 2, 3), (97, 5, 2, 3, 3), (156, 3, 3, 3, 2), (212, 5, 3, 3, 6)],
+)
+def test_checklist_8_11_almost_linear_cycles_equal_the_search(seed, latent, rectified, period, count) -> None:
+    a, weight, h, params = almost_linear(seed, latent, rectified)
+    expected = sorted(cycles_by_hand(a, weight, h, rectified, period), key=lambda orbit: orbit[0, 0])
+    assert len(expected) == count
+    mapping = piecewise_linear(params)
+    assert mapping.kinks == rectified
+    states = np.random.default_rng(seed).normal(size=(100, latent))
+    for found in (enumerate_cycles(mapping, period), search_cycles(mapping, states, period, budget=QUICK)):
+        assert {cycle.period for cycle in found} == {period}
+        orbits = [np.roll(cycle.points, -int(cycle.points[:, 0].argmin()), axis=0) for cycle in found]
+        assert len(orbits) == len(expected)
+        np.testing.assert_allclose(sorted(orbits, key=lambda orbit: orbit[0, 0]), expected, rtol=1e-8, atol=1e-9)
 
 
 def clipped_map(seed: int, latent: int = 3, hidden: int = 50, gain: float = 1.0) -> Shallow:

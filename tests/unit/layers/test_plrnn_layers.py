@@ -14,7 +14,9 @@ from tsforge.core.errors import ConfigError, ModelError
 from tsforge.layers.plrnn import A_MAX, PLRNNMap, make_map
 from tsforge.layers.plrnn_hierarchical import HierarchicalMap
 from tsforge.layers.plrnn_observation import make_observation
-from tsforge.ops.plrnn import gtf_loop, gtf_sequence, shallow_map
+from tsforge.layers.teacher_forcing import AlphaSchedule, ForcingConfig
+from tsforge.ops.plrnn import Shallow, gtf_loop, gtf_sequence, shallow_map
+from tsforge.ops.plrnn_jacobian import kappa
 
 LATENT = 5
 KINDS: dict[str, dict[str, Any]] = {
@@ -134,6 +136,45 @@ def test_checklist_8_1_jacobian_of_the_shallow_form_equals_autograd(kind: str) -
         )
         for g in range(2):
             torch.testing.assert_close(formula_jacobian(built, z, g), whole[g], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deep"])
+def test_checklist_8_5_the_parameter_bound_holds_the_gradient_of_every_kind(kind: str) -> None:
+    """Three seeds side by side, maps that grow; with the bound's alpha d z_T / d z_1 has at most norm 1 after any T."""
+    built = make_map(kind, LATENT, seeds=[11, 12, 13], **KINDS[kind]).double()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.copy_(0.7 * states(*parameter.shape, seed=parameter.numel()))
+    form = Shallow(*(part.detach() for part in built.shallow()))
+    A, W1, W2 = (part.numpy() for part in form[:3])
+    bound = [abs(A[g]).max() + np.linalg.norm(W1[g], 2) * np.linalg.norm(W2[g], 2) for g in range(3)]
+    assert min(bound) > 1.2
+    forcing = states(3, 1500, 1, LATENT, seed=5)
+    kappas = kappa(form, forcing, "jacobian_upper_bound", clipped=built.clipped)
+    np.testing.assert_allclose(kappas.numpy(), bound, rtol=1e-9)
+    schedule = AlphaSchedule(ForcingConfig(start=0.0), groups=3)
+    schedule.update(5, kappas)
+    np.testing.assert_allclose(schedule.alpha.numpy(), 1 - 1 / np.array(bound), rtol=1e-9)
+    alpha = schedule.alpha
+
+    def through(steps: int, strength: Tensor) -> tuple[list[float], Tensor]:
+        """Return |d z_T / d z_1| of each group, and the states."""
+        moved = torch.zeros(3, steps, 1, LATENT, dtype=torch.float64).requires_grad_()  # an input of step 0 moves z_1
+        z = gtf_sequence(forcing[:, 0], forcing[:, :steps], strength, form, inputs=moved, clipped=built.clipped)
+        rows = [torch.autograd.grad(z[:, -1, 0, m].sum(), moved, retain_graph=True)[0][:, 0, 0] for m in range(LATENT)]
+        return np.linalg.norm(torch.stack(rows, dim=1).numpy(), 2, axis=(1, 2)).tolist(), z.detach()
+
+    for steps in (2, 30, 1500):
+        assert max(through(steps, alpha)[0]) <= 1.0 + 1e-6, steps
+    assert max(through(100, torch.zeros_like(alpha))[0]) > 1e3  # what the forcing holds
+    found, z = through(8, alpha)
+    for g in range(3):  # the gradient is the product of the Jacobians at the forced states
+        product, share = torch.eye(LATENT, dtype=torch.float64), alpha[g]
+        for t in range(7):
+            forced = (1 - share) * z[g, t, 0] + share * forcing[g, t, 0]
+            product = (1 - share) * formula_jacobian(built, forced, g).detach() @ product
+        assert found[g] == pytest.approx(float(torch.linalg.matrix_norm(product, 2)), rel=1e-9)
+        assert found[g] > 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deep"])

@@ -77,6 +77,23 @@ def test_checklist_8_9_sparse_equals_the_dense_histogram(preset: str, variates: 
         assert result.true_dropped > 0.0
 
 
+def test_checklist_8_9_sparse_equals_the_dense_histogram_of_numpy() -> None:
+    """All 30^3 cells, counted by ``np.histogramdd``: a trajectory of the Lorenz system, and another seen in noise."""
+    true = simulate("lorenz63", 4000, 0.05, seed=1)
+    generated = simulate("lorenz63", 3000, 0.05, seed=2)
+    generated = generated + 0.3 * true.std(axis=0) * np.random.default_rng(0).standard_normal(generated.shape)
+    spread = true.std(axis=0, ddof=1)
+    edges = np.linspace(true.min(axis=0) - 0.1 * spread, true.max(axis=0) + 0.1 * spread, 31).T
+    counts = [np.histogramdd(series, bins=edges)[0] for series in (true, generated)]
+    p, q = ((table + 1e-5) / (table.sum() + 1e-5 * 30**3) for table in counts)
+    result = d_stsp(true, generated)
+    assert (result.method, result.preset.bins) == ("binned", 30)
+    assert result.value == pytest.approx(float(np.sum(p * np.log(p / q))), rel=1e-12)
+    assert counts[0].sum() == 4000
+    assert result.generated_dropped == pytest.approx(1 - counts[1].sum() / 3000, abs=1e-12)
+    assert result.generated_dropped > 0.0  # noise leaves the box
+
+
 def test_hierarchical_preset_standardises_both() -> None:
     true, generated = walk(1, 400, 2), walk(2, 300, 2)
     moved = 5.0 + 3.0 * generated
@@ -150,6 +167,33 @@ def test_a_permutation_of_variates_changes_nothing() -> None:
     true, generated, order = walk(1, 400, 3), walk(2, 400, 3), [2, 0, 1]
     assert d_stsp(true, generated).value == pytest.approx(d_stsp(true[:, order], generated[:, order]).value, rel=1e-12)
     assert d_h(true, generated).value == pytest.approx(d_h(true[:, order], generated[:, order]).value, rel=1e-12)
+
+
+class _Turned:
+    """A generator whose normal numbers come with their columns in another order."""
+
+    def __init__(self, seed: int, order: list[int]) -> None:
+        self.rng, self.order = np.random.Generator(np.random.PCG64(seed)), order  # what default_rng(seed) is
+
+    def integers(self, high: int, size: int) -> Any:
+        return self.rng.integers(high, size=size)
+
+    def standard_normal(self, size: tuple[int, int]) -> Array:
+        return self.rng.standard_normal(size)[:, self.order]
+
+
+def test_checklist_8_9_a_permutation_of_variates_changes_no_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven variates: exactly, where the noise of the samples is permuted too; else up to the error of sampling."""
+    true, generated, order = walk(1, 120, 7), walk(2, 100, 7), [3, 0, 6, 1, 5, 2, 4]
+    seeds = range(12)
+    straight = np.array([d_stsp(true, generated, seed=seed).value for seed in seeds])
+    permuted = np.array([d_stsp(true[:, order], generated[:, order], seed=seed).value for seed in seeds])
+    error = np.sqrt((straight.var(ddof=1) + permuted.var(ddof=1)) / len(seeds))
+    assert abs(straight.mean() - permuted.mean()) < 4 * error
+    assert 4 * error < 0.2 * straight.mean()  # it would tell
+    monkeypatch.setattr("numpy.random.default_rng", lambda seed: _Turned(seed, order))
+    turned = [d_stsp(true[:, order], generated[:, order], seed=seed).value for seed in (0, 1)]
+    assert turned == pytest.approx(straight[:2].tolist(), rel=1e-11)
 
 
 def test_checklist_8_9_diverged_models() -> None:

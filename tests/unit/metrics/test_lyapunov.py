@@ -107,6 +107,7 @@ def test_checklist_8_8_lorenz63_short() -> None:
     found = lyapunov_spectrum(flow.step, flow.jacobian, start, steps=5000, align=500, transient=0, every=10, dt=0.01)
     assert found.values[0] == pytest.approx(0.9056, abs=0.03)
     assert found.values[1] == pytest.approx(0.0, abs=0.03)
+    assert found.values[2] == pytest.approx(-14.574, abs=0.05)
     assert found.values.sum() == pytest.approx(-(10 + 1 + 8 / 3), abs=1e-3)
     assert found.kaplan_yorke == pytest.approx(2.062, abs=0.004)
 

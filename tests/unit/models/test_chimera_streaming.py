@@ -45,6 +45,12 @@ def streamed(model: Chimera, batch: Batch) -> Tensor:
     return model.free_run(state, ahead_of(batch)).raw
 
 
+def gap(found: Tensor, expected: Tensor) -> float:
+    """Return the largest deviation relative to the largest value."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 @pytest.mark.parametrize("settings", STREAMS, ids=str)
 @torch.no_grad()
 def test_checklist_5_8_streaming_equals_one_forward_pass(settings: dict[str, Any]) -> None:
@@ -56,18 +62,16 @@ def test_checklist_5_8_streaming_equals_one_forward_pass(settings: dict[str, Any
     batch = wide(make_batch(spec, size=2, gaps=0.3))
     assert model.recurrent
     expected = raw(model, batch)
-    torch.testing.assert_close(streamed(model, batch), expected, atol=1e-10, rtol=0)
+    assert gap(streamed(model, batch), expected) < 1e-12
     warm = model.warm_up(batch)
     kept = {name: part.clone() for name, part in warm.items()}
-    torch.testing.assert_close(model.free_run(warm, ahead_of(batch)).raw, expected, atol=1e-10, rtol=0)
+    assert gap(model.free_run(warm, ahead_of(batch)).raw, expected) < 1e-12
     assert all(torch.equal(warm[name], part) for name, part in kept.items())
     zero = model.initial_state(2, batch.static)
     assert {name: part.shape for name, part in zero.items()} == {name: part.shape for name, part in warm.items()}
     alone = {name: part[1:] for name, part in warm.items()}
     ahead = ahead_of(batch)
-    torch.testing.assert_close(
-        model.free_run(alone, None if ahead is None else ahead[1:]).raw, expected[1:], atol=1e-10, rtol=0
-    )
+    assert gap(model.free_run(alone, None if ahead is None else ahead[1:]).raw, expected[1:]) < 1e-12
 
 
 @torch.no_grad()

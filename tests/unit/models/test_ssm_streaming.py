@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ssm_cases import (
@@ -23,6 +24,7 @@ from ssm_cases import (
     streamed,
     whole,
 )
+from torch import Tensor
 
 from tsforge.contracts.tensors import Batch, DataSpec, Observation
 from tsforge.models._ssm_rows import compact, last_index, shifted
@@ -129,10 +131,59 @@ def built_stream(settings: dict[str, Any], spec: DataSpec) -> Model:
 def test_checklist_15_streaming_200_rows_equals_one_forward_pass(settings: dict[str, Any]) -> None:
     spec = spec_of(context_length=200, **COVARIATES)
     model = built_stream(settings, spec).double()
-    batch = make_batch(spec, size=2)
-    batch = Batch(*[part.double() if part is not None and part.is_floating_point() else part for part in batch])
+    batch = wide(make_batch(spec, size=2))
     assert model.recurrent
     torch.testing.assert_close(streamed(model, batch).raw, raw(model, batch), atol=1e-8, rtol=0)
+
+
+def cut(batch: Batch, rows: slice) -> Batch:
+    """Return some rows of the context; known covariates of the horizon are left out."""
+    parts = {name: getattr(batch, name)[:, rows] for name in ("context", "context_mask", "past")}
+    return batch._replace(known=batch.known[:, : batch.context.shape[1]][:, rows], **parts)
+
+
+def gap(found: Tensor, expected: Tensor) -> float:
+    """Return the largest deviation relative to the largest value."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def wide(batch: Batch) -> Batch:
+    return Batch(*[part.double() if part is not None and part.is_floating_point() else part for part in batch])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("settings", STREAMS, ids=ids_of(STREAMS))
+@torch.no_grad()
+def test_checklist_15_chunks_of_any_size_equal_one_pass(settings: dict[str, Any], seed: int) -> None:
+    """200 rows of the whole network, cut at random: the rows before a cut warm it up, those after it are steps.
+
+    And the stack alone, in as many pieces as there are cuts.
+    """
+    spec = spec_of(context_length=200, **COVARIATES)
+    small = built_stream(settings, spec)
+    cuts = sorted({1, *np.random.default_rng(seed).integers(2, 199, size=5).tolist()})
+    parts = [] if "skip" in settings else [(at, shorter(small, context_length=at).double()) for at in cuts[1::2]]
+    model, batch = small.double(), wide(make_batch(spec, size=2, gaps=0.3, seed=seed))
+    expected = raw(model, batch)
+    for at, early in parts:
+        state = early.warm_up(cut(batch, slice(at)))
+        for row in rows_of(cut(batch, slice(at, None))):
+            state = model.step(state, row)
+        assert gap(model.free_run(state, ahead_of(batch)).raw, expected) < 1e-11
+    rows = model._rows_of(batch, *model._statistics(batch))
+    tokens = model._embed(rows.inputs, batch.static)
+    whole, ends = model.stack(tokens, elapsed=rows.elapsed, with_states=True)
+    states, pieces = model.stack.default_states(len(tokens)), []
+    cuts = [at for at in cuts if at < tokens.shape[1]]
+    assert len(cuts) > 1
+    for first, last in pairwise([0, *cuts, tokens.shape[1]]):
+        took = None if rows.elapsed is None else rows.elapsed[:, first:last]
+        piece, states = model.stack(tokens[:, first:last], states, elapsed=took, with_states=True)
+        pieces.append(piece)
+    assert gap(torch.cat(pieces, dim=1), whole) < 1e-11
+    for found_state, end in zip(states, ends, strict=True):
+        assert gap(found_state, end) < 1e-11
 
 
 @pytest.mark.parametrize("normalisation", ["none", "window", "last"])
@@ -150,12 +201,6 @@ def test_warming_up_and_running_free_equals_forward(settings: dict[str, Any], no
 
 CARRIED = [case for case in STREAMS if "skip" not in case]
 """Without a linear part, which reads a window of fixed length."""
-
-
-def cut(batch: Batch, rows: slice) -> Batch:
-    """Return some rows of the context; known covariates of the horizon are left out."""
-    parts = {name: getattr(batch, name)[:, rows] for name in ("context", "context_mask", "past")}
-    return batch._replace(known=batch.known[:, : batch.context.shape[1]][:, rows], **parts)
 
 
 @pytest.mark.parametrize("normalisation", ["none", "window", "last"])
