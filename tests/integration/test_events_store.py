@@ -269,7 +269,15 @@ def test_comments_are_counted(store: EventStore) -> None:
     store.set_state(ONE, "acknowledged", actor="bob", comment="on it")
     assert only(store)["comments"] == 2
     assert store.log(ONE)["comment"].drop_nulls().to_list() == ["pump was opened", "on it"]
-    for words, message in (("  ", "is empty"), ("x" * 20_001, "at most 20000"), ("a\x00b", "plain text")):
+    store.comment(ONE, "two lines\r\n\tof text \u2013 \U0001f527\u200d", actor="eva")
+    assert store.log(ONE)["comment"].drop_nulls().to_list()[-1] == "two lines\n\tof text \u2013 \U0001f527\u200d"
+    for words, message in (
+        ("  ", "is empty"),
+        ("x" * 20_001, "at most 20000"),
+        ("a\x00b", "plain text"),
+        ("a\x1b[31mred\x9b0m", r"holds 2 control signs \(first: '\\x1b'\): leave them out"),
+        ("over\rwritten", "control signs"),
+    ):
         with pytest.raises(DataError, match=message):
             store.comment(ONE, words, actor="eva")
     for who in ("", " \n", "x" * 201, "a\x1b[2J"):

@@ -252,6 +252,31 @@ def test_rows_of_a_file_that_is_refused_half_way_count_too(plant: Watched) -> No
     assert_adds_up(facts)
 
 
+@pytest.mark.parametrize(("off", "right"), [(20, 10), (3, 27), (30, 0)])
+def test_rows_off_the_grid_are_counted_and_the_right_ones_not_blamed(plant: Watched, off: int, right: int) -> None:
+    """The rows of a file have a phase of their own; what counts is that of the artifact."""
+    rows = new_rows().filter(machine="a")[: off + right]
+    moved = pl.when(pl.int_range(rows.height) < off).then(pl.col("ts") + timedelta(minutes=30)).otherwise("ts")
+    plant.write("0.csv", rows.with_columns(ts=moved))
+    facts = plant.watch().facts
+    assert (facts["refused"], facts["rows_refused"], facts["rows_read"]) == (1, 30, 30)
+    words = f"{off} of 30 times lie off the grid of step 1h from 2026-01-01 00:00 (first: 2026-03-12 00:30)"
+    assert words in facts["refusals"][0]["reason"]
+    assert_adds_up(facts)
+
+
+def test_rows_of_files_that_are_refused_whole_are_counted(plant: Watched) -> None:
+    rows = new_rows()[:40].with_columns(pl.col("x").cast(pl.String))
+    plant.write("0.csv", rows.with_columns(x=pl.when(pl.int_range(40) == 7).then(pl.lit("broken")).otherwise("x")))
+    (plant.incoming / "1.jsonl").write_text('{"machine": "a"\n\n{"machine": "a"}\n')
+    (plant.incoming / "2.csv").write_text("machine,x,y\na,1,2\n")
+    source = plant.plain()["source"] | {"rows": MAPPING | {"bad_cells": "error"}}
+    facts = plant.watch(source=source).facts
+    assert (facts["refused"], facts["rows_refused"]) == (3, 42), "without a column of times a file holds no rows"
+    assert "'broken'" in facts["refusals"][2]["reason"]
+    assert_adds_up(facts)
+
+
 def test_rows_that_fill_the_grid_of_the_store_count_for_nothing(plant: Watched, site: Any) -> None:
     rows = new_rows()
     config = plant.config(source={"kind": "dataset"})

@@ -294,7 +294,7 @@ def test_rows_of_a_table_that_spoil_a_reading_are_set_apart(plant: Watched) -> N
     assert "wrong time" in reasons
     assert facts["cleaning"] == {"refused: unreadable times in column 'ts'": 1}
     strict = table_source(place, rows=MAPPING | {"bad_rows": "error"})
-    with pytest.raises(DataError, match="off the 1h grid"):
+    with pytest.raises(DataError, match="1 of 50 times lie off the grid of step 1h from 2026-01-01 00:00"):
         plant.watch(name="strict", source=strict)
     assert watch_status("strict", plant.workspace)["rows_taken"] == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -385,10 +386,16 @@ def checked_comment(text: str | None) -> str | None:
     """Return a comment without blanks around it, None when nothing is left.
 
     Raises:
-        DataError: it is too long, or no text.
+        DataError: it is too long, or holds signs that are no text: a terminal that shows it would obey them.
     """
-    if text is None or not text.strip():
+    plain = "" if text is None else text.replace("\r\n", "\n").strip()
+    if not plain:
         return None
-    if "\x00" in text or len(text) > _LONGEST:
-        raise DataError(f"a comment is plain text of at most {_LONGEST} signs; this one has {len(text)}")
-    return text.strip()
+    if len(plain) > _LONGEST:
+        raise DataError(f"a comment is plain text of at most {_LONGEST} signs; this one has {len(plain)}")
+    odd = [sign for sign in plain if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t"]
+    if odd:
+        raise DataError(
+            f"a comment is plain text; this one holds {len(odd)} control signs (first: {odd[0]!a}): leave them out"
+        )
+    return plain

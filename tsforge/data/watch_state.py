@@ -29,6 +29,7 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
+    literal,
     select,
     update,
 )
@@ -38,6 +39,7 @@ from tsforge.core.formats import check_version
 from tsforge.data.sql import inserted_key, open_engine, transaction
 
 FORMAT_VERSION = 1
+UNNAMED = "not delivered when the sink was no longer named"  # why what it had still to get is a dead letter
 KEPT_REFUSALS = 1_000  # newest refusals kept in words; their number is counted elsewhere
 
 _META = MetaData()
@@ -286,19 +288,28 @@ class WatchState:
 
     # --- the way out ---
 
-    def enlist(self, names: Iterable[str]) -> None:
-        """Make these the sinks: new ones get what is still in the outbox and all that follows, others are dropped."""
+    def enlist(self, names: Iterable[str]) -> dict[str, int]:
+        """Make these the sinks: new ones get what is still in the outbox and all that follows, others are dropped.
+
+        What a dropped sink had still to get becomes its dead letters. Named again, it goes on after them, so that it
+        gets none twice.
+
+        Returns:
+            Sinks that were dropped with transitions to get, and how many.
+        """
         wanted = list(names)
         with transaction(self._engine, "list the sinks in") as connection:
+            rows = connection.execute(select(_SINKS.c.name, _SINKS.c.acked)).all()
+            left = {row.name: _bury_rest(connection, row.name, row.acked) for row in rows if row.name not in wanted}
             connection.execute(delete(_SINKS).where(_SINKS.c.name.not_in(wanted)))
-            known = set(connection.execute(select(_SINKS.c.name)).scalars())
             first = connection.execute(select(func.min(_OUTBOX.c.seq))).scalar()
-            acked = 0 if first is None else first - 1
-            for name in wanted:
-                if name not in known:
-                    blank = {"mark": 0, "delivered": 0, "attempts": 0, "next_try": 0.0}
-                    connection.execute(insert(_SINKS).values(name=name, acked=acked, **blank))
+            for name in set(wanted) - {row.name for row in rows}:
+                buried = connection.execute(select(func.max(_DEAD.c.seq)).where(_DEAD.c.sink == name)).scalar()
+                acked = max(0 if first is None else first - 1, buried or 0)
+                blank = {"mark": 0, "delivered": 0, "attempts": 0, "next_try": 0.0}
+                connection.execute(insert(_SINKS).values(name=name, acked=acked, **blank))
             _prune(connection)
+        return {name: count for name, count in left.items() if count}
 
     def cursors(self) -> dict[str, Cursor]:
         """Return how far every sink is."""
@@ -349,14 +360,37 @@ class WatchState:
         with transaction(self._engine, "read the dead letters of", write=False) as connection:
             return [dict(row) for row in connection.execute(select(_DEAD).order_by(_DEAD.c.seq)).mappings()]
 
-    def revive(self, sink: str, seq: int) -> None:
-        """Remove a dead letter that was delivered after all."""
-        with transaction(self._engine, "remove a dead letter from") as connection:
-            connection.execute(delete(_DEAD).where(_DEAD.c.sink == sink, _DEAD.c.seq == seq))
-            connection.execute(update(_SINKS).where(_SINKS.c.name == sink).values(delivered=_SINKS.c.delivered + 1))
+    def revive(self, sink: str, seqs: Sequence[int], *, delivered: int) -> None:
+        """Remove dead letters that are dealt with; so many of them were delivered after all."""
+        with transaction(self._engine, "remove dead letters from") as connection:
+            connection.execute(delete(_DEAD).where(_DEAD.c.sink == sink, _DEAD.c.seq.in_(seqs)))
+            total = _SINKS.c.delivered + delivered
+            connection.execute(update(_SINKS).where(_SINKS.c.name == sink).values(delivered=total))
             # what went wrong before is over, unless another transition fails right now
             is_quiet = (_SINKS.c.name == sink) & (_SINKS.c.attempts == 0)
             connection.execute(update(_SINKS).where(is_quiet).values(error=None))
+
+    def keep_dead(self, sink: str, seqs: Sequence[int], reason: str) -> None:
+        """Note why dead letters stay that were sent once more; where the sink is with the others does not change."""
+        with transaction(self._engine, "note a failed delivery in") as connection:
+            letters = (_DEAD.c.sink == sink) & _DEAD.c.seq.in_(seqs)
+            connection.execute(update(_DEAD).where(letters).values(reason=reason, buried=now_text()))
+
+
+def _bury_rest(connection: Any, sink: str, acked: int) -> int:
+    """Make dead letters of what a sink had still to get; return how many."""
+    connection.execute(delete(_DEAD).where(_DEAD.c.sink == sink, _DEAD.c.seq > acked))  # of an earlier one of its name
+    waiting = select(
+        literal(sink),
+        _OUTBOX.c.seq,
+        _OUTBOX.c.generation,
+        _OUTBOX.c.event_id,
+        _OUTBOX.c.transition,
+        _OUTBOX.c.record,
+        literal(UNNAMED),
+        literal(now_text()),
+    ).where(_OUTBOX.c.seq > acked)
+    return int(connection.execute(insert(_DEAD).from_select([column.name for column in _DEAD.c], waiting)).rowcount)
 
 
 def _prune(connection: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -12,11 +12,13 @@ from tsforge.app.watch.incidents import Grouping
 from tsforge.app.watch.settings import JsonlSink, StoreSink, TableSink, WebhookSink
 from tsforge.app.watch.sinks import Sink, StoredEvents, open_sink
 from tsforge.app.watch.webhook import DeliveryError
+from tsforge.core.errors import listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.watch_state import Cursor, Outgoing, WatchState
 
 _LOG = get_logger(__name__)
+FAILURES_IN_A_ROW = 3  # after which the other dead letters of a sink are not tried
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Patience:
     def wait(self, attempts: int, asked: float) -> float:
         """Return seconds to wait after so many failed tries, at least what the receiver asks for."""
         return max(min(self.first * 2.0 ** min(attempts - 1, 60), self.longest), asked)
+
+    def wanted(self, items: Sequence[Outgoing]) -> list[Outgoing]:
+        """Return the transitions that the sink is to get."""
+        return [item for item in items if not (self.skips_suppressed and _is_suppressed(item))]
 
 
 class Delivery:
@@ -75,8 +81,14 @@ class Delivery:
             self._sinks[name] = (sink, Patience.of(settings))
 
     def begin(self) -> None:
-        """Make these the sinks of the watch; what a sink no longer named had still to get is given up."""
-        self._state.enlist(self._sinks)
+        """Make these the sinks of the watch; what a sink no longer named had still to get becomes its dead letters."""
+        for name, count in self._state.enlist(self._sinks).items():
+            _LOG.warning(
+                "sink '%s' is no longer named and had still to get %s transitions, which are dead letters now: name it "
+                "again and run with --redeliver to send them",
+                name,
+                count,
+            )
 
     def close(self) -> None:
         """Close every sink."""
@@ -103,27 +115,60 @@ class Delivery:
         waits = [cursors[name].next_try - self._clock() for name, depth in depths.items() if depth]
         return max(0.0, min(waits)) if waits else None
 
-    def revive(self) -> int:
-        """Try every dead letter of the present sinks once more; return how many went out."""
-        sent = 0
+    def revive(self, is_over: Callable[[], bool] = lambda: False) -> int:
+        """Try every dead letter of the present sinks once more; return how many went out.
+
+        A sink that fails several times in a row is left alone: thousands of letters that each wait for an answer in
+        vain would hold up the rows.
+
+        Args:
+            is_over: asked before every try; true ends it, and what is left stays as it is.
+        """
+        letters: dict[str, list[Outgoing]] = {}
         for letter in self._state.dead_letters():
-            if letter["sink"] not in self._sinks:
-                continue
             fields = ("seq", "generation", "event_id", "transition", "record")
             item = Outgoing(**{name: letter[name] for name in fields})
+            letters.setdefault(letter["sink"], []).append(item)
+        for name in [name for name in letters if name not in self._sinks]:
+            items = letters.pop(name)
+            _LOG.warning(
+                "%s dead letters belong to sink '%s', which is not named: name it again to send them", len(items), name
+            )
+            self.refused += len(items)
+        return sum(self._revive(name, items, is_over) for name, items in letters.items())
+
+    def _revive(self, name: str, items: Sequence[Outgoing], is_over: Callable[[], bool]) -> int:
+        """Try the dead letters of one sink; those that it does not want any more are removed."""
+        sink, patience = self._sinks[name]
+        sent = failures = 0
+        for at in range(0, len(items), sink.batch):
+            if is_over():
+                break
+            part = items[at : at + sink.batch]
+            seqs = [item.seq for item in part]
+            wanted = patience.wanted(part)
             try:
-                self._sinks[letter["sink"]][0].send([item], 0)
+                if wanted:
+                    sink.send(wanted, 0)
             except DeliveryError as error:
-                _LOG.warning("dead letter %s of sink '%s' stays: %s", item.seq, letter["sink"], error)
-                self.refused += 1
+                _LOG.warning("dead letters of sink '%s' stay (number %s): %s", name, listing(seqs), error)
+                self._state.keep_dead(name, seqs, str(error))
+                self.refused += len(part)
+                failures += 1
+                left = len(items) - at - len(part)
+                if failures == FAILURES_IN_A_ROW and left:
+                    _LOG.warning("sink '%s' failed %s times in a row: %s more stay untried", name, failures, left)
+                    self.refused += left
+                    break
                 continue
-            self._state.revive(letter["sink"], item.seq)
-            sent += 1
+            failures = 0
+            self._state.revive(name, seqs, delivered=len(wanted))
+            sent += len(wanted)
         return sent
 
     def _send(self, name: str, sink: Sink, patience: Patience, cursor: Cursor) -> int:
         items = self._state.pending(name, sink.batch)
-        wanted = [item for item in items if not (patience.skips_suppressed and _is_suppressed(item))]
+        wanted = patience.wanted(items)
         try:
             mark = sink.send(wanted, cursor.mark) if wanted else cursor.mark
         except DeliveryError as error:

@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 
 from tsforge.app.watch.intake import FILE_KINDS, Intake, Portion
-from tsforge.app.watch.screening import Refusal
+from tsforge.app.watch.screening import Refusal, RowsRefused
 from tsforge.app.watch.settings import FolderSource
 from tsforge.app.watch.sources import Offer, without_rows
 from tsforge.core.errors import BackendError, DataError
@@ -97,7 +97,8 @@ class Folder:
             except DataError as error:
                 if not (self._path / name).exists():
                     return None
-                return self._refused(name, stamp, str(error), gone)
+                rows = error.rows if isinstance(error, RowsRefused) else 0
+                return self._refused(name, stamp, Refusal(name, str(error), rows), gone)
         portion, self._start = self._open[2], start
         table = portion.table.slice(start, limit)
         is_last = start + table.height >= portion.table.height
@@ -115,13 +116,13 @@ class Folder:
             divisible=False,
         )
 
-    def _refused(self, name: str, stamp: str, reason: str, gone: tuple[str, ...]) -> Offer:
+    def _refused(self, name: str, stamp: str, refusal: Refusal, gone: tuple[str, ...]) -> Offer:
         self._waiting -= 1
         return Offer(
             portions=(),
             position={},
             what=name,
-            refusals=(Refusal(name, reason),),
+            refusals=(refusal,),
             files=(SourceFile(name=name, stamp=stamp, refused=True),),
             forgotten=gone,
             divisible=False,

@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from tsforge.app.watch.screening import Bounds, Screen, Screened, ahead_of_clock, wide_gaps
+from tsforge.app.watch.screening import Bounds, RowsRefused, Screen, Screened, ahead_of_clock, wide_gaps
 from tsforge.app.watch.settings import RowsConfig
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
@@ -20,15 +20,16 @@ from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.data.calendar import PREFIX, CalendarConfig, add_calendar
 from tsforge.data.cleaning import clean
 from tsforge.data.config import CsvSource, DataConfig, ParquetSource, TextMarks
-from tsforge.data.findings import Finding
+from tsforge.data.findings import ROW, Finding, IngestReport
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TIME_DTYPE
-from tsforge.data.io import RawTable, read_source, typed_column
+from tsforge.data.io import RawTable, collect, read_source, typed_column
 from tsforge.data.schema import SeriesSchema
+from tsforge.data.timestamps import read_times
 
 FILE_KINDS = (".csv", ".parquet", ".jsonl", ".ndjson")
 _INTEGER_BITS = 63
-_OF_STORE = ("hierarchy", "publication_delay", "published")
+OF_STORE = ("hierarchy", "publication_delay", "published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class NewRows:
         ahead: rows that only tell known covariates of times to come.
         late: rows at or before the last one taken of their series.
         strangers: rows of series that the detector does not know, by name.
+        blank: ``series_id, time`` and covariates of the rows that came without one of these.
     """
 
     rows: pl.DataFrame
@@ -72,6 +74,7 @@ class NewRows:
     ahead: int
     late: int
     strangers: dict[str, int]
+    blank: pl.DataFrame
 
 
 def json_table(lines: Sequence[str], columns: Sequence[str]) -> tuple[pl.DataFrame, list[int], list[str]]:
@@ -210,7 +213,7 @@ class Intake:
             self._check(rows, stored)
 
     def _check(self, rows: RowsConfig, stored: Mapping[str, Any]) -> None:
-        made = [key for key in _OF_STORE if stored.get(key)]
+        made = [key for key in OF_STORE if stored.get(key)]
         if made:
             raise ConfigError(
                 f"data set '{self._name}' was ingested with {listing(made)}, which other sources do not have; ingest "
@@ -261,7 +264,8 @@ class Intake:
                 raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
             table, _, wrong = json_table(lines, list(self.wanted))
             if wrong:
-                raise DataError(f"{path}: {len(wrong)} of {len(lines)} lines are no rows ({listing(wrong, 2)})")
+                reason = f"{path}: {len(wrong)} of {len(lines)} lines are no rows ({listing(wrong, 2)})"
+                raise RowsRefused(reason, sum(bool(line.strip()) for line in lines))
             raw = RawTable(table.lazy(), str(path))
         return self.clean(raw)
 
@@ -310,11 +314,14 @@ class Intake:
         frame = raw.frame.select(pl.col(old).alias(new) for old, new in wanted.items())
         if self.mapping.series is None:
             frame = frame.with_columns(pl.lit(self.artifact.series_ids[0]).alias("series_id"))
+        chosen = replace(raw, frame=frame)
         try:
-            found = clean(replace(raw, frame=frame), config)
+            found = clean(chosen, config)
+            self.artifact.grid.index_of(found.frame.table["time"])
         except pl.exceptions.PolarsError as error:  # a number that no time can be, in a column of numbers
             raise DataError(f"{raw.origin}: {str(error).strip().splitlines()[0]}") from error
-        self.artifact.grid.index_of(found.frame.table["time"])
+        except DataError as error:
+            raise self._refusal(chosen, config, error) from error
         report = found.report
         holds = pl.any_horizontal(pl.col(self.schema.columns).is_not_null())  # rows between that never came go
         table = found.frame.table.filter(holds).select("series_id", "time", *self.schema.columns)
@@ -328,6 +335,28 @@ class Intake:
             empty=report.rows_in - report.rows_refused - repeats - table.height,
             notes=noted(report.findings),
         )
+
+    def _refusal(self, raw: RawTable, config: DataConfig, error: DataError) -> DataError:
+        """Return why rows are refused, and how many.
+
+        The cleaning takes the phase of most rows for that of the grid, so that it may blame the others.
+        """
+        assert config.series is not None
+        try:
+            table = collect(raw, [config.time, config.series]).with_row_index(ROW, offset=1)
+        except DataError:  # one of these columns is missing
+            return error
+        try:
+            times = read_times(table, config.series, config, IngestReport(raw.origin))[0][config.time]
+        except (DataError, pl.exceptions.PolarsError):
+            return RowsRefused(str(error), table.height)
+        grid = self.artifact.grid
+        try:
+            if times.dtype.is_integer() == grid.is_integer:
+                grid.index_of(times)
+        except DataError as off:
+            return RowsRefused(f"{raw.origin}: {off}", table.height)
+        return RowsRefused(str(error), table.height)
 
     def _settings(self) -> DataConfig:
         assert self.mapping is not None
@@ -354,8 +383,9 @@ class Intake:
         self._check_places(new, ends)
         known = [name for name in self.artifact.schema.known if name in new.columns]
         if not new.height:
-            nothing = pl.DataFrame(schema=self._row_types(ends))
-            return NewRows(rows=nothing, judged=None, known=None, taken=0, ahead=0, late=late, strangers=strangers)
+            rows = pl.DataFrame(schema=self._row_types(ends))
+            counts = {"taken": 0, "ahead": 0, "late": late}
+            return NewRows(rows=rows, judged=None, known=None, strangers=strangers, blank=rows, **counts)
         schema = SeriesSchema(
             targets=self.schema.targets, past=self.schema.past, known=tuple(known), freq=self.schema.freq
         )
@@ -374,15 +404,19 @@ class Intake:
         if told is None and self.artifact.schema.known:
             told = frame.table.select("series_id", "time", *self.artifact.schema.known)
         came = new.filter(pl.any_horizontal(pl.col(self.schema.columns).is_not_null()))
-        taken = came.join(reached, on="series_id").filter(inside).height
+        taken = came.join(reached, on="series_id").filter(inside)
+        covariates = [*self.schema.past, *self.schema.known]
         return NewRows(
             rows=self._columns(rows),
             judged=judged,
             known=told,
-            taken=taken,
-            ahead=came.height - taken,
+            taken=taken.height,
+            ahead=came.height - taken.height,
             late=late,
             strangers=strangers,
+            blank=taken.select("series_id", "time", *covariates).filter(
+                pl.any_horizontal(pl.col(covariates).is_null()) if covariates else pl.lit(False)
+            ),
         )
 
     def _check_places(self, new: pl.DataFrame, ends: pl.DataFrame) -> None:

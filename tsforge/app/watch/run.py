@@ -24,6 +24,7 @@ from tsforge.app.exclusive import alone
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset, mask_invalid
+from tsforge.app.watch.covariates import MissingCovariates, missing_cells
 from tsforge.app.watch.delivery import Delivery
 from tsforge.app.watch.files import Folder
 from tsforge.app.watch.incidents import Grouping
@@ -37,10 +38,11 @@ from tsforge.app.watch.settings import (
     TableSource,
     WatchConfig,
 )
-from tsforge.app.watch.sources import Offer, Source, StoredRows, TablePoll
+from tsforge.app.watch.sources import Offer, Source, TablePoll
 from tsforge.app.watch.status import FOLDER, STATE, describe
 from tsforge.app.watch.stdin import Lines
 from tsforge.app.watch.stopping import Stop
+from tsforge.app.watch.stored import StoredRows
 from tsforge.artifact import Artifact, load_artifact
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
@@ -115,9 +117,10 @@ def watch(
         watcher = Watcher(config, workspace, artifact, dataset, state, tell or (lambda record: None))
         stack.callback(watcher.close)
         delivery.begin()  # only now: a start that is refused changes nothing
-        if redeliver:
-            log_event(_LOG, "dead letters delivered", watch=name, count=delivery.revive())
         delivery.group(watcher.grouping)
+        if redeliver:
+            sent = delivery.revive(lambda: stop.signal is not None)
+            log_event(_LOG, "dead letters delivered", watch=name, count=sent)
         undelivered = _run(watcher, delivery, stop, once=once)
         facts = watcher.status(state)
         watcher.tell({"watch": name, "ended": True, "signal": stop.signal, **counts(facts)})
@@ -201,6 +204,7 @@ class Watcher:
         self.tell = tell
         self.recent: list[dict[str, Any]] = []
         self._refusals: list[Refusal] = []
+        self._missing = MissingCovariates()
         self._source: Source | None = None
         self._looked = time.monotonic()
         self._events = EventStore(workspace.database_url)
@@ -251,6 +255,7 @@ class Watcher:
             self._source.close()
             self._source = None
         self._refusals.clear()
+        self._missing.clear()
         self._generation = snapshot.generation
         self._position = snapshot.position
         self._tally = Tally.of(snapshot.facts)
@@ -363,6 +368,7 @@ class Watcher:
         found: list[OnlineResult] = []
         try:
             new = self._intake.split(portion, self._known)
+            missing = missing_cells(new.blank, self._detector.recent.buffer.place)
             if new.rows.height:
                 found.append(self._detector.update(new.rows, judged=new.judged, known=new.known))
         except DataError as error:
@@ -383,6 +389,7 @@ class Watcher:
         )
         self._tally.merge("strangers", new.strangers)
         self._tally.merge("notes", portion.notes)
+        self._tally.merge("notes", self._missing.add(missing))
         return found
 
     def _divide(self, portion: Portion, error: DataError) -> list[OnlineResult]:
@@ -503,6 +510,9 @@ class Watcher:
             )
         for notice in set(facts["notices"]) - set(before["notices"]):
             _LOG.warning("%s", notice)
+        self._missing.tell(turn["rows_taken"])
+        if not any(turn.values()):  # only the place in the source has changed
+            return
         lines = [{"transition": name, **shown(record)} for _, name, record in transitions]
         self.recent = [*self.recent, *lines][-SHOWN:]
         log_event(_LOG, "rows taken", watch=self.name, seconds=round(seconds, 3), **turn)

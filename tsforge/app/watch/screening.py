@@ -40,6 +40,14 @@ class Refusal(NamedTuple):
     rows: int = 0
 
 
+class RowsRefused(DataError):
+    """Rows that were read are refused together; ``rows`` is how many."""
+
+    def __init__(self, reason: str, rows: int) -> None:
+        super().__init__(reason)
+        self.rows = rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
     """How far a row may lie ahead.

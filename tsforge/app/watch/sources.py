@@ -1,26 +1,20 @@
-"""Where rows come from: what every source offers, a SQL table, the store; and rows that cannot be read, set apart."""
+"""Where rows come from: what every source offers, a SQL table; and rows that cannot be read, set apart."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import polars as pl
 
-from tsforge.app.fitted_data import FittedData
-from tsforge.app.ingest import load_dataset
 from tsforge.app.watch.intake import Intake, Portion, noted
 from tsforge.app.watch.screening import Refusal
 from tsforge.app.watch.settings import TableSource
-from tsforge.artifact import match_frame
-from tsforge.core.errors import DataError, EmptySpanError
-from tsforge.core.workspace import Workspace
+from tsforge.core.errors import DataError
 from tsforge.data.io import RawTable
 from tsforge.data.sql_poll import Key, KeyedTable, read_key, write_key
-from tsforge.data.store import SeriesStore
 from tsforge.data.watch_state import SourceFile
 
 
@@ -213,91 +207,6 @@ class TablePoll:
     def close(self) -> None:
         """Close the database."""
         self._table.close()
-
-
-class StoredRows:
-    """Rows of the store after the last one taken of each series. The detector itself is the position.
-
-    Args:
-        workspace: whose store. dataset: which. intake: of the artifact.
-    """
-
-    def __init__(self, workspace: Workspace, dataset: str, intake: Intake) -> None:
-        self._workspace = workspace
-        self._dataset = dataset
-        self._intake = intake
-        self._left: Portion | None = None
-
-    def next(self, position: dict[str, Any], ends: pl.DataFrame, limit: int) -> Offer | None:
-        """Return stored rows after those taken; a backlog is read once and offered in pieces."""
-        if self._left is None or not self._left.table.height:
-            self._left = self._read(ends)
-        if self._left is None:
-            return None
-        table, cut = self._left.table, min(limit, self._left.table.height)
-        if cut < table.height:  # rows of one time stay together
-            cut = int((table["time"] <= table["time"][limit - 1]).sum())
-        portion = self._portion(table.head(cut), self._left.ahead)
-        self._left = self._portion(table.slice(cut), self._left.ahead)
-        what = f"data set '{self._dataset}'"
-        return Offer(portions=(portion,), position=position, what=what, divisible=False)
-
-    def _read(self, ends: pl.DataFrame) -> Portion | None:
-        artifact = self._intake.artifact
-        last = artifact.grid.index_of(ends["time"])
-        is_front = last > int(last.max()) - artifact.window.context_length
-        horizon = artifact.window.horizon
-        fitted = FittedData.of(artifact, self._dataset)
-        tables = []
-        for part in (is_front, ~is_front):  # series that stopped long ago are not read from there together with all
-            if not part.any():
-                continue
-            names = ends["series_id"].filter(pl.Series(part)).to_list()
-            start = artifact.grid.time_at(int(last[part].min()))
-            try:
-                frame = load_dataset(self._workspace, fitted, series=names, start=start, extend=horizon)
-            except EmptySpanError:
-                with closing(SeriesStore(self._workspace.database_url)) as store:
-                    store.config(self._dataset)  # an unknown data set is an error, an empty span is none
-                continue
-            tables.append(match_frame(artifact, frame).table)
-        if not tables:
-            return None
-        table = (
-            pl.concat(tables).join(ends.rename({"time": "end"}), on="series_id").filter(pl.col("time") > pl.col("end"))
-        )
-        targets = pl.any_horizontal(pl.col(artifact.schema.targets).is_not_null())
-        reached = table.filter(targets).group_by("series_id").agg(pl.col("time").max().alias("reached"))
-        taken = table.join(reached, on="series_id").filter(pl.col("time") <= pl.col("reached")).drop("end", "reached")
-        if not taken.height:
-            return None
-        known = artifact.schema.known
-        ahead = table.select("series_id", "time", *known) if known else None
-        return self._portion(taken.sort("time", "series_id"), ahead)
-
-    def _portion(self, table: pl.DataFrame, ahead: pl.DataFrame | None) -> Portion:
-        """Return a portion; rows that fill the grid of the store count for nothing."""
-        holds = pl.any_horizontal(pl.col(self._intake.schema.columns).is_not_null())
-        return Portion(table=table, rows_read=table.filter(holds).height, ahead=ahead)
-
-    def rest(self) -> float | None:
-        """Tell nothing: what is stored can be read."""
-        return None
-
-    def refuse(self, offer: Offer) -> Offer:
-        """Stop: rows of the store passed the same checks, so that this is no matter of some rows."""
-        raise DataError(f"the detector refuses rows of data set '{self._dataset}'; start the watch anew (reset=true)")
-
-    def waiting(self) -> int | None:
-        """Tell nothing."""
-        return None
-
-    def notices(self) -> tuple[str, ...]:
-        """Tell nothing."""
-        return ()
-
-    def close(self) -> None:
-        """Hold nothing."""
 
 
 def without_rows(offer: Offer) -> Offer:

@@ -23,6 +23,7 @@ from tsforge.data.watch_state import Outgoing
 
 SIGNATURE, TIMESTAMP, KEY = "X-Tsforge-Signature", "X-Tsforge-Timestamp", "Idempotency-Key"
 _LONGEST_WAIT = 86_400.0
+_MOST_SIGNS = 200  # of the words of a receiver
 
 
 class DeliveryError(Exception):
@@ -96,18 +97,20 @@ class Webhook:
         except http.client.InvalidURL:  # its text holds the address
             raise DeliveryError(f"the address of {parts.hostname} cannot be asked (InvalidURL)") from None
         except (OSError, http.client.HTTPException) as error:  # a certificate that is not trusted is a ValueError too
-            raise DeliveryError(f"{parts.hostname} does not answer ({type(error).__name__}: {error})") from error
+            said = _one_line(str(error))  # may be what the other side sent
+            raise DeliveryError(f"{parts.hostname} does not answer ({type(error).__name__}: {said})") from error
         except ValueError as error:
             raise DeliveryError(f"{parts.hostname} cannot be asked ({type(error).__name__})") from None
+        answer.close()  # status and headers stay
         if 200 <= answer.status < 300:
             return
         wait = retry_after(answer.getheader("Retry-After"), time.time())
         if 300 <= answer.status < 400:
-            where = urlsplit(answer.getheader("Location") or "").hostname or "another path"
+            where = _host(answer.getheader("Location") or "") or "another path"
             raise DeliveryError(
                 f"{parts.hostname} redirects ({answer.status}) to {where}; redirects are not followed", wait
             )
-        raise DeliveryError(f"{parts.hostname} answered {answer.status} {answer.reason}", wait)
+        raise DeliveryError(f"{parts.hostname} answered {answer.status} {_one_line(answer.reason)}", wait)
 
     def close(self) -> None:
         """Hold nothing: every delivery has its own connection."""
@@ -154,6 +157,20 @@ def _answer(
     if isinstance(told, Exception):
         raise told
     return told
+
+
+def _one_line(text: str) -> str:
+    """Return words of a receiver as one short line that a terminal shows as it is."""
+    words = " ".join(text.split())[:_MOST_SIGNS]
+    return "".join(sign if sign.isprintable() else "?" for sign in words)
+
+
+def _host(address: str) -> str:
+    """Return the host that a receiver names in an address, empty where there is none."""
+    try:
+        return _one_line(urlsplit(address).hostname or "")
+    except ValueError:  # brackets that hold no address
+        return ""
 
 
 def retry_after(value: str | None, now: float) -> float:
