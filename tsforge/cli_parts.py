@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,16 +26,26 @@ def attribute(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def config(path: str, name: str, overrides: list[str] | None, dry_run: bool, home: Path | None = None) -> Any:
+def config(
+    path: str,
+    name: str,
+    overrides: list[str] | None,
+    dry_run: bool,
+    home: Path | None = None,
+    check: Callable[[Any], object] | None = None,
+) -> Any:
     """Return the validated config of class ``path``; with ``dry_run`` print it and stop.
 
-    ``data=NAME`` may name a data set that was ingested into the workspace at ``home``.
+    ``data=NAME`` may name a data set that was ingested into the workspace at ``home``. What the command would refuse
+    without reading data, though the config is valid in itself, is refused by ``check`` before it is printed.
     """
     from tsforge.core.config import load, to_yaml
 
     stored = attribute("tsforge.app.stored_choices:StoredData")(home)
     config = load(attribute(path), name, overrides or (), stored=stored)
     if dry_run:
+        if check is not None:
+            check(config)
         sys.stdout.write(to_yaml(config))
         raise typer.Exit
     return config

@@ -254,10 +254,30 @@ def test_covariates_that_no_member_reads_are_left_out_of_the_artifact(
         assert set(found.filter(pl.col("source_series") == "a")["source"]) <= {"x", "y", *known}
         parts = found.filter(pl.col("kind") != "component").group_by("step").agg(pl.col("contribution").sum())
         assert parts.sort("step")["contribution"].to_list() == pytest.approx(said["mean"].to_list(), rel=1e-3, abs=1e-3)
-    if not known:
-        told = r"no chosen member .* takes the covariate\(s\) push, size, and covariates=all refuses"
-        with pytest.raises(ConfigError, match=told):
-            fit_frame(frame, settings.model_copy(update={"covariates": "all"}))
+
+
+def test_covariates_that_no_candidate_can_take_are_refused_before_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = as_frame(pushed(), known=["push"], static=["size"])
+
+    def told(model: dict[str, Any], text: str) -> None:
+        with pytest.raises(ConfigError, match=text):
+            fit_frame(frame, config(model, covariates="all"))
+
+    # one could, but there is no time for it
+    told(
+        {"minutes": 1e-4, "candidates": ["linear", "gru"]},
+        r"no chosen member .* takes the covariate\(s\) push, size, and covariates=all refuses",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(auto_candidates, "build", lambda *_: pytest.fail("a candidate was built"))
+        both, static = r"covariates=all: none of the 2 models .* takes the covariate\(s\) push, size;", r"\(s\) size;"
+        told({"candidates": ["linear", "last_value"]}, both)
+        told({"candidates": ["linear", "ar_net"]}, static)
+        told({"candidates": None}, static)
+        told({"candidates": ["linear", "gru", "ar_net"]}, static)  # no minutes to train it
+        told({"minutes": 1, "max_trials": 0, "candidates": ["linear", "gru"]}, both.replace("2", "1"))
+    with pytest.raises(ModelError, match="nothing to choose from"):
+        fit_frame(frame, config({"candidates": ["gru"]}, covariates="all"))
 
 
 def test_an_older_artifact_that_still_lists_unread_covariates_is_explained() -> None:

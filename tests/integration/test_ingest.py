@@ -17,7 +17,7 @@ import pytest
 
 from tsforge.app.ingest import IngestConfig, IngestResult, ingest, load_dataset, mask_invalid, max_age
 from tsforge.core.config import validate
-from tsforge.core.errors import BackendError, DataError
+from tsforge.core.errors import BackendError, ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.data.store import SeriesStore
 
@@ -158,6 +158,76 @@ def test_issued_forecasts_of_a_covariate_come_alone_too(workspace: Workspace, tm
     issued = csv(tmp_path, "ds,out,x,z,k\n2024-01-03,2024-01-02,,,3\n2024-01-03,2024-01-03,,,4\n") | data
     assert run(workspace, issued).record.rows_new == 2
     assert load_dataset(workspace, "d").table["k"].to_list() == [2.0, 2.0, 4.0]
+
+
+WITH_PAST = {**KNOWN, "past": ["p"], "targets": ["x"]}
+
+
+def test_covariates_that_come_alone_need_no_column_of_the_past_and_leave_its_values(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    data = WITH_PAST | {"publication_delay": {"p": "1d"}, "valid_range": {"p": [0, 100]}}
+    past = "ds,x,p,k\n" + "".join(f"2024-01-0{day},{day},1{day},{day}\n" for day in range(1, 8))
+    run(workspace, csv(tmp_path, past) | data)
+    ahead = "ds,x,k\n2024-01-06,,60\n2024-01-07,,7\n2024-01-08,,8\n"
+    result = run(workspace, csv(tmp_path, ahead) | data)
+    assert (result.record.rows_new, result.record.rows_changed, result.record.rows_unchanged) == (1, 1, 1)
+    assert [(item.count, item.examples) for item in result.report.findings if "without a column" in item.what] == [
+        (1, ("p",))
+    ]
+    stored = SeriesStore(workspace.database_url).read("d").table
+    assert stored["p"].to_list() == [*(10.0 + day for day in range(1, 8)), None]
+    assert stored["x"].to_list() == [*(float(day) for day in range(1, 8)), None]
+    assert stored["k"].to_list() == [1.0, 2.0, 3.0, 4.0, 5.0, 60.0, 7.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "settings"),
+    [
+        ("ds,x,k\n2024-01-08,,8\n2024-01-09,9,9\n", {}),  # a target is there: the column has gone
+        ("ds,x,k\n2024-01-08,,8\n", {"nulls": "erase"}),  # it would erase what is stored
+        ("ds,x,k\n2024-01-08,,8\n", {"known": [], "targets": ["x", "k"]}),  # nothing is known ahead
+    ],
+)
+def test_elsewhere_a_column_of_the_past_that_is_not_there_is_refused(
+    workspace: Workspace, tmp_path: Path, content: str, settings: dict[str, Any]
+) -> None:
+    data = WITH_PAST | settings
+    past = "ds,x,p,k\n" + "".join(f"2024-01-0{day},{day},1{day},{day}\n" for day in range(1, 8))
+    run(workspace, csv(tmp_path, past) | data)
+    with pytest.raises(DataError, match=r"roles: no column 'p'.*\(it has x, k\)"):
+        run(workspace, csv(tmp_path, content) | data)
+
+
+@pytest.mark.parametrize("resample", [None, {"every": "1d"}])
+def test_covariates_of_a_wide_source_come_alone_without_the_past_too(
+    workspace: Workspace, tmp_path: Path, resample: dict[str, str] | None
+) -> None:
+    data = {"separator": ".", "targets": ["x"], "past": ["p.q"], "known": ["k"], "freq": "1d", "resample": resample}
+    past = "ds,a.x,a.p.q,b.x,b.p.q,k\n" + "".join(f"2024-01-0{day},1,2,3,4,{day}\n" for day in range(1, 8))
+    run(workspace, csv(tmp_path, past) | data)
+    assert run(workspace, csv(tmp_path, "ds,a.x,b.x,k\n2024-01-08,,,8\n") | data).record.rows_new == 2
+    frame = SeriesStore(workspace.database_url).read("d")
+    assert frame.series_ids == ("a", "b")
+    assert frame.table.filter(series_id="b")["p.q"].to_list() == [*[4.0] * 7, None]
+
+
+def test_issued_forecasts_need_no_column_of_the_past(workspace: Workspace, tmp_path: Path) -> None:
+    data = WITH_PAST | {"published": "out"}
+    run(workspace, csv(tmp_path, "ds,out,x,p,k\n2024-01-01,2024-01-01,1,5,2\n2024-01-02,2024-01-02,1,6,2\n") | data)
+    issued = csv(tmp_path, "ds,out,x,k\n2024-01-02,2024-01-02,,3\n2024-01-03,2024-01-02,,4\n") | data
+    assert run(workspace, issued).record.rows_new == 1
+    table = load_dataset(workspace, "d").table
+    assert (table["p"].to_list(), table["k"].to_list()) == ([5.0, 6.0, None], [2.0, 3.0, 4.0])
+
+
+def test_a_calendar_that_no_fit_could_read_is_not_stored(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.calendar\.holidays: no holidays are known for country 'XX'"):
+        run(workspace, csv(tmp_path, GOOD) | {"calendar": {"holidays": "XX"}})
+    steps = csv(tmp_path, "ds,x\n1,1\n2,2\n3,3\n") | {"freq": "1i", "calendar": {"features": ["hour"]}}
+    with pytest.raises(DataError, match="integer time has no calendar"):
+        run(workspace, steps)
+    assert not SeriesStore(workspace.database_url).datasets().height
 
 
 def test_a_refused_batch_changes_nothing_and_leaves_a_record(workspace: Workspace, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tsforge.contracts.tensors import TrainingSeries
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, ConfigError
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.vintages import Delays
 from tsforge.forecasting.predict import predict
 
 FAST = {"max_epochs": 3, "batch_size": 128, "learning_rate": 0.01, "accelerator": "cpu"}
@@ -101,6 +102,19 @@ def test_a_variate_without_a_value_to_learn_from_is_named(caplog: pytest.LogCapt
     caplog.clear()
     levelled_fit("ar_net", frame)
     assert "no observed value" not in caplog.text
+
+
+def test_a_covariate_that_is_published_after_the_training_span_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    table = levelled().table.with_columns(late=pl.col("time").cast(pl.Float64), early=pl.lit(1.0))
+    both = SeriesFrame.from_long(table, time="time", series_id="series_id", targets=["sales"], past=["early", "late"])
+    delayed = Delays.of({"late": "380i"}, both.schema, both.grid).shift(both)
+    artifact = levelled_fit("ar_net", delayed)
+    assert "1 covariate(s) have no value in the training span (late)" in caplog.text
+    assert artifact.schema.past == ("early", "late")
+    caplog.clear()
+    levelled_fit("ar_net", both)
+    levelled_fit("last_value", delayed)  # reads none
+    assert "have no value in the training span" not in caplog.text
 
 
 def test_no_large_series_chooses_the_mixture_for_the_others() -> None:

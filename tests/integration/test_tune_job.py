@@ -74,6 +74,29 @@ def test_a_metric_that_no_fit_reports_is_refused_before_the_first_trial(workspac
     assert not workspace.tuning.exists()
 
 
+def test_weights_to_start_from_are_refused_before_the_first_trial(workspace: Workspace) -> None:
+    with pytest.raises(ConfigError, match=r"fit\.warm_start\.artifact=latest has no effect: trials begin at fresh"):
+        tune(job("fit.warm_start.artifact=latest"), workspace)
+    assert not workspace.tuning.exists()
+
+
+def test_covariates_that_no_candidate_takes_are_refused_before_the_first_trial(workspace: Workspace) -> None:
+    auto = ["fit.model={name: auto, minutes: 0, candidates: [last_value, linear]}", "fit.covariates=all"]
+    searched = "study.space={model.folds: {choices: [1, 2]}"
+    with pytest.raises(
+        ConfigError, match=r"covariates=all: none of the 2 models .* takes the covariate\(s\) calendar\."
+    ):
+        tune(job(*auto, searched + "}"), workspace)
+    assert not workspace.tuning.exists()
+    leaving_out = job(*auto, searched + ", covariates: {choices: [usable]}}", "study.num_trials=1")
+    assert tune(leaving_out, workspace).best.values["covariates"] == "usable"
+
+
+def test_a_value_that_does_not_go_with_another_section_is_left_to_its_trial(workspace: Workspace) -> None:
+    space = trial_space(job("study.space={scaling.kind: {choices: [global, window]}, model.ridge: null}"))
+    assert "scaling.kind" in space
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [

@@ -354,9 +354,8 @@ def _race_trained(
     work: _Race, members: list[str], weights: NDArray[np.float64]
 ) -> tuple[list[str], NDArray[np.float64]]:
     """Train in the time that is left and let in what clearly helps; return all members and their weights."""
-    data, settings = work.data, work.data.settings
-    candidates = {one.name: one for one in trained_models(data)} if settings.minutes > 0 else {}
-    candidates = dict(list(candidates.items())[: settings.max_trials])
+    data = work.data
+    candidates = {one.name: one for one in trained_models(data)}
     work.lines |= {name: _Line(candidate=one, stage="trained") for name, one in candidates.items()}
     last = work.folds[-1]
     middle = _middle(last, data.window.horizon)

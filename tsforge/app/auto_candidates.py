@@ -198,9 +198,12 @@ def anchor_name(data: RaceData) -> str | None:
 
 def trained_models(data: RaceData) -> list[Candidate]:
     """Return candidates that need gradient steps: every such model that takes one series at a time, with its defaults,
-    at the longest look-back, then at half of it. A committee is another mixture, not a candidate; experimental models
-    are tried where they are named.
+    at the longest look-back, then at half of it; ``model.max_trials`` at most, none with ``model.minutes=0``.
+
+    A committee is another mixture, not a candidate; experimental models are tried where they are named.
     """
+    if data.settings.minutes == 0:
+        return []
     longest = data.window.context_length
     found = []
     for length in dict.fromkeys((longest, max(longest // 2, 1))):
@@ -214,7 +217,7 @@ def trained_models(data: RaceData) -> list[Candidate]:
                 candidate = _candidate(data, {"name": name}, length, trained=True)
                 if candidate is not None:
                     found.append(candidate)
-    return found
+    return found[: data.settings.max_trials]
 
 
 def _candidate(data: RaceData, settings: dict[str, Any], length: int, *, trained: bool) -> Candidate | None:
@@ -239,9 +242,29 @@ def check_wanted(settings: AutoConfig) -> None:
         ConfigError: unknown names, or auto itself.
     """
     for name in settings.candidates or ():
-        MODELS.get(name)
+        try:
+            MODELS.get(name)
+        except ConfigError as error:
+            raise ConfigError(f"model.candidates: {error}") from error
         if name in _MIXTURES:
             raise ConfigError(f"model.candidates: {name} is itself a mixture; name the models it may be made of")
+
+
+def check_readers(data: RaceData) -> None:
+    """Refuse covariates that no candidate can take, before the first of them is fitted.
+
+    Raises:
+        ConfigError: there are some, though they were asked for (``covariates=all``).
+    """
+    schema, runs = data.panel.schema, [one.model for one in (*closed_forms(data), *trained_models(data))]
+    read = {name for model in runs for names in _taken(schema, model).values() for name in names}
+    unread = [name for kind in _KINDS for name in getattr(schema, kind) if name not in read]
+    if runs and unread:  # without any candidate the race says why
+        raise ConfigError(
+            f"covariates=all: none of the {len(set(runs))} models that model=auto would try takes the covariate(s) "
+            f"{listing(unread, 10)}; name models that take them in model.candidates (tsforge models lists them), or "
+            "set covariates=usable"
+        )
 
 
 def build(data: RaceData, candidate: Candidate) -> ForecastNetwork:

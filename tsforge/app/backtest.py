@@ -45,6 +45,20 @@ class BacktestJobConfig(FitConfig):
             raise ConfigError(f"compare: {listing(dict.fromkeys(twice))} would be measured twice")
         return self
 
+    @model_validator(mode="after")
+    def _fits_are_possible(self) -> BacktestJobConfig:
+        if (start := self.warm_start.artifact) is not None:
+            raise ConfigError(
+                f"warm_start.artifact={start} works with tsforge fit and retrain only: elsewhere it would know rows "
+                "that are forecast; leave it out"
+            )
+        for name in self.compare:  # one that is unknown or does not go with the settings: told before the first fit
+            try:
+                self.fit_config(name)
+            except ConfigError as error:
+                raise ConfigError(f"compare: {error}") from error
+        return self
+
     def fit_config(self, model: str | None = None) -> FitConfig:
         """Return how one fit runs: no test part, since what follows the cutoff is the test."""
         shares = SplitConfig(train=1.0 - self.valid, valid=self.valid, test=0.0)

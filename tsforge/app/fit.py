@@ -25,6 +25,8 @@ import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from tsforge.app.auto import AUTO, RaceData, race
+from tsforge.app.auto_candidates import check_readers
+from tsforge.app.fit_checks import check_held_out, check_settings
 from tsforge.app.fit_errors import FloatArray, error_unit, held_out_errors
 from tsforge.app.fit_spans import Spans, choosing_span, make_spans, span_times
 from tsforge.app.fit_warnings import warn_of_rows, warn_of_shared_rows
@@ -55,7 +57,7 @@ from tsforge.forecasting.conformal_calibration import DEFAULT_LEVELS, Choices, M
 from tsforge.forecasting.dependence import DependenceKind, estimate_dependence
 from tsforge.forecasting.predict import predict
 from tsforge.layers.likelihoods import LikelihoodConfig, Point
-from tsforge.layers.scaling import SERIES_KINDS, ScalingConfig, is_diverse, scaling_for
+from tsforge.layers.scaling import ScalingConfig, is_diverse, scaling_for
 from tsforge.models.auto import AutoConfig
 from tsforge.models.registry import MODELS, resolve_model_config
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
@@ -148,6 +150,11 @@ class FitConfig(Config):
             raise ValueError("scaling.robust has no effect with scaling.kind=none; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> FitConfig:
+        check_settings(self)
+        return self
+
     @property
     def network(self) -> NetworkConfig:
         """The part that the network is built from."""
@@ -229,11 +236,6 @@ def _race(
     panel: Panel, config: FitConfig, splits: Splits, unit: FloatArray, *, held_out: Bools, progress: bool
 ) -> tuple[ForecastNetwork, TrainResult]:
     """Choose among all models; what calibrates is not looked at."""
-    if config.entities.watch != "seen_valid":
-        raise ConfigError(f"entities.watch={config.entities.watch} has no effect with model=auto; leave it out")
-    if config.log_graphs or config.warm_start.artifact is not None:
-        name = "log_graphs" if config.log_graphs else "warm_start.artifact"
-        raise ConfigError(f"{name} has no effect with model=auto, which tries many models; leave it out")
     select = choosing_span(splits, config.window.horizon)
     data = RaceData(
         final_stop=_fitted_rows(config, splits)[1],
@@ -247,6 +249,8 @@ def _race(
         diverse=unit.ndim == 2,
         only=~held_out if held_out.any() else None,
     )
+    if config.covariates == "all":
+        check_readers(data)
     return race(data, progress=progress)
 
 
@@ -265,7 +269,7 @@ def _start(
                 "elsewhere it would know rows that are forecast; leave it out"
             )
         return None
-    check_blind(earlier, panel, make_splits(panel, config.split).train[1], held_out)
+    check_blind(earlier, panel, make_splits(panel, config.split).train[1], held_out, config.data)
     return starting_weights(network, earlier, config.warm_start.dropout, seed=config.train.seed)
 
 
@@ -277,24 +281,6 @@ def _graph_log(
         return None
     epochs = config.train.max_epochs
     return GraphLog(network, every=config.log_graphs, epochs=epochs, folder=checkpoint_dir, resume=resume)
-
-
-def _check_held_out(network: ForecastNetwork, held_out: tuple[str, ...]) -> None:
-    """Refuse what cannot forecast a series that was not there in the fit."""
-    if not held_out:
-        return
-    name, can = network.config.model.name, network.capabilities
-    if can.rows_coupled:
-        raise ConfigError(
-            f"model '{name}' couples the series of a panel: its forecast of one depends on which others are there, so "
-            f"leaving {len(held_out)} out of the fit would be another panel; set entities.held_out=0"
-        )
-    if network.needs_known_series:
-        others = [kind for kind in can.scaling if kind not in SERIES_KINDS]
-        raise ConfigError(
-            f"scaling '{network.scaling}' rests on the training span of each series and knows none of the "
-            f"{len(held_out)} held-out ones; choose scaling.kind={' or '.join(others) or 'of another model'}"
-        )
 
 
 def _kept(frame: SeriesFrame, takes: Mapping[str, bool]) -> tuple[dict[str, tuple[str, ...]], str]:
@@ -387,7 +373,7 @@ def fit_frame(
     unit = error_unit(series, diverse=is_diverse(series))
     spec, settings = _data_spec(panel, config, splits), settled(config.network, diverse=unit.ndim == 2)
     network = build_network(settings, spec, seed=derive_seed(seed, "weights"))
-    _check_held_out(network, names)
+    check_held_out(network, names)
     spans = _spans_of(panel, config, splits, held_out, network)
     raced, fitted_rows = config.model.name == AUTO, _fitted_rows(config, splits)
     log: GraphLog | None = None
@@ -395,7 +381,7 @@ def fit_frame(
         if resume:
             raise ConfigError("--resume has no effect with model=auto; run it again without")
         network, training = _race(panel, config, splits, unit, held_out=held_out, progress=progress)
-        _check_held_out(network, names)
+        check_held_out(network, names)
         frame = _read_by(network, frame, config)
         if fitted_rows != splits.train:  # the other rows of the valid span are no longer held out
             spans = replace(spans, graded={**spans.graded, "valid": spans.calibration})

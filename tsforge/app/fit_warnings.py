@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from torch import Tensor
 
 from tsforge.contracts.tensors import TrainingSeries
 from tsforge.core.errors import listing
@@ -18,7 +19,7 @@ _SHARE = 0.5
 
 
 def warn_of_rows(panel: Panel, series: TrainingSeries) -> None:
-    """Warn of variates without a single value to learn from, and of single values that rule what is learnt.
+    """Warn of variates and covariates without a single value to learn from, and of values that rule what is learnt.
 
     A dead sensor should not stop the fit of the others, and only people know whether a wild value happened.
     """
@@ -32,6 +33,14 @@ def warn_of_rows(panel: Panel, series: TrainingSeries) -> None:
             len(targets),
             listing(unseen),
         )
+    kinds = ((panel.schema.past, series.past), (panel.schema.known, series.known))
+    if absent := [name for names, values in kinds if values is not None for name in _unseen(names, values)]:
+        _LOG.warning(
+            "%d covariate(s) have no value in the training span (%s), each row taken as it was known at its time "
+            "(data.publication_delay): nothing is learnt from them; fit on more rows, or leave them out",
+            len(absent),
+            listing(absent),
+        )
     if wild := list(_ruling_values(panel, series)):
         _LOG.warning(
             "%d value(s) hold most of the variance of their variate in training, so scale and coefficients follow "
@@ -39,6 +48,12 @@ def warn_of_rows(panel: Panel, series: TrainingSeries) -> None:
             len(wild),
             listing(wild),
         )
+
+
+def _unseen(names: tuple[str, ...], values: Tensor) -> list[str]:
+    """Return the columns [N, C] without a value."""
+    empty = values.isnan().all(dim=0).tolist()
+    return [name for name, is_empty in zip(names, empty, strict=True) if is_empty]
 
 
 def warn_of_shared_rows(rows: int, horizon: int) -> None:

@@ -10,13 +10,14 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from tsforge.app.auto import AUTO
-from tsforge.app.fit import FitConfig, fit_frame
+from tsforge.app.auto import AUTO, RaceData
+from tsforge.app.auto_candidates import check_readers
+from tsforge.app.fit import FitConfig, WindowConfig, fit_frame
 from tsforge.app.ingest import load_history
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config, search_space, to_yaml, validate
@@ -36,6 +37,13 @@ from tsforge.tuning.space import Choice, Space, build_space
 from tsforge.tuning.study import Pruned, Trial, opened
 
 _CONTEXT = "window.context_length"
+_READERS = {  # what decides which candidates of model=auto can take which covariates
+    "covariates",
+    "model.candidates",
+    "model.minutes",
+    "model.max_trials",
+    "scaling.kind",
+}
 _GRADED = "what is graded of the valid span depends on it, and errors on different values cannot be compared"
 _ONE_EACH = "run a study for each setting, under a study.name of its own"
 _UNSEARCHED = {  # a field, or a section with a dot behind it: why it cannot be searched, and what to do
@@ -78,16 +86,16 @@ def tune(config: TuneJobConfig, workspace: Workspace, *, progress: bool = False)
 
     Raises:
         DataError: the data set is not in the store.
-        ConfigError: a space names no field, a value that its field does not take or a field with which errors cannot be
-            compared, no fit has the metric, or the study of that name searched something else.
+        ConfigError: see ``checked_space``; covariates that no model would take, or the study of that name searched
+            something else.
         ModelError: no trial succeeded.
         BackendError: another process works on the study, or a store does not answer.
         KeyboardInterrupt: finished trials and the best config so far are kept.
     """
-    _check_metric(config)
-    space = trial_space(config)
+    space = checked_space(config)
     frame = load_history(workspace, config.fit.data, masked=True)
     _check_contexts(config, space, frame)
+    _check_readers(config.fit, space, frame)
     current = leaves(config.fit.model_dump(mode="json"))
     storage = workspace.tuning / f"{config.study.name}.db"
     tracker = Tracker.open(workspace, config.fit.tracking)
@@ -106,6 +114,19 @@ def tune(config: TuneJobConfig, workspace: Workspace, *, progress: bool = False)
         result = replace(result, best_config=_write_best(result, config))
         _log_result(result, run)
     return result
+
+
+def checked_space(config: TuneJobConfig) -> Space:
+    """Return the space of a job after every check that needs no data.
+
+    Raises:
+        ConfigError: no fit has the metric, weights to start from, or see ``trial_space``.
+    """
+    _check_metric(config)
+    start = config.fit.warm_start.artifact
+    if start is not None:
+        raise ConfigError(f"fit.warm_start.artifact={start} has no effect: trials begin at fresh weights; leave it out")
+    return trial_space(config)
 
 
 def _check_metric(config: TuneJobConfig) -> None:
@@ -165,8 +186,9 @@ def _check_values(fit: FitConfig, space: Space) -> None:
             try:
                 with_values(fit, {name: value})
             except ConfigError as error:
-                # between the ends of a range, or with other values of the fields beside it, it may go
-                if _is_own_fault(fit, name, value) or (isinstance(dimension, Choice) and not beside):
+                whose = _whose_fault(fit, name, value)
+                # between the ends of a range, or with other values of other searched fields, it may go
+                if whose == "field" or (whose == "section" and isinstance(dimension, Choice) and not beside):
                     faults.append(f"{name} cannot be {value!r} ({error})")
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -174,8 +196,8 @@ def _check_values(fit: FitConfig, space: Space) -> None:
         raise ConfigError(f"study.space: {told}{more}; correct the space, or leave these values out")
 
 
-def _is_own_fault(fit: FitConfig, name: str, value: Any) -> bool:
-    """Return whether a field does not take a value whatever stands beside it: by its own type, bounds and checks."""
+def _whose_fault(fit: FitConfig, name: str, value: Any) -> Literal["field", "section", "fit"]:
+    """Return why a value is refused: its own type and bounds, other fields of its section, or those of another one."""
     section, *path = name.split(".")
     holder = getattr(fit, section)
     if not path or not isinstance(holder, BaseModel):
@@ -188,10 +210,31 @@ def _is_own_fault(fit: FitConfig, name: str, value: Any) -> bool:
     try:
         type(holder).model_validate(plain)
     except ValidationError as error:
-        return any(list(item["loc"][: len(path)]) == path for item in error.errors())
+        own = any(list(item["loc"][: len(path)]) == path for item in error.errors())
+        return "field" if own else "section"
     except ConfigError:  # of settings that do not go together
-        pass
-    return False
+        return "section" if holder is not fit else "fit"
+    return "fit"
+
+
+def _check_readers(fit: FitConfig, space: Space, history: History) -> None:
+    """Refuse ``covariates=all`` where no candidate of ``model=auto`` takes some of them: each trial would."""
+    if fit.model.name != AUTO or fit.covariates != "all" or _READERS & set(space):
+        return
+    panel = Panel.from_frame(newest(history))
+    train = make_splits(panel, fit.split).train
+    check_readers(
+        RaceData(
+            panel=panel,
+            train=train,
+            select=None,
+            final_stop=train[1],
+            window=fit.window_spec,
+            network=fit.network,
+            training=fit.train,
+            unit=np.ones(panel.num_targets),
+        )
+    )
 
 
 def _check_contexts(config: TuneJobConfig, space: Space, history: History) -> None:
@@ -211,7 +254,8 @@ def _check_contexts(config: TuneJobConfig, space: Space, history: History) -> No
         return len(count_windows(panel, fit.window.horizon, 1, span, need=context, only=only, aligned=aligned))
 
     values = dimension.choices if isinstance(dimension, Choice) else dimension.ends
-    lengths = sorted(with_values(fit, {_CONTEXT: value}).window.context_length for value in values)
+    window = fit.window.model_dump()
+    lengths = sorted(validate(WindowConfig, window | {"context_length": value}).context_length for value in values)
     low, wide = lengths[0], range(lengths[0], lengths[-1] + 1)
     # a context that leaves no window to train on gives no error
     top = low + bisect_left(wide, True, key=lambda length: not windows(splits.train, length)) - 1

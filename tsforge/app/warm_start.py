@@ -113,7 +113,7 @@ def _dropped(value: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.where(kept, value / (1.0 - share), 0.0)
 
 
-def _check_columns(name: str, earlier: Artifact, panel: Panel, data: DataConfig | None) -> None:
+def _check_columns(name: str, earlier: Artifact, panel: Panel, data: DataConfig) -> None:
     """Refuse weights that were fitted on other inputs, or on the same in other places."""
     before, now = earlier.schema, panel.schema
     if before.freq != now.freq:
@@ -126,8 +126,6 @@ def _check_columns(name: str, earlier: Artifact, panel: Panel, data: DataConfig 
                 f"{listing(ours, 10) or 'none'}: weights belong to places; give the same in the same order, or start "
                 "from another fit"
             )
-    if data is None:
-        return
     own = (earlier.config.get("data") or {}).get("publication_delay")
     late, late_now = (
         Delays.of(delay, now, panel.grid, strict=False).past or {} for delay in (own, data.publication_delay)
@@ -144,7 +142,7 @@ def _shown(late: Mapping[str, int]) -> str:
 
 
 def check_blind(
-    earlier: Artifact, panel: Panel, train_stop: int, held_out: tuple[str, ...], data: DataConfig | None = None
+    earlier: Artifact, panel: Panel, train_stop: int, held_out: tuple[str, ...], data: DataConfig
 ) -> None:
     """Refuse weights that know what the new fit is graded on, or that belong to other inputs.
 
@@ -153,7 +151,7 @@ def check_blind(
         panel: the data of the new fit.
         train_stop: row after its training span.
         held_out: series it does not train on.
-        data: settings of that data; None leaves the publication delay unchecked.
+        data: settings of that data.
 
     Raises:
         ConfigError: other columns or another order of them, another frequency or delay, another grid, rows at or after

@@ -15,6 +15,7 @@ from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, DataError, listing, nearest
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import parse_freq
+from tsforge.data.schema import SeriesSchema
 
 Feature = Literal["minute", "hour", "weekday", "month", "dayofyear", "weekend"]
 PREFIX = "calendar."
@@ -42,6 +43,16 @@ class CalendarConfig(Config):
                 ZoneInfo(value)
             except (ZoneInfoNotFoundError, ValueError, OSError) as error:
                 raise ValueError(f"'{value}' is not a time zone such as Europe/Berlin") from error
+        return value
+
+    @field_validator("holidays")
+    @classmethod
+    def _known_country(cls, value: str | None) -> str | None:
+        if value is not None:  # told before it is stored with a data set, which then could not be read
+            try:
+                _country_days(value, range(0))
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
         return value
 
     @field_validator("features", "holiday_names")
@@ -73,18 +84,27 @@ def add_calendar(frame: SeriesFrame, config: CalendarConfig) -> SeriesFrame:
 
     Raises:
         DataError: integer time has no calendar.
-        ConfigError: unknown country, subdivision or holiday name, or a column of that name exists.
+        ConfigError: unknown holiday name, or a column of that name exists.
     """
     if config.is_empty:
         return frame
-    if frame.schema.has_integer_time:
-        raise DataError("integer time has no calendar; give datetimes or switch the calendar features off")
+    check_calendar(config, frame.schema)
     table = frame.table
     times = _local(table["time"], frame.schema.freq, config.timezone)
     columns = [column for feature in config.features for column in _feature(times, feature)]
     if config.holidays is not None:
         columns += _holiday_columns(times.dt.date(), config)
     return frame.with_known(columns)
+
+
+def check_calendar(config: CalendarConfig, schema: SeriesSchema) -> None:
+    """Refuse features of times that are no dates.
+
+    Raises:
+        DataError: integer time has no calendar.
+    """
+    if schema.has_integer_time and not config.is_empty:
+        raise DataError("integer time has no calendar; give datetimes or switch the calendar features off")
 
 
 def calendar_columns(config: CalendarConfig) -> tuple[str, ...]:
@@ -136,7 +156,9 @@ def _holiday_column(name: str, day: int) -> str:
 
 
 def _holiday_columns(dates: pl.Series, config: CalendarConfig) -> list[pl.Series]:
-    found = _country_days(config.holidays or "", dates.dt.year().min(), dates.dt.year().max())  # type: ignore[arg-type]
+    first, last = dates.dt.year().min(), dates.dt.year().max()
+    # a year more on both sides for windows that cross New Year
+    found = _country_days(config.holidays or "", range(first - 1, last + 2))  # type: ignore[arg-type,operator]
     groups: dict[str, list[date]] = {}
     if not config.holiday_names:
         groups["holiday"] = list(found)
@@ -158,12 +180,15 @@ def _holiday_columns(dates: pl.Series, config: CalendarConfig) -> list[pl.Series
     ]
 
 
-def _country_days(code: str, first_year: int, last_year: int) -> Mapping[date, str]:
-    """Return the public holidays of a country, a year more on both sides for windows that cross New Year."""
+def _country_days(code: str, years: range) -> Mapping[date, str]:
+    """Return the public holidays of a country.
+
+    Raises:
+        ConfigError: unknown country or subdivision.
+    """
     import holidays
 
     country, _, subdivision = code.partition("-")
-    years = range(first_year - 1, last_year + 2)
     try:
         found: Any = holidays.country_holidays(country, subdiv=subdivision or None, years=years)
     except NotImplementedError as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
 from tsforge.core.errors import DataError, listing, nearest
+from tsforge.data.calendar import check_calendar
 from tsforge.data.config import DataConfig, ResampleConfig, SyntheticSource
 from tsforge.data.findings import ROW, IngestReport, row_examples
 from tsforge.data.frame import SeriesFrame
@@ -80,7 +81,9 @@ def clean(raw: RawTable, config: DataConfig, stored: Collection[str] = ()) -> Da
         frame = newest(history)
         if config.empty_targets == "error":
             _check_targets(frame, stored)
-        Delays.of(config.publication_delay, frame.schema, frame.grid)  # one that does not fit is refused before storing
+        # what does not fit is refused before it is stored, since reading would fail
+        Delays.of(config.publication_delay, frame.schema, frame.grid)
+        check_calendar(config.calendar, frame.schema)
     except DataError as error:
         raise DataError(f"dataset '{config.name}': {error}") from error
     report.rows_out = _filled(history)
@@ -157,6 +160,7 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
     report.add("note", "columns without a name left out", sum(not name for name in types))
     table = NumberReader(raw, config, report).read(table, columns, optional)
     roles = _roles(table, columns, config)
+    absent = _absent_past(table, columns, roles, report)
     if config.published is not None and any("published" in names for names in roles.values()):
         raise DataError("'published' is what publication times are called; rename the value column of that name")
     group = config.series
@@ -179,7 +183,7 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
     if config.resample is not None:
         clock = config.timezone if makes_local_days(config) and not are_dates else None
         table = _resampled(table, keys, columns, config.resample, report, clock=clock)
-    return _frame(table.drop(ROW, strict=False), group, roles, config)
+    return _frame(_with_empty(table.drop(ROW, strict=False), absent, columns, config), group, roles, config)
 
 
 def _without_short(table: pl.DataFrame, raw: RawTable, config: DataConfig, report: IngestReport) -> pl.DataFrame:
@@ -209,6 +213,8 @@ def _value_columns(names: list[str], keys: list[str], config: DataConfig) -> tup
     A column without a name (an index that a tool wrote along) is left out.
     """
     named = (*config.targets, *config.past, *config.known, *config.static)
+    # what is known ahead may come alone; nulls=erase would take a column that is not there for one without values
+    may_lack = config.past if config.known and config.nulls == "keep" else ()
     values = {name: _variate(name, config.separator) for name in names if name and name not in keys}
     split = config.separator
     if split is not None and not any(split in name for name in values):
@@ -220,13 +226,43 @@ def _value_columns(names: list[str], keys: list[str], config: DataConfig) -> tup
         ("valid_range", list(config.valid_range)),
         ("resample.columns", list(config.resample.columns) if config.resample else []),
     ):
-        missing = [name for name in wanted if name not in variates]
+        missing = [name for name in wanted if name not in variates and name not in may_lack]
         if missing:
-            hint = nearest(missing[0], variates)
-            raise DataError(f"{what}: no column {listing(map(repr, missing))}{hint} (it has {listing(variates, 20)})")
+            raise _no_column(what, missing, variates)
     if config.targets:
         return {name: variate for name, variate in values.items() if variate in named}, []
     return values, [name for name, variate in values.items() if variate not in named]
+
+
+def _no_column(what: str, missing: Sequence[str], variates: Iterable[str]) -> DataError:
+    have = list(variates)
+    hint = nearest(missing[0], have)
+    return DataError(f"{what}: no column {listing(map(repr, missing))}{hint} (it has {listing(have, 20)})")
+
+
+def _absent_past(
+    table: pl.DataFrame, columns: dict[str, str], roles: dict[str, tuple[str, ...]], report: IngestReport
+) -> list[str]:
+    """Return the past covariates that the source lacks: none are due in rows without any target, news of the future.
+
+    Raises:
+        DataError: there is a target, so that the column has gone, or its name is wrong.
+    """
+    variates = dict.fromkeys(columns.values())
+    absent = [name for name in roles["past"] if name not in variates]
+    targets = [name for name, variate in columns.items() if name in table.columns and variate in roles["targets"]]
+    if absent and any(table[name].null_count() < table.height for name in targets):
+        raise _no_column("roles", absent, variates)
+    report.add("note", "past covariates without a column, beside targets without a value", len(absent), tuple(absent))
+    return absent
+
+
+def _with_empty(table: pl.DataFrame, absent: list[str], columns: dict[str, str], config: DataConfig) -> pl.DataFrame:
+    """Return the table with a column without values for each absent variate."""
+    mark = config.separator
+    owners = [name.partition(mark)[0] for name in columns if mark is not None and mark in name]
+    prefix = f"{owners[0]}{mark}" if owners else ""
+    return table.with_columns(pl.lit(None, pl.Float64).alias(f"{prefix}{name}") for name in absent)
 
 
 def _roles(table: pl.DataFrame, columns: dict[str, str], config: DataConfig) -> dict[str, tuple[str, ...]]:
