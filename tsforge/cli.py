@@ -6,9 +6,12 @@ before a subcommand runs.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +56,7 @@ app.add_typer(events_app, name="events")
 app.add_typer(maintenance_app, name="maintenance")
 
 INTERRUPTED = 130  # the shell's status of a process ended by Ctrl-C
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main() -> None:
@@ -61,14 +65,21 @@ def main() -> None:
         # Typer returns the status of typer.Exit instead of raising it, and turns Ctrl-C into status 130
         with termination_as_interrupt():
             code = app(standalone_mode=False) or 0
+        sys.stdout.flush()  # what the interpreter would do last, too late to say a word
     except TsforgeError as error:
         print_error(str(error))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        _give_up_output()
         sys.exit(141)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITABLE:  # files have words of their own
+            raise
+        _give_up_output()
+        print_error(f"the output cannot be written ({error.strerror}); what the command stored is whole")
+        sys.exit(BackendError.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             print_error(f"{error.format_message()} (tsforge --help lists the commands and options)")
@@ -77,6 +88,11 @@ def main() -> None:
     if code == INTERRUPTED:
         print_error("interrupted; what was stored before is untouched, run the same command again to go on")
     sys.exit(code)
+
+
+def _give_up_output() -> None:
+    """Let standard output lead nowhere: the interpreter flushes once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)
@@ -279,12 +295,14 @@ def watch(
         print_json(facts) if as_json else print_facts(facts)
         return
     job = _config("tsforge.app.watch.settings:WatchConfig", config, overrides, dry_run)
-    tell = _print_line if as_json else _print_transitions
+    tell = _Outliving(_print_line if as_json else _print_transitions)
     result = _attribute("tsforge.app.watch.run:watch")(job, _workspace(home), once=once, redeliver=redeliver, tell=tell)
     if not as_json:
         print_facts(result.summary())
     if result.signal == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
+    if tell.lost:
+        raise BackendError(f"{tell.lost} records could not be written to the output; sinks and state have them all")
     if result.undelivered and result.signal is None:
         raise BackendError(
             f"{result.undelivered} transitions could not be delivered in time; they go out with the next run"
@@ -294,6 +312,31 @@ def watch(
             f"{result.refused} transitions were refused and are dead letters (--status says why); send them again with "
             "--redeliver"
         )
+
+
+class _Outliving:
+    """Shows the turns of a watch, whose alarms must go out whatever is wrong with the terminal or the log behind it.
+
+    Attributes:
+        lost: records that could not be written.
+    """
+
+    def __init__(self, show: Callable[[dict[str, Any]], None]) -> None:
+        self._show = show
+        self.lost = 0
+
+    def __call__(self, turn: dict[str, Any]) -> None:
+        """Show a turn if that is possible."""
+        try:
+            self._show(turn)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            from tsforge.core.logs import get_logger
+
+            if not self.lost:
+                get_logger(__name__).warning("the output cannot be written (%s); the watch goes on", error.strerror)
+            self.lost += 1
 
 
 def _print_line(turn: dict[str, Any]) -> None:
@@ -320,7 +363,8 @@ def tune(
     home: Home = None,
 ) -> None:
     """Search hyper-parameters; repeats resume the study, the best config is written for ``fit``."""
-    job = _config("tsforge.app.tune:TuneJobConfig", config, overrides, dry_run, home)
+    check = _attribute("tsforge.app.tune:checked_space")
+    job = _config("tsforge.app.tune:TuneJobConfig", config, overrides, dry_run, home, check)
     _show(_attribute("tsforge.app.tune:tune")(job, _workspace(home), progress=not as_json), as_json)
 
 
@@ -430,8 +474,21 @@ def schedule_run(
     home: Home = None,
 ) -> None:
     """Keep running the jobs of CONFIG until stopped."""
-    job = _config("tsforge.app.schedule:ScheduleConfig", config, overrides, dry_run, home)
+    check = partial(_check_job_configs, home=home)
+    job = _config("tsforge.app.schedule:ScheduleConfig", config, overrides, dry_run, home, check)
     raise typer.Exit(_attribute("tsforge.app.schedule:run_scheduler")(job, _workspace(home), once=once))
+
+
+def _check_job_configs(schedule: Any, home: Path | None) -> None:
+    """Refuse jobs whose config does not exist or does not take its overrides; its values are read by the job itself."""
+    from tsforge.core.config import compose
+
+    stored = _attribute("tsforge.app.stored_choices:StoredData")(home)
+    for job in schedule.jobs:
+        try:
+            compose(job.config, job.overrides, stored=stored)
+        except ConfigError as error:
+            raise ConfigError(f"job {job.name}: {error}") from error
 
 
 @schedule_app.command("status")

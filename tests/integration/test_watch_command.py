@@ -96,6 +96,24 @@ def test_events_are_printed_and_undelivered_ones_are_an_error(
     assert [(event, transition) for transition, event in lines] == keys(plant.told())
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_alarms_go_out_though_nobody_can_read_the_output(plant: Watched) -> None:
+    plant.write("0.parquet", new_rows()[:128])
+    plant.write("1.parquet", new_rows()[128:])
+    name = settings_file(plant, chunk_rows=64)
+    with Path("/dev/full").open("w") as full:
+        watching = [sys.executable, "-m", "tsforge", "watch", name, "--once", "--json"]
+        ended = subprocess.run(watching, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        listing = [sys.executable, "-m", "tsforge", "data", "list"]
+        listed = subprocess.run(listing, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert_told(plant.told(), plant.truth(new_rows()))
+    assert ended.stderr.count("the output cannot be written (No space left on device); the watch goes on") == 1
+    assert ended.returncode == listed.returncode == 6
+    assert "records could not be written to the output; sinks and state have them all" in ended.stderr
+    reason = "error: the output cannot be written (No space left on device); what the command stored is whole\n"
+    assert listed.stderr == reason
+
+
 def test_dead_letters_of_the_run_are_an_error_too(plant: Watched, capsys: pytest.CaptureFixture[str]) -> None:
     plant.write("0.parquet", new_rows(40))
     dead = {"kind": "webhook", "url": "http://127.0.0.1:9/", "backoff_seconds": 0.01, "tries": 1}
