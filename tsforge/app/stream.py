@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from tsforge.app.exclusive import alone
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset, mask_invalid
+from tsforge.app.stream_late import LeftOut, count_missing, find_left_out, warn_missing
 from tsforge.artifact import Artifact, load_artifact, load_tensor_file, match_frame
 from tsforge.contracts.tables import Forecast
-from tsforge.core.atomic import atomic_file
+from tsforge.core.atomic import atomic_file, remove_leftovers
 from tsforge.core.config import Config, QuantileLevel
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, EmptySpanError, listing
 from tsforge.core.logs import get_logger, log_event
@@ -89,7 +90,9 @@ class StreamResult:
         is_new: it was started by this run.
         rows_taken: grid rows taken by this run. scores: see ``Stream.update``.
         forecast: from the end of every series that can be forecast.
-        added, waiting, blind: series taken in, too short to be taken in, and without a value in their whole context.
+        added, waiting, blind: series taken in, stored but not taken in (yet), without a value in their whole context.
+        left_out: rows that came late and values that were revised since the last run.
+        covariates_missing: by covariate, how many values the rows taken lack.
         online: of intervals that learn, how many were issued with which status, judged, given up and wait, and those of
             this forecast by status; None where they are static.
         seconds: wall time.
@@ -108,8 +111,15 @@ class StreamResult:
     added: tuple[str, ...]
     waiting: tuple[str, ...]
     blind: tuple[str, ...]
+    left_out: LeftOut
+    covariates_missing: Mapping[str, int]
     online: Mapping[str, int] | None
     seconds: float
+
+    @property
+    def num_scored(self) -> int:
+        """Values that were compared with an expectation; after an outage longer than the context there is none."""
+        return self.scores["expected"].count()
 
     def summary(self) -> dict[str, Any]:
         """Return what a person wants to know first."""
@@ -122,8 +132,12 @@ class StreamResult:
             "new": self.is_new,
             "revision": self.revision,
             "rows_taken": self.rows_taken,
-            "values_scored": self.scores.height,
+            "rows_late": self.left_out.rows_late,
+            "values_scored": self.num_scored,
+            "values_unscored": self.scores.height - self.num_scored,
             "values_outside": int(self.scores["outside"].sum() or 0),
+            "values_revised": self.left_out.revised,
+            "covariates_missing": sum(self.covariates_missing.values()),
             "series": table["series_id"].n_unique(),
             "last_row": table["cutoff"].max(),
             "forecast_until": table["time"].max(),
@@ -145,7 +159,8 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
     """Take every stored row that the stream has not seen, score it, forecast from the end, and keep the state.
 
     A run without new rows changes nothing and forecasts again. Rows are taken up to the last one with a stored target;
-    values outside the data set's valid range are hidden from the model but scored.
+    values outside the data set's valid range are hidden from the model but scored. Rows that came late, values revised
+    after they were taken and missing covariates are counted, with a warning each.
 
     Raises:
         ArtifactError: no such artifact, one that does not fit the data, or a damaged state.
@@ -162,20 +177,28 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"name: '{name}' must be letters, digits, '_', '-' and '.', and not begin with '.' or '-'")
     folder = workspace.root / FOLDER / name
+    data = FittedData.of(artifact, dataset)
     with alone(folder, f"stream '{name}' is being brought up to date"):
+        _sweep(folder)
         is_new = config.reset or not (folder / STATE).exists()
         if is_new:
-            live, changed = _begin(config, artifact, dataset, workspace), True
+            live, changed, before = _begin(config, artifact, dataset, workspace), True, None
         else:
             live, changed = _resume(config, artifact, dataset, folder)
-        taken, scores, added, waiting = _catch_up(live, dataset, workspace)
+            before = live.ends()
+            _drop_older(folder, live)
+        caught = _catch_up(live, data, workspace)
         blind = live.blind()
         awake = [name for name in live.ends()["series_id"] if name not in blind]
         if not awake:
             raise DataError(f"none of the {len(blind)} series of stream '{name}' has a value in its whole context")
         forecast = live.forecast(config.quantile_levels, series=awake if blind else None)
-        if changed or taken or added:
-            _keep(live, scores, folder, took_rows=taken > 0)
+        left_out = find_left_out(live, before, data, workspace)
+        left_out.warn(name)
+        warn_missing(caught.missing, name)
+        _warn_strangers(live, caught.waiting, name)
+        if changed or caught.taken or caught.added or left_out.is_noted:
+            _keep(live, caught.scores, folder, took_rows=caught.taken > 0)
     facts = {"dataset": dataset, "stream": name}
     result = StreamResult(
         name=name,
@@ -185,18 +208,20 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
         dataset=dataset,
         mode=live.mode,
         is_new=is_new,
-        rows_taken=taken,
-        scores=scores,
+        rows_taken=caught.taken,
+        scores=caught.scores,
         forecast=Forecast(
             table=forecast.table, quantile_levels=forecast.quantile_levels, metadata={**forecast.metadata, **facts}
         ),
-        added=added,
-        waiting=waiting,
+        added=caught.added,
+        waiting=caught.waiting,
         blind=blind,
+        left_out=left_out,
+        covariates_missing=caught.missing,
         online=_online_facts(live, forecast),
         seconds=time.monotonic() - started,
     )
-    log_event(_LOG, "streamed", stream=name, rows=taken, scored=scores.height, revision=result.revision)
+    log_event(_LOG, "streamed", stream=name, rows=caught.taken, scored=result.num_scored, revision=result.revision)
     return result
 
 
@@ -287,30 +312,50 @@ def _online_facts(live: Stream, forecast: Forecast) -> dict[str, int] | None:
     return {"every": live.online.every, **live.online.summary(), **shown}
 
 
-def _catch_up(
-    live: Stream, dataset: str, workspace: Workspace
-) -> tuple[int, pl.DataFrame, tuple[str, ...], tuple[str, ...]]:
-    """Take the stored rows after the stream's; return their number, scores, series taken in and series waiting."""
+@dataclass(kw_only=True)
+class _Caught:
+    """What a run took: grid rows, their scores, series taken in and series that wait, covariates missing."""
+
+    taken: int = 0
+    scores: pl.DataFrame
+    added: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    missing: dict[str, int] = field(default_factory=dict)
+
+
+def _catch_up(live: Stream, data: FittedData, workspace: Workspace) -> _Caught:
+    """Take the stored rows after the stream's."""
     ends, before = live.ends(), int(live.buffer.last.sum())
-    strangers: list[str] = []
-    tables = [live.update(_nothing(live))]
-    fitted = FittedData.of(live.artifact, dataset)
+    schema = live.artifact.schema
+    strangers = _stored_series(data, workspace) - set(live.series)
+    tables, taken_rows = [live.update(_nothing(live))], [_nothing(live)]
     for names, start, is_front in _queries(live):
-        raw = _read(workspace, fitted, names, start, live.artifact.window.horizon, is_front=is_front)
+        raw = _read(workspace, data, names, start, live.artifact.window.horizon, is_front=is_front)
         if raw is None:
             continue
         if is_front:
-            strangers = [name for name in raw.series_ids if name not in live.series]
+            strangers |= set(raw.series_ids) - set(live.series)  # sums of a hierarchy are not stored
         present = [name for name in names if name in set(raw.series_ids)]
         if present:
             mine = raw.select_series(present)
-            seen = match_frame(live.artifact, mask_invalid(mine, fitted, workspace))
+            seen = match_frame(live.artifact, mask_invalid(mine, data, workspace))
             rows, known, judged = _split(seen, mine, ends)
             tables.append(live.update(rows, known=known, judged=judged))
+            taken_rows.append(rows.select(taken_rows[0].columns))
     taken = int(live.buffer.last.sum()) - before
-    added = _admit(live, fitted, strangers, workspace) if strangers else ()
-    waiting = tuple(name for name in strangers if name not in added)
-    return taken, pl.concat(tables).sort("series_id", "time", maintain_order=True), added, waiting
+    added = _admit(live, data, sorted(strangers), workspace) if strangers else ()
+    return _Caught(
+        taken=taken,
+        scores=pl.concat(tables).sort("series_id", "time", maintain_order=True),
+        added=added,
+        waiting=tuple(sorted(strangers - set(added))),
+        missing=count_missing(pl.concat(taken_rows), schema.targets, schema.past + schema.known),
+    )
+
+
+def _stored_series(data: FittedData, workspace: Workspace) -> set[str]:
+    with closing(SeriesStore(workspace.database_url)) as store:
+        return set(store.series_ids(data.name))
 
 
 def _nothing(live: Stream) -> pl.DataFrame:
@@ -370,9 +415,29 @@ def _split(
 
 def _admit(live: Stream, fitted: FittedData, names: list[str], workspace: Workspace) -> tuple[str, ...]:
     """Take in series that the stream does not have yet, those with enough rows; none where the artifact cannot."""
-    if live.buffer.coupled or live.artifact.network.needs_known_series:
+    if _is_closed(live):
         return ()
-    return live.add(load_dataset(workspace, fitted, series=names, masked=True, extend=live.artifact.window.horizon))
+    try:
+        frame = load_dataset(workspace, fitted, series=names, masked=True, extend=live.artifact.window.horizon)
+    except EmptySpanError:  # series without any row
+        return ()
+    return live.add(frame)
+
+
+def _is_closed(live: Stream) -> bool:
+    """Return whether the artifact takes in no series that the stream did not begin with."""
+    return live.buffer.coupled or live.artifact.network.needs_known_series
+
+
+def _warn_strangers(live: Stream, waiting: tuple[str, ...], name: str) -> None:
+    if waiting and _is_closed(live):
+        _LOG.warning(
+            "%d stored series are not in stream '%s' (%s), and its artifact takes none in later; their rows are left "
+            "out: fit again with them",
+            len(waiting),
+            name,
+            listing(waiting),
+        )
 
 
 def _keep(live: Stream, scores: pl.DataFrame, folder: Path, *, took_rows: bool) -> None:
@@ -383,9 +448,20 @@ def _keep(live: Stream, scores: pl.DataFrame, folder: Path, *, took_rows: bool) 
         with atomic_file(_part(folder, live.about)) as temporary:
             scores.write_parquet(temporary)
     live.save(folder / STATE)
-    for old in folder.glob("scores-*"):
-        if old.name != live.about["scores"]:
-            shutil.rmtree(old, ignore_errors=True)  # of a stream that was started anew
+    _drop_older(folder, live)
+
+
+def _drop_older(folder: Path, live: Stream) -> None:
+    """Remove scores of no stream: of one that was started anew, or of such a start that was killed."""
+    for other in folder.glob("scores-*"):
+        if other.name != live.about["scores"]:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed run was writing; nobody else writes while the lock is held."""
+    for place in (folder, *folder.glob("scores-*")):
+        remove_leftovers(place)
 
 
 def _part(folder: Path, about: Mapping[str, Any]) -> Path:

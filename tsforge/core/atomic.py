@@ -77,6 +77,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that killed writers of ``atomic_file`` left in a folder.
+
+    For one who holds the lock of the folder: those of a writer at work look the same.
+
+    Raises:
+        BackendError: the folder is read-only.
+    """
+    for leftover in folder.glob(".*.tmp"):
+        with _explained(leftover):
+            leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder; on success it is renamed to ``path``, on any error it is removed whole.

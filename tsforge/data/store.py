@@ -8,18 +8,20 @@ older one unless asked to. A row without any value is not stored: it is a gap, a
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
-from sqlalchemy import Engine, delete, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, Numeric, cast, delete, func, or_, select
 
 from tsforge.core.errors import BackendError, DataError, EmptySpanError, TsforgeError
 from tsforge.data.findings import IngestReport
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TIME_DTYPE, TimeLike, parse_time, show_time
 from tsforge.data.sql import open_engine, transaction
-from tsforge.data.store_bulk import fetch
+from tsforge.data.store_bulk import fetch, stage_rows
 from tsforge.data.store_records import (
     BatchRecord,
     close_batch,
@@ -39,6 +41,31 @@ from tsforge.data.store_tables import BATCHES, DATASETS, LABELS, SERIES, Definit
 from tsforge.data.vintages import VintageFrame
 
 _IN_LIMIT = 5_000  # more series than this are filtered after reading: databases limit the values of one statement
+
+
+class Extent(NamedTuple):
+    """What is stored of a series up to a time: rows with a value, publications of them, and a digest of the values."""
+
+    rows: int
+    publications: int
+    digest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stock:
+    """What a data set holds up to given times, and what came into it lately, in one snapshot.
+
+    Attributes:
+        made: when the data set was made, which tells it from an earlier one of its name.
+        batch: number of the last batch before any that is still at work; 0 for none.
+        news: batches after a given one that brought anything: number, new rows, changed rows.
+        extents: by series and time; none where nothing is stored up to then, or nothing was counted.
+    """
+
+    made: str
+    batch: int
+    news: tuple[tuple[int, int, int], ...]
+    extents: Mapping[tuple[str, int], Extent]
 
 
 class SeriesStore:
@@ -277,6 +304,35 @@ class SeriesStore:
                 records = [dict(row) for row in connection.execute(statement).mappings()]
         return pl.DataFrame(records, schema=_BATCH_COLUMNS).with_columns(_utc("started"), _utc("finished"))
 
+    def stock(
+        self, name: str, ends: pl.DataFrame, columns: Sequence[str], *, after: int = 0, only_if_news: bool = False
+    ) -> Stock:
+        """Return what is stored of series up to some times, and the batches after number ``after``.
+
+        Args:
+            name: the dataset.
+            ends: ``series_id, time``, times as the store keeps them (microseconds since 1970, or integer time).
+            columns: whose values to watch; those that are not stored are left out, all of them where none is.
+            after: number of a batch.
+            only_if_news: count nothing where nothing came after it: counting reads the whole history.
+
+        Raises:
+            DataError: the dataset is unknown.
+            BackendError: the database did not answer.
+        """
+        with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
+            dataset = definition(connection, name)
+            made = connection.execute(select(DATASETS.c.created).where(DATASETS.c.id == dataset.id)).scalar_one()
+            fields = (BATCHES.c.id, BATCHES.c.status, BATCHES.c.rows_new, BATCHES.c.rows_changed)
+            since = select(*fields).where(BATCHES.c.dataset == name, BATCHES.c.id > after).order_by(BATCHES.c.id)
+            batches = connection.execute(since).all()
+            done = [row for row in batches if row.status == "done" and (row.rows_new or row.rows_changed)]
+            news = tuple((row.id, row.rows_new, row.rows_changed) for row in done)
+            counted = {} if only_if_news and not news else _extents(connection, dataset, ends, columns)
+        at_work = min((row.id for row in batches if row.status == "running"), default=None)
+        ended = [row.id for row in batches if at_work is None or row.id < at_work]
+        return Stock(made=made.isoformat(), batch=max(ended, default=after), news=news, extents=counted)
+
     def remove(self, name: str) -> None:
         """Remove a dataset with its rows, series and labels; its batch records stay.
 
@@ -290,6 +346,44 @@ class SeriesStore:
             for table in (SERIES, LABELS):
                 connection.execute(delete(table).where(table.c.dataset_id == dataset.id))
             connection.execute(delete(DATASETS).where(DATASETS.c.id == dataset.id))
+
+
+_WEIGHTS = 1_009  # a prime: neighbours in time differ in weight, so that values which changed places are seen
+
+
+def _extents(
+    connection: Connection, dataset: Definition, ends: pl.DataFrame, columns: Sequence[str]
+) -> dict[tuple[str, int], Extent]:
+    """Return what is stored up to some times, by one grouped query over the key of the table."""
+    table = dataset.table()
+    watched = [dataset.columns[name] for name in columns if name in dataset.columns] or list(dataset.columns.values())
+    stage = stage_rows(connection, [], ends.select("series_id", "time").unique(), has_vintages=False)
+    rows = func.count(table.c.time.distinct()) if dataset.has_vintages else func.count()
+    sums = [_sum(connection, table.c[name], table.c.time) for name in watched]
+    statement = (
+        select(stage.c.series_id, stage.c.time, rows, func.count(), *sums)
+        .join_from(stage, table, (stage.c.series_id == table.c.series_id) & (table.c.time <= stage.c.time))
+        .where(or_(*(table.c[name].is_not(None) for name in watched)))
+        .group_by(stage.c.series_id, stage.c.time)
+    )
+    found = connection.execute(statement).all()
+    stage.drop(connection)
+    return {(row[0], row[1]): _extent(*row[2:]) for row in map(tuple, found)}
+
+
+def _sum(connection: Connection, column: ColumnElement[Any], time: ColumnElement[int]) -> ColumnElement[Any]:
+    """Return a sum that a changed, added or removed value changes, and the order of summing does not.
+
+    PostgreSQL sums in any order, so the numbers are decimal ones there; SQLite sums in the order of its key.
+    """
+    value = func.coalesce(column, 0.618)  # a missing value is not 0
+    weight = func.abs(time % _WEIGHTS) + 1
+    exact = cast(value, Numeric) if connection.dialect.name == "postgresql" else value
+    return func.sum(exact * weight)
+
+
+def _extent(rows: int, publications: int, *sums: object) -> Extent:
+    return Extent(rows, publications, zlib.crc32(" ".join(map(str, sums)).encode()))
 
 
 _DATASET_COLUMNS: dict[str, Any] = {

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from tsforge.core import atomic
-from tsforge.core.atomic import atomic_directory, atomic_file
+from tsforge.core.atomic import atomic_directory, atomic_file, remove_leftovers
 from tsforge.core.errors import BackendError
 
 
@@ -35,6 +35,17 @@ def test_file_keeps_its_content_when_the_writer_fails(tmp_path: Path) -> None:
         raise RuntimeError("boom")
     assert target.read_text(encoding="utf-8") == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("a.txt", ".hidden", "b.tmp"):
+        (tmp_path / name).write_text("kept", encoding="utf-8")
+    killed = atomic_file(tmp_path / "a.txt")
+    killed.__enter__()  # and never ended
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "a.txt", "b.tmp"]
 
 
 def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
