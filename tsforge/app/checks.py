@@ -228,7 +228,8 @@ def _sparse_columns(frame: SeriesFrame, check: NullShareCheck, as_of: datetime) 
     table = shares.agg(pl.col(columns).is_null().mean()).unpivot(index="series_id")
     bad = table.filter(pl.col("value") > check.max_share)
     failures = [f"{name}.{column} {share:.0%}" for name, column, share in bad.iter_rows()]
-    missing = [name for name in frame.series_ids if name not in set(table["series_id"])]
+    there = set(table["series_id"])
+    missing = [name for name in frame.series_ids if name not in there]
     failures += [f"{name} has no row at all" for name in missing]
     return failures, f"target(s) lack more than {check.max_share:.0%} of their values in the last {check.span}"
 

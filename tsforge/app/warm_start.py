@@ -141,9 +141,7 @@ def _shown(late: Mapping[str, int]) -> str:
     return listing((f"{name} {rows}" for name, rows in late.items()), 10) or "0"
 
 
-def check_blind(
-    earlier: Artifact, panel: Panel, train_stop: int, held_out: tuple[str, ...], data: DataConfig
-) -> None:
+def check_blind(earlier: Artifact, panel: Panel, train_stop: int, held_out: tuple[str, ...], data: DataConfig) -> None:
     """Refuse weights that know what the new fit is graded on, or that belong to other inputs.
 
     Args:

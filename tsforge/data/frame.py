@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -189,7 +189,8 @@ class SeriesFrame:
             DataError: a series is unknown.
         """
         known = self.series_ids
-        unknown = [name for name in ids if name not in set(known)]
+        there = set(known)
+        unknown = [name for name in ids if name not in there]
         if unknown:
             hint = nearest(str(unknown[0]), known)
             raise DataError(f"unknown series {listing(unknown)}{hint} (known: {listing(known, 10)})")
@@ -229,13 +230,16 @@ class SeriesFrame:
 
     def last_observed(self) -> pl.DataFrame:
         """Return ``series_id, time`` of each series' last row with any observed target (null where there is none)."""
+        return self._observed(pl.Expr.max)
+
+    def first_observed(self) -> pl.DataFrame:
+        """Return ``series_id, time`` of each series' first row with any observed target (null where there is none)."""
+        return self._observed(pl.Expr.min)
+
+    def _observed(self, which: Callable[[pl.Expr], pl.Expr]) -> pl.DataFrame:
         seen = pl.any_horizontal(pl.col(self._schema.targets).is_not_null())
-        return (
-            self._table.lazy()
-            .group_by("series_id", maintain_order=True)
-            .agg(pl.col("time").filter(seen).max())
-            .collect()
-        )
+        times = which(pl.col("time").filter(seen))
+        return self._table.lazy().group_by("series_id", maintain_order=True).agg(times).collect()
 
     def extend(self, steps: int) -> SeriesFrame:
         """Return a frame in which each series has at least ``steps`` rows after its last observed target.
@@ -251,7 +255,18 @@ class SeriesFrame:
         end = self._offset + np.diff(self._indptr)
         seen = self.last_observed()["time"]
         last = seen.fill_null(self._grid.time_at(end - 1))
-        missing = np.maximum(self._grid.index_of(last) + 1 + steps - end, 0)
+        return self._longer(self._grid.index_of(last) + 1 + steps - end)
+
+    def extend_to(self, stop: int) -> SeriesFrame:
+        """Return a frame in which the rows of each series reach at least to row ``stop`` of the grid, not included.
+
+        Rows that exist stay as they are; new ones are null.
+        """
+        return self._longer(stop - self._offset - np.diff(self._indptr))
+
+    def _longer(self, missing: Ints) -> SeriesFrame:
+        """Return a frame with so many null rows more at the end of each series; none where negative."""
+        missing, end = np.maximum(missing, 0), self._offset + np.diff(self._indptr)
         if not missing.any():
             return self
         owner = np.repeat(np.arange(len(missing)), missing)

@@ -324,7 +324,8 @@ _Arrays: TypeAlias = tuple[Floats, Bools, Ints, Ints, "Floats | None"]
 def _reordered(arrays: _Arrays, ids: tuple[str, ...], wanted: tuple[str, ...]) -> _Arrays:
     """Return the arrays with series in the wanted order; wanted series that are absent get no rows and static 0."""
     values, observed, indptr, offset, static = arrays
-    unknown = [name for name in ids if name not in set(wanted)]
+    there = set(wanted)
+    unknown = [name for name in ids if name not in there]
     if unknown:
         raise DataError(
             f"{len(unknown)} of {len(ids)} series are unknown to the model ({listing(unknown)}"

@@ -390,7 +390,8 @@ def _cutoffs(panel: Panel, cutoffs: TimeLike | Mapping[str, TimeLike] | None, *,
     """Return series and absolute index of the first forecast row."""
     present = np.arange(panel.num_series) if aligned else np.flatnonzero(panel.lengths)
     if isinstance(cutoffs, Mapping):
-        unknown = [name for name in cutoffs if name not in set(panel.series_ids)]
+        there = set(panel.series_ids)
+        unknown = [name for name in cutoffs if name not in there]
         if unknown:
             raise DataError(
                 f"unknown series {listing(unknown)}{nearest(str(unknown[0]), panel.series_ids)} in the cutoffs"
@@ -430,7 +431,7 @@ def _check_contexts(
         raise DataError(
             f"{int(short.sum())} of {len(series)} series have fewer than {spec.context_length} rows up to the cutoff "
             f"(first: '{panel.series_ids[series[index]]}' with {rows}); bring more history or "
-            "allow padded contexts (cold_start=pad)"
+            "allow padded contexts (cold_start=pad; of a batch forecast.cold_start=pad)"
         )
 
 

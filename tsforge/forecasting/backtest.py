@@ -41,7 +41,7 @@ from tsforge.forecasting.backtest_cold import (
 from tsforge.forecasting.backtest_forecasts import Truth, forecasts_at, forecasts_of_vintages, lacking_known
 from tsforge.forecasting.baselines import BASELINES, TrainingSpan, fit_baseline, frame_season
 from tsforge.forecasting.coherent import make_coherence, reconciled_name, with_level_errors
-from tsforge.forecasting.comparison import KEYS, compare, window_losses
+from tsforge.forecasting.comparison import KEYS, common_windows, compare, window_losses
 from tsforge.forecasting.online_backtest import with_online
 from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.predict import offered_levels
@@ -172,10 +172,8 @@ def backtest(
         raise ConfigError(f"backtest.truth={config.truth} has no effect: the data has one value a cell (see published)")
     if config.online is not None and isinstance(history, VintageFrame):
         raise ConfigError("backtest.online learns from one value a cell, and this data has revisions; leave it out")
-    if config.cold_start is not None:
-        if isinstance(history, VintageFrame):
-            raise ConfigError("backtest.cold_start takes one value a cell, and this data has revisions; leave it out")
-        check_cold(frame, config.cold_start)
+    if config.cold_start is not None and isinstance(history, VintageFrame):
+        raise ConfigError("backtest.cold_start takes one value a cell, and this data has revisions; leave it out")
     joint = None
     if config.reconcile is not None:
         if structure is None:
@@ -189,6 +187,8 @@ def backtest(
     season = frame_season(known_at(history, frame.grid.time_at(int(folds[0].cutoffs[0]))), config.season_length)
     _check_season(frame, config, folds[0], steps)
     check_regimes(frame, config.regimes, config.regime_column)
+    if config.cold_start is not None:
+        check_cold(frame, config.cold_start, [fold.cutoffs for fold in folds])
     parts: list[pl.DataFrame] = []
     scales: list[pl.DataFrame] = []
     labels: list[pl.DataFrame] = []
@@ -226,7 +226,7 @@ def backtest(
     known = _Known(scales=pl.concat(scales), labels=pl.concat(labels), levels=levels, folds=costs)
     report = _report(forecasts, known, (config, steps, season), frame.series_ids)
     report = with_cold_start(report, [name or next(iter(levels)) for name in fits], config.cold_start)
-    return with_online(report if joint is None else with_level_errors(report, *joint), config.online)
+    return with_online(report if joint is None else with_level_errors(report, *joint), config.online, known.scales)
 
 
 def _check_season(frame: SeriesFrame, config: BacktestConfig, fold: _Fold, steps: int) -> None:
@@ -391,23 +391,11 @@ def _labels(
     return pl.concat(parts)
 
 
-def _common_windows(forecasts: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-    """Return the forecasts of windows that every model has, and a note about the others."""
-    windows = forecasts.select("model", "series_id", "cutoff").unique()
-    number = windows["model"].n_unique()
-    shared = windows.group_by("series_id", "cutoff").len().filter(pl.col("len") == number).drop("len")
-    common = forecasts.join(shared, on=["series_id", "cutoff"], how="semi", maintain_order="left")
-    total = windows.select("series_id", "cutoff").unique().height
-    if shared.height == total:
-        return common, []
-    return common, [f"{total - shared.height} of {total} windows are not graded: some model had too little history"]
-
-
 def _report(
     forecasts: pl.DataFrame, known: _Known, about: tuple[BacktestConfig, int, int], series: Sequence[str]
 ) -> BacktestReport:
     config, steps, season = about
-    common, notes = _common_windows(forecasts)
+    common, notes = common_windows(forecasts)
     graded = common.filter(pl.col("actual").is_not_null())["series_id"].unique()
     if not graded.len():
         raise DataError("no observed cell to grade: the series are too short for the context, or all missing there")

@@ -15,7 +15,7 @@ cutoff of the new ones nothing may be seen but their last K rows. They are forec
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from tsforge.data.panel import Panel
 from tsforge.forecasting.backtest_cold_page import FULL, NAIVE, cold_name, cold_notes, cold_records
 from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.baselines import frame_season
-from tsforge.forecasting.cold_start import ALL, ColdStartConfig, predict_cold
+from tsforge.forecasting.cold_start import ALL, NEIGHBOURS, ColdStartConfig, predict_cold
 from tsforge.forecasting.predict import offered_levels
 from tsforge.forecasting.report import BacktestReport
 from tsforge.forecasting.window_forecasts import FloatArray
@@ -69,7 +69,9 @@ class ColdBacktest(Config):
     def _ascending(cls, rows: tuple[int, ...]) -> tuple[int, ...]:
         if not rows or min(rows) < 0:
             raise ValueError("give at least one number of rows, 0 or more")
-        return tuple(sorted(set(rows)))
+        if len(set(rows)) < len(rows):
+            raise ValueError(f"{list(rows)} names a number of rows twice; give each once")
+        return tuple(sorted(rows))
 
     def model_post_init(self, context: object, /) -> None:
         """Refuse settings of another likeness."""
@@ -100,6 +102,11 @@ class _Data:
         panel, index = self._panel, self._place[name]
         low = int(panel.indptr[index])
         return low, int(panel.indptr[index + 1]), low + cutoff + 1 - int(panel.offset[index])
+
+    def history(self, name: str, cutoff: int) -> int:
+        """Return how many rows a series has up to a cutoff."""
+        low, high, stop = self._span(name, cutoff)
+        return max(0, min(stop, high) - low)
 
     def able(self, names: Sequence[str], cutoff: int, rows: int, ahead: int = 0) -> list[str]:
         """Return the series that have so many rows up to the cutoff, an observed target among them, and rows ahead."""
@@ -150,16 +157,41 @@ def new_groups(series_ids: Sequence[str], config: ColdBacktest) -> list[tuple[st
     return [tuple(sorted(str(name) for name in part)) for part in np.array_split(names, config.groups)]
 
 
-def check_cold(frame: SeriesFrame, config: ColdBacktest) -> None:
+def check_cold(frame: SeriesFrame, config: ColdBacktest, folds: Iterable[NDArray[np.int64]]) -> None:
     """Refuse what the data cannot give before anything is fitted.
 
+    Args:
+        frame: all data.
+        config: which series are new, and how much of them may be seen.
+        folds: the cutoffs of each fit, rows on the frame's grid.
+
     Raises:
-        ConfigError: fewer series than groups.
+        ConfigError: fewer series than groups, fewer old series than neighbours, or more rows of history than the new
+            series have at any cutoff of a fit.
         DataError: likeness by static features of series that have none.
     """
-    new_groups(frame.series_ids, config)
-    if config.like == "static" and frame.static is None:
-        raise DataError("backtest.cold_start.like=static needs static features; declare data.static, or use like=mean")
+    groups = new_groups(frame.series_ids, config)
+    if config.like == "static":
+        if frame.static is None:
+            raise DataError(
+                "backtest.cold_start.like=static needs static features; declare data.static, or use like=mean"
+            )
+        wanted, total = config.neighbours or NEIGHBOURS, len(frame.series_ids)
+        old = total - max(map(len, groups))
+        if wanted > old:
+            raise ConfigError(
+                f"backtest.cold_start.neighbours is {wanted}, and only {old} of {total} series are not new at a time; "
+                "lower it, or raise groups"
+            )
+    data = _Data(frame)
+    longest = min(
+        max(data.history(name, int(at)) for name in new for at in cutoffs) for cutoffs in folds for new in groups
+    )
+    if max(config.rows) > longest:
+        raise ConfigError(
+            f"backtest.cold_start.rows has {max(config.rows)}, and at the cutoffs of some fit no new series has more "
+            f"than {longest} rows; lower it, or move the cutoffs (fewer, or with a shorter stride)"
+        )
 
 
 def cold_forecasts(
@@ -183,9 +215,10 @@ def cold_forecasts(
     )
     first = frame.grid.time_at(int(fold.cutoffs[0]))
     for number, new in enumerate(new_groups(frame.series_ids, config)):
-        old = tuple(name for name in frame.series_ids if name not in set(new))
+        group = set(new)
+        old = tuple(name for name in frame.series_ids if name not in group)
         begun = frame.until(first)
-        seen = begun.select_series([name for name in begun.series_ids if name in set(old)])
+        seen = begun.select_series([name for name in begun.series_ids if name not in group])
         base = {"fold": fold.number, "cutoff": first, "num_cutoffs": len(fold.cutoffs), "group": number}
         context = 1
         for name, fit in fits.items():
@@ -240,10 +273,11 @@ def _of_model(
                 if (part := _cold(artifact, data, series, int(at), wanted, config)) is not None
             ]
             if not found:
+                ahead = ", and known covariates over the trained horizon" if artifact.schema.known else ""
                 raise DataError(
-                    f"{label} with {kept} rows of history: at none of {len(fold.cutoffs)} cutoffs another series has "
-                    f"{artifact.window.context_length} rows, and its known covariates over the trained horizon; move "
-                    "the cutoffs or shorten the context"
+                    f"{label} with {kept} rows of history: at none of {len(fold.cutoffs)} cutoffs a new series has "
+                    f"these and another series {artifact.window.context_length} rows, some observed{ahead}; move the "
+                    "cutoffs, lower backtest.cold_start.rows or shorten the context"
                 )
             table = pl.concat(found)
         yield table, levels, {"model": cold_name(label, kept), "predict_seconds": time.perf_counter() - started}

@@ -15,7 +15,7 @@ intervals. That series are exchangeable is the one assumption.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ from tsforge.forecasting.window_forecasts import FloatArray, evaluating, forecas
 _LOG = get_logger(__name__)
 ALL = "*"
 NEIGHBOURS = 5
+_PAIRS = 2_000_000  # errors of one step and variate that calibrate a series without a row, at most
 
 
 class ColdStartConfig(Config):
@@ -111,8 +112,12 @@ def predict_cold(
     levels = tuple(sorted(offered_levels(artifact) if quantile_levels is None else quantile_levels))
     rows = history_rows(visible, cutoff)
     short = {name: count for name, count in rows.items() if count < artifact.window.context_length}
-    if config.short == "refuse":
-        short = {}  # predict names them
+    if short and config.short == "refuse":
+        raise DataError(
+            f"{len(short)} of {len(rows)} series have fewer than {artifact.window.context_length} rows from their "
+            f"first observed target to the cutoff ({listing(short)}); bring more history, leave them out, or take "
+            "cold_start.short=pad"
+        )
     warm = [name for name in visible.series_ids if name not in short]
     if not warm:
         raise DataError(f"all {len(short)} series are shorter than the context; there is none to learn intervals from")
@@ -128,7 +133,8 @@ def predict_cold(
     for kept in sorted({_rounded(count) for count in short.values()}):
         names = [name for name, count in short.items() if _rounded(count) == kept]
         tables.append(_short(artifact, visible.select_series(names), (cutoff, steps, levels), (past, at, kept)))
-    fitted = [name for name in warm if name in set(artifact.series_ids) - _held_out(artifact)]
+    seen = set(artifact.series_ids) - _held_out(artifact)
+    fitted = [name for name in warm if name in seen]
     models = _models(config, static, fitted)
     near = any(isinstance(model, tuple) for model in models.values())
     others = _neighbours_of(config, static, donors, fitted) if near else None
@@ -145,14 +151,15 @@ def predict_cold(
 
 
 def history_rows(frame: SeriesFrame, cutoff: TimeLike | None = None) -> dict[str, int]:
-    """Return the rows of each series from its first to the cutoff (default its last observed row), both included."""
-    last = frame.last_observed()["time"]
-    end = frame.offset - 1 + np.diff(frame.indptr)
-    seen = np.array(
-        [int(stop) if time is None else frame.grid.floor(time) for time, stop in zip(last, end, strict=True)]
-    )
-    stop = seen if cutoff is None else np.full(len(seen), frame.grid.floor(cutoff))
-    return {name: int(count) for name, count in zip(frame.series_ids, stop + 1 - frame.offset, strict=True)}
+    """Return the rows of each series from its first observed one to the cutoff (default its last observed row), both
+    included; 0 where nothing is observed. Rows before the first value tell no more than rows that are not there.
+    """
+    first, last = frame.first_observed()["time"], frame.last_observed()["time"]
+    found = {}
+    for name, begin, end in zip(frame.series_ids, first, last, strict=True):
+        stop = end if cutoff is None else cutoff
+        found[name] = 0 if begin is None else frame.grid.floor(stop) + 1 - frame.grid.floor(begin)
+    return found
 
 
 def _check_like(like: Mapping[str, str | dict[str, float]], frame: SeriesFrame) -> None:
@@ -208,8 +215,8 @@ def _neighbours_of(
 
 def _donors(artifact: Artifact, past: SeriesFrame, warm: Sequence[str]) -> tuple[SeriesFrame, list[str], bool]:
     """Return the past of the series that calibrate, their names, and whether the fit never saw them."""
-    kept = _held_out(artifact)
-    strangers = [name for name in warm if name in kept or name not in set(artifact.series_ids)]
+    seen = set(artifact.series_ids) - _held_out(artifact)
+    strangers = [name for name in warm if name not in seen]
     names = strangers if len(strangers) > 1 else list(warm)
     return past.select_series(names), names, len(strangers) > 1
 
@@ -370,7 +377,8 @@ def likeness_margins(
         others: series -> those whose mean stands for it; only these series calibrate.
 
     Returns:
-        ``step, variate, coverage, margin``; infinite where the errors are too few.
+        ``step, variate, coverage, margin``; infinite where the errors are too few. Of hundreds of series not all pairs
+        are tried, but some two million of them, drawn once and so that all series count alike.
 
     Raises:
         DataError: fewer than two series.
@@ -390,14 +398,40 @@ def likeness_margins(
             pl.col("number") > 1
         )
     else:
-        each = held_out.select(*keys, other="mean", whose="series_id")
-        pairs = held_out.join(each, on=keys).filter(pl.col("series_id") != pl.col("whose"))
+        return _margins(_pair_errors(held_out), coverages)
     scored = pairs.drop_nulls("actual").with_columns(error=(pl.col("actual") - pl.col("other")).abs())
+    groups = scored.group_by(["step", "variate"], maintain_order=True)
+    return _margins(((*key, part["error"].to_numpy()) for key, part in groups), coverages)
+
+
+def _pair_errors(held_out: pl.DataFrame) -> Iterator[tuple[Any, Any, FloatArray]]:
+    """Yield step, variate and the errors of each series' forecast for every other series.
+
+    Of many series, every one stands in for as many others as make ``_PAIRS`` errors, drawn once.
+    """
+    codes = held_out.with_columns(pl.col("series_id", "cutoff").rank("dense").cast(pl.Int64) - 1)
+    series, cutoffs = int(codes["series_id"].max()) + 1, int(codes["cutoff"].max()) + 1  # type: ignore[arg-type]
+    count = min(max(_PAIRS // (series * cutoffs), 1), series - 1)
+    draw = np.random.default_rng(0)
+    order, shifts = draw.permutation(series), draw.choice(np.arange(1, series), count, replace=False)
+    others = order[(np.argsort(order)[:, None] + shifts) % series]  # [series, count]; each other one as often
+    for (step, variate), part in codes.group_by(["step", "variate"], maintain_order=True):
+        place = part["series_id"].to_numpy(), part["cutoff"].to_numpy()
+        mean, actual = np.full((2, series, cutoffs), np.nan)
+        mean[place], actual[place] = (
+            part["mean"].to_numpy(),
+            part["actual"].cast(pl.Float64).fill_null(np.nan).to_numpy(),
+        )
+        errors = np.abs(actual[:, None] - mean[others])  # [series, count, cutoffs]
+        yield step, variate, errors[np.isfinite(errors)]
+
+
+def _margins(errors: Iterable[tuple[Any, Any, FloatArray]], coverages: set[float]) -> pl.DataFrame:
+    """Return the half-widths of each step and variate that has errors, as ``likeness_margins``."""
     records = []
-    for (step, variate), part in scored.group_by(["step", "variate"], maintain_order=True):
-        errors = part["error"].to_numpy()[:, None]
-        for coverage in coverages:
-            margin = float(conformal_margin(errors, np.isfinite(errors), coverage)[0][0])
+    for step, variate, found in errors:
+        for coverage in coverages if len(found) else ():
+            margin = float(conformal_margin(found[:, None], np.isfinite(found)[:, None], coverage)[0][0])
             records.append({"step": step, "variate": variate, "coverage": coverage, "margin": margin})
     schema = {"step": pl.Int32, "variate": pl.String, "coverage": pl.Float64, "margin": pl.Float64}
     return pl.DataFrame(records, schema=schema)

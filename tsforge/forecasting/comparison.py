@@ -54,6 +54,18 @@ class Comparison:
     facts: Mapping[str, Any]
 
 
+def common_windows(forecasts: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Return the forecasts of windows that every model has, and a note about the others."""
+    windows = forecasts.select("model", "series_id", "cutoff").unique()
+    number = windows["model"].n_unique()
+    shared = windows.group_by("series_id", "cutoff").len().filter(pl.col("len") == number).drop("len")
+    common = forecasts.join(shared, on=["series_id", "cutoff"], how="semi", maintain_order="left")
+    total = windows.select("series_id", "cutoff").unique().height
+    if shared.height == total:
+        return common, []
+    return common, [f"{total - shared.height} of {total} windows are not graded: some model had too little history"]
+
+
 def window_losses(cells: pl.DataFrame, *, scaled: bool) -> pl.DataFrame:
     """Return ``series_id, variate, cutoff, loss``: the mean error of each window; without unit, no row."""
     name = "scaled" if scaled else "absolute"

@@ -306,10 +306,7 @@ def check_calibration(calibration: pl.DataFrame, levels: Sequence[float], *, has
 def _codes(calibration: pl.DataFrame, origins: Origins, steps: int) -> IntArray:
     """Return the place of each cell's label [N, H, V] among the sorted labels of the table; last = other."""
     kind: BucketKind = calibration["by"][0]
-    edges = {
-        variate: tuple(part["above"].drop_nulls().unique().sort().to_list())
-        for (variate,), part in calibration.group_by("variate")
-    }
+    edges = {str(variate): _edges(part) for (variate,), part in calibration.group_by("variate")}
     labels = origins.labels(kind, steps, edges)
     names = np.asarray(_names(calibration))
     place = np.minimum(np.searchsorted(names, labels), max(len(names) - 1, 0))
@@ -322,6 +319,13 @@ def _codes(calibration: pl.DataFrame, origins: Origins, steps: int) -> IntArray:
             kind,
         )
     return np.where(known, place, len(names))
+
+
+def _edges(calibration: pl.DataFrame) -> tuple[float, float]:
+    """Return where the thirds of one variate begin; both, also where they coincide or no window fell in between."""
+    above: dict[str, float] = dict(calibration.drop_nulls("above").select("bucket", "above").unique().iter_rows())
+    high = above.get("high", math.inf)
+    return above.get("middle", high), high
 
 
 def _names(calibration: pl.DataFrame) -> list[str]:

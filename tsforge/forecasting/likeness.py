@@ -14,6 +14,8 @@ import polars as pl
 
 from tsforge.core.errors import ConfigError, DataError, listing, nearest
 
+_ROUNDING = 1e-12  # relative: numbers that differ by less are the same
+
 
 def nearest_series(
     static: pl.DataFrame | None,
@@ -52,9 +54,8 @@ def nearest_series(
         if name in categories:
             distance += values != features[name]
             continue
-        spread = float(values.std())
-        if spread > 0.0:
-            distance += ((values - features[name]) / spread) ** 2
+        if np.ptp(values) > _ROUNDING * np.abs(values).max():  # the deviation of a constant is rounding, not 0
+            distance += ((values - features[name]) / values.std()) ** 2
     order = np.argsort(distance, kind="stable")[:count]  # rows are in the order of names
     return tuple(old["series_id"].gather(order).to_list())
 

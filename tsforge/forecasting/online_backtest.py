@@ -10,6 +10,7 @@ from dataclasses import replace
 import polars as pl
 
 from tsforge.core.errors import DataError
+from tsforge.forecasting.comparison import common_windows
 from tsforge.forecasting.online_conformal import OnlineConformal
 from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.report import BacktestReport
@@ -50,15 +51,16 @@ def online_forecasts(forecasts: pl.DataFrame, state: OnlineConformal) -> tuple[p
     return pl.concat(tables), pl.concat(statuses)
 
 
-def with_online(report: BacktestReport, config: OnlineConfig | None) -> BacktestReport:
+def with_online(report: BacktestReport, config: OnlineConfig | None, scales: pl.DataFrame) -> BacktestReport:
     """Return the report with adapted intervals beside those of every model that has some; as it is without ``config``.
 
-    Forecasts and metrics gain rows of a model ``NAME+online``: the same means, other quantiles. Ranks stay as they are,
-    since the means do. A note for each model compares coverages.
+    Forecasts and metrics gain rows of a model ``NAME+online``: the same means, other quantiles, graded on the same
+    cells. Ranks stay as they are, since the means do. A note for each model compares coverages.
 
     Args:
         report: a finished backtest.
         config: how intervals learn; None adapts nothing.
+        scales: units of the scaled metrics, as in ``score_cells``.
 
     Raises:
         DataError: no model has intervals.
@@ -69,6 +71,7 @@ def with_online(report: BacktestReport, config: OnlineConfig | None) -> Backtest
     able = [model for model, found in levels.items() if len(found) > 1]
     if not able:
         raise DataError("online intervals need forecasts with intervals; calibrate, or choose a likelihood")
+    common, _ = common_windows(report.forecasts)
     forecasts, metrics, notes = [report.forecasts], [report.metrics], list(report.notes)
     for model in able:
         table = report.forecasts.filter(model=model)
@@ -77,9 +80,9 @@ def with_online(report: BacktestReport, config: OnlineConfig | None) -> Backtest
         adapted, _ = online_forecasts(table.drop("model", *empty), state)
         name = model + SUFFIX
         forecasts.append(adapted.select(pl.lit(name).alias("model"), pl.all()))
-        graded = report.forecasts.filter(model=model).select("series_id", "cutoff").unique()
-        cells = score_cells(adapted.join(graded, on=["series_id", "cutoff"], how="semi"), levels[model])
-        static = score_cells(table, levels[model])
+        graded = common.filter(model=model)
+        cells = score_cells(adapted.join(graded, on=["series_id", "cutoff"], how="semi"), levels[model], scales)
+        static = score_cells(graded, levels[model])
         metrics.append(metric_table(cells).select(pl.lit(name).alias("model"), pl.all()))
         notes.append(_note(name, static, cells, state.tally))
     settings = dict(report.settings)

@@ -80,6 +80,8 @@ def predict(
     steps = _steps(artifact, horizon, rollout)
     levels = offered_levels(artifact) if quantile_levels is None else checked_levels(artifact, quantile_levels)
     panel, windows = prediction_windows(artifact, frame, cutoff, max(steps, trained))
+    if levels:
+        _tell_late_starts(artifact, panel, windows)
     forecasts = (_rolled if steps > trained else direct_forecasts)(artifact, windows, levels, steps)
     table = forecast_table(forecasts, panel, levels, keep=published_windows(artifact, panel, forecasts))
     metadata = {
@@ -91,6 +93,30 @@ def predict(
         "rolled_from_step": trained + 1 if steps > trained else None,
     }
     return Forecast(table=table, quantile_levels=levels, metadata=metadata)
+
+
+def _tell_late_starts(artifact: Artifact, panel: Panel, windows: WindowDataset) -> None:
+    """Warn of windows whose series begins within them: their leading rows are there, but nothing is observed in them.
+
+    Series without those rows are refused. A gap is a gap to the model, so these are not, but their intervals are those
+    of a whole history.
+    """
+    if artifact.network.capabilities.rows_coupled:
+        return  # aligned windows are masked where a series has not begun
+    series = windows.series_index
+    low, high = panel.indptr[series], panel.indptr[series + 1]
+    first = low + windows.cutoff_index - panel.offset[series] - artifact.window.context_length
+    running = np.concatenate([[0], np.cumsum(panel.target_observed.any(axis=1))])
+    late = running[np.clip(first + 1, low, high)] == running[low]
+    if late.any():
+        _LOG.warning(
+            "%d of %d series have no observed target in the first of the %d rows up to the cutoff, nor before (%s); "
+            "their intervals are as narrow as those of a whole history, cold_start=pad gives wider ones",
+            int(late.sum()),
+            len(series),
+            artifact.window.context_length,
+            listing([panel.series_ids[index] for index in series[late]]),
+        )
 
 
 def prediction_windows(
@@ -133,10 +159,9 @@ def artifact_panel(artifact: Artifact, frame: SeriesFrame) -> Panel:
 
 def padded_panel(artifact: Artifact, frame: SeriesFrame, stop: int) -> Panel:
     """Return the panel with every series reaching at least to row ``stop``, so that windows may end after the data."""
-    panel = artifact_panel(artifact, frame)
-    last = panel.last_observed()[panel.lengths > 0]
-    missing = int((stop - 1 - last).max(initial=0))
-    return panel if missing <= 0 else artifact_panel(artifact, frame.extend(missing))
+    origin = pl.Series([frame.grid.time_at(0)], dtype=frame.table["time"].dtype)
+    shift = int(artifact.grid.index_of(origin)[0])
+    return artifact_panel(artifact, frame.extend_to(stop - shift))
 
 
 def published_windows(artifact: Artifact, panel: Panel, forecasts: WindowForecasts) -> NDArray[np.bool_]:

@@ -182,8 +182,13 @@ def _codes(visible: SeriesFrame, column: str, variates: int) -> NDArray[np.str_]
     else:
         last = pl.col(column).drop_nulls().last()
         found = visible.table.group_by("series_id", maintain_order=True).agg(last)[column]
-    text = [UNKNOWN if value is None else f"{value:g}" for value in found.to_list()]
+    text = [UNKNOWN if value is None else _text(value) for value in found.to_list()]
     return np.repeat(np.array(text)[:, None], variates, axis=1)
+
+
+def _text(code: float) -> str:
+    """Return all digits of a code: two dates or long numbers must not become one regime."""
+    return str(int(code)) if float(code).is_integer() else repr(code)
 
 
 def _named(panel: Panel, kind: str, labels: NDArray[np.str_]) -> pl.DataFrame:

@@ -10,6 +10,7 @@ from tsforge.data.grid import parse_freq
 
 _DAY = 86_400_000_000  # microseconds
 _MIN_CORRELATION = 0.2  # a weaker echo would make the seasonal naive forecast noise
+_ROUNDING = 1e-12  # relative: a variate that moves by less is constant
 
 
 def season_length(freq: str, values: NDArray[np.floating] | None = None, *, declared: int | None = None) -> int:
@@ -45,19 +46,26 @@ def season_length(freq: str, values: NDArray[np.floating] | None = None, *, decl
 
 
 def find_season(values: NDArray[np.floating], max_lag: int = 1000) -> int:
-    """Return the lag with the strongest echo at its multiples in the differenced series, over all variates, else 1.
+    """Return the lag with the strongest echo at its multiples in the differenced series, else 1.
 
-    Seasons of 3 steps up to a sixth of the rows are looked for.
+    Echoes are averaged over the variates that vary. Seasons of 3 steps up to a sixth of the rows are looked for.
 
     Shapes:
         values [N, V], NaN where missing.
     """
-    change = np.diff(np.asarray(values, dtype=np.float64), axis=0)
+    values = np.asarray(values, dtype=np.float64)
+    change = np.diff(values, axis=0)
     number = len(change)
     longest = min(max_lag, number // 6)
     if longest < 4:
         return 1
-    correlation = np.mean([autocorrelation(column, 3 * longest + 3) for column in change.T], axis=0)
+    size = np.abs(np.nan_to_num(values)).max(axis=0)
+    varies = np.abs(np.nan_to_num(change)).max(axis=0) > _ROUNDING * size
+    found = [autocorrelation(column, 3 * longest + 3) for column in change.T[varies]]
+    found = [lags for lags in found if lags[0] > 0.0]  # a ramp changes by the same number everywhere
+    if not found:
+        return 1
+    correlation = np.mean(found, axis=0)
     inner = correlation[3 : longest + 1]
     valley = np.minimum.accumulate(correlation[2:longest])  # lag 1 left out: differencing noise digs one of its own
     peaks = (inner > correlation[2:longest]) & (inner >= correlation[4 : longest + 2]) & (valley < 0.5 * inner)
@@ -89,6 +97,6 @@ def autocorrelation(values: NDArray[np.float64], max_lag: int) -> NDArray[np.flo
 
     sums, counts = correlate(centred), np.round(correlate(present.astype(np.float64)))
     variance = sums[0] / counts[0]
-    if variance <= 1e-12 * max(1.0, float(np.abs(values[present]).max()) ** 2):
+    if variance <= 1e-12 * float(np.abs(values[present]).max()) ** 2:
         return np.zeros(max_lag + 1)
     return np.asarray(np.where(counts > 0, sums / np.maximum(counts, 1.0), 0.0) / variance)

@@ -246,8 +246,9 @@ class Learner:
     @cached_property
     def _status(self) -> str:
         """Column that says how the interval shown came about."""
-        pairs = central_intervals(self.online.levels)
-        return next(f"status_{100 * cover:g}" for cover, low, _ in pairs if low == self.shown[0])
+        named = [float(quantile_column(level)[1:]) for level in (*self.online.levels, self.shown[0])]
+        pairs = central_intervals(named[:-1])  # the state knows levels by the six digits of their columns
+        return next(f"status_{100 * cover:g}" for cover, low, _ in pairs if low == named[-1])
 
     def _check_known(self) -> None:
         """Check that every forecast to learn from has its known covariates over the whole horizon."""

@@ -17,6 +17,7 @@ SERIES_KINDS: tuple[ScalingKind, ...] = ("series", "series_max")  # forecast no 
 WINDOW_KINDS: tuple[ScalingKind, ...] = ("window", "window_mean", "last")
 IQR_TO_SD = 1.3489795003921634  # interquartile range of a standard Normal
 WINDOW_FLOOR = 1e-3  # smallest window scale, in standard deviations of the calmest training series
+_ORDINARY = 2.0**40  # sizes up to this and down to its inverse have squares well within single precision
 DIVERSE_LEVELS = 2.0  # spread of all series together, in those of the middle one, from which on levels count as apart
 DIVERSE_SPREADS = 3.0  # the same for the spread of a lively series in those of a calm one (0.9 and 0.1 quantile)
 _PRIOR_ROWS = 8.0  # of its context, that the usual relative spread weighs in the scale of a series not trained on
@@ -107,6 +108,19 @@ def masked_moments(
     return mean, (centred.square().sum(dim=-2) / count).sqrt()
 
 
+def moments_of_any_unit(
+    values: Float[Tensor, "*lead rows column"], mask: Bool[Tensor, "*lead rows column"], *, robust: bool = False
+) -> tuple[Float[Tensor, "*lead column"], Float[Tensor, "*lead column"]]:
+    """Return ``masked_moments`` also where squares would leave the range of single precision.
+
+    Values are measured in a power of two near the largest of their window, which changes no digit of the result.
+    """
+    peak = torch.where(mask, values.abs(), 0.0).amax(dim=-2, keepdim=True)
+    unit = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent.clamp(-120, 120))
+    location, spread = masked_moments(values / unit, mask, robust=robust)
+    return location * unit.squeeze(-2), spread * unit.squeeze(-2)
+
+
 def _safe(spread: Tensor, size: Tensor) -> Tensor:
     """Return ``spread``, or ``_unit_of_constant`` where it is rounding noise of values of that ``size``."""
     return torch.where(spread > 1e-9 * size, spread, _unit_of_constant(size))
@@ -173,6 +187,7 @@ class Scaler(nn.Module):
         self.unknown = unknown
         self.spec = spec
         self.is_fitted = kind == "none"
+        self._is_extreme = False
         variates = spec.num_variates
         self.register_buffer("global_loc", torch.zeros(variates))
         self.register_buffer("global_scale", torch.ones(variates))
@@ -227,7 +242,7 @@ class Scaler(nn.Module):
             loc, width = _covariate_stats(getattr(data, name), count)
             self._set(f"{name}_loc", loc)
             self._set(f"{name}_scale", width)
-        self.is_fitted = True
+        self._settle()
 
     def _fall_back(self, spread: Tensor, size: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Return a usable scale: a zero interquartile range (mostly constant data) falls back to the deviation."""
@@ -257,6 +272,13 @@ class Scaler(nn.Module):
                 old = getattr(self, name)
                 setattr(self, name, old.new_ones((stored.shape[0], old.shape[1])))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Note what the statistics say once and for all: a look at them for every batch would cost the usual unit."""
+        sizes = torch.cat([self.global_scale, self.series_scale.flatten(), self.floor]).double()
+        sizes = sizes[sizes > 0]
+        self._is_extreme = bool(((sizes > _ORDINARY) | (sizes < 1.0 / _ORDINARY)).any())
         self.is_fitted = True
 
     def stats(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -282,7 +304,8 @@ class Scaler(nn.Module):
         seen = batch.context_mask.any(dim=1, keepdim=True)
         if self.kind == "last":
             return torch.where(seen, _last_observed(context, batch.context_mask), loc), scale.expand(seen.shape)
-        centre, spread = masked_moments(context, batch.context_mask, robust=self.robust)
+        moments = moments_of_any_unit if self._is_extreme else masked_moments
+        centre, spread = moments(context, batch.context_mask, robust=self.robust)
         centre = torch.where(seen, centre.unsqueeze(1), loc)
         if self.kind == "window_mean":
             return centre, scale.expand(seen.shape)

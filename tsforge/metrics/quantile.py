@@ -108,7 +108,7 @@ def crps_normal(target: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> FloatAr
         z = (y - mu) / sigma
         density = _INV_SQRT_2PI * np.exp(-0.5 * np.square(z))
         spread = sigma * (z * (2.0 * ndtr(z) - 1.0) + 2.0 * density - _INV_SQRT_PI)
-    return np.where(sigma > 0, spread, np.abs(y - mu))
+    return np.where(sigma == 0, np.abs(y - mu), spread)  # a missing spread gives a missing score
 
 
 def crps_student_t(target: ArrayLike, mean: ArrayLike, scale: ArrayLike, df: ArrayLike) -> FloatArray:
@@ -131,7 +131,7 @@ def crps_student_t(target: ArrayLike, mean: ArrayLike, scale: ArrayLike, df: Arr
         density = np.exp(-(n + 1.0) / 2.0 * np.log1p(np.square(z) / n) - betaln(0.5, n / 2.0)) / np.sqrt(n)
         pairs = 2.0 * np.sqrt(n) / (n - 1.0) * np.exp(betaln(0.5, n - 0.5) - 2.0 * betaln(0.5, n / 2.0))
         spread = sigma * (z * (2.0 * stdtr(n, z) - 1.0) + 2.0 * density * (n + np.square(z)) / (n - 1.0) - pairs)
-    return np.where(sigma > 0, spread, np.abs(y - mu))
+    return np.where(sigma == 0, np.abs(y - mu), spread)  # a missing spread gives a missing score
 
 
 def crps_samples(target: ArrayLike, samples: ArrayLike, *, fair: bool = True) -> FloatArray:

@@ -14,9 +14,7 @@ from scipy import stats
 
 from tsforge.core.errors import DataError
 from tsforge.metrics.point import FloatArray
-from tsforge.metrics.significance import Significance
-
-_ROUNDING = 1e-6  # relative: the same forecasts summed in another order differ by less, forecasters by more
+from tsforge.metrics.significance import ROUNDING, Significance
 
 
 def skill_score(loss: ArrayLike, baseline: ArrayLike) -> FloatArray:
@@ -30,7 +28,7 @@ def better(ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.bool_]:
     """Return where a loss is smaller than another by more than rounding; NaN is no better than anything."""
     left, right = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     with np.errstate(invalid="ignore"):
-        return np.asarray(right - left > _ROUNDING * np.abs(right))
+        return np.asarray(right - left > ROUNDING * np.abs(right))
 
 
 def mean_ranks(losses: ArrayLike) -> FloatArray:

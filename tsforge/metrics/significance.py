@@ -3,7 +3,8 @@
 Two kinds of evidence. *Diebold-Mariano* takes losses in time order and allows for their autocorrelation; over a panel
 the differences of all series are averaged at every cutoff first, so that what moves all series at once counts once.
 *Wilcoxon* takes units that are independent of each other (series, or cutoffs whose forecasts do not overlap). Many
-models against one are corrected with Holm's step-down rule.
+models against one are corrected with Holm's step-down rule. Losses that differ by less than a millionth are equal to
+every test, as they are a tie to ranks: so small a difference is rounding, not skill, however regular it is.
 
 The long-run variance of n loss differences d has two estimates:
 
@@ -40,6 +41,7 @@ from tsforge.core.errors import DataError
 from tsforge.metrics.point import FloatArray
 
 Kernel = Literal["rectangular", "bartlett"]
+ROUNDING = 1e-6  # relative: the same forecasts summed in another order differ by less, forecasters by more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,7 @@ def panel_diebold_mariano(
         raise DataError(
             f"panel losses need two tables [series, cutoffs] of one shape, given {ours.shape, theirs.shape}"
         )
-    difference = ours - theirs
+    difference = _difference(ours, theirs)
     seen = ~np.isnan(difference)
     count = seen.sum(axis=0)
     average = np.where(seen, difference, 0.0).sum(axis=0)[count > 0] / count[count > 0]
@@ -182,8 +184,15 @@ def panel_diebold_mariano(
 
 
 def _differences(first: ArrayLike, second: ArrayLike) -> FloatArray:
-    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    difference = _difference(np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64))
     return np.asarray(difference[~np.isnan(difference)])
+
+
+def _difference(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Return first - second of any shape, 0 where they differ by rounding only."""
+    difference = first - second
+    rounding = np.abs(difference) <= ROUNDING * np.minimum(np.abs(first), np.abs(second))
+    return np.where(rounding, 0.0, difference)
 
 
 def _weighted_autocovariance(values: FloatArray, weights: FloatArray) -> float:

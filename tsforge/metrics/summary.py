@@ -12,6 +12,7 @@ from tsforge.metrics.point import FloatArray, absolute_error, squared_error, sym
 from tsforge.metrics.quantile import crps_quantiles, inside, interval_score, pinball
 
 KEYS = ("series_id", "cutoff", "step", "time", "variate")
+_SAME_LEVEL = 1e-6  # columns hold six digits of a level: q0.0833333 and q0.916667 are a pair
 SCOPES: dict[str, tuple[str, ...]] = {
     "overall": (),
     "series": ("series_id",),
@@ -28,7 +29,7 @@ def central_intervals(levels: Sequence[float]) -> list[tuple[float, float, float
     ordered = sorted(levels)
     pairs = []
     for low in ordered:
-        high = next((level for level in ordered if abs(level - (1.0 - low)) < 1e-9), None)
+        high = next((level for level in ordered if abs(level - (1.0 - low)) < _SAME_LEVEL), None)
         if low < 0.5 and high is not None:
             pairs.append((round(high - low, 9), low, high))
     return pairs

@@ -307,6 +307,7 @@ def test_the_page_says_what_it_is_worth(report: BacktestReport, tmp_path: Path) 
     [
         ({"cold_start": {"rows": []}}, "at least one number of rows"),
         ({"cold_start": {"rows": [-1]}}, "0 or more"),
+        ({"cold_start": {"rows": [0, 0, 8]}}, "names a number of rows twice"),
         ({"cold_start": {"neighbours": 3}}, "no effect with like=mean"),
         ({"cold_start": {"like": "static", "rows": [8]}}, "rows has no 0"),
         ({"cold_start": True, "online": True}, "no online, no reconcile"),
@@ -335,3 +336,25 @@ def test_data_and_models_without_a_cold_start_are_refused(frame: SeriesFrame) ->
 
     with pytest.raises(ArtifactError, match="was not fitted on 2 of 2 series"):
         backtest({"linear": by_series}, frame.with_covariates(), config_of(rows=5), horizon=HORIZON)
+
+
+def test_more_rows_or_neighbours_than_there_are_is_told_before_the_first_fit(frame: SeriesFrame) -> None:
+    def unfitted(seen: SeriesFrame, cutoff: Any) -> Artifact:
+        pytest.fail("fitted")
+
+    def told(data: SeriesFrame, message: str, **cold: Any) -> None:
+        with pytest.raises(ConfigError, match=message):
+            backtest({"ar": unfitted}, data, config_of(**cold), horizon=HORIZON)
+
+    # four cutoffs a horizon apart, two a fit: the last row a fit sees is 137 or 145
+    told(frame, r"rows has 500, and at the cutoffs of some fit no new series has more than 138 rows", rows=[0, 500])
+    late = new_groups(frame.series_ids, config_of().cold_start)[1]
+    told(
+        frame_of(table_of().filter(~pl.col("id").is_in(late) | (pl.col("t") >= 100))),
+        "no new series has more than 38 rows",
+        rows=[39],
+    )
+    told(frame, "neighbours is 5, and only 4 of 8 series are not new at a time", like="static", groups=2)
+    told(frame, "neighbours is 7, and only 6 of 8 series", like="static", neighbours=7)
+    with pytest.raises(pytest.fail.Exception, match="fitted"):
+        backtest({"ar": unfitted}, frame, config_of(rows=[138], like="mean"), horizon=HORIZON)

@@ -59,6 +59,19 @@ def test_a_smooth_wave_in_noise_is_no_short_season() -> None:
         assert find_season((wave + noise * rng.normal(size=500))[:, None]) == 24
 
 
+@pytest.mark.parametrize("unit", [1e-150, 1e-6, 1.0, 1e9])
+def test_a_season_is_the_same_in_any_unit_and_beside_variates_that_rest(unit: float) -> None:
+    rng = np.random.default_rng(2)
+    wave = unit * (np.sin(2 * np.pi * np.arange(500) / 12) + 0.05 * rng.normal(size=500))[:, None]
+    assert find_season(wave) == 12
+    for dead in (0.0, 0.1 * unit, np.nan):
+        assert find_season(np.hstack([wave, np.full((500, 5), dead)])) == 12
+    ramps = 0.1 * unit * np.arange(500)[:, None] * np.arange(1.0, 6.0)
+    assert find_season(np.hstack([wave, ramps])) == 12
+    hum = 1.0 + 1e-15 * np.tile([0.0, 1.0, 1.0], 167)[:500, None]  # rounding with a beat of 3 rows is no season
+    assert find_season(hum) == 1
+
+
 def test_noise_walks_constants_and_short_series_have_no_season() -> None:
     rng = np.random.default_rng(0)
     assert find_season(rng.normal(size=(500, 1))) == 1

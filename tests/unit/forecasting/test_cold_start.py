@@ -13,6 +13,7 @@ from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
+from tsforge.forecasting import cold_start
 from tsforge.forecasting.backtest import forecasts_at
 from tsforge.forecasting.cold_start import (
     ColdStartConfig,
@@ -187,6 +188,55 @@ def test_history_is_counted_from_the_first_row() -> None:
     frame = panel(series=1, short=(("new7", 7),))
     assert history_rows(frame) == {"new7": 7, "s00": ROWS}
     assert history_rows(frame, hours(ROWS - 3)) == {"new7": 5, "s00": ROWS - 2}
+
+
+def with_leading_gap(frame: SeriesFrame, name: str) -> SeriesFrame:
+    """Give a series rows without a value from the first time of the frame on."""
+    first = frame.select_series([name]).table["time"].min()
+    times = frame.table.filter(pl.col("time") < first)["time"].unique()
+    return SeriesFrame(
+        pl.concat([frame.table, pl.DataFrame({"series_id": name, "time": times})], how="diagonal"), frame.schema
+    )
+
+
+def test_leading_rows_without_a_value_are_no_history(artifact: Artifact, caplog: pytest.LogCaptureFixture) -> None:
+    """Two values are two values, whether or not empty rows come before them."""
+    frame = panel(short=(("new2", 2),))
+    gap = with_leading_gap(frame, "new2")
+    assert (frame.num_rows, gap.num_rows) == (12 * ROWS + 2, 13 * ROWS)
+    assert history_rows(gap) == history_rows(frame)
+    assert history_rows(gap, hours(ROWS - 2))["new2"] == 1
+    assert history_rows(gap.between(end=hours(ROWS - 3)))["new2"] == 0
+    tables = [predict_cold(artifact, one, ColdStartConfig(), quantile_levels=LEVELS).table for one in (frame, gap)]
+    assert tables[0].sort(pl.all()).equals(tables[1].sort(pl.all()))
+    assert not caplog.messages
+    with pytest.raises(DataError, match=r"1 of 13 series have fewer than 24 rows .*\(new2\)"):
+        predict_cold(artifact, gap, ColdStartConfig(short="refuse", like={"fresh": "s01"}))
+    predict(artifact, gap, quantile_levels=LEVELS)
+    assert "1 of 13 series have no observed target in the first of the 24 rows up to the cutoff" in caplog.text
+    assert "(new2); their intervals are as narrow" in caplog.text
+
+
+def test_pairs_of_very_many_series_are_drawn_evenly(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each series stands in for as many others; the draw is the same every time and depends on no order of rows."""
+    held = forecasts_at(artifact, panel(series=12), np.array([200, 230, 260]), steps=HORIZON)
+    every = likeness_margins(held, {0.5}, mean=False)
+    asked: list[int] = []
+    ranked = cold_start.conformal_margin
+
+    def counted(errors: np.ndarray, mask: np.ndarray, coverage: float) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(len(errors))
+        return ranked(errors, mask, coverage)
+
+    monkeypatch.setattr(cold_start, "conformal_margin", counted)
+    monkeypatch.setattr(cold_start, "_PAIRS", 12 * 3 * 7)
+    some = likeness_margins(held, {0.5}, mean=False)
+    assert asked == [12 * 3 * 7] * HORIZON
+    assert (
+        likeness_margins(held.sample(fraction=1.0, shuffle=True, seed=3), {0.5}, mean=False).sort("step").equals(some)
+    )
+    assert np.allclose(some["margin"], every["margin"], rtol=0.3)
+    assert not some.equals(every)
 
 
 def test_what_cannot_start_cold_is_refused(artifact: Artifact, make_artifact: Callable[..., Artifact]) -> None:

@@ -377,3 +377,49 @@ def test_integer_time_streams_and_points_are_refused_where_they_cannot_work(make
     artifact = calibrated(make_artifact, make_frame(), bucket="hour")
     with pytest.raises(ConfigError, match="bucket=hour looks at the windows themselves"):
         apply_calibration(artifact.calibration, np.zeros((1, 6, 1)), None, LEVELS, np.ones((1, 1)), ("y",))
+
+
+@pytest.mark.parametrize(
+    ("values", "edges"),
+    [
+        ([0.0, 10.0, 10.0, 10.0], (10.0, 10.0)),  # ties: both edges are one number
+        ([0.0, 0.0, 10.0, 10.0, 10.0], (0.0, 10.0)),  # nothing is low
+        ([0.0, 0.0, 0.0, 10.0], (0.0, 0.0)),
+        ([0.0, 5.0, 5.0, 10.0, 10.0], (5.0, 10.0)),
+    ],
+)
+def test_windows_get_the_margins_of_their_own_third(values: list[float], edges: tuple[float, float]) -> None:
+    """The lower the level, the larger the errors, so that a margin says whose it is; a context has one row."""
+    level = np.tile(values, 60)
+    rows = pl.DataFrame({"time": range(len(level) + 1), "y": [*level, 0.0]})
+    panel = Panel.from_frame(SeriesFrame.from_long(rows, time="time", targets=["y"], freq="1i"))
+    cutoffs = np.arange(1, len(level) + 1)
+    origins = Origins(panel=panel, series_index=np.zeros_like(cutoffs), cutoff_index=cutoffs, context_length=1)
+    buckets = make_buckets("level", origins, 1)
+    assert buckets is not None
+    assert buckets.edges == {"y": pytest.approx(edges)}
+    scores = (101.0 - level)[:, None, None, None]
+    mask = np.ones((len(level), 1, 1), dtype=bool)
+    table = calibration_table(scores, mask, (0.1, 0.9), ["y"], "absolute", buckets=buckets)
+    found = apply_calibration(
+        table, np.zeros(mask.shape), None, (0.1, 0.9), np.ones((len(level), 1)), ["y"], origins=origins
+    )
+    split = table.filter(pl.col("bucket").is_not_null())
+    margins = dict(split.select("bucket", "high").iter_rows())
+    own = [margins[buckets.names[code]] for code in buckets.codes[:, 0, 0]]
+    assert found[:, 0, 0, 1].tolist() == own
+
+
+def test_an_empty_middle_third_keeps_both_edges() -> None:
+    """No held-out window lay between the edges; a later one that does is not high."""
+    rows = pl.DataFrame({"time": range(4), "y": [1.0, 5.0, 9.0, 0.0]})
+    panel = Panel.from_frame(SeriesFrame.from_long(rows, time="time", targets=["y"], freq="1i"))
+    cutoffs = np.array([1, 3])
+    held_out = Origins(panel=panel, series_index=np.zeros(2, dtype=np.int64), cutoff_index=cutoffs, context_length=1)
+    buckets = Buckets(kind="level", names=("high", "low"), codes=np.array([1, 0]).reshape(2, 1, 1), edges={"y": (4, 6)})
+    scores = np.array([1.0, 9.0]).reshape(2, 1, 1, 1)
+    mask = np.ones((2, 1, 1), dtype=bool)
+    table = calibration_table(scores, mask, (0.4, 0.6), ["y"], "absolute", buckets=buckets)
+    both = replace(held_out, series_index=np.zeros(3, dtype=np.int64), cutoff_index=np.array([1, 2, 3]))
+    found = apply_calibration(table, np.zeros((3, 1, 1)), None, (0.4, 0.6), np.ones((3, 1)), ["y"], origins=both)
+    assert found[:, 0, 0, 1].tolist() == [1.0, 1.0, 9.0]

@@ -64,6 +64,16 @@ def test_ties_go_by_name_and_codes_are_not_numbers() -> None:
     assert nearest_series(static, ["a", "b", "c", "d"], {"code": 9.0}, count=3, categories=("code",)) == ("a", "b", "c")
 
 
+@pytest.mark.parametrize("same", [0.1, 0.0, -3e9])
+def test_a_constant_ranks_nobody_though_its_deviation_is_rounding(same: float) -> None:
+    static = pl.DataFrame({"series_id": [f"s{k}" for k in range(7)], "size": np.arange(7.0), "same": np.full(7, same)})
+    assert np.full(7, 0.1).std() > 0.0
+    found = nearest_series(static, static["series_id"].to_list(), {"size": 6.0, "same": same + 0.1}, count=3)
+    assert found == ("s6", "s5", "s4")
+    summed = static.with_columns(same=pl.Series([0.1 + 0.2, *np.full(6, 0.3)]))  # 0.30000000000000004
+    assert nearest_series(summed, static["series_id"].to_list(), {"size": 6.0, "same": 5.0}, count=3) == found
+
+
 def test_the_new_series_moves_no_standard_deviation() -> None:
     """Only donors decide what is far: another old series, even an extreme one, changes nothing."""
     static = features_of(10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.backtest import forecasts_at
 from tsforge.forecasting.conformal_calibration import Choices, calibrate
-from tsforge.forecasting.predict import offered_levels, predict, predict_windows
+from tsforge.forecasting.predict import artifact_panel, offered_levels, padded_panel, predict, predict_windows
 from tsforge.forecasting.window_forecasts import error_sums
 from tsforge.metrics.point import mae, mse
 from tsforge.network import NetworkConfig, build_network
@@ -334,3 +334,33 @@ def test_a_backtest_leaves_out_coupled_windows_with_nothing_observed(frame, coup
     dead = forecasts_at(coupled, frame, np.array([500]), steps=3, levels=(0.1, 0.9))
     assert dead.height == 0
     assert dead.columns == table.columns
+
+
+def test_a_padded_panel_extends_each_series_only_as_far_as_it_must(frame, make_artifact) -> None:
+    """One series that ended long ago, or that never showed a value, does not inflate the others."""
+    artifact = make_artifact()
+    ended, blind = (
+        frame.table.filter(series_id="a", time=START.replace(tzinfo=UTC)).with_columns(
+            pl.lit(name).alias("series_id"), y=value, z=value
+        )
+        for name, value in (("ended", pl.lit(1.0)), ("blind", pl.lit(None, pl.Float64)))
+    )
+    more = SeriesFrame(pl.concat([frame.table, ended, blind]), frame.schema)
+    stop = 420
+    panel = padded_panel(artifact, more, stop)
+    rows = panel.offset + panel.lengths
+    assert rows.tolist() == [stop] * 5
+    plain = padded_panel(artifact, frame, stop)
+    assert plain.num_rows == panel.num_rows - 2 * stop
+    assert padded_panel(artifact, frame, 10).num_rows == frame.num_rows
+    spec = replace(artifact.window, min_observed=0.0)
+    for one, other in ((plain, artifact_panel(artifact, frame.extend(stop))),):  # as many rows more as one could want
+        left, right = (
+            predict_windows(artifact.network, WindowDataset(part, spec, 300, stop), ()) for part in (one, other)
+        )
+        assert np.array_equal(left.mean, right.mean)
+        assert np.array_equal(left.cutoff_index, right.cutoff_index)
+    later = frame.between(hours(200), None)  # a frame whose rows count from elsewhere
+    assert (padded_panel(artifact, later, stop).offset + padded_panel(artifact, later, stop).lengths).tolist() == [
+        stop
+    ] * 3

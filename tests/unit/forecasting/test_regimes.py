@@ -103,6 +103,17 @@ def test_a_column_gives_its_last_value_up_to_the_cutoff(frame: SeriesFrame) -> N
     assert {name: fixed[name, "y"] for name in visible.series_ids} == {"a": "1", "b": "2", "c": "1", "d": "2"}
 
 
+def test_codes_keep_all_their_digits() -> None:
+    codes = [20240101.0, 20240102.0, 0.1234567, 0.1234568, -3.0, 2.0**60]
+    parts = [
+        pl.DataFrame({"series_id": f"s{number}", "time": range(3), "y": [1.0, 2.0, 3.0], "code": code})
+        for number, code in enumerate(codes)
+    ]
+    frame = SeriesFrame.from_long(pl.concat(parts), time="time", series_id="series_id", targets=["y"], past=["code"])
+    found = window_labels(frame, 2, (), rows=ROWS, column="code")["regime"].to_list()
+    assert found == ["20240101", "20240102", "0.1234567", "0.1234568", "-3", "1152921504606846976"]
+
+
 def test_a_series_that_ended_before_the_cutoff_is_unknown(frame: SeriesFrame) -> None:
     table = frame.table.filter((pl.col("series_id") != "a") | (pl.col("time") < pl.lit(START + timedelta(hours=100))))
     short = SeriesFrame(table, frame.schema, frame.static)

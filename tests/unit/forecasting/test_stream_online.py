@@ -560,3 +560,15 @@ def test_intervals_may_begin_to_learn_later_and_begin_anew(frame, drifting, make
     assert stream.online is not None
     assert isinstance(stream.online, OnlineIntervals)
     assert stream.online.state.cells.height == 0
+
+
+@pytest.mark.parametrize("low", [0.1, 1 / 6, 1 / 12])
+def test_levels_of_more_digits_than_a_column_name_are_streamed(frame, make_artifact, low: float) -> None:
+    """Columns say q0.166667 and q0.833333, which are 0.666666 apart, or q0.0833333 and q0.916667: no exact mirror."""
+    artifact = calibrated(make_artifact("linear"), frame, (low, 0.5, 1.0 - low))
+    stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1), online=ONLINE)
+    scores = stream.update(rows(frame, BEGIN, BEGIN + 3))
+    assert scores.height == 3 * len(frame.schema.targets) * len(frame.series_ids)
+    assert (scores["high"] > scores["low"]).all()
+    judged = stream.forecast().metadata["online"]
+    assert judged == {"static": len(frame.series_ids) * len(frame.schema.targets) * artifact.window.horizon}

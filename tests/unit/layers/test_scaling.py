@@ -19,6 +19,7 @@ from tsforge.layers.scaling import (
     is_diverse,
     masked_moments,
     masked_quantile,
+    moments_of_any_unit,
     scaling_for,
 )
 
@@ -429,3 +430,32 @@ def test_auto_means_series_for_a_diverse_panel_where_the_model_can_be_scaled_so(
         assert scaling_for(ScalingConfig(), cannot, diverse=True) == ScalingConfig()
     with pytest.raises(ConfigError, match=r"unknown=context has an effect with scaling.kind=series only"):
         validate(ScalingConfig, {"kind": "global", "unknown": "context"})
+
+
+@pytest.mark.parametrize("kind", ["window", "window_mean"])
+@pytest.mark.parametrize("power", [-90, -30, 0, 30, 100])
+@pytest.mark.parametrize("robust", [False, True])
+def test_single_precision_scales_the_same_in_any_unit(kind: str, power: int, robust: bool) -> None:
+    """Squares of 2^64 and more are infinite in single precision, those of 2^-75 are 0; powers of two cost no digit."""
+    data, batch = _series(), _batch()
+    batch = batch._replace(context=batch.context.float())
+    plain = Scaler(kind, SPEC, robust=robust)
+    plain.fit(data)
+    loc, scale = plain.stats(batch)
+    other = Scaler(kind, SPEC, robust=robust)
+    other.fit(data._replace(values=data.values * 2.0**power))
+    loaded = Scaler(kind, SPEC, robust=robust)
+    loaded.load_state_dict(other.state_dict())
+    for scaler in (other, loaded):
+        found = scaler.stats(batch._replace(context=batch.context * 2.0**power))
+        assert torch.equal(found[0], loc * 2.0**power)
+        assert torch.equal(found[1], scale * 2.0**power)
+
+
+def test_moments_of_any_unit_are_the_plain_ones_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(20, 8, 3, generator=generator) * torch.tensor([1e-6, 1.0, 1e9]) + 3.0
+    mask = torch.rand(values.shape, generator=generator) > 0.5
+    mask[0] = False
+    for found, plain in zip(moments_of_any_unit(values, mask), masked_moments(values, mask), strict=True):
+        assert torch.equal(found, plain)

@@ -14,6 +14,7 @@ from tsforge.metrics.quantile import (
     crps_normal,
     crps_quantiles,
     crps_samples,
+    crps_student_t,
     interval_score,
     interval_width,
     level_weights,
@@ -83,6 +84,13 @@ def test_crps_normal_without_spread_is_the_absolute_error() -> None:
     assert crps_normal([1.0, 4.0], [3.0, 4.0], [0.0, 0.0]).tolist() == [2.0, 0.0]
     with pytest.raises(DataError, match="negative"):
         crps_normal(0.0, 0.0, -1.0)
+
+
+def test_crps_of_a_missing_spread_is_missing() -> None:
+    scales = [np.nan, 0.0, 1.0]
+    for found in (crps_normal(1.0, 0.0, scales), crps_student_t(1.0, 0.0, scales, 5.0)):
+        assert np.isnan(found).tolist() == [True, False, False]
+        assert found[1] == 1.0
 
 
 def test_crps_from_quantiles_tends_to_the_closed_form() -> None:

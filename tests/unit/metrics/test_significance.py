@@ -11,6 +11,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from tsforge.core.errors import DataError
+from tsforge.metrics.ranking import mean_ranks
 from tsforge.metrics.significance import (
     _bartlett_moments,
     automatic_lags,
@@ -33,6 +34,25 @@ def test_wilcoxon_by_exact_enumeration_and_equal_losses() -> None:
     assert wilcoxon(first, second).p_value == pytest.approx(2 / 2**6)  # all six differences positive
     assert math.isnan(wilcoxon(first, first).p_value)
     assert wilcoxon([1.0, np.nan], [0.0, 1.0]).count == 1
+
+
+@pytest.mark.parametrize("share", [1e-12, 1e-7])
+def test_rounding_is_no_evidence_however_regular(share: float) -> None:
+    """The same losses, summed in another order, say; ranks call them a tie too."""
+    rng = np.random.default_rng(6)
+    first = rng.random((12, 20)) + 0.5
+    second = first * (1.0 - share)
+    assert mean_ranks(np.stack([first[0], second[0]], axis=1)).tolist() == [1.5, 1.5]
+    for one, other in ((first, second), (second, first)):
+        assert math.isnan(wilcoxon(one[0], other[0]).p_value)
+        for outcome in (diebold_mariano(one[0], other[0]), panel_diebold_mariano(one, other)):
+            assert math.isnan(outcome.p_value)
+            assert outcome.difference == 0.0
+    apart = first * (1.0 - 1e-5)
+    assert wilcoxon(first[0], apart[0]).p_value < 1e-4
+    assert panel_diebold_mariano(first, apart).p_value < 1e-4
+    for large in ([np.inf] * 6, [0.0] * 6):
+        assert wilcoxon(large, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).p_value == pytest.approx(2 / 2**6)
 
 
 def test_diebold_mariano_one_step_is_a_t_test() -> None:
