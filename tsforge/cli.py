@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,7 +79,8 @@ def main() -> None:
         if error.filename is not None or error.errno not in _UNWRITABLE:  # files have words of their own
             raise
         _give_up_output()
-        print_error(f"the output cannot be written ({error.strerror}); what the command stored is whole")
+        with suppress(OSError):  # both may lie on one disk
+            print_error(f"the output cannot be written ({error.strerror}); what the command stored is whole")
         sys.exit(BackendError.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
@@ -136,7 +138,8 @@ def fit(
     home: Home = None,
 ) -> None:
     """Train a model on a stored data set, track the run and register the artifact."""
-    job = _config("tsforge.app.fit:FitConfig", config, overrides, dry_run, home)
+    check = _attribute("tsforge.app.fit_checks:check_settings")
+    job = _config("tsforge.app.fit:FitConfig", config, overrides, dry_run, home, check)
     result = _attribute("tsforge.app.fit:fit")(job, _workspace(home), progress=not as_json, resume=resume)
     _show(result, as_json)
 

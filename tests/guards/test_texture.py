@@ -88,5 +88,19 @@ def test_no_bare_or_broad_handler_and_no_unsafe_call() -> None:
     assert not bad, "\n".join(bad)
 
 
+def test_no_set_is_made_anew_for_every_element() -> None:
+    """``x in set(...)`` as the condition of a comprehension is a square of the number of series."""
+    slow = [
+        f"{path}:{test.lineno}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.comprehension)
+        for test in (part for condition in node.ifs for part in ast.walk(condition))
+        if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.In | ast.NotIn)
+        if isinstance(made := test.comparators[0], ast.Call) and ast.unparse(made.func) in ("set", "frozenset")
+    ]
+    assert slow == []
+
+
 def test_no_module_is_called_utils() -> None:
     assert [str(path) for path, _ in trees() if path.stem in {"utils", "helpers", "misc", "common"}] == []

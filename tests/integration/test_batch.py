@@ -259,7 +259,7 @@ class TestRecovery:
         half = len(content) // 2
         flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
         path.write_bytes(flipped if damage == "a byte" else content[:100])
-        message = r"forecast\.parquet was changed after it was published; publish it again with batch run --force"
+        message = r"forecast\.parquet was changed after it was published; publish it again \(batch run --force"
         with pytest.raises(ArtifactError, match=message):
             run(site)
         with pytest.raises(ArtifactError, match=message):

@@ -28,7 +28,7 @@ from tsforge.app.watch.run import watch
 from tsforge.app.watch.settings import WatchConfig
 from tsforge.artifact import Artifact, load_artifact
 from tsforge.core.config import validate
-from tsforge.core.errors import ArtifactError, DataError
+from tsforge.core.errors import ArtifactError, DataError, TsforgeError
 from tsforge.core.workspace import Workspace
 from tsforge.data.calendar import CalendarConfig, add_calendar
 
@@ -271,7 +271,7 @@ def test_a_hierarchy_keeps_its_sums(shop: Shop) -> None:
 
 
 def test_a_batch_makes_the_sums_that_predictions_make(shop: Shop) -> None:
-    """Values that only the model takes for invalid enter no sum, be the hierarchy stated by the job or by the fit."""
+    """Values that only the model takes for invalid enter no sum; sums are those that the job states."""
     table = pl.concat(
         rows(wild=(DAYS - 3,) if name == "a" else ()).select("ds", "y", s=pl.lit(f"all/{name}")) for name in "ab"
     )
@@ -281,12 +281,48 @@ def test_a_batch_makes_the_sums_that_predictions_make(shop: Shop) -> None:
     artifact = shop.fit("tree", "linear", valid_range={"y": [0.0, 15.0]}, hierarchy=structure, **long)
     wanted = shop.predict(artifact).sort("series_id", "step")
     assert wanted.filter(series_id="all")["mean"].is_between(15.0, 25.0).all()
-    for name, settings in {"stated": long | {"hierarchy": structure}, "fitted": long}.items():
+
+    def published(name: str, **settings: Any) -> pl.DataFrame:
         batch = {"name": name, "data": shop.data("tree", **settings), "model": artifact.id, "detect": None}
         result = run_batch(validate(BatchConfig, batch), FIRST + timedelta(days=DAYS - 1), shop.workspace)
-        published = result.partition.table("forecast")
-        assert published is not None
-        assert_frame_equal(published.sort("series_id", "step").select(wanted.columns), wanted, abs_tol=1e-5)
+        table = result.partition.table("forecast")
+        assert table is not None
+        return table.sort("series_id", "step").select(wanted.columns)
+
+    assert_frame_equal(published("stated", hierarchy=structure, **long), wanted, abs_tol=1e-5)
+    is_part = pl.col("series_id").str.contains("/")
+    assert_frame_equal(published("parts", **long), wanted.filter(is_part), abs_tol=1e-5)
+    found = published("mean", hierarchy=structure | {"aggregate": "mean"}, **long)
+    assert found.filter(~is_part)["mean"].is_between(5.0, 15.0).all(), "the job's own, not that of the fit"
+
+
+def test_a_champion_of_another_delay_is_met_in_the_contest_and_rows_are_kept_without_a_model(shop: Shop) -> None:
+    """A champion that batches refuse must not hold up the one that replaces it; nor must a missing one lose rows."""
+    data = rows().with_columns(z=pl.col("y").shift(1))
+    shop.ingest("late", data, targets=["y"], past=["z"])
+
+    def job(as_of: datetime, **settings: Any) -> Any:
+        fit_config = {
+            "data": shop.data("late", targets=["y"], past=["z"], **settings),
+            "model": {"name": "ar_net", "lags": 7},
+            "window": {"context_length": 14, "horizon": 7},
+            "split": {"train": 0.85, "valid": 0.15, "test": 0.0},
+            "tracking": {"register_as": "late", "alias": "challenger"},
+        }
+        config = {"name": "late", "fit": fit_config, "ingest": False, "compare": {"span": "30d", "cutoffs": 4}}
+        return retrain(validate(RetrainConfig, config), as_of, shop.workspace)
+
+    end = FIRST + timedelta(days=DAYS)
+    assert job(end - timedelta(days=40)).promoted
+    shop.ingest("late", data, targets=["y"], past=["z"], publication_delay={"z": "3d"})
+    assert job(end, publication_delay={"z": "3d"}).status == "done"
+    settings = shop.data("late", targets=["y"], past=["z"], publication_delay={"z": "3d"})
+    more = rows(DAYS + 2).with_columns(z=pl.col("y").shift(1))
+    more.write_parquet(settings["source"]["path"])
+    batch = {"name": "gone", "data": settings, "model": "late@nobody", "detect": None}
+    with pytest.raises(TsforgeError, match="nobody"):
+        run_batch(validate(BatchConfig, batch), end + timedelta(days=2), shop.workspace)
+    assert load_dataset(shop.workspace, "late").num_rows == more.height
 
 
 def test_static_columns_beside_those_of_the_fit_group_events_and_make_sums(shop: Shop) -> None:

@@ -95,6 +95,9 @@ def test_covariates_that_no_candidate_takes_are_refused_before_the_first_trial(w
 def test_a_value_that_does_not_go_with_another_section_is_left_to_its_trial(workspace: Workspace) -> None:
     space = trial_space(job("study.space={scaling.kind: {choices: [global, window]}, model.ridge: null}"))
     assert "scaling.kind" in space
+    bins = ("model=temporal", "fit.model.widths=[1,24]", "fit.window={context_length: 12, horizon: 24}")
+    cured = trial_space(job(*bins, "study.space={window.context_length: {choices: [24, 48]}}"))
+    assert "window.context_length" in cured, "the base config alone could not be fitted, every trial can"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from tsforge.app.fit import FitConfig, fit_frame
+from tsforge.app.fit_checks import check_settings
 from tsforge.app.fit_warnings import warn_of_rows
 from tsforge.app.ingest import dataset_hierarchy, load_history
 from tsforge.artifact import Artifact
@@ -52,9 +53,10 @@ class BacktestJobConfig(FitConfig):
                 f"warm_start.artifact={start} works with tsforge fit and retrain only: elsewhere it would know rows "
                 "that are forecast; leave it out"
             )
+        check_settings(self.fit_config())
         for name in self.compare:  # one that is unknown or does not go with the settings: told before the first fit
             try:
-                self.fit_config(name)
+                check_settings(self.fit_config(name))
             except ConfigError as error:
                 raise ConfigError(f"compare: {error}") from error
         return self

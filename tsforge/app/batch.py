@@ -35,7 +35,7 @@ from tsforge.data.config import DataConfig
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.vintages import Delays, newest, published_by
 from tsforge.forecasting.coherent_predict import predict_coherent
-from tsforge.forecasting.cold_start import ColdStartConfig, predict_cold
+from tsforge.forecasting.cold_start import ColdStartConfig, history_rows, predict_cold
 from tsforge.forecasting.predict import predict
 from tsforge.scheduling.jobs import BUSY_EXIT_CODE
 from tsforge.scheduling.ledger import Claim, Ledger
@@ -300,8 +300,15 @@ def _make(work: _Work) -> tuple[dict[str, Any], list[CheckResult]]:
     """Run the stages before publishing and return manifest and check results; the tables lie with ``work``."""
     config = work.config
     with work.stage("ingest") as facts:
-        artifact = load_artifact(resolve(config.model, work.workspace))
-        fitted = FittedData.of(artifact, config.data.name).applied_to(config.data)  # before anything is stored
+        try:
+            artifact = load_artifact(resolve(config.model, work.workspace))
+        except TsforgeError:
+            _ingest(work, facts)  # a source may offer its rows only once
+            raise
+        own = FittedData.of(artifact, config.data.name)
+        own.check_delay(config.data.publication_delay)  # before that of the data set is stored anew
+        _ingest(work, facts)
+        fitted = own.applied_to(config.data)
         raw = _known_at(work, fitted, facts)
     with work.stage("check") as facts:
         trained_until = _check_model(artifact, config, work.as_of)
@@ -358,7 +365,8 @@ def _forecast(artifact: Artifact, frame: SeriesFrame, work: _Work, stage: Foreca
 
 def _still_new(config: ColdStartConfig, frame: SeriesFrame, work: _Work) -> ColdStartConfig:
     """Return the settings without new series that have rows by now: a job outlives the day they begin."""
-    begun = [name for name in config.like if name in frame.series_ids]
+    rows = history_rows(frame)
+    begun = [name for name in config.like if rows.get(name)]
     if not begun:
         return config
     LOGGER.warning(
@@ -367,6 +375,12 @@ def _still_new(config: ColdStartConfig, frame: SeriesFrame, work: _Work) -> Cold
         listing(begun),
     )
     return config.model_copy(update={"like": {name: like for name, like in config.like.items() if name not in begun}})
+
+
+def _ingest(work: _Work, facts: dict[str, Any]) -> None:
+    if work.config.ingest:
+        record = ingest(IngestConfig(data=work.config.data, checks=(), as_of=work.as_of), work.workspace).record
+        facts.update(rows_in=record.rows_in, rows_new=record.rows_new, rows_changed=record.rows_changed)
 
 
 def _known_at(work: _Work, fitted: DataConfig, facts: dict[str, Any]) -> SeriesFrame:
@@ -379,9 +393,6 @@ def _known_at(work: _Work, fitted: DataConfig, facts: dict[str, Any]) -> SeriesF
     ranges of the data set and of the model alike (``fitted``).
     """
     config = work.config
-    if config.ingest:
-        record = ingest(IngestConfig(data=config.data, checks=(), as_of=work.as_of), work.workspace).record
-        facts.update(rows_in=record.rows_in, rows_new=record.rows_new, rows_changed=record.rows_changed)
     plain = fitted.model_copy(update={"calendar": CalendarConfig()})  # added once the frame reaches the horizon
     history = load_history(work.workspace, plain)
     if history.schema.has_integer_time:

@@ -209,8 +209,13 @@ def damaged_artifacts(workspace: Workspace) -> dict[str, str]:
 
 
 def _artifact_folders(workspace: Workspace) -> dict[str, Path]:
-    """Return the folders of fitted models by name; one that is being written, or was set aside, begins with a dot."""
-    return {path.name: path for path in workspace.artifacts.glob("[!.]*") if path.is_dir()}
+    """Return the folders of fitted models by name; one that is being written, or was set aside, begins with a dot.
+
+    A folder with none of an artifact's files is somebody else's, such as the lost+found of a volume.
+    """
+    own = [f"{name}.json" for name in ("manifest", *_FACT_FILES)]
+    folders = [path for path in workspace.artifacts.glob("[!.]*") if path.is_dir()]
+    return {path.name: path for path in folders if any((path / name).exists() for name in own)}
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -256,7 +261,7 @@ def _shown(
     return {
         "id": name,
         "model": spec["network"]["model"]["name"],
-        "dataset": provenance.get("dataset", ""),
+        "dataset": provenance.get("dataset") or "",
         "created": datetime.fromisoformat(provenance["created"]),
         "horizon": spec["window"]["horizon"],
         "context_length": spec["window"]["context_length"],

@@ -150,11 +150,6 @@ class FitConfig(Config):
             raise ValueError("scaling.robust has no effect with scaling.kind=none; leave it out")
         return self
 
-    @model_validator(mode="after")
-    def _settings_go_together(self) -> FitConfig:
-        check_settings(self)
-        return self
-
     @property
     def network(self) -> NetworkConfig:
         """The part that the network is built from."""
@@ -363,6 +358,7 @@ def fit_frame(
         ConfigError, ModelError: model and data do not fit each other, held-out series that the model or its scaling
             cannot forecast, weights to start from that do not fit or know too much, or the training failed.
     """
+    check_settings(config)
     seed_everything(seed := config.train.seed)
     frame = _usable(newest(history), config)
     panel = panel_of(history, frame)
@@ -491,6 +487,7 @@ def fit(
         DataError: the data set is not in the store, or too short.
         ConfigError, ModelError, BackendError: see ``fit_frame`` and the tracker.
     """
+    check_settings(config)  # before the data is read
     if history is None:
         history = load_history(workspace, config.data, masked=True)
     checkpoint_dir = workspace.checkpoints / fingerprint(config)

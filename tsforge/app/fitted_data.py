@@ -11,7 +11,6 @@ from tsforge.core.errors import DataError, listing
 from tsforge.data.calendar import PREFIX, CalendarConfig, calendar_columns
 from tsforge.data.config import DataConfig
 from tsforge.data.grid import TimeGrid
-from tsforge.data.hierarchy import HierarchyConfig
 from tsforge.data.schema import SeriesSchema
 from tsforge.data.vintages import Delays
 
@@ -59,27 +58,26 @@ class FittedData:
             DataError: valid ranges of the data set and of the artifact that have nothing in common, or covariates that
                 come with another delay.
         """
-        self._check_delay(stored.get("publication_delay"))
-        merged = {**stored, "calendar": self._calendar(stored), "valid_range": self._ranges(stored)}
+        self.check_delay(stored.get("publication_delay"))
+        merged = self._merged(stored)
         if self.own.get("name") == self.name and self.own.get("hierarchy") is not None:
             merged["hierarchy"] = self.own["hierarchy"]
         return merged
 
     def applied_to(self, data: DataConfig) -> DataConfig:
-        """Return a config of the data set with the calendar, valid ranges and hierarchy that hold for the artifact.
+        """Return a config of the data set with the calendar and the valid ranges that hold for the artifact.
+
+        A hierarchy stays the one that is stated: it may have grown since the fit.
 
         Raises:
-            DataError: as ``settings``.
+            DataError: valid ranges of the data set and of the artifact that have nothing in common.
         """
-        merged = self.settings(data.model_dump(mode="json"))
-        where, structure = f"artifact {self.artifact}, data", merged["hierarchy"]
-        return data.model_copy(
-            update={
-                "calendar": validate(CalendarConfig, merged["calendar"], where=f"{where}.calendar"),
-                "valid_range": merged["valid_range"],
-                "hierarchy": structure and validate(HierarchyConfig, structure, where=f"{where}.hierarchy"),
-            }
-        )
+        merged = self._merged(data.model_dump(mode="json"))
+        calendar = validate(CalendarConfig, merged["calendar"], where=f"artifact {self.artifact}, data.calendar")
+        return data.model_copy(update={"calendar": calendar, "valid_range": merged["valid_range"]})
+
+    def _merged(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return {**stored, "calendar": self._calendar(stored), "valid_range": self._ranges(stored)}
 
     def schema(self, stored: SeriesSchema) -> SeriesSchema:
         """Return the roles of the fit where it stated any and the data set has their columns, else the stored ones."""
@@ -97,8 +95,12 @@ class FittedData:
         wanted = {name for name in self.reads.known if name.startswith(PREFIX)}
         return own if self.own and wanted <= set(made) else stored.get("calendar") or {}
 
-    def _check_delay(self, stored: str | Mapping[str, str] | None) -> None:
-        """Refuse covariates of the past that come later than the targets by other numbers of rows than in the fit."""
+    def check_delay(self, stored: str | Mapping[str, str] | None) -> None:
+        """Refuse covariates of the past that come later than the targets by other numbers of rows than in the fit.
+
+        Raises:
+            DataError: the model reads one whose delay is another now.
+        """
         if not self.own or not self.reads.past:  # the artifact does not say, or reads none
             return
         own = self.own.get("publication_delay")

@@ -25,7 +25,7 @@ from tsforge.core.workspace import Workspace
 
 FORMAT = 1
 _FORM = "as_of=%Y-%m-%dT%H-%M-%SZ"
-_AGAIN = "publish it again with batch run --force"
+_AGAIN = "publish it again (batch run --force --as-of its time), or remove that folder to go on without it"
 
 
 @dataclass(frozen=True, kw_only=True)

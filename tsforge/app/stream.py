@@ -335,7 +335,8 @@ def _catch_up(live: Stream, data: FittedData, workspace: Workspace) -> _Caught:
             continue
         if is_front:
             strangers |= set(raw.series_ids) - set(live.series)  # sums of a hierarchy are not stored
-        present = [name for name in names if name in set(raw.series_ids)]
+        stored = set(raw.series_ids)
+        present = [name for name in names if name in stored]
         if present:
             mine = raw.select_series(present)
             seen = match_frame(live.artifact, mask_invalid(mine, data, workspace))

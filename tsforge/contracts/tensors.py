@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tsforge.core.errors import ModelError
@@ -73,14 +75,24 @@ class Batch(NamedTuple):
 
 def is_complete(mask: Tensor) -> bool:
     """Return whether every cell of a mask is True; on a CPU numpy tells in a fifth of torch's time."""
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        return bool(mask.numpy().all())
-    return bool(mask.all())
+    seen = _numpy_of(mask)
+    return bool(mask.all() if seen is None else seen.all())
 
 
 def is_known_complete(mask: Tensor) -> bool:
     """Return ``is_complete`` where the answer is free; False on a GPU, which would have to wait, and when compiled."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and is_complete(mask)
+    seen = _numpy_of(mask)
+    return seen is not None and bool(seen.all())
+
+
+def _numpy_of(mask: Tensor) -> NDArray[np.bool_] | None:
+    """Return the memory of a mask; None on a GPU, in a compilation, and of the wrappers of ``torch.func``."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        return np.asarray(mask.numpy())
+    except RuntimeError:
+        return None
 
 
 class Observation(NamedTuple):

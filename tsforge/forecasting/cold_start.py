@@ -155,11 +155,10 @@ def history_rows(frame: SeriesFrame, cutoff: TimeLike | None = None) -> dict[str
     included; 0 where nothing is observed. Rows before the first value tell no more than rows that are not there.
     """
     first, last = frame.first_observed()["time"], frame.last_observed()["time"]
-    found = {}
-    for name, begin, end in zip(frame.series_ids, first, last, strict=True):
-        stop = end if cutoff is None else cutoff
-        found[name] = 0 if begin is None else frame.grid.floor(stop) + 1 - frame.grid.floor(begin)
-    return found
+    origin, seen = frame.grid.time_at(0), first.is_not_null().to_numpy()
+    stop = frame.grid.index_of(last.fill_null(origin)) if cutoff is None else frame.grid.floor(cutoff)
+    counts = np.where(seen, stop + 1 - frame.grid.index_of(first.fill_null(origin)), 0)
+    return {name: int(count) for name, count in zip(frame.series_ids, counts, strict=True)}
 
 
 def _check_like(like: Mapping[str, str | dict[str, float]], frame: SeriesFrame) -> None:

@@ -96,10 +96,10 @@ def predict(
 
 
 def _tell_late_starts(artifact: Artifact, panel: Panel, windows: WindowDataset) -> None:
-    """Warn of windows whose series begins within them: their leading rows are there, but nothing is observed in them.
+    """Warn of new series that begin within their window: its leading rows are there, but nothing is observed in them.
 
     Series without those rows are refused. A gap is a gap to the model, so these are not, but their intervals are those
-    of a whole history.
+    of a whole history. Series of the fit began before: the frame may hold no more than their last context.
     """
     if artifact.network.capabilities.rows_coupled:
         return  # aligned windows are masked where a series has not begun
@@ -108,6 +108,8 @@ def _tell_late_starts(artifact: Artifact, panel: Panel, windows: WindowDataset) 
     first = low + windows.cutoff_index - panel.offset[series] - artifact.window.context_length
     running = np.concatenate([[0], np.cumsum(panel.target_observed.any(axis=1))])
     late = running[np.clip(first + 1, low, high)] == running[low]
+    fitted = set(artifact.series_ids)
+    late &= np.array([panel.series_ids[index] not in fitted for index in series], dtype=bool)
     if late.any():
         _LOG.warning(
             "%d of %d series have no observed target in the first of the %d rows up to the cutoff, nor before (%s); "

@@ -10,7 +10,7 @@ from tsforge.data.grid import parse_freq
 
 _DAY = 86_400_000_000  # microseconds
 _MIN_CORRELATION = 0.2  # a weaker echo would make the seasonal naive forecast noise
-_ROUNDING = 1e-12  # relative: a variate that moves by less is constant
+_ROUNDING = 16 * float(np.finfo(np.float64).eps)  # relative: a variate that moves by less is constant
 
 
 def season_length(freq: str, values: NDArray[np.floating] | None = None, *, declared: int | None = None) -> int:

@@ -203,7 +203,7 @@ def make_plan(job: JobConfig, cron: Cron, frontier: datetime, now: datetime, see
         skips.append(Skip(slots=(late[0], *known), reason=reason))
         if late == open_slots[: len(late)]:
             settled_until = late[-1]
-    run = [slot for slot in open_slots if slot not in set(late) and not seen.is_running(slot)]
+    run = [slot for slot in open_slots if slot not in late and not seen.is_running(slot)]
     return Plan(run=tuple(run), skips=tuple(skips), settled_until=settled_until)
 
 

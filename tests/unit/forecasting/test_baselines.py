@@ -68,6 +68,7 @@ def test_a_season_is_the_same_in_any_unit_and_beside_variates_that_rest(unit: fl
         assert find_season(np.hstack([wave, np.full((500, 5), dead)])) == 12
     ramps = 0.1 * unit * np.arange(500)[:, None] * np.arange(1.0, 6.0)
     assert find_season(np.hstack([wave, ramps])) == 12
+    assert find_season(1e13 * unit + wave) == 12  # far from 0
     hum = 1.0 + 1e-15 * np.tile([0.0, 1.0, 1.0], 167)[:500, None]  # rounding with a beat of 3 rows is no season
     assert find_season(hum) == 1
 

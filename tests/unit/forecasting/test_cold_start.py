@@ -215,6 +215,11 @@ def test_leading_rows_without_a_value_are_no_history(artifact: Artifact, caplog:
     predict(artifact, gap, quantile_levels=LEVELS)
     assert "1 of 13 series have no observed target in the first of the 24 rows up to the cutoff" in caplog.text
     assert "(new2); their intervals are as narrow" in caplog.text
+    caplog.clear()
+    first = (pl.col("series_id") == "s01") & (pl.col("time") == hours(ROWS - 24))
+    last = panel().table.filter(pl.col("time") >= hours(ROWS - 24)).with_columns(y=pl.when(~first).then("y"))
+    predict(artifact, SeriesFrame(last, frame.schema), quantile_levels=LEVELS)  # of the fit: it began before
+    assert not caplog.messages
 
 
 def test_pairs_of_very_many_series_are_drawn_evenly(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

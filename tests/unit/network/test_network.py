@@ -323,6 +323,21 @@ def _naive_dlinear(network, context: Tensor, kernel: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def test_gradients_of_torch_func_pass_masks_without_memory(make_network, batch) -> None:
+    network = make_network(model={"name": "linear"})
+    context = batch.context.clone()
+
+    def first(values: Tensor) -> Tensor:
+        inside = batch._replace(context=values, context_mask=torch.isfinite(values), target=None, target_mask=None)
+        return network.location(inside)[0, 0, 0]
+
+    found = torch.func.grad(first)(context)
+    context.requires_grad_()
+    (expected,) = torch.autograd.grad(first(context), context)
+    torch.testing.assert_close(found, expected)
+    assert found[0].abs().sum() > 0
+
+
 @pytest.mark.parametrize("kernel", [1, 3, 25, 47, 61])
 def test_dlinear_equals_its_definition(kernel: int, make_network, batch) -> None:
     network = make_network(model={"name": "dlinear", "kernel": kernel})

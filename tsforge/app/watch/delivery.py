@@ -134,7 +134,6 @@ class Delivery:
             _LOG.warning(
                 "%s dead letters belong to sink '%s', which is not named: name it again to send them", len(items), name
             )
-            self.refused += len(items)
         return sum(self._revive(name, items, is_over) for name, items in letters.items())
 
     def _revive(self, name: str, items: Sequence[Outgoing], is_over: Callable[[], bool]) -> int:
