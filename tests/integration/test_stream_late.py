@@ -244,6 +244,32 @@ def test_covariates_with_a_declared_delay_are_no_revision(plant: Plant, caplog: 
     assert warnings(caplog) == []
 
 
+def test_values_that_are_published_again_are_no_revision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plant = Plant(tmp_path)
+    roles: dict[str, Any] = {"known": [], "past": [], "published": "published"}
+
+    def published(begin: int, end: int, **values: Any) -> list[pl.DataFrame]:
+        moment = pl.lit(FIRST + timedelta(hours=end)).alias("published")
+        return [hours(name, begin, end, **values).with_columns(moment) for name in "ab"]
+
+    history = published(0, HISTORY)
+    plant.bring(*history, **roles)
+    settings = {
+        "data": plant.data(pl.concat(history), **roles),
+        "model": {"name": "ar_net", "lags": 12},
+        "window": {"context_length": 24, "horizon": AHEAD},
+        "tracking": {"enabled": False},
+    }
+    fit(validate(FitConfig, settings), plant.workspace)
+    plant.run()
+    for end in (HISTORY + 3, HISTORY + 6):
+        plant.bring(*published(end - 27, end), **roles)
+        assert counts(plant.run()) == (6, 0, 0)
+    assert warnings(caplog) == []
+    plant.bring(*published(HISTORY - 2, HISTORY + 7, y=3.0), **roles)
+    assert counts(plant.run()) == (2, 0, 16)
+
+
 def test_values_without_an_expectation_are_not_called_scored(plant: Plant) -> None:
     plant.run()
     grow(plant, HISTORY + 100, HISTORY + 110)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from sqlalchemy import update
+from test_stream_late import AHEAD, Plant, forecast_of_weather, grow, hours
 from watching import FIRST, Watched, new_rows
 
 from tsforge.app.fit import FitConfig, fit
@@ -16,10 +21,13 @@ from tsforge.app.watch import stored
 from tsforge.app.watch.covariates import missing_cells
 from tsforge.app.watch.records import ROWS
 from tsforge.app.watch.run import watch
+from tsforge.app.watch.settings import WatchConfig
 from tsforge.core.config import validate
 from tsforge.core.workspace import Workspace
 from tsforge.data.grid import TimeGrid
 from tsforge.data.schema import SeriesSchema
+from tsforge.data.store import SeriesStore
+from tsforge.data.store_tables import DATASETS
 from tsforge.data.watch_state import WatchState
 from tsforge.forecasting.stream_rows import StreamPlace
 
@@ -36,6 +44,14 @@ def wide(rows: pl.DataFrame, like: pl.DataFrame) -> pl.DataFrame:
     names = {f"{variate}_{machine}": f"{machine}.{variate}" for machine in "ab" for variate in "xy"}
     table = rows.pivot(on="machine", index="ts", values=["x", "y"]).rename(names | {"ts": "ds"})
     return table.select(like.columns).with_columns(pl.col("ds").cast(like["ds"].dtype))
+
+
+def put(workspace: Workspace, position: dict[str, Any]) -> None:
+    """Let the watch ``plant`` stand at another position."""
+    with closing(WatchState(workspace.root / "watch/plant/state.db")) as state:
+        snapshot = state.snapshot()
+        assert snapshot is not None
+        state.commit(generation=1, position=position, facts=snapshot.facts)
 
 
 class Store:
@@ -116,17 +132,176 @@ def test_a_batch_that_comes_while_the_store_is_read_is_counted_with_the_next_loo
     assert counted(store.watch()) == (140, 0, 0, {})
 
 
-def test_a_watch_of_an_older_version_counts_from_its_next_look_on(plant: Watched, store: Store) -> None:
+@pytest.mark.parametrize("position", [{}, {"new": 3360, "waiting": 0, "changed": 0, "strangers": {"c": 5}}])
+def test_a_watch_of_an_older_version_counts_from_its_next_look_on(
+    plant: Watched, store: Store, position: dict[str, Any]
+) -> None:
     store.watch()
     store.ingest(store.new[10:40])
-    state = WatchState(plant.workspace.root / "watch/plant/state.db")
-    snapshot = state.snapshot()
-    assert snapshot is not None
-    state.commit(generation=1, position={}, facts=snapshot.facts)
-    state.close()
+    put(plant.workspace, position)
     assert counted(store.watch()) == (60, 0, 0, {})
     store.ingest(store.new[:45])
     assert counted(store.watch()) == (70, 20, 0, {})
+
+
+# --- data sets whose batches change rows that are there
+
+BEGUN = 400  # hours that a watch begins with
+
+
+class Weather(Plant):
+    """Two series that are watched in the store, with a past and a known covariate."""
+
+    def begin(self, *history: pl.DataFrame, **changes: Any) -> None:
+        """Bring the history and fit a model."""
+        self.bring(*history, **changes)
+        settings = {
+            "data": self.data(history[0], **changes),
+            "model": {"name": "ar_net", "lags": 12},
+            "window": {"context_length": 24, "horizon": AHEAD},
+            "tracking": {"enabled": False},
+            "train": {"max_epochs": 1},
+        }
+        fit(validate(FitConfig, settings), self.workspace)
+
+    def watch(self, **changes: Any) -> tuple[int, int, int, dict[str, int]]:
+        config = {
+            "source": {"kind": "dataset"},
+            "detector": {"rule": {"kind": "quantile", "alpha": 0.01}},
+            "sinks": {"log": {"kind": "jsonl", "path": str(self.folder / "events.jsonl")}},
+            **changes,
+        }
+        return counted(watch(validate(WatchConfig, config), self.workspace, once=True).facts)
+
+    def history(self) -> list[pl.DataFrame]:
+        """Return rows to begin with."""
+        return [part for name in "ab" for part in (hours(name, 0, BEGUN), forecast_of_weather(name, BEGUN))]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = Weather(tmp_path_factory.mktemp("weather"))
+    found.begin(*found.history())
+    return found.folder
+
+
+@pytest.fixture
+def weather(begun: Path, tmp_path: Path) -> Weather:
+    shutil.copytree(begun, tmp_path / "weather")
+    return Weather(tmp_path / "weather")
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Nothing is told of rows left out."""
+    yield
+    assert "late" not in caplog.text
+    assert "left out" not in caplog.text
+    assert "changed up to" not in caplog.text
+
+
+@pytest.mark.usefixtures("quiet")
+def test_ordinary_nights_tell_nothing_though_their_batches_change_stored_rows(weather: Weather) -> None:
+    assert weather.watch() == (0, 0, 0, {})
+    for night in range(3):
+        grow(weather, BEGUN + 3 * night, BEGUN + 3 * night + 3)
+        assert weather.watch(chunk_rows=2) == (6 * night + 6, 0, 0, {})
+    end = BEGUN + 9
+    withdrawn = [hours(name, end + 3, end + 9, y=None, p=None, k=None) for name in "ab"]
+    weather.bring(*withdrawn, *(hours(name, end - 1, end) for name in "ab"), nulls="erase")
+    assert weather.watch() == (18, 0, 0, {}), "they were not taken yet"
+
+
+@pytest.mark.usefixtures("quiet")
+def test_covariates_with_a_declared_delay_are_neither_late_nor_changed(tmp_path: Path) -> None:
+    weather = Weather(tmp_path)
+    plan: dict[str, Any] = {"known": [], "publication_delay": {"p": "3h"}}
+
+    def night(begin: int, end: int, seen: int) -> list[pl.DataFrame]:
+        later = {"k": None, "p": None}
+        return [part for name in "ab" for part in (hours(name, begin, seen, k=None), hours(name, seen, end, **later))]
+
+    weather.begin(*night(0, BEGUN, BEGUN - 3), **plan)
+    weather.watch()
+    for end in (BEGUN + 6, BEGUN + 12):
+        weather.bring(*night(end - 9, end, end - 3), **plan)
+        assert weather.watch() == (2 * (end - BEGUN), 0, 0, {})
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_data_set_that_was_removed_and_ingested_again_begins_anew(weather: Weather) -> None:
+    weather.watch()
+    with closing(SeriesStore(weather.workspace.database_url)) as opened:
+        opened.remove("plant")
+    weather.bring(*weather.history(), hours("c", 0, 30))
+    grow(weather, BEGUN, BEGUN + 6)
+    assert weather.watch() == (12, 0, 0, {})
+
+
+def test_only_rows_after_those_of_the_first_look_of_a_foreign_series_count(weather: Weather) -> None:
+    weather.watch()
+    weather.bring(hours("c", 100, BEGUN), forecast_of_weather("c", BEGUN))
+    put(weather.workspace, {})
+    assert weather.watch() == (0, 0, 0, {})
+    grow(weather, BEGUN, BEGUN + 3, "abc")
+    weather.bring(hours("a", -10, 0), hours("d", 20, 40))
+    taken, late, _, left_out = weather.watch()
+    assert (taken, late, left_out) == (6, 10, {"c": 3, "d": 20})
+
+
+def test_rows_that_come_late_within_a_backlog_are_counted_with_the_next_look(
+    weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes while pieces are taken; where a watch ends between two, no row that it takes later is late."""
+    weather.watch()
+    weather.bring(hours("a", BEGUN, BEGUN + 40), hours("b", BEGUN, BEGUN + 12), hours("b", BEGUN + 20, BEGUN + 40))
+    cut, pieces = stored.StoredRows._cut, []
+
+    def interrupted(self: stored.StoredRows, left: Any, limit: int) -> Any:
+        pieces.append(limit)
+        if len(pieces) == 3:
+            weather.bring(hours("b", BEGUN + 13, BEGUN + 17), hours("a", BEGUN + 40, BEGUN + 42))
+            raise KeyboardInterrupt
+        return cut(self, left, limit)
+
+    monkeypatch.setattr(stored.StoredRows, "_cut", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        weather.watch(chunk_rows=10)
+    monkeypatch.undo()
+    assert weather.watch(chunk_rows=10)[:3] == (72 + 6, 0, 0), "no series had come so far"
+
+    begin = BEGUN + 42
+    weather.bring(hours("a", begin, begin + 40), hours("b", begin - 2, begin + 40))
+
+    def crossed(self: stored.StoredRows, left: Any, limit: int) -> Any:
+        pieces.append(limit)
+        if len(pieces) == 6:
+            weather.bring(hours("a", -4, 0), hours("b", begin + 10, begin + 11, y=50.0))
+        return cut(self, left, limit)
+
+    monkeypatch.setattr(stored.StoredRows, "_cut", crossed)
+    assert weather.watch(chunk_rows=10)[:3] == (78 + 82, 4, 1)
+    assert weather.watch()[:3] == (78 + 82, 4, 1), "once"
+
+
+def test_another_data_set_and_what_is_wrong_with_it_are_not_looked_at(
+    weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weather.watch()
+    ingest(validate(IngestConfig, {"data": {**weather.data(hours("z", 0, 30)), "name": "other"}}), weather.workspace)
+    with closing(SeriesStore(weather.workspace.database_url)) as opened, opened.engine.begin() as connection:
+        connection.execute(update(DATASETS).where(DATASETS.c.name == "other").values(columns="damaged"))
+    grow(weather, BEGUN, BEGUN + 3)
+    looks: list[int] = []
+    look = stored.StoredRows._look
+
+    def seen(self: stored.StoredRows, position: dict[str, Any], ends: pl.DataFrame) -> Any:
+        looks.append(ends.height)
+        return look(self, position, ends)
+
+    monkeypatch.setattr(stored.StoredRows, "_look", seen)
+    assert weather.watch() == (6, 0, 0, {})
+    assert len(looks) == 1, "without a batch, nothing is read"
 
 
 # --- covariates

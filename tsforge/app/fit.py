@@ -367,8 +367,8 @@ def fit_frame(
     series = panel.training_series(None, splits.train[1], ~held_out if names else None)
     warn_of_rows(panel, series)
     unit = error_unit(series, diverse=is_diverse(series))
-    spec, settings = _data_spec(panel, config, splits), settled(config.network, diverse=unit.ndim == 2)
-    network = build_network(settings, spec, seed=derive_seed(seed, "weights"))
+    settings = settled(config.network, diverse=unit.ndim == 2)
+    network = build_network(settings, _data_spec(panel, config, splits), seed=derive_seed(seed, "weights"))
     check_held_out(network, names)
     spans = _spans_of(panel, config, splits, held_out, network)
     raced, fitted_rows = config.model.name == AUTO, _fitted_rows(config, splits)
@@ -406,9 +406,8 @@ def fit_frame(
     if spans.is_shared and (training.epochs or raced) and config.calibration.enabled:
         warn_of_shared_rows(splits.valid[1] - splits.valid[0], config.window.horizon)
     table = _margins(network, spans.train, calibration, config.calibration)
-    metrics = held_out_errors(network, spans.graded, unit)
+    metrics, device = held_out_errors(network, spans.graded, unit), network.param_offset.device
     rows = replace(splits, train=fitted_rows, valid=(max(fitted_rows[1], splits.valid[0]), splits.valid[1])).to_dict()
-    device = network.param_offset.device
     artifact = create_artifact(
         network,
         config=config.model_dump(mode="json"),
@@ -428,8 +427,8 @@ def fit_frame(
         },
     )
     if log is not None:
-        table = log.table(artifact.id, panel.schema.targets, training.epochs)
-        artifact = replace(artifact, tables={GRAPH_TABLE: table})
+        graphs = log.table(artifact.id, panel.schema.targets, training.epochs)
+        artifact = replace(artifact, tables={GRAPH_TABLE: graphs})
     return _with_dependence(artifact, calibration, config.calibration, device), training
 
 

@@ -17,6 +17,7 @@ from tsforge.app.fitted_data import FittedData
 from tsforge.core.errors import listing
 from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
+from tsforge.data.schema import SeriesSchema
 from tsforge.data.store import Extent, SeriesStore, Stock
 from tsforge.forecasting.stream import Stream
 
@@ -80,38 +81,49 @@ def find_left_out(live: Stream, before: pl.DataFrame | None, data: FittedData, w
         workspace: whose store to read.
     """
     noted = None if before is None else live.about.get(_KEY)
-    now = _stored_times(live.ends())
-    old = now.clear() if noted is None or before is None else _stored_times(before)
+    now = stored_times(live.ends())
+    old = now.clear() if noted is None or before is None else stored_times(before)
     is_still = noted is not None and old.equals(now)
     with closing(SeriesStore(workspace.database_url)) as store:
         stock = store.stock(
             data.name,
             pl.concat([old, now]),
-            _watched(live, data, store),
+            watched(live.artifact.schema, store.config(data.name)),
             after=0 if noted is None else noted["batch"],
             only_if_news=is_still,
         )
     if is_still and not stock.news:
         return LeftOut()
-    found = LeftOut(is_noted=True) if noted is None else _compared(noted, old, stock)
-    extents = {name: list(stock.extents[name, time]) for name, time in now.iter_rows() if (name, time) in stock.extents}
-    live.about[_KEY] = {"made": stock.made, "batch": stock.batch, "series": extents}
+    found = LeftOut(is_noted=True) if noted is None else compared(noted, old, stock)
+    live.about[_KEY] = notes(now, stock)
     return found
 
 
-def _stored_times(ends: pl.DataFrame) -> pl.DataFrame:
+def stored_times(ends: pl.DataFrame) -> pl.DataFrame:
+    """Return the ends of series with times as the store keeps them."""
     return ends.select("series_id", pl.col("time").cast(pl.Int64)).sort("series_id")
 
 
-def _watched(live: Stream, data: FittedData, store: SeriesStore) -> list[str]:
-    """Return the columns whose stored values the stream takes with the row of the same time."""
-    schema = live.artifact.schema
-    delay = store.config(data.name).get("publication_delay")
+def watched(schema: SeriesSchema, settings: Mapping[str, Any]) -> list[str]:
+    """Return the columns whose stored values are taken with the row of the same time.
+
+    Args:
+        schema: what the artifact reads. settings: kept with the data set.
+    """
+    delay = settings.get("publication_delay")
     delayed = [name for name in schema.past if isinstance(delay, Mapping) and name in delay]  # one for all moves none
     return [name for name in schema.columns if name not in delayed]
 
 
-def _compared(noted: Mapping[str, Any], old: pl.DataFrame, stock: Stock) -> LeftOut:
+def notes(ends: pl.DataFrame, stock: Stock) -> dict[str, Any]:
+    """Return what is stored up to the ends of series, in types that JSON knows."""
+    found = stock.extents
+    extents = {name: list(found[name, time]) for name, time in ends.iter_rows() if (name, time) in found}
+    return {"made": stock.made, "batch": stock.batch, "series": extents}
+
+
+def compared(noted: Mapping[str, Any], old: pl.DataFrame, stock: Stock) -> LeftOut:
+    """Return what came up to the ends ``old`` since ``notes`` were taken of them."""
     late: dict[str, int] = {}
     differing = again = whole = 0
     for name, time in old.iter_rows():
@@ -119,9 +131,10 @@ def _compared(noted: Mapping[str, Any], old: pl.DataFrame, stock: Stock) -> Left
         extent = stock.extents.get((name, time), _EMPTY)
         if extent.rows > then.rows:
             late[name] = extent.rows - then.rows
-        differing += extent.digest != then.digest
-        again += max(extent.publications - then.publications - late.get(name, 0), 0)
-        whole += min(extent.rows, then.rows) if extent.digest != then.digest else 0
+        if extent.digest != then.digest:
+            differing += 1
+            again += max(extent.publications - then.publications - late.get(name, 0), 0)
+            whole += min(extent.rows, then.rows)
     # a bound: changed rows that the stream has not taken yet are among them, the digests say if any other is
     revised = sum(changed for _, _, changed in stock.news) + again if differing else 0
     if noted["made"] != stock.made:  # the data set was removed and ingested again: every row of it is new

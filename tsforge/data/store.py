@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import polars as pl
-from sqlalchemy import ColumnElement, Connection, Engine, Numeric, cast, delete, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, Numeric, Table, case, cast, delete, exists, func, or_, select
 
 from tsforge.core.errors import BackendError, DataError, EmptySpanError, TsforgeError
 from tsforge.data.findings import IngestReport
@@ -44,7 +44,10 @@ _IN_LIMIT = 5_000  # more series than this are filtered after reading: databases
 
 
 class Extent(NamedTuple):
-    """What is stored of a series up to a time: rows with a value, publications of them, and a digest of the values."""
+    """What is stored of a series up to a time: rows with a value, publications of them, and a digest of the values.
+
+    Where publications are stored, the digest is that of the last value of each cell.
+    """
 
     rows: int
     publications: int
@@ -304,6 +307,21 @@ class SeriesStore:
                 records = [dict(row) for row in connection.execute(statement).mappings()]
         return pl.DataFrame(records, schema=_BATCH_COLUMNS).with_columns(_utc("started"), _utc("finished"))
 
+    def changed(self, name: str) -> str:
+        """Return what is another text whenever a batch has reached a dataset, or it was made anew; one short query.
+
+        Raises:
+            DataError: the dataset is unknown.
+            BackendError: the database did not answer.
+        """
+        moments = select(DATASETS.c.created, DATASETS.c.updated).where(DATASETS.c.name == name)
+        with transaction(self._engine, f"read dataset '{name}' from", write=False) as connection:
+            row = connection.execute(moments).one_or_none() if has_tables(connection) else None
+            if row is None:
+                definition(connection, name)  # says what there is
+        assert row is not None
+        return f"{row.created.isoformat()} {row.updated.isoformat()}"
+
     def stock(
         self, name: str, ends: pl.DataFrame, columns: Sequence[str], *, after: int = 0, only_if_news: bool = False
     ) -> Stock:
@@ -359,7 +377,7 @@ def _extents(
     watched = [dataset.columns[name] for name in columns if name in dataset.columns] or list(dataset.columns.values())
     stage = stage_rows(connection, [], ends.select("series_id", "time").unique(), has_vintages=False)
     rows = func.count(table.c.time.distinct()) if dataset.has_vintages else func.count()
-    sums = [_sum(connection, table.c[name], table.c.time) for name in watched]
+    sums = [_sum(connection, _cell(table, name), table.c.time) for name in watched]
     statement = (
         select(stage.c.series_id, stage.c.time, rows, func.count(), *sums)
         .join_from(stage, table, (stage.c.series_id == table.c.series_id) & (table.c.time <= stage.c.time))
@@ -371,12 +389,25 @@ def _extents(
     return {(row[0], row[1]): _extent(*row[2:]) for row in map(tuple, found)}
 
 
-def _sum(connection: Connection, column: ColumnElement[Any], time: ColumnElement[int]) -> ColumnElement[Any]:
+_NO_VALUE = 0.618  # stands for a missing value, which is not 0
+
+
+def _cell(table: Table, name: str) -> ColumnElement[Any]:
+    """Return a value less what a missing one stands for, 0 for those of a cell that are not its last publication."""
+    value = func.coalesce(table.c[name] - _NO_VALUE, 0.0)
+    if "published" not in table.c:
+        return value
+    newer = table.alias()
+    same = (newer.c.series_id == table.c.series_id) & (newer.c.time == table.c.time)
+    is_old = exists().where(same, newer.c.published > table.c.published, newer.c[name].is_not(None))
+    return case((is_old, 0.0), else_=value)
+
+
+def _sum(connection: Connection, value: ColumnElement[Any], time: ColumnElement[int]) -> ColumnElement[Any]:
     """Return a sum that a changed, added or removed value changes, and the order of summing does not.
 
     PostgreSQL sums in any order, so the numbers are decimal ones there; SQLite sums in the order of its key.
     """
-    value = func.coalesce(column, 0.618)  # a missing value is not 0
     weight = func.abs(time % _WEIGHTS) + 1
     exact = cast(value, Numeric) if connection.dialect.name == "postgresql" else value
     return func.sum(exact * weight)

@@ -77,6 +77,12 @@ _SINKS = Table(
     Column("next_try", Float, nullable=False),
     Column("error", Text),
 )
+_DROPPED = Table(
+    "dropped_sinks",
+    _META,
+    Column("name", String(100), primary_key=True),
+    Column("acked", BigInteger, nullable=False),  # all up to this one is delivered or a dead letter
+)
 _DEAD = Table(
     "dead_letters",
     _META,
@@ -291,8 +297,8 @@ class WatchState:
     def enlist(self, names: Iterable[str]) -> dict[str, int]:
         """Make these the sinks: new ones get what is still in the outbox and all that follows, others are dropped.
 
-        What a dropped sink had still to get becomes its dead letters. Named again, it goes on after them, so that it
-        gets none twice.
+        What a dropped sink had still to get becomes its dead letters. Named again, it goes on after all that there was
+        by then, so that it gets none twice.
 
         Returns:
             Sinks that were dropped with transitions to get, and how many.
@@ -300,12 +306,18 @@ class WatchState:
         wanted = list(names)
         with transaction(self._engine, "list the sinks in") as connection:
             rows = connection.execute(select(_SINKS.c.name, _SINKS.c.acked)).all()
-            left = {row.name: _bury_rest(connection, row.name, row.acked) for row in rows if row.name not in wanted}
+            gone = [row for row in rows if row.name not in wanted]
+            left = {row.name: _bury_rest(connection, row.name, row.acked) for row in gone}
+            first, last = connection.execute(select(func.min(_OUTBOX.c.seq), func.max(_OUTBOX.c.seq))).one()
+            for row in gone:
+                connection.execute(delete(_DROPPED).where(_DROPPED.c.name == row.name))
+                connection.execute(insert(_DROPPED).values(name=row.name, acked=max(row.acked, last or 0)))
             connection.execute(delete(_SINKS).where(_SINKS.c.name.not_in(wanted)))
-            first = connection.execute(select(func.min(_OUTBOX.c.seq))).scalar()
             for name in set(wanted) - {row.name for row in rows}:
                 buried = connection.execute(select(func.max(_DEAD.c.seq)).where(_DEAD.c.sink == name)).scalar()
-                acked = max(0 if first is None else first - 1, buried or 0)
+                dropped = connection.execute(select(_DROPPED.c.acked).where(_DROPPED.c.name == name)).scalar()
+                connection.execute(delete(_DROPPED).where(_DROPPED.c.name == name))
+                acked = max(0 if first is None else first - 1, buried or 0, dropped or 0)
                 blank = {"mark": 0, "delivered": 0, "attempts": 0, "next_try": 0.0}
                 connection.execute(insert(_SINKS).values(name=name, acked=acked, **blank))
             _prune(connection)

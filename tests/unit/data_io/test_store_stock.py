@@ -9,12 +9,14 @@ from typing import Literal
 
 import polars as pl
 import pytest
+from sqlalchemy import update
 
 from tsforge.core.errors import DataError
 from tsforge.data.findings import IngestReport
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.schema import SeriesSchema
 from tsforge.data.store import SeriesStore, Stock
+from tsforge.data.store_tables import DATASETS
 from tsforge.data.vintages import VintageFrame
 
 SCHEMA = SeriesSchema(targets=("y",), past=("p",), known=("k",), freq="1h")
@@ -102,11 +104,33 @@ def test_a_batch_that_is_still_at_work_is_counted_when_it_is_done(store: SeriesS
     assert (found.batch, [batch for batch, *_ in found.news]) == (last, [first, last])
 
 
-def test_publications_are_counted_beside_rows(store: SeriesStore) -> None:
-    schema = SeriesSchema(targets=("y",), freq="1h")
-    for published, value in ((1, 1.0), (2, 1.0), (3, 5.0)):
-        table = pl.DataFrame({"series_id": ["a"], "time": [FIRST], "y": [value]}).with_columns(
-            published=pl.lit(FIRST + timedelta(hours=published))
-        )
-        store.write("d", VintageFrame(table, schema))
-        assert of(stock(store), "a")[:2] == (1, published)
+def test_publications_are_counted_beside_rows_and_only_the_last_values_are_watched(store: SeriesStore) -> None:
+    schema = SeriesSchema(targets=("y",), past=("p",), freq="1h")
+    cells = [(1.0, None), (1.0, 4.0), (None, 4.0), (1.0, None), (5.0, None), (5.0, 0.0)]
+    digests = []
+    for published, (y, p) in enumerate(cells, start=1):
+        table = pl.DataFrame(
+            {"series_id": ["a"], "time": [FIRST], "y": [y], "p": [p]},
+            schema_overrides={"y": pl.Float64, "p": pl.Float64},
+        ).with_columns(published=pl.lit(FIRST + timedelta(hours=published)))
+        store.write("d", VintageFrame(table, schema, require_targets=False))
+        rows, publications, digest = of(stock(store), "a")
+        assert (rows, publications) == (1, published)
+        digests.append(digest)
+    assert digests[1] == digests[2] == digests[3], "published again"
+    assert len(set(digests)) == 4
+
+
+def test_whether_a_batch_has_come_is_asked_of_one_data_set_alone(store: SeriesStore) -> None:
+    with pytest.raises(DataError, match="no dataset 'd'"):
+        store.changed("d")
+    write(store, rows("a", [1]))
+    before = store.changed("d")
+    store.write("other", SeriesFrame(rows("z", [1]), SCHEMA))
+    with store.engine.begin() as connection:
+        connection.execute(update(DATASETS).where(DATASETS.c.name == "other").values(columns="damaged"))
+    assert store.changed("d") == before
+    write(store, rows("a", [2]))
+    assert store.changed("d") != before
+    with pytest.raises(DataError, match="no dataset 'none'"):
+        store.changed("none")

@@ -1,19 +1,22 @@
-"""Rows of the store after those taken, and the counts of stored rows that are never taken: late, changed, foreign."""
+"""Rows of the store after those taken, and the counts of stored rows that are never taken: late, changed, foreign.
+
+A position notes what is stored up to the ends of series (see ``stream_late``), with these ends: what is more, or other,
+at a later look came too late. Each look notes it anew, for the ends that its last piece leads to. A watch that dies
+within a backlog goes on from the note before: then what came late into the pieces taken meanwhile passes for taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import load_dataset
-from tsforge.app.watch.intake import OF_STORE, Intake, Portion
+from tsforge.app.stream_late import LeftOut, compared, notes, stored_times, watched
+from tsforge.app.watch.intake import Intake, Portion
 from tsforge.app.watch.sources import Offer
 from tsforge.artifact import match_frame
 from tsforge.core.errors import DataError, EmptySpanError
@@ -25,43 +28,11 @@ _LOG = get_logger(__name__)
 _REVISED = "revised: rows of the store changed by a batch, up to"
 
 
-class Batched(NamedTuple):
-    """Rows that all batches of a data set have added and changed."""
-
-    new: int
-    changed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Books:
-    """What became of the rows of batches since a watch first looked; kept as its position.
-
-    Every row that batches added is one that was offered, still waits, is foreign, or came late: the last of these is
-    what is left.
-
-    Attributes:
-        new: rows that batches had added at the first look. waiting: those after the last ones taken, at that look.
-        changed: rows that batches had changed when that was told last.
-        offered, foreign, late: rows since then.
-        strangers: last grid step that was told of each series that the detector does not know.
-    """
-
-    new: int
-    waiting: int
-    changed: int
-    offered: int = 0
-    foreign: int = 0
-    late: int = 0
-    strangers: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, position: Mapping[str, Any]) -> Books | None:
-        """Return the books of a position, None where there are none yet."""
-        return cls(**position) if position else None
-
-
 class StoredRows:
     """Rows of the store after the last one taken of each series. Where it goes on is known by the detector alone.
+
+    A position has what ``notes`` returns, the ``ends`` that it belongs to, and the last grid step told of each series
+    that the detector does not know (``strangers``); any other is that of an earlier version, which counted nothing.
 
     Args:
         workspace: whose store. dataset: which. intake: of the artifact.
@@ -71,23 +42,29 @@ class StoredRows:
         self._workspace = workspace
         self._dataset = dataset
         self._intake = intake
+        self._store = SeriesStore(workspace.database_url)
         self._fitted = FittedData.of(intake.artifact, dataset)
         self._holds = pl.any_horizontal(pl.col(intake.schema.columns).is_not_null())
         self._left: Portion | None = None
-        self._told: datetime | None = None  # last change of the store that is in the books
+        self._then: dict[str, Any] = {}  # position once nothing is left
+        self._seen: str | None = None  # state of the data set at the last look
 
     def next(self, position: dict[str, Any], ends: pl.DataFrame, limit: int) -> Offer | None:
         """Return stored rows after those taken; a backlog is read once and offered in pieces."""
-        books = Books.of(position)
-        apart = None
-        if self._left is None or not self._left.table.height:
-            books, apart = self._look(books, ends)
-        portions = [] if apart is None else [apart]
+        portions: list[Portion] = []
+        place = position
+        if self._left is None:
+            changed = self._store.changed(self._dataset)
+            if changed == self._seen:
+                return None
+            self._then = position
+            place, apart = self._look(position, ends)
+            portions += [] if apart is None else [apart]
+            self._seen = changed
         if self._left is not None:
-            portion = self._cut(self._left, limit)
-            portions.append(portion)
-            books = books and replace(books, offered=books.offered + portion.rows_read)
-        place = asdict(books) if books else position
+            portions.append(self._cut(self._left, limit))
+        if self._left is None:
+            place = self._then
         if not portions and place == position:
             return None
         return Offer(portions=tuple(portions), position=place, what=f"data set '{self._dataset}'", divisible=False)
@@ -100,68 +77,67 @@ class StoredRows:
         self._left = self._portion(table.slice(cut), left.ahead) if cut < table.height else None
         return self._portion(table.head(cut), left.ahead)
 
-    def _look(self, books: Books | None, ends: pl.DataFrame) -> tuple[Books | None, Portion | None]:
-        """Read what follows the rows taken; return the books, and a portion of rows that are counted and not taken.
+    def _look(self, position: dict[str, Any], ends: pl.DataFrame) -> tuple[dict[str, Any], Portion | None]:
+        """Read what follows the rows taken; return the position before it, and rows counted that are not taken.
 
-        Batches that come while it reads are in the books with the next look.
+        Rows are counted in one snapshot after they were read: one that comes in these seconds, and before the end that
+        they lead to, passes for taken.
         """
-        changed = self._changed()
-        batched = self._batched() if books is None or changed != self._told else None
-        table = self._after(ends)
-        self._left = self._reached(table)
-        if batched is None:
-            return books, None
-        foreign = self._foreign(books, ends)
-        if self._batched() != batched:
-            return books, None
-        self._told = changed
-        return self._account(books, batched, table.filter(self._holds).height, foreign)
-
-    def _account(
-        self, books: Books | None, batched: Batched, beyond: int, foreign: pl.DataFrame
-    ) -> tuple[Books, Portion | None]:
-        late = revised = 0
-        if books is None:
-            books = Books(new=batched.new, waiting=beyond, changed=batched.changed)
+        noted = position if "ends" in position else None
+        columns = watched(self._intake.artifact.schema, self._store.config(self._dataset))
+        left = self._reached(self._after(ends))
+        old, now, then = _times(noted["ends"] if noted else {}), stored_times(ends), self._ends_after(left, ends)
+        stock = self._store.stock(
+            self._dataset,
+            pl.concat([old, now, then]),
+            columns,
+            after=noted["batch"] if noted else 0,
+            only_if_news=left is None and old.equals(now),
+        )
+        if left is None and old.equals(now) and not stock.news:
+            return position, None
+        strangers: dict[str, int] = {}
+        found = LeftOut()
+        if noted and noted["made"] == stock.made:  # else there is nothing yet, or another data set of that name
+            strangers, found = noted["strangers"], compared(noted, old, stock)
         else:
-            books = replace(books, foreign=books.foreign + foreign.height)
-            if not self._has(*OF_STORE):  # else a row that a batch adds need not be one row here
-                taken = books.offered + beyond - books.waiting
-                late = max(0, batched.new - books.new - books.foreign - taken - books.late)
-            revised = batched.changed - books.changed
-            books = replace(books, late=books.late + late, changed=batched.changed)
+            noted = None
+        foreign = self._foreign(strangers, ends)
         steps = foreign.with_columns(pl.Series("at", self._intake.artifact.grid.index_of(foreign["time"])))
-        last = steps.group_by("series_id").agg(pl.col("at").max())
-        books = replace(books, strangers={**books.strangers, **dict(last.sort("series_id").iter_rows())})
-        if late or revised:
+        last = steps.group_by("series_id").agg(pl.col("at").max()).sort("series_id")
+        strangers = {**strangers, **dict(last.iter_rows())}
+        place, self._then = (
+            {**notes(times, stock), "ends": dict(times.iter_rows()), "strangers": strangers} for times in (now, then)
+        )
+        self._left = left
+        return place, self._apart(found, foreign) if noted else None
+
+    def _apart(self, found: LeftOut, foreign: pl.DataFrame) -> Portion | None:
+        """Return a portion of rows that are counted and not taken, and say which."""
+        told = []
+        if found.late:
+            told.append(f"{found.rows_late} rows came late (rows after them were taken before)")
+        if found.revised:
+            told.append(f"batches changed up to {found.revised} rows that were taken")
+        if told:
             _LOG.warning(
-                "data set '%s': %s rows came late (rows after them were taken before), and batches changed up to %s "
-                "rows that were taken: neither is judged; start the watch anew (reset=true) to judge them",
+                "data set '%s': %s: not judged; start the watch anew (reset=true) to judge them",
                 self._dataset,
-                late,
-                revised,
+                ", and ".join(told),
             )
-        if not (late or revised or foreign.height):
-            return books, None
-        notes = {_REVISED: revised} if revised else {}
-        return books, Portion(table=foreign, rows_read=late + foreign.height, late=late, notes=notes)
+        if not told and not foreign.height:
+            return None
+        revised = {_REVISED: found.revised} if found.revised else {}
+        return Portion(table=foreign, rows_read=found.rows_late + foreign.height, late=found.rows_late, notes=revised)
 
-    def _changed(self) -> datetime | None:
-        """Return when a batch reached the store last; the records of all batches are too many to read at every look."""
-        with closing(SeriesStore(self._workspace.database_url)) as store:
-            moments = store.datasets().filter(name=self._dataset)["updated"]
-        return moments[0] if len(moments) else None
-
-    def _batched(self) -> Batched:
-        with closing(SeriesStore(self._workspace.database_url)) as store:
-            done = store.batches(self._dataset).filter(status="done")
-        return Batched(int(done["rows_new"].sum()), int(done["rows_changed"].sum()))
-
-    def _has(self, *names: str) -> bool:
-        """Return whether the data set has one of the things that only the store makes: see ``OF_STORE``."""
-        with closing(SeriesStore(self._workspace.database_url)) as store:
-            settings = self._fitted.settings(store.config(self._dataset))
-        return any(settings.get(name) for name in names)
+    def _ends_after(self, left: Portion | None, ends: pl.DataFrame) -> pl.DataFrame:
+        """Return the ends, with times as the store keeps them, once a backlog is taken."""
+        if left is None:
+            return stored_times(ends)
+        if self._intake.artifact.network.capabilities.rows_coupled:  # all series move together
+            return stored_times(ends.with_columns(pl.lit(left.table["time"].max()).alias("time")))
+        reached = left.table.group_by("series_id").agg(pl.col("time").max())
+        return stored_times(ends.update(reached, on="series_id"))
 
     def _after(self, ends: pl.DataFrame) -> pl.DataFrame:
         """Return the rows after the ends, those ahead of the last target among them, as the network reads them."""
@@ -173,8 +149,6 @@ class StoredRows:
                     self._workspace, self._fitted, series=names, start=start, extend=artifact.window.horizon
                 )
             except EmptySpanError:
-                with closing(SeriesStore(self._workspace.database_url)) as store:
-                    store.config(self._dataset)  # an unknown data set is an error, an empty span is none
                 continue
             tables.append(match_frame(artifact, frame).table)
         if not tables:
@@ -193,20 +167,17 @@ class StoredRows:
                 names = ends["series_id"].filter(pl.Series(part)).to_list()
                 yield names, artifact.grid.time_at(int(last[part].min()))
 
-    def _foreign(self, books: Books | None, ends: pl.DataFrame) -> pl.DataFrame:
-        """Return rows of series that the detector does not know, as far as they were not told yet.
-
-        At the first look these are rows after all that were taken; of a series that comes later, all its rows.
-        """
-        with closing(SeriesStore(self._workspace.database_url)) as store:
-            names = sorted(store.series_ids(self._dataset) - set(ends["series_id"]))
-        grid = self._intake.artifact.grid
-        begun = dict.fromkeys(names, int(grid.index_of(ends["time"]).max())) if books is None else books.strangers
-        known = [name for name in names if name in begun]
-        steps = np.array([begun[name] for name in known], dtype=np.int64)
-        marks = pl.DataFrame({"series_id": pl.Series(known, dtype=pl.String), "time": grid.time_at(steps)})
-        fresh = [name for name in names if name not in begun]
-        has_sums = bool(names) and self._has("hierarchy")  # all are read then: to name one without rows is an error
+    def _foreign(self, strangers: Mapping[str, int], ends: pl.DataFrame) -> pl.DataFrame:
+        """Return rows of series that the detector does not know after those told; all rows of one not told of yet."""
+        names = sorted(self._store.series_ids(self._dataset) - set(ends["series_id"]))
+        known = [name for name in names if name in strangers]
+        steps = np.array([strangers[name] for name in known], dtype=np.int64)
+        marks = pl.DataFrame(
+            {"series_id": pl.Series(known, dtype=pl.String), "time": self._intake.artifact.grid.time_at(steps)}
+        )
+        fresh = [name for name in names if name not in strangers]
+        # with sums all are read: to name a series without rows is an error
+        has_sums = bool(names and self._fitted.settings(self._store.config(self._dataset)).get("hierarchy"))
         tables = [self._intake.nothing()]
         for some, start in [*self._spans(marks), *([(fresh, None)] if fresh else [])]:
             try:
@@ -250,10 +221,16 @@ class StoredRows:
         return ()
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Close the store."""
+        self._store.close()
 
 
 def _later(table: pl.DataFrame, ends: pl.DataFrame) -> pl.DataFrame:
     """Return the rows after the end of their series."""
     later = table.join(ends.rename({"time": "end"}), on="series_id").filter(pl.col("time") > pl.col("end"))
     return later.drop("end")
+
+
+def _times(ends: Mapping[str, int]) -> pl.DataFrame:
+    """Return the ends of a position as ``stored_times`` does."""
+    return pl.DataFrame(list(ends.items()), schema={"series_id": pl.String, "time": pl.Int64}, orient="row")
