@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tsforge.anomaly.config import DetectConfig
-from tsforge.app.checks import CheckConfig, NonEmptyCheck, before
+from tsforge.app.checks import CheckConfig, NonEmptyCheck, Span
 from tsforge.core.config import Config, QuantileLevel
-from tsforge.core.errors import DataError
 from tsforge.data.config import DataConfig
 from tsforge.forecasting.cold_start import ColdStartConfig
 from tsforge.forecasting.online_rules import OnlineConfig
@@ -41,17 +38,8 @@ class ForecastStage(Config):
 class DetectStage(Config):
     """What is scored: the rows of the last ``span`` before ``as_of``."""
 
-    span: str = "7d"
+    span: Span = "7d"
     detector: DetectConfig = DetectConfig()
-
-    @field_validator("span")
-    @classmethod
-    def _is_duration(cls, value: str) -> str:
-        try:
-            before(datetime(2000, 1, 1), value)
-        except DataError as error:
-            raise ValueError(str(error)) from error
-        return value
 
 
 class BatchConfig(Config):

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Annotated, Literal
 
 import polars as pl
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, DataError, listing, nearest
@@ -34,27 +34,26 @@ def before(moment: datetime, span: str) -> datetime:
     return earlier
 
 
-class _Check(Config):
-    severity: Severity = "block"
-    """``block`` stops the batch before anything is published, ``warn`` only reports."""
-
-
-class _Spanned(_Check):
-    span: str = "7d"
-    """Only rows of the last so much before ``as_of`` are looked at."""
-
-    @field_validator("span")
-    @classmethod
-    def _is_duration(cls, value: str) -> str:
-        return _checked(value)
-
-
 def _checked(value: str) -> str:
     try:
         before(datetime(2000, 1, 1), value)
     except DataError as error:
         raise ValueError(str(error)) from error
     return value
+
+
+Span = Annotated[str, AfterValidator(_checked)]
+"""A duration such as 6h, 7d or 1mo."""
+
+
+class _Check(Config):
+    severity: Severity = "block"
+    """``block`` stops the batch before anything is published, ``warn`` only reports."""
+
+
+class _Spanned(_Check):
+    span: Span = "7d"
+    """Only rows of the last so much before ``as_of`` are looked at."""
 
 
 class NonEmptyCheck(_Check):
@@ -68,12 +67,7 @@ class FreshCheck(_Check):
     """The newest observed target of every series is not older than ``max_age`` at ``as_of``."""
 
     kind: Literal["fresh"] = "fresh"
-    max_age: str
-
-    @field_validator("max_age")
-    @classmethod
-    def _is_duration(cls, value: str) -> str:
-        return _checked(value)
+    max_age: Span
 
 
 class NullShareCheck(_Spanned):

@@ -1,6 +1,7 @@
 """What a fit is refused for without its data: settings that do not go together; and held-out series it cannot forecast.
 
-The first are checked when the config is made, so that ``--dry-run``, a backtest and a study refuse what a fit would.
+The first are checked before a fit reads data, by its ``--dry-run`` and when the config of a backtest is made. Not when
+that of a fit is made: a study may search the setting that does not go with the others.
 """
 
 from __future__ import annotations

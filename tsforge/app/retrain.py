@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tsforge.app.batch import BatchBusy, changed_settings, data_seen_until, parse_as_of
-from tsforge.app.checks import before
+from tsforge.app.checks import Span, before
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import IngestConfig, ingest, load_history
@@ -42,7 +42,7 @@ _SETTINGS = "settings"  # key of the ledger's details, beside the facts
 class CompareConfig(Config):
     """How champion and challenger are compared, and what the challenger must achieve."""
 
-    span: str = "28d"
+    span: Span = "28d"
     """The last so much before ``as_of``; kept from the challenger."""
     cutoffs: int = Field(28, ge=4)
     """Moments in the span from which both forecast, evenly spread."""
@@ -50,15 +50,6 @@ class CompareConfig(Config):
     """Share by which the challenger's error must be lower."""
     max_p_value: float = Field(0.1, gt=0, le=1)
     """Largest p-value of the difference (Diebold-Mariano over the cutoffs) at which it is promoted; 1 = no test."""
-
-    @field_validator("span")
-    @classmethod
-    def _is_duration(cls, value: str) -> str:
-        try:
-            before(datetime(2000, 1, 1), value)
-        except DataError as error:
-            raise ValueError(str(error)) from error
-        return value
 
 
 class RetrainConfig(Config):

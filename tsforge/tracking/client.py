@@ -28,8 +28,8 @@ _IMPORT_LOCK = threading.Lock()
 _CONNECT_SECONDS = 5.0
 _DOWNLOAD = re.compile(r"The following failures occurred while downloading one or more artifacts from (?P<place>.+):$")
 _GONE = re.compile(r"no ?such|not (exist|found)|\b404\b", re.IGNORECASE)
-_REGISTER_AGAIN = (
-    "; put that folder back from a backup, or make a new version (tsforge fit with tracking.register_as) and give it "
+REGISTER_AGAIN = (
+    "put that folder back from a backup, or make a new version (tsforge fit with tracking.register_as) and give it "
     "the alias (tsforge promote)"
 )
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -157,7 +157,7 @@ def brief(error: BaseException, limit: int = 300) -> str:
             text = f"{text} {told}".rstrip()
         elif _GONE.search(told):
             text = f"files of that version are gone from {download['place']} ({told})"
-            advice = _REGISTER_AGAIN
+            advice = f"; {REGISTER_AGAIN}"
         else:
             text = (
                 f"files of that version cannot be fetched from {download['place']}: {told or 'MLflow names no reason'}"

@@ -23,7 +23,7 @@ from tsforge.core.atomic import atomic_directory
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, listing, nearest
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
-from tsforge.tracking.client import brief, import_mlflow, open_client
+from tsforge.tracking.client import REGISTER_AGAIN, brief, import_mlflow, open_client
 from tsforge.tracking.environment import requirements
 from tsforge.tracking.pyfunc import signature
 from tsforge.tracking.redact import redact
@@ -36,10 +36,6 @@ _ARTIFACT_ID = "tsforge.artifact_id"
 _HISTORY = "tsforge.history"
 _HISTORY_LENGTH = 20
 _LOADER = "tsforge.tracking.pyfunc"
-_PUT_BACK = (
-    "put that folder back from a backup, or make a new version (tsforge fit with tracking.register_as) and give it the "
-    "alias (tsforge promote)"
-)
 _REQUIREMENTS = ("tsforge", "mlflow", "numpy", "pandas", "polars", "safetensors", "scipy", "torch")
 
 
@@ -383,7 +379,7 @@ def _only_artifact(folder: Path, found: ModelVersion, place: str) -> Path:
     name = f"version {found.version} of model '{found.name}'"
     manifests = list(folder.rglob(MANIFEST))
     if not manifests and found.artifact_id:
-        raise ArtifactError(f"files of {name} are gone from {place} (no {MANIFEST} there); {_PUT_BACK}")
+        raise ArtifactError(f"files of {name} are gone from {place} (no {MANIFEST} there); {REGISTER_AGAIN}")
     if len(manifests) != 1:
         raise ArtifactError(f"{name} holds {len(manifests) or 'no'} tsforge artifact{'s' if manifests else ''}")
     try:
@@ -392,5 +388,5 @@ def _only_artifact(folder: Path, found: ModelVersion, place: str) -> Path:
         why = str(error).replace(str(folder), place)
         raise ArtifactError(f"{name} cannot be used as the store holds it: {why}") from error
     if found.artifact_id and stated != found.artifact_id:
-        raise ArtifactError(f"{name} is artifact {found.artifact_id}, but {place} holds {stated}; {_PUT_BACK}")
+        raise ArtifactError(f"{name} is artifact {found.artifact_id}, but {place} holds {stated}; {REGISTER_AGAIN}")
     return manifests[0].parent
