@@ -512,3 +512,15 @@ def test_a_newer_format_is_refused(store: EventStore, url: str) -> None:
             with pytest.raises(BackendError, match="damaged"):
                 use()
     later.close()
+
+
+@pytest.mark.parametrize("content", ["torn", "[]"])
+def test_facts_that_cannot_be_read_are_named_and_stop_no_new_event(store: EventStore, content: str) -> None:
+    record(store, event())
+    with store.engine.begin() as connection:
+        connection.execute(text("UPDATE tsf_events SET facts = :content"), {"content": content})
+    with pytest.raises(BackendError, match=f"column facts of event '{ONE}' of 'plant'.*tsf_events.*backup"):
+        store.event(ONE)
+    assert store.events().height == 1, "what is known of it is shown"
+    record(store, event(), event(TWO))
+    assert sorted(store.events()["event_id"]) == sorted([ONE, TWO])

@@ -193,6 +193,12 @@ def test_the_state_of_a_newer_format_and_a_damaged_detector_are_refused(plant: W
     with pytest.raises(ArtifactError, match="damaged"):
         plant.watch()
     with sqlite3.connect(place) as connection:
+        kept = connection.execute("SELECT position FROM watch").fetchone()
+        connection.execute("UPDATE watch SET position = 'torn'")
+    with pytest.raises(BackendError, match=r"state.db: the column position of the table watch cannot be read"):
+        plant.watch()
+    with sqlite3.connect(place) as connection:
+        connection.execute("UPDATE watch SET position = ?", kept)
         connection.execute("UPDATE watch SET format = 99")
     with pytest.raises(BackendError, match=r"made by a newer tsforge \(watch format 99"):
         plant.watch()

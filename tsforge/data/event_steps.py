@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from tsforge.data.event_records import advance, event_id, facts_of, moment, numb
 from tsforge.data.event_tables import EVENTS, LOG, SUPPRESSIONS
 from tsforge.data.grid import TimeLike, show_time
 from tsforge.data.store_records import now
-from tsforge.data.suppressions import SuppressionRule, silenced_by
+from tsforge.data.stored_json import stored_json
+from tsforge.data.suppressions import SuppressionRule, control_signs, silenced_by
 
 SAID = ("acknowledged", "dismissed", "confirmed", "reopened", "labelled")
 """What people may say about an event, as the audit trail names it."""
@@ -62,19 +63,22 @@ def former_ids(connection: Connection, dataset: str, rows: Sequence[Mapping[str,
         if measure and name != row["event_id"]:
             older[row["event_id"]] = (name, measure)
     names = list(dict.fromkeys([*older, *(name for name, _ in older.values())]))
-    stored: dict[str, dict[str, Any]] = {}
+    stored: dict[str, dict[str, Any] | None] = {}
     for low in range(0, len(names), _IN_LIMIT):
         found = select(EVENTS.c.event_id, EVENTS.c.facts).where(
             EVENTS.c.dataset == dataset, EVENTS.c.event_id.in_(names[low : low + _IN_LIMIT])
         )
-        stored |= {row.event_id: json.loads(row.facts) for row in connection.execute(found)}
+        for kept in connection.execute(found):
+            stored[kept.event_id] = None  # facts that cannot be read make nobody's older self
+            with suppress(BackendError):
+                stored[kept.event_id] = stored_json(kept.facts, dict, kept.event_id)
     return {
         new: name
         for new, (name, measure) in older.items()
         if new not in stored
-        and name in stored
-        and stored[name].get("measure", measure) == measure
-        and f"{measure}, ".startswith(f"{stored[name].get('score', measure)}, ")
+        and (facts := stored.get(name)) is not None
+        and facts.get("measure", measure) == measure
+        and f"{measure}, ".startswith(f"{facts.get('score', measure)}, ")
     }
 
 
@@ -393,8 +397,7 @@ def checked_comment(text: str | None) -> str | None:
         return None
     if len(plain) > _LONGEST:
         raise DataError(f"a comment is plain text of at most {_LONGEST} signs; this one has {len(plain)}")
-    odd = [sign for sign in plain if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t"]
-    if odd:
+    if odd := control_signs(plain):
         raise DataError(
             f"a comment is plain text; this one holds {len(odd)} control signs (first: {odd[0]!a}): leave them out"
         )

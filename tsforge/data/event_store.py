@@ -54,6 +54,7 @@ from tsforge.data.event_tables import EVENTS, LOG, SUPPRESSIONS, check_format, h
 from tsforge.data.grid import TimeLike
 from tsforge.data.sql import inserted_key, open_engine, transaction
 from tsforge.data.store_records import lock, now
+from tsforge.data.stored_json import stored_json
 from tsforge.data.suppressions import SuppressionRule, silenced_by
 
 Action = Literal["acknowledged", "dismissed", "confirmed", "reopened"]
@@ -241,7 +242,8 @@ class EventStore:
             counts = comment_counts(connection, row["dataset"])
         row["comments"] = counts.get((row["dataset"], row["event_id"]), 0)
         record = event_table([row]).row(0, named=True)
-        return {**record, "facts": json.loads(record["facts"])}
+        where = f"the column facts of event '{row['event_id']}' of '{row['dataset']}' in the table {EVENTS.name}"
+        return {**record, "facts": stored_json(record["facts"], dict, where)}
 
     def datasets(self) -> pl.DataFrame:
         """Return ``dataset, events, has_integer_time``, one row a data set that has events."""

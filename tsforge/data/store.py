@@ -7,7 +7,6 @@ older one unless asked to. A row without any value is not stored: it is a gap, a
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from tsforge.data.store_records import (
     define,
     definition,
     has_tables,
+    label_variates,
     lock,
     make_tables,
     open_batch,
@@ -265,7 +265,9 @@ class SeriesStore:
                 "start": pl.Series([row.start for row in rows], dtype=pl.Int64).cast(time),
                 "end": pl.Series([row.end for row in rows], dtype=pl.Int64).cast(time),
                 "kind": pl.Series([row.kind for row in rows], dtype=pl.String),
-                "variates": pl.Series([json.loads(row.variates) for row in rows], dtype=pl.List(pl.String)),
+                "variates": pl.Series(
+                    [label_variates(name, row.series_id, row.variates) for row in rows], dtype=pl.List(pl.String)
+                ),
             }
         )
 

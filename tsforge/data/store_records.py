@@ -32,6 +32,7 @@ from tsforge.data.store_tables import (
     place_columns,
     schema_text,
 )
+from tsforge.data.stored_json import stored_json
 from tsforge.data.vintages import History, VintageFrame
 
 
@@ -257,7 +258,7 @@ def write_series(connection: Connection, dataset: Definition, frame: History) ->
             given[record.pop("series_id")] = record
     mine = SERIES.c.dataset_id == dataset.id
     known = {
-        row.series_id: json.loads(row.static)
+        row.series_id: _static(dataset, row.series_id, row.static)
         for row in connection.execute(select(SERIES.c.series_id, SERIES.c.static).where(mine))
     }
     added = [
@@ -271,6 +272,11 @@ def write_series(connection: Connection, dataset: Definition, frame: History) ->
         merged = known.get(name, {}) | values
         if name in known and merged != known[name]:
             connection.execute(update(SERIES).where(mine, SERIES.c.series_id == name).values(static=json.dumps(merged)))
+
+
+def _static(dataset: Definition, series: str, text: str) -> dict[str, Any]:
+    what = f"dataset '{dataset.name}': the column static of series '{series}' in the table {SERIES.name}"
+    return stored_json(text, dict, what)
 
 
 def write_labels(connection: Connection, dataset: Definition, labels: pl.DataFrame) -> None:
@@ -295,6 +301,16 @@ def write_labels(connection: Connection, dataset: Definition, labels: pl.DataFra
         connection.execute(insert(LABELS), rows)
 
 
+def label_variates(dataset: str, series: str, text: str) -> list[Any]:
+    """Return the variates that a label of ``LABELS`` blames.
+
+    Raises:
+        BackendError: the text is no JSON list.
+    """
+    what = f"dataset '{dataset}': the column variates of a label of series '{series}' in the table {LABELS.name}"
+    return stored_json(text, list, what)
+
+
 def statics(connection: Connection, dataset: Definition, series: Sequence[str] | None) -> pl.DataFrame | None:
     """Return ``series_id`` and the static columns of a dataset, or None when it has none.
 
@@ -314,7 +330,7 @@ def statics(connection: Connection, dataset: Definition, series: Sequence[str] |
             )
     if not dataset.schema.static:
         return None
-    values = [json.loads(row.static) for row in rows]
+    values = [_static(dataset, row.series_id, row.static) for row in rows]
     return pl.DataFrame(
         {"series_id": pl.Series([row.series_id for row in rows], dtype=pl.String)}
         | {name: pl.Series([item.get(name) for item in values], dtype=pl.Float64) for name in dataset.schema.static}
@@ -348,7 +364,8 @@ def close_batch(
 ) -> BatchRecord:
     """Complete the record of a batch and return it."""
     row = connection.execute(select(BATCHES).where(BATCHES.c.id == batch)).one()
-    reasons = json.loads(row.reasons) | ({"error": error} if error else {})
+    kept = stored_json(row.reasons, dict, f"the column reasons of batch {batch} in the table {BATCHES.name}")
+    reasons = kept | ({"error": error} if error else {})
     values = dict(zip(("rows_new", "rows_changed", "rows_unchanged"), counts, strict=True))
     connection.execute(
         update(BATCHES)

@@ -27,8 +27,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-from tsforge.core.errors import BackendError, ConfigError, DataError, listing
+from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.data.schema import SeriesSchema
+from tsforge.data.stored_json import stored_json, unreadable
 
 FORMAT = 2
 PLAIN_FORMAT = 1  # of a store without publication times: older versions of tsforge go on writing it
@@ -135,9 +136,9 @@ class Definition:
         try:
             described = SeriesSchema.from_dict(schema)
         except (ConfigError, TypeError) as error:
-            raise _unreadable(row, "schema", str(error)) from error
+            raise unreadable(_column(row, "schema"), str(error)) from error
         if any(not isinstance(columns.get(name), str) for name in described.columns):
-            raise _unreadable(row, "columns", "it does not say where every variate is kept")
+            raise unreadable(_column(row, "columns"), "it does not say where every variate is kept")
         return cls(
             id=row.id,
             name=row.name,
@@ -157,20 +158,11 @@ class Definition:
 
 
 def _object(row: Row[Any], name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(getattr(row, name))
-    except (ValueError, TypeError) as error:
-        raise _unreadable(row, name, str(error)) from error
-    if not isinstance(found, dict):
-        raise _unreadable(row, name, "it is no JSON object")
-    return found
+    return stored_json(getattr(row, name), dict, _column(row, name))
 
 
-def _unreadable(row: Row[Any], column: str, why: str) -> BackendError:
-    return BackendError(
-        f"dataset '{row.name}': the column {column} of its row in the table {DATASETS.name} cannot be read ({why}); "
-        "restore that row from a backup of the database"
-    )
+def _column(row: Row[Any], name: str) -> str:
+    return f"dataset '{row.name}': the column {name} of its row in the table {DATASETS.name}"
 
 
 def schema_text(schema: SeriesSchema, *, has_vintages: bool) -> str:

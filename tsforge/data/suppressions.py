@@ -6,6 +6,7 @@ maintenance comes to the surface with its first row after the end.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
@@ -93,8 +94,11 @@ class SuppressionRule(Config):
     @field_validator("reason")
     @classmethod
     def _says_why(cls, value: str) -> str:
-        if not value.strip() or "\x00" in value:
+        value = value.replace("\r\n", "\n")
+        if not value.strip():
             raise ValueError("say why in words: whoever finds the rule in a year must understand it")
+        if odd := control_signs(value):
+            raise ValueError(f"say why in plain text: it holds {len(odd)} control signs (first: {odd[0]!a})")
         return value.strip()
 
     @field_validator("start", "end", mode="before")
@@ -171,6 +175,11 @@ class EventFacts:
     end: datetime | int
     peak_score: float | None
     variate: str | None
+
+
+def control_signs(text: str) -> list[str]:
+    """Return the control signs of a text but line breaks and tabs: a terminal that shows them would obey."""
+    return [sign for sign in text if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t"]
 
 
 def silenced_by(event: EventFacts, rules: Sequence[tuple[int, SuppressionRule]]) -> int | None:

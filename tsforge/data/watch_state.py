@@ -21,6 +21,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Row,
     String,
     Table,
     Text,
@@ -37,6 +38,7 @@ from sqlalchemy import (
 from tsforge.core.errors import BackendError
 from tsforge.core.formats import check_version
 from tsforge.data.sql import inserted_key, open_engine, transaction
+from tsforge.data.stored_json import stored_json
 
 FORMAT_VERSION = 1
 UNNAMED = "not delivered when the sink was no longer named"  # why what it had still to get is a dead letter
@@ -197,13 +199,16 @@ class WatchState:
             return None
         check_version(row.format, FORMAT_VERSION, what=str(self.path), kind="watch format", error=BackendError)
         return Snapshot(
-            identity=json.loads(row.identity),
+            identity=self._kept(row, "identity"),
             generation=row.generation,
             detector=row.detector,
-            position=json.loads(row.position),
-            facts=json.loads(row.facts),
+            position=self._kept(row, "position"),
+            facts=self._kept(row, "facts"),
             committed=row.committed,
         )
+
+    def _kept(self, row: Row[Any], name: str) -> dict[str, Any]:
+        return stored_json(getattr(row, name), dict, f"{self.path}: the column {name} of the table {_WATCH.name}")
 
     def begin(self, identity: Mapping[str, Any], detector: bytes, facts: Mapping[str, Any]) -> Snapshot:
         """Start the watch, or start it anew: no place in the source; transitions still on their way stay on it."""

@@ -473,3 +473,31 @@ for name in sys.argv[2].split(","):
     assert stored_rows(url) == 7 * 169
     assert store.datasets()["rows"].to_list() == [7 * 169]
     assert set(store.batches("data")["status"]) == {"done"}
+
+
+def damage(store: SeriesStore, statement: str) -> None:
+    with store.engine.begin() as connection:
+        assert connection.execute(text(statement)).rowcount == 1
+
+
+@pytest.mark.parametrize("content", ["torn", "[]", "3", ""])
+def test_static_values_that_cannot_be_read_are_named(store: SeriesStore, content: str) -> None:
+    constants = pl.DataFrame({"series_id": ["a", "b"], "area": [2.5, 1.5]})
+    given = frame({"a": [(1.0,)], "b": [(1.0,)]}, constants=constants, static=("area",))
+    store.write("data", given)
+    damage(store, f"UPDATE tsf_series SET static = '{content}' WHERE series_id = 'b'")
+    for use in (lambda: store.read("data"), lambda: store.write("data", given)):
+        with pytest.raises(BackendError, match=r"'data': the column static of series 'b'.*tsf_series.*backup"):
+            use()
+    assert store.batches("data")["status"].to_list() == ["failed", "done"]
+
+
+@pytest.mark.parametrize("content", ["torn", "{}"])
+def test_labels_that_cannot_be_read_are_named(store: SeriesStore, content: str) -> None:
+    row = {"series_id": "a", "start": START, "end": START, "kind": "spike", "variates": ["x"]}
+    labels = pl.DataFrame([row], schema_overrides={"start": pl.Datetime("us", "UTC"), "end": pl.Datetime("us", "UTC")})
+    store.write("data", frame({"a": [(1.0,)]}), labels=labels)
+    damage(store, f"UPDATE tsf_labels SET variates = '{content}'")
+    with pytest.raises(BackendError, match=r"'data': the column variates of a label of series 'a'.*tsf_labels.*backup"):
+        store.labels("data")
+    assert store.read("data").num_rows == 1, "the data itself is whole"
