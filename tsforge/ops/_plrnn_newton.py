@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tsforge.core.errors import ModelError
+from tsforge.ops.once import first_derivative_only
 from tsforge.ops.plrnn import Shallow, shallow_map
 
 _ITERATIONS = 30
@@ -177,7 +177,7 @@ class _Newton(torch.autograd.Function):
         return solution.z
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, keep, *parts = ctx.saved_tensors
         params = Shallow(*parts)

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tsforge.core.errors import ModelError
 from tsforge.ops import triton_support
+from tsforge.ops.once import first_derivative_only
 from tsforge.ops.plrnn import Shallow
 
 # In numbers of 4 bytes; a float64 counts twice.
@@ -142,7 +142,7 @@ class _Sequence(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:
         found, forcing, alpha, z1, *params = ctx.saved_tensors
         call = _Call(z1, forcing, alpha, None, Shallow(*params), ctx.clipped)

@@ -19,10 +19,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tsforge.core.errors import ModelError
 from tsforge.ops import triton_support
+from tsforge.ops.once import first_derivative_only
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Tile: TypeAlias = tuple[int, int]
@@ -183,7 +183,7 @@ class _Scan(torch.autograd.Function):
         return y, *(part.clone() for part in right)  # not views: they would keep every row alive
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         plan, tile, (has_edge, has_last) = ctx.plan, ctx.tile, ctx.flags
         turn = 1 if plan.time_outer else -1

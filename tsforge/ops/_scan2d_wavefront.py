@@ -27,7 +27,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from tsforge.ops.once import first_derivative_only
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Four: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -412,7 +413,7 @@ class _Wavefront(torch.autograd.Function):
         return _unskew(y, shape, x.shape, states=False), *(ends.flip(0) if shape.swapped else ends)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor | None, dh1: Tensor | None, dh2: Tensor | None) -> tuple[Tensor | None, ...]:
         shape, every, saved = ctx.shape, ctx.every, ctx.saved_tensors
         p, kept = _Packed(*saved[: len(_Packed._fields)]), saved[len(_Packed._fields) :]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tsforge.ops import compiled
+from tsforge.ops.once import first_derivative_only
 
 NAME = "vandermonde"
 _STRIP = 32  # lags that the C++ code handles at once
@@ -49,7 +49,7 @@ class _Kernel(torch.autograd.Function):
         return kernel
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         a_re, a_im, w_re, w_im = ctx.saved_tensors
         suffix, sizes, re_dtype, im_dtype = ctx.facts

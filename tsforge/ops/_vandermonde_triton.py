@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tsforge.ops import triton_support
+from tsforge.ops.once import first_derivative_only
 
 Limits: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 Parameters: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -73,7 +73,7 @@ class _Kernel(torch.autograd.Function):
         return _response(logs, weights, length)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         logs, weights = ctx.saved_tensors
         total = _adjoint(logs, weights, grad).sum(0)
@@ -101,7 +101,7 @@ class _HeldKernel(torch.autograd.Function):
         return _response(logs, weights, length)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from tsforge.ops import _vandermonde_triton_kernels as kernels
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tsforge.core.errors import ModelError
+from tsforge.ops.once import first_derivative_only
 
 _SERIES_BELOW = 1e-2  # |z| under which the slope of (e^z - 1) / z is summed: the quotient loses eps / |z|
 _SERIES_TERMS = 7  # the first one left out is 8 _SERIES_BELOW^7 / 9! = 2e-19
@@ -158,7 +158,7 @@ class _HeldGain(torch.autograd.Function):
         return gain.real, gain.imag
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, less, ratio, dt = ctx.saved_tensors
         grad = torch.complex(*grads)

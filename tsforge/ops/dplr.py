@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tsforge.core.errors import ModelError
+from tsforge.ops.once import first_derivative_only
 
 _TABLE = 1 << 15  # entries: a few such tables fit the second-level cache
 _STRIDES = 16  # the last factor of a power is reached by products with vectors, which cost N times less than a square
@@ -186,7 +186,7 @@ class _Assembled(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         left, right = ctx.saved_tensors
         modes = left.shape[1] // 2
@@ -227,7 +227,7 @@ class _Lost(torch.autograd.Function):
         return lost
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         kept, *gaps = ctx.saved_tensors
         adjoint, stop, d_gap = grad, kept.shape[1], torch.zeros_like(gaps[-1])
@@ -274,7 +274,7 @@ class _Resolvent(torch.autograd.Function):
         return value_re, value_im
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_re: Tensor, d_im: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         alpha, beta, a, b, sine, cosine = ctx.saved_tensors
         d_alpha, d_beta, d_a, d_b = (torch.empty_like(part) for part in (alpha, beta, a, b))

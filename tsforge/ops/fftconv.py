@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from tsforge.ops.once import first_derivative_only
 
 _RECOMPUTE_VALUES = 2**26  # above this many input values spectra are computed again in the backward pass, not kept
 
@@ -52,7 +53,7 @@ class _CausalConvolution(torch.autograd.Function):
         return whole[..., :length]
 
     @staticmethod
-    @once_differentiable  # spectra that were kept are no part of the graph: a second derivative would be wrong
+    @first_derivative_only  # spectra that were kept are no part of the graph: a second derivative would be wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         size, length, taps = ctx.sizes
         first, second = ctx.saved_tensors

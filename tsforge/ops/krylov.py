@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tsforge.core.errors import ModelError
+from tsforge.ops.once import first_derivative_only
 
 # A square of A costs as much as N vectors times A, so the last powers are reached by this many strides instead of by
 # further squares. Where A is shared a square is next to nothing, and doubling goes on to the end.
@@ -48,7 +48,7 @@ class _Tables(torch.autograd.Function):
         return columns, rows, powers[level].clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(
         ctx: Any, d_columns: Tensor, d_rows: Tensor, d_jump: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
