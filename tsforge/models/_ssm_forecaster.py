@@ -5,7 +5,8 @@ head, plus a linear map from look-back to horizon that is solved in closed form 
 training starts at the linear baseline and adds to it.
 
 Heads: ``direct`` reads the last feature; ``masked`` runs on over the horizon with empty inputs, a flag and the known
-covariates (Gu, Goel, Re 2022, App. D.3.5); ``rollout`` predicts one step and feeds its own means back.
+covariates (Gu, Goel, Re 2022, App. D.3.5); ``rollout`` predicts one step from the last feature and the covariates known
+for that step, and feeds its own means back.
 
 Legend: B batch, V variates, R rows a window (V when variates are independent, else 1), L context, H horizon, D width,
 I inputs a step, K parameters.
@@ -13,6 +14,7 @@ I inputs a step, K parameters.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -110,9 +112,20 @@ class SSMForecaster(SequenceForecaster[C]):
         span = self._dt_range()
         layers = [self.make_layer(index, span) for index in range(config.num_layers)]
         self.stack = SSMStack([SSMBlock(layer, dropout=config.dropout) for layer in layers])
-        direct = self.head_kind == "direct"
-        self._make_outputs(config.d_model, spec.horizon if direct else 1, ahead=direct)
+        steps = spec.horizon if self.head_kind == "direct" else 1
+        self._make_outputs(config.d_model, steps, ahead=self.head_kind != "masked")
         self.skip = self.make_skip("none" if self.head_kind == "rollout" else "closed_form")
+
+    @classmethod
+    def capabilities_of(cls, config: C) -> Capabilities:
+        """Return ``capabilities``; only a rollout head over all grid steps also tells the steps of the context."""
+        return replace(cls.capabilities, context_outputs=config.head == "rollout" and config.missing == "mask")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Read also rollout heads of versions that had no map of the covariates known for a step: it adds nothing."""
+        if self.head_kind == "rollout" and self._reads_ahead:
+            state_dict.setdefault(f"{prefix}ahead.weight", torch.zeros_like(self.ahead.weight))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def make_layer(self, index: int, dt_range: tuple[float, float]) -> SSM:
         """Return the state space layer of block ``index``; ``dt_range`` fits the number of steps it runs over."""
@@ -177,8 +190,8 @@ class SSMForecaster(SequenceForecaster[C]):
         if self.head_kind == "rollout":
             features, states = self.stack(tokens, elapsed=rows.elapsed, with_states=True)
             residual = self._roll(features[:, -1], states, rows, known, batch.static)
-            if rows.elapsed is None:
-                context_raw = self._context_raw(features, rows)
+            if not self.skips_missing:  # else there is no feature at steps that hold nothing
+                context_raw = self._context_raw(features, rows, batch.known)
         elif self.head_kind == "masked":
             ahead = self._embed(self._future(batch.context, known), batch.static)
             whole = torch.cat([tokens, ahead], dim=1)
@@ -209,9 +222,10 @@ class SSMForecaster(SequenceForecaster[C]):
         inputs = self._inputs(like.new_zeros(shape), like.new_zeros(shape), None, known, future=1)
         return with_elapsed(inputs, inputs.new_ones(inputs.shape[:2])) if self.skips_missing else inputs
 
-    def _context_raw(self, features: Tensor, rows: _Rows) -> Tensor:
+    def _context_raw(self, features: Tensor, rows: _Rows, known: Tensor | None) -> Tensor:
         """Return the one-step forecasts [B, L, V, K] of every context step; nothing is known before the first."""
-        ahead = self._read(features[:, :-1], rows.scale, 1)
+        own = None if known is None else known[:, 1 : features.shape[1]]  # of the step that is told
+        ahead = self._read(features[:, :-1], rows.scale, 1) + self._known_part(own)
         return self._compose(pad(ahead, (0, 0, 0, 0, 1, 0)), rows.loc, rows.scale, None)
 
     def _roll(
@@ -220,14 +234,13 @@ class SSMForecaster(SequenceForecaster[C]):
         """Return residual parameters [B, H, V, K] of a free run: each mean is the next input."""
         outputs = []
         for step in range(self.spec.horizon):
-            output = self._read(feature.unsqueeze(1), rows.scale, 1)  # [B, 1, V, K]
+            own = None if known is None else known[:, step : step + 1]
+            output = self._read(feature.unsqueeze(1), rows.scale, 1) + self._known_part(own)  # [B, 1, V, K]
             outputs.append(output)
             if step + 1 == self.spec.horizon:
                 break
             mean = output[..., 0]
-            inputs = self._inputs(
-                mean, torch.ones_like(mean), None, None if known is None else known[:, step : step + 1]
-            )
+            inputs = self._inputs(mean, torch.ones_like(mean), None, own)
             elapsed = None
             if self.skips_missing:
                 elapsed = inputs.new_ones(inputs.shape[:2])

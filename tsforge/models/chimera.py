@@ -18,6 +18,7 @@ Legend: b batch, N variates, L context, T patches, P their length, H horizon, D 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -161,6 +162,11 @@ class Chimera(ResidualForecaster[ChimeraConfig]):
         | {"variate_embedding": True},
     )
     order: Tensor
+
+    @classmethod
+    def capabilities_of(cls, config: ChimeraConfig) -> Capabilities:
+        """Return ``capabilities``; only a model that reconstructs also tells the steps of the context."""
+        return replace(cls.capabilities, context_outputs=config.reconstruct)
 
     def __init__(self, config: ChimeraConfig, spec: DataSpec) -> None:
         super().__init__(config, spec)

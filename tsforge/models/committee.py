@@ -163,6 +163,8 @@ class Committee(ForecastModel[CommitteeConfig]):
             shares.append(len(mine) / rows)
         place = torch.cat(owners).argsort()
         context = [part.context_raw for part in parts if part.context_raw is not None]
+        if len(context) not in (0, len(parts)):
+            raise ModelError(f"only {len(context)} of {len(parts)} members of the committee fill context_raw")
         return Prediction(
             torch.cat([part.raw for part in parts])[place],
             torch.cat(context)[place] if context else None,

@@ -179,6 +179,18 @@ def test_a_rollout_gives_the_one_step_forecasts_of_its_context() -> None:
         torch.testing.assert_close(found[:, t : t + 1], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_no_window_changes_what_others_are_trained_on() -> None:
+    """Steps that hold nothing have no feature: with them skipped no window tells its context, gaps or not."""
+    spec = spec_of()
+    model, batch = make(spec, head="rollout", missing="skip"), make_batch(spec, size=4)
+    assert not batch.context_mask.all()
+    for one in (batch, whole(spec, size=4)):
+        assert model(one).context_raw is None
+    assert not type(model).capabilities_of(model.config).context_outputs
+    assert type(model).capabilities_of(make(spec, head="rollout").config).context_outputs
+    assert not type(model).capabilities_of(make(spec, head="masked").config).context_outputs
+
+
 def test_a_masked_head_answers_a_longer_horizon_with_the_same_first_steps() -> None:
     spec = spec_of(num_known=1)
     model, batch = make(spec, head="masked"), whole(spec)

@@ -177,15 +177,45 @@ def test_leak_a_direct_head_reads_the_known_covariates_of_the_step_itself() -> N
 
 
 def test_leak_the_embedding_is_causal() -> None:
-    """The one-step forecasts of a rollout head read nothing at or after their own step."""
+    """The one-step forecasts of a rollout head read values before their own step, and what is known for it."""
     spec = spec_of(num_variates=1, num_past=1, num_known=1)
     model, batch = make(spec, head="rollout").double(), whole(spec, size=1)
     parts = [part.double().requires_grad_() for part in (batch.context, batch.past, batch.known)]
     found = model(Batch(parts[0], batch.context_mask, past=parts[1], known=parts[2])).context_raw
     for t in (3, 12, L - 1):
-        for gradient in torch.autograd.grad(found[:, t].sum(), parts, retain_graph=True):
-            assert float(gradient[:, t:].abs().max()) < 1e-12
+        gradients = torch.autograd.grad(found[:, t].sum(), parts, retain_graph=True)
+        for gradient, first_unread in zip(gradients, (t, t, t + 1), strict=True):
+            assert not gradient[:, first_unread:].abs().any()
+            assert float(gradient[:, first_unread - 1].abs().max()) > 1e-6
             assert float(gradient[:, t - 1].abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("missing", ["mask", "skip"])
+def test_a_rollout_reads_the_known_covariates_of_the_step_it_tells(missing: str) -> None:
+    """Those of step t reach the forecasts of t and, through what is fed back, of later steps; none before."""
+    spec = spec_of(**COVARIATES)
+    model, batch = make(spec, head="rollout", missing=missing).double(), whole(spec, size=2)
+    batch = Batch(*[part.double() if part is not None and part.is_floating_point() else part for part in batch])
+    known = batch.known.clone().requires_grad_()
+    forecast = model(batch._replace(known=known)).raw
+    for t in range(H):
+        (gradient,) = torch.autograd.grad(forecast[:, t].sum(), known, retain_graph=True)
+        ahead = gradient[:, L:].abs().amax((0, 2))
+        assert float(ahead[t + 1 :].sum()) < 1e-12
+        assert float(ahead[: t + 1].min()) > 1e-6
+
+
+def test_a_rollout_of_a_version_without_that_map_is_read_as_it_was() -> None:
+    spec = spec_of(**COVARIATES)
+    model, batch = make(spec, head="rollout"), whole(spec)
+    with torch.no_grad():
+        model.ahead.weight.zero_()
+    stored = {name: part for name, part in model.state_dict().items() if not name.startswith("ahead")}
+    other = make(spec, head="rollout", seed=1)
+    other.load_state_dict(stored)
+    assert torch.equal(raw(other, batch), raw(model, batch))
+    with pytest.raises(RuntimeError, match="ahead"):
+        make(spec, head="direct").load_state_dict(stored)
 
 
 @pytest.mark.parametrize("field", ["past", "known", "static"])
