@@ -57,6 +57,12 @@ class TemporalConfig(ModelConfig):
         if member.name in ("auto", "committee", "temporal"):
             raise ConfigError(f"model.member: '{member.name}' is itself made of several models; name one of them")
         can = MODELS.get(member.name).capabilities_of(member)
+        if can.teacher_forced or can.context_outputs:
+            what = "its targets" if can.teacher_forced else "the steps of its context"
+            raise ConfigError(
+                f"model.member: '{member.name}' is trained on {what} as well with these settings, which bins cannot "
+                "give it; name another model or head"
+            )
         if can.rows_coupled or can.absolute_time:
             what = "couples the series of a batch" if can.rows_coupled else "counts time in steps of the data"
             raise ConfigError(f"model.member: '{member.name}' {what}, which bins of several widths cannot give it")
@@ -111,24 +117,35 @@ class Temporal(ForecastModel[TemporalConfig]):
     def capabilities_of(cls, config: TemporalConfig) -> Capabilities:
         """Return what the members can do; the spread is not modelled but taken from residuals."""
         can = MODELS.get(config.member.name).capabilities_of(config.member)
-        return replace(can, probabilistic=False, context_outputs=False)
+        return replace(can, probabilistic=False)
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[int, Tensor]]:
-        """Yield each width with what its bins give to the steps, [B, H, V]."""
+    def _parts(self, batch: Batch) -> Iterator[tuple[int, Tensor, Prediction]]:
+        """Yield each width with what its bins give to the steps, [B, H, V], and the forecast of its member."""
         gather, first = self.gather.to(batch.context.dtype), 0
         for width, member in zip(self.widths, self.members, strict=True):
             bins = self.spec.horizon // width
-            base = member(binned(batch, width, self.spec)).raw[..., 0]  # [B, H / k, V]
-            yield width, torch.einsum("vhn,bnv->bhv", gather[..., first : first + bins], base)
+            found: Prediction = member(binned(batch, width, self.spec))  # [B, H / k, V, 1]
+            yield width, torch.einsum("vhn,bnv->bhv", gather[..., first : first + bins], found.raw[..., 0]), found
             first += bins
 
     def forward(self, batch: Batch) -> Prediction:
-        """Return the reconciled location [B, H, V, 1]."""
-        return Prediction(torch.stack([part for _, part in self._parts(batch)]).sum(0).unsqueeze(-1))
+        """Return the reconciled location [B, H, V, 1]; losses of the members' own are averaged over the widths."""
+        parts = list(self._parts(batch))
+        losses: dict[str, Tensor] = {}
+        for _, _, found in parts:
+            for name, loss in (found.aux_losses or {}).items():
+                losses[name] = losses.get(name, 0.0) + loss / len(parts)
+        return Prediction(torch.stack([part for _, part, _ in parts]).sum(0).unsqueeze(-1), aux_losses=losses or None)
 
     def components(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the bins of each width give to the forecast."""
-        return {f"bins of {width}" if width > 1 else "steps": part for width, part in self._parts(batch)}
+        return {f"bins of {width}" if width > 1 else "steps": part for width, part, _ in self._parts(batch)}
+
+    def anneal(self, progress: float) -> None:
+        """Pass the progress of training on."""
+        for member in self.members:
+            if isinstance(member, ForecastModel):
+                member.anneal(progress)
 
     def prepare(self, data: TrainingSeries) -> None:
         """Show every member the training span in its bins."""

@@ -16,7 +16,7 @@ from tsforge.data.hierarchy import HierarchyConfig, build_hierarchy
 from tsforge.forecasting.reconcile import ReconcileConfig, make_reconciliation
 from tsforge.models._ar_windows import training_error
 from tsforge.models.linear import Linear
-from tsforge.models.temporal import Temporal, TemporalConfig, binned_series, reconciler
+from tsforge.models.temporal import Temporal, TemporalConfig, binned, binned_series, reconciler
 from tsforge.testing.generators import make_batch, make_series
 
 SPEC = DataSpec(context_length=14, horizon=6, num_variates=2)
@@ -146,11 +146,38 @@ def test_trained_members_keep_structural_weights_and_cannot_have_others() -> Non
         ({"member": "ar_net"}, "counts time in steps"),
         ({"member": {"name": "regenn", "attend": "entities"}}, "couples the series"),
         ({"member": "committee"}, "made of several models"),
+        ({"member": "plrnn"}, "trained on its targets"),
+        ({"member": {"name": "s4", "head": "rollout"}}, "trained on the steps of its context"),
+        ({"member": {"name": "chimera", "reconstruct": True}}, "trained on the steps of its context"),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(TemporalConfig, settings)
+
+
+def test_losses_of_members_count_on_average() -> None:
+    """A member that is trained on more than its forecast is trained on that in its bins as well."""
+    loop = {"name": "chimera", "d_model": 8, "d_state": 4, "decoder": "closed_loop", "directions": "forward"}
+    model = make(member={**loop, "num_layers": 1, "normalisation": "none", "skip": "none"}, widths=[1, 2]).train()
+    batch = doubles(make_batch(SPEC))
+    torch.manual_seed(0)
+    found = model(batch).aux_losses
+    torch.manual_seed(0)
+    own = [member(binned(batch, k, SPEC)).aux_losses for k, member in zip((1, 2), model.members, strict=True)]
+    assert found is not None
+    assert found.keys() == own[0].keys() == {"open_loop", "next_input"}
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, (own[0][name] + own[1][name]) / 2)
+    assert model.eval()(batch).aux_losses is None
+
+
+def test_members_hear_of_the_progress_of_training() -> None:
+    model, heard = make(), []
+    for member in model.members:
+        member.anneal = heard.append
+    model.anneal(0.25)
+    assert heard == [0.25] * len(model.members)
 
 
 @pytest.mark.parametrize(("context", "width"), [(14, 4), (14, 30), (4, 6)])
