@@ -53,16 +53,19 @@ def drift_weights(length: int, horizon: int) -> Tensor:
 def least_squares_weights(model: ReGENN, data: TrainingSeries) -> tuple[Tensor, Tensor]:
     """Return weights [L, H] and bias [H] that all variates share, by least squares in the units of ``data``.
 
+    The bias is 0 where the model has none.
+
     Raises:
         ModelError: fewer complete targets than weights.
     """
     length, horizon = model.spec.context_length, model.spec.horizon
-    power = torch.zeros(length + 1, length + 1, dtype=torch.float64)
-    cross = torch.zeros(length + 1, horizon, dtype=torch.float64)
+    width = length + int(model.config.bias)
+    power = torch.zeros(width, width, dtype=torch.float64)
+    cross = torch.zeros(width, horizon, dtype=torch.float64)
     rows = 0
     for batch in training_windows(data, model.spec, max_windows=_MOST_WINDOWS):
         x, y, unit = _rows(model, batch)
-        design = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) * unit
+        design = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)[:, :width] * unit
         power += design.T @ design
         cross += design.T @ (y * unit)
         rows += len(x)
@@ -71,9 +74,9 @@ def least_squares_weights(model: ReGENN, data: TrainingSeries) -> tuple[Tensor, 
             f"model.ar_init=ols found {rows} windows of a variate with a complete target of {horizon} steps, and needs "
             f"more than {length}; bring more data or use ar_init=drift"
         )
-    ridge = _RIDGE * power.diagonal().mean() * torch.eye(length + 1, dtype=torch.float64)
+    ridge = _RIDGE * power.diagonal().mean() * torch.eye(width, dtype=torch.float64)
     found = torch.linalg.solve(power + ridge, cross)
-    return found[:-1], found[-1]
+    return found[:length], found[length:].sum(0)
 
 
 def _rows(model: ReGENN, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,6 +113,20 @@ def test_it_starts_from_the_drift_of_the_window() -> None:
     assert drift_weights(1, 2).tolist() == [[1.0, 1.0]]
 
 
+def test_least_squares_without_a_bias_have_no_intercept() -> None:
+    """The level of a trending panel must not be taken up by an intercept that the model then lacks."""
+    rng = np.random.default_rng(0)
+    values = np.arange(120)[:, None] * [1.0, 2.0, 3.0] + rng.normal(size=(120, V))
+    model = make(ar_init="ols", paths="autoregression", bias=False, normalisation="none").double()
+    model.solve(span(values, np.ones_like(values, dtype=bool)))
+    windows = np.lib.stride_tricks.sliding_window_view(values, L + H, axis=0)  # [N, V, L + H]
+    rows = windows.reshape(-1, L + H)
+    expected = np.linalg.lstsq(rows[:, :L], rows[:, L:], rcond=None)[0]
+    best = np.square(rows[:, :L] @ expected - rows[:, L:]).mean()
+    found = np.square(rows[:, :L] @ model.ar_weight.detach().numpy() - rows[:, L:]).mean()
+    assert found == pytest.approx(best, rel=1e-3)
+
+
 def test_least_squares_equal_those_of_numpy() -> None:
     """Shared by variates, in the units of the data: rows of lively windows weigh more than those of calm ones."""
     rng = np.random.default_rng(0)
