@@ -207,6 +207,9 @@ class ForecastNetwork(nn.Module):
         raw, target, unit = self._compared(batch, stats, prediction.raw, scaled.target, batch.target)
         parts = {"nll": self.likelihood.nll(raw, target, _gaps(scaled.target_mask), unit)}
         if prediction.context_raw is not None:
+            if not self.capabilities.context_outputs:
+                name = self.config.model.name
+                raise ModelError(f"model '{name}' fills context_raw but does not declare context_outputs")
             context_raw = self._filled(prediction.context_raw) + self.param_offset[:1]
             last = slice(scaled.context.shape[1] - context_raw.shape[1], None)
             given = (scaled.context[:, last], batch.context[:, last])
@@ -214,7 +217,8 @@ class ForecastNetwork(nn.Module):
             loss = self.likelihood.nll(raw, target, scaled.context_mask[:, last], unit)
             parts["context_nll"] = loss * prediction.context_weight
         parts.update(prediction.aux_losses or {})
-        total = parts["nll"] if len(parts) == 1 else torch.stack([part.float() for part in parts.values()]).sum()
+        wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts.values()]
+        total = parts["nll"] if len(parts) == 1 else torch.stack(wide).sum()
         return scaled, prediction, {"loss": total, **parts}
 
     def _compared(
@@ -238,6 +242,9 @@ class ForecastNetwork(nn.Module):
 
         Units: scaled, but for losses of logarithms, which take data units; with scaling ``window`` point and pinball
         losses are measured against the training spread of the series, so quiet windows do not dominate.
+
+        Raises:
+            ModelError: windows of another size or without a target, or a model that fills ``context_raw`` undeclared.
         """
         return self._parts(batch)[2]
 

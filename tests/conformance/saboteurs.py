@@ -332,6 +332,27 @@ class AnnealsWeights(Honest):
             self.first.weight.mul_(1 - 0.1 * progress)
 
 
+class UndeclaredContext(Honest):
+    """check_context_outputs: rebuilds the context without saying so."""
+
+    def forward(self, batch: Batch) -> Prediction:
+        raw = self.raw(batch)
+        return Prediction(raw, context_raw=batch.context.unsqueeze(-1).expand(-1, -1, -1, raw.shape[-1]))
+
+
+class LongContext(UndeclaredContext):
+    """check_context_outputs: declares it, but returns more steps than the context has."""
+
+    capabilities = Capabilities(
+        known_covariates=True, past_covariates=True, static_covariates=True, context_outputs=True
+    )
+
+    def forward(self, batch: Batch) -> Prediction:
+        found = super().forward(batch)
+        assert found.context_raw is not None
+        return found._replace(context_raw=torch.cat([found.context_raw, found.raw], dim=1))
+
+
 class LastValueOnly(Honest):
     """check_skill: learns, but only a constant per step."""
 

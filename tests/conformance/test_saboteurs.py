@@ -34,6 +34,8 @@ CAUGHT: list[tuple[suite.Check, type[broken.Honest], str]] = [
     (suite.check_units, broken.PartsMissing, "do not sum"),
     (suite.check_hooks, broken.CountsTwice, "preparing twice"),
     (suite.check_hooks, broken.AnnealsWeights, "changes weights"),
+    (suite.check_context_outputs, broken.UndeclaredContext, "context_outputs undeclared"),
+    (suite.check_context_outputs, broken.LongContext, "covers 20 of 16 steps"),
     (suite.check_skill, broken.LastValueOnly, "seasonal naive"),
     (suite.check_source, broken.NoPaper, "names no paper"),
     (suite.check_explained, broken.CutInputs, "contributions miss the forecast"),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from autoregression_oracles import kalman_forecast
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.linalg import solve_toeplitz
@@ -22,8 +23,7 @@ from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.metrics.recovery import stpe
 from tsforge.models.ar_net import ARNet, ARNetConfig
 from tsforge.ops.ar_process import draw_weights, simulate
-from tsforge.ops.kalman import kalman_forecast
-from tsforge.ops.moments import window_moments, window_moments_reference
+from tsforge.ops.moments import Channel, WindowMoments, channel_moments
 from tsforge.ops.sparse import Penalty, objective, reweighted_l1
 from tsforge.ops.stability import companion
 from tsforge.ops.toeplitz import autocovariance, levinson
@@ -144,6 +144,10 @@ def test_checklist_04_small_sample_supports(settings: dict[str, str]) -> None:
     assert np.mean(chosen) < 6.0 < 15.0 < np.mean(dense)
 
 
+def window_moments(values: torch.Tensor, width: int) -> WindowMoments:
+    return channel_moments([Channel(values, width)], [(0, len(values))], width)
+
+
 def test_checklist_05_sparse_objective_never_rises_and_penalty_is_bounded() -> None:
     from tsforge.models._ar_layout import LagLayout
     from tsforge.models._ar_solvers import scale_free
@@ -151,7 +155,7 @@ def test_checklist_05_sparse_objective_never_rises_and_penalty_is_bounded() -> N
 
     values = simulate(TRUTH, 5000, np.random.default_rng(5))
     layout = LagLayout(40, 2)
-    moments = window_moments([torch.from_numpy(values - values.mean())], 42)
+    moments = window_moments(torch.from_numpy(values - values.mean()), 42)
     small, _ = scale_free(moments, layout)
     start = least_squares(moments, layout.features, layout.targets).weight.numpy()
     for strength in (1e-4, 1e-2, 1.0):
@@ -242,11 +246,12 @@ def test_checklist_08_work_grows_slowly_with_the_order() -> None:
     """No table of all windows is made, at any order; seconds are measured by benchmarks/arnet.py."""
     tensor = torch.from_numpy(simulate(TRUTH, 100_000, np.random.default_rng(8)))
     with LargestTensor() as short:
-        window_moments([tensor], 251)
+        known = window_moments(tensor, 251)
     with LargestTensor() as long:
-        window_moments([tensor], 1001)
+        window_moments(tensor, 1001)
     with LargestTensor() as explicit:
-        window_moments_reference([tensor], 251)
+        windows = tensor.unfold(0, 251, 1) * 1.0
+        assert torch.allclose(windows.T @ windows, known.gram)
     assert explicit.elements >= 251 * (100_000 - 250)
     assert max(short.elements, long.elements) < 4 * 100_000 + 2 * 1001**2
 

@@ -55,20 +55,6 @@ def contributions(
     return Contributions(marginal, conditional, additive)
 
 
-def rank_variates(
-    names: Sequence[str], parts: Contributions, peak: int, *, limit: int | None = None
-) -> list[dict[str, Any]]:
-    """Return the variates of an event, strongest first, as records ``variate, contribution, conditional, additive``.
-
-    ``contribution`` (marginal) and ``conditional`` are the largest over the event, since a mean dilutes; ``additive``
-    is taken at row ``peak``, where it sums to the distance. Variates never observed in the event are left out.
-    """
-    found = Extremes.nothing(len(names))
-    for row in range(len(parts.marginal)):
-        found.add(parts, row, score=float(row == peak))
-    return rank_extremes(names, found, limit=limit)
-
-
 @dataclass
 class Extremes:
     """What is kept of the rows of an event, however many there are: enough to rank its variates at its end.
@@ -111,7 +97,12 @@ class Extremes:
 
 
 def rank_extremes(names: Sequence[str], found: Extremes, *, limit: int | None = None) -> list[dict[str, Any]]:
-    """Return the variates of an event as ``rank_variates`` does, from what was kept of its rows."""
+    """Return the variates of an event, strongest first, as records ``variate, contribution, conditional, additive``.
+
+    ``contribution`` (marginal) and ``conditional`` are the largest over the event, since a mean dilutes; ``additive``
+    is taken at the row of the largest score, where it sums to the distance. Variates never observed in the event are
+    left out.
+    """
     seen = found.marginal > -np.inf
     order = [int(v) for v in np.argsort(-found.marginal, kind="stable") if seen[v]][:limit]
     return [

@@ -14,27 +14,15 @@ from tsforge.core.errors import DataError
 FloatArray = NDArray[np.float64]
 
 
-def conformal_p_values(calibration: ArrayLike, scores: ArrayLike, *, tie_break: ArrayLike | None = None) -> FloatArray:
-    """Return ``p = (1 + #{c_i >= s}) / (n + 1)`` of every score; NaN stays NaN.
+def ranked_p_values(sample: FloatArray, scores: ArrayLike, tie_break: ArrayLike | None = None) -> FloatArray:
+    """Return the conformal ``p = (1 + #{c_i >= s}) / (n + 1)`` of every score; NaN stays NaN.
 
     Args:
-        calibration: scores of normal rows; NaN is left out.
+        sample: [n] scores of normal rows, sorted, complete and not empty: never looked at whole.
         scores: scores to judge.
         tie_break: independent uniform numbers, one a score, that place it among the calibration scores equal to it;
             p is then exactly uniform for exchangeable scores. Without it ties count against the alarm.
-
-    Raises:
-        DataError: no calibration score at all.
     """
-    sample = np.asarray(calibration, dtype=np.float64).ravel()
-    sample = np.sort(sample[~np.isnan(sample)])
-    if not sample.size:
-        raise DataError("no calibration score is a number; p-values need scores of normal rows")
-    return ranked_p_values(sample, scores, tie_break)
-
-
-def ranked_p_values(sample: FloatArray, scores: ArrayLike, tie_break: ArrayLike | None = None) -> FloatArray:
-    """Return ``conformal_p_values`` for a sample that is sorted, complete and not empty: never looks at all of it."""
     s = np.asarray(scores, dtype=np.float64)
     at_least = sample.size - np.searchsorted(sample, s, side="left")
     if tie_break is None:

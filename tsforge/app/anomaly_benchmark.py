@@ -37,6 +37,7 @@ from tsforge.app.benchmark_pass import Pass, PassResult
 from tsforge.app.benchmark_pool import Job
 from tsforge.app.benchmark_progress import Progress, open_progress
 from tsforge.app.benchmark_report import environment
+from tsforge.app.detect import rounded
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.config import Config, fingerprint, validate
 from tsforge.core.errors import ConfigError
@@ -198,7 +199,7 @@ class AnomalyBenchmarkResult(PassResult):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the records with what fits on a screen."""
-        return [{name: _rounded(record[name]) for name in _SHOWN} for record in self.records()]
+        return [{name: rounded(record[name]) for name in _SHOWN} for record in self.records()]
 
     def records(self) -> list[dict[str, Any]]:
         """Return one record a family and method, best first; ``leaderboard`` says what is in it."""
@@ -356,10 +357,6 @@ class _Run(Pass):
 def _table(rows: list[tuple[int, dict[str, Any]]], schema: dict[str, Any]) -> pl.DataFrame:
     ordered = [row for _, row in sorted(rows, key=lambda item: item[0])]
     return pl.DataFrame([{name: row.get(name) for name in schema} for row in ordered], schema=schema)
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def _plain_ensembles(config: AnomalyBenchmarkConfig) -> tuple[tuple[str, EnsembleConfig], ...]:

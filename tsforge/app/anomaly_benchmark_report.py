@@ -20,11 +20,11 @@ from tsforge.app.anomaly_benchmark_rules import (
     RULES_HEAD,
     event_facts,
     false_events,
-    number,
     rule_records,
     shown_rules,
 )
 from tsforge.app.benchmark_html import anchor, document, name_text, table
+from tsforge.app.benchmark_report import number
 from tsforge.core.markdown import as_text
 from tsforge.metrics.significance import holm, wilcoxon
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from tsforge.app.benchmark_report import number
+
 PER_ROWS = 10_000.0
 EVENT_FACTS = (
     *("event_precision", "event_recall", "event_f1", "false_events_per_day", "false_events_per_10k_rows"),
@@ -101,8 +103,3 @@ def false_events(record: Mapping[str, Any]) -> str:
     """Return false events a day, or by rows where no clock is known."""
     per_day, per_rows = record["false_events_per_day"], record["false_events_per_10k_rows"]
     return f"{per_rows:.2f} / 10k rows" if per_day is None and per_rows is not None else number(per_day, 2)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Return a figure for a table, empty where there is none."""
-    return "" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"

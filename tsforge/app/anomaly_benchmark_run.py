@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -32,7 +32,7 @@ from tsforge.artifact import Artifact
 from tsforge.contracts.tables import JOINT
 from tsforge.core.config import validate
 from tsforge.core.errors import DataError
-from tsforge.metrics.anomaly import auc_pr, detection_delays, event_score
+from tsforge.metrics.anomaly import auc_pr, detection_delays, event_score, hit_share
 from tsforge.metrics.vus import vus
 
 FloatArray = NDArray[np.float64]
@@ -385,13 +385,11 @@ def _hits(
     """Return sums over all listed events of HitRate@100 % and @150 %, variates ranked by their largest |z| in it."""
     if z is None or not experts:
         return {"hits_100": None, "hits_150": None, "hit_events": 0, "hit_chance": None}
-    sums: dict[Literal["100", "150"], float] = {"100": 0.0, "150": 0.0}
-    chance = 0.0
+    hits_100, hits_150, chance = 0.0, 0.0, 0.0
     size = np.where(np.isnan(z), -1.0, np.abs(z))
     for first, last, wanted in experts:
         order = [columns[place] for place in np.argsort(-size[first:last].max(axis=0), kind="stable")]
-        for name in sums:
-            top = order[: int(int(name) / 100.0 * len(wanted))]
-            sums[name] += len(set(top) & set(wanted)) / len(wanted)
+        hits_100 += hit_share(order, wanted)
+        hits_150 += hit_share(order, wanted, percent=150)
         chance += len(wanted) / len(columns)
-    return {"hits_100": sums["100"], "hits_150": sums["150"], "hit_events": len(experts), "hit_chance": chance}
+    return {"hits_100": hits_100, "hits_150": hits_150, "hit_events": len(experts), "hit_chance": chance}

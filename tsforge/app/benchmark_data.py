@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.data.calendar import CalendarConfig, Feature, add_calendar
@@ -33,7 +32,6 @@ class BenchmarkData:
         panel: one series, standardised per variate with mean and population standard deviation of the training rows.
         with_calendar: the same with calendar features as known covariates; the panel itself if none were asked for.
         splits: spans of rows.
-        loc, scale: what was subtracted and divided by [V].
         season: steps of a season.
         notes: what was left out or assumed.
     """
@@ -43,8 +41,6 @@ class BenchmarkData:
     panel: Panel
     with_calendar: Panel
     splits: Splits
-    loc: NDArray[np.float64]
-    scale: NDArray[np.float64]
     season: int
     notes: tuple[str, ...]
 
@@ -150,7 +146,7 @@ def _prepare(
     splits = literature_splits(name, panel.num_rows) if split is None else make_splits(panel, split)
     panel, more = _with_values(panel, splits, asked=columns is not None)
     notes += more
-    panel, loc, scale, more = _standardise(panel, splits)
+    panel, more = _standardise(panel, splits)
     notes += more
     with_calendar = _with_calendar(panel, frame, calendar)
     rows = slice(*splits.train)
@@ -161,8 +157,6 @@ def _prepare(
         panel=panel,
         with_calendar=with_calendar,
         splits=splits,
-        loc=loc,
-        scale=scale,
         season=season_length(frame.schema.freq, training, declared=season),
         notes=tuple(notes),
     )
@@ -269,7 +263,7 @@ def _with_values(panel: Panel, splits: Splits, *, asked: bool) -> tuple[Panel, l
     return kept, [f"dropped {len(names)} column(s) without values in the training rows: {listing(names)}"]
 
 
-def _standardise(panel: Panel, splits: Splits) -> tuple[Panel, NDArray[np.float64], NDArray[np.float64], list[str]]:
+def _standardise(panel: Panel, splits: Splits) -> tuple[Panel, list[str]]:
     rows = slice(*splits.train)
     seen, values = panel.observed[rows], panel.values[rows]
     count = seen.sum(axis=0)
@@ -287,7 +281,7 @@ def _standardise(panel: Panel, splits: Splits) -> tuple[Panel, NDArray[np.float6
     if missing:
         notes.append(f"{missing} of {panel.observed.size} cells are missing and not scored")
     standard = np.where(panel.observed, (panel.values - loc) / scale, 0.0)
-    return replace(panel, values=standard), loc, scale, notes
+    return replace(panel, values=standard), notes
 
 
 def _with_calendar(panel: Panel, frame: SeriesFrame, features: tuple[Feature, ...]) -> Panel:

@@ -96,7 +96,7 @@ class Detection:
         if self.grade is None:
             return found
         kinds = [f"{row['kind']} {row['found']} of {row['labelled']}" for row in self.grade.rows()]
-        overall = {f"grade_{name}": _rounded(value) for name, value in self.grade.overall.items()}
+        overall = {f"grade_{name}": rounded(value) for name, value in self.grade.overall.items()}
         return {**found, "found": kinds, **overall}
 
     def _rows_guarded(self) -> int:
@@ -182,7 +182,8 @@ def detect(config: DetectJobConfig, workspace: Workspace) -> Detection:
     return Detection(report=report, grade=graded, path=path, recorded=recorded)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Return a value of a table as it is shown: a float with four digits after the point, anything else as it is."""
     return round(value, 4) if isinstance(value, float) else value
 
 

@@ -160,7 +160,8 @@ class Recurrent(Protocol):
     """
 
     def initial_state(self, batch_size: int, static: Tensor | None = None) -> State:
-        """Return the state before any observation; the model's own normalisation, if any, is the identity."""
+        """Return the state of ``batch_size`` series before any observation, given their static covariates [B, S]; the
+        model's own normalisation, if any, is the identity."""
         ...
 
     def warm_up(self, batch: Batch) -> State:

@@ -21,7 +21,8 @@ _OF_SYSTEM = re.compile(r"\(os error (\d+)\)")  # how polars ends what the syste
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -69,10 +70,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with _explained(path):
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -113,14 +114,14 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         with _explained(path):
             yield temporary
             for item in temporary.rglob("*"):
-                _sync(item)
-            _sync(temporary)
+                sync(item)
+            sync(temporary)
             os.chmod(temporary, 0o755)
             if path.exists():
                 _take_over(temporary, path)
             else:
                 os.rename(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

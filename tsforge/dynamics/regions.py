@@ -113,18 +113,6 @@ def visited_regions(params: Shallow, states: Any, *, clipped: bool = False) -> R
     )
 
 
-def block_entropy(codes: NDArray[np.int64], length: int) -> float:
-    """Return the Shannon entropy of words of ``length`` symbols in nats; its increments tend to the entropy rate.
-
-    Raises:
-        ModelError: a length below 1 or beyond the code.
-    """
-    if not 1 <= length <= len(codes):
-        raise ModelError(f"the length of a word must be 1 to {len(codes)} (the length of the code), not {length}")
-    windows = np.lib.stride_tricks.sliding_window_view(codes, length)
-    return _entropy(np.unique(windows, axis=0, return_counts=True)[1])
-
-
 def _entropy(counts: NDArray[Any]) -> float:
     share = counts / counts.sum()
     return float(max(-(share * np.log(share)).sum(), 0.0))

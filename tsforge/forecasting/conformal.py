@@ -51,8 +51,6 @@ CALIBRATION_SCHEMA: dict[str, type[pl.DataType]] = {
 }
 BUCKET_SCHEMA: dict[str, type[pl.DataType]] = {"by": pl.String, "bucket": pl.String, "above": pl.Float64}
 """Further columns of a bucketed table; ``bucket`` is null in the rows that hold for all other labels."""
-RECENT_SCHEMA: dict[str, type[pl.DataType]] = {"expected": pl.Float64}
-"""Further column of a table of ``recent`` scores: mean absolute error of the held-out windows, in units of a window."""
 
 
 @dataclass(frozen=True, kw_only=True)

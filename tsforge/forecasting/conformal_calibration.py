@@ -165,6 +165,7 @@ def _counted(
         step, variate = np.indices(usual.shape)
         names = pl.Series(windows.panel.schema.targets, dtype=pl.String).gather(variate.ravel())
         keys = {"step": pl.Series(step.ravel() + 1, dtype=pl.Int32), "variate": names}
+        # ``expected`` of ``recent`` scores: mean absolute error of the held-out windows, in units of a window
         extra = pl.DataFrame(keys | {"expected": usual.ravel()})
         table = table.join(extra, on=["step", "variate"], how="left", maintain_order="left")
     return table

@@ -2,7 +2,7 @@
 
 Of each variate, the smaller of two lags: where the autocorrelation first has a minimum or falls below 1/e, and where
 the mutual information of x_t and x_{t+lag} first has a minimum; then the median over variates. With a known largest
-Lyapunov exponent the time in which errors double is the better choice.
+Lyapunov exponent the time in which errors double (``predictability_interval``) is the better choice.
 
 Sources: Mikhaeil, Monfared, Durstewitz (2022) for the predictability time; Brenner et al. (2022) for the two lags.
 

@@ -158,10 +158,6 @@ class PLRNNMap(nn.Module):
         """
         raise ConfigError(f"a PLRNN of kind '{self.kind}' has no penalty on A + diag W; it is for 'almost_linear'")
 
-    def parameters_per_group(self) -> int:
-        """Return the number of parameters of one group (a masked diagonal is counted, as in published tables)."""
-        return sum(parameter[0].numel() for parameter in self.parameters())
-
 
 class SquareMap(PLRNNMap):
     """``plrnn`` and ``mean_centred``: one hidden unit for each latent one."""

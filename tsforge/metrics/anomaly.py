@@ -4,6 +4,8 @@ Every metric says whether it takes ``scores`` (threshold-free) or ``predictions`
 elsewhere); metrics that look for the best threshold on the labels are called ``best_*``: no result of a detector.
 An event is a maximal run of rows labelled 1. A missing score is NaN; every metric of scores refuses it unless told how
 to treat it. Point adjustment is here for old tables only: a random score wins with it.
+
+Legend: labels, scores and predictions [N], one a row of one series.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def scored_rows(
         labels [N], scores [N] (minus infinity where missing), counted [N].
 
     Raises:
+        ConfigError: an unknown ``missing``.
         DataError: different lengths, labels other than 0 and 1, no counted row of one kind, or missing scores to be
             refused.
     """
@@ -79,6 +82,9 @@ def auc_pr(labels: ArrayLike, scores: ArrayLike, *, missing: Missing = "refuse")
     """Return average precision ``sum_j (R_j - R_{j-1}) P_j`` over the distinct thresholds (step-wise, ties together).
 
     Threshold-free. The trapezoid under the same points would be optimistic. Chance level: the share of anomalous rows.
+
+    Raises:
+        ConfigError, DataError: see ``scored_rows``.
     """
     y, s = labelled_scores(labels, scores, missing=missing)
     hits, alarms = _counts(y, s)
@@ -89,6 +95,9 @@ def auc_roc(labels: ArrayLike, scores: ArrayLike, *, missing: Missing = "refuse"
     """Return the probability that an anomalous row scores higher than a normal one, ties counting half.
 
     Threshold-free. Chance level: 0.5.
+
+    Raises:
+        ConfigError, DataError: see ``scored_rows``.
     """
     y, s = labelled_scores(labels, scores, missing=missing)
     hits, alarms = _counts(y, s)
@@ -106,7 +115,11 @@ class BestF1:
 
 
 def best_f1(labels: ArrayLike, scores: ArrayLike, *, missing: Missing = "refuse") -> BestF1:
-    """Return the largest point F1 over all thresholds: an oracle, it reads the labels."""
+    """Return the largest point F1 over all thresholds: an oracle, it reads the labels.
+
+    Raises:
+        ConfigError, DataError: see ``scored_rows``.
+    """
     y, s = labelled_scores(labels, scores, missing=missing)
     hits, alarms = _counts(y, s)
     f1 = 2.0 * hits / (alarms + y.sum())
@@ -124,7 +137,11 @@ class PointScore:
 
 
 def point_score(labels: ArrayLike, predictions: ArrayLike) -> PointScore:
-    """Return point-wise precision, recall and F1 of predictions."""
+    """Return point-wise precision, recall and F1 of predictions.
+
+    Raises:
+        DataError: see ``label_pair``.
+    """
     y, p = label_pair(labels, predictions)
     hits = int((y & p).sum())
     return PointScore(_share(hits, int(p.sum())), _share(hits, int(y.sum())), _share(2 * hits, int(p.sum() + y.sum())))
@@ -158,6 +175,9 @@ def event_score(labels: ArrayLike, predictions: ArrayLike) -> EventScore:
     """Return event-wise precision and recall of predictions; NaN where a share has nothing to be of.
 
     Source: penalty after El Amine Sehili and Zhang (2023) as in ``dtaianomaly``; composite F1 of Garg et al. (2021).
+
+    Raises:
+        DataError: see ``label_pair``.
     """
     y, p = label_pair(labels, predictions)
     events, segments = runs_of(y), runs_of(p)
@@ -181,7 +201,7 @@ def event_score(labels: ArrayLike, predictions: ArrayLike) -> EventScore:
 
 
 def detection_delays(labels: ArrayLike, predictions: ArrayLike, *, lead: int = 0) -> FloatArray:
-    """Return, for every event, rows from its start to the first alarm inside it; NaN where it was missed.
+    """Return, for every event [E], rows from its start to the first alarm inside it; NaN where it was missed.
 
     Args:
         lead: an alarm up to so many rows before the start, but after the event before, counts as delay 0 (an early
@@ -215,7 +235,7 @@ def delay_summary(labels: ArrayLike, predictions: ArrayLike, *, lead: int = 0) -
     """Return how late events were detected and how many; the median alone favours a detector that misses the hard ones.
 
     Raises:
-        DataError: no labelled event, or see ``detection_delays``.
+        ConfigError, DataError: no labelled event, or see ``detection_delays``.
     """
     delays = detection_delays(labels, predictions, lead=lead)
     if not delays.size:
@@ -224,30 +244,15 @@ def delay_summary(labels: ArrayLike, predictions: ArrayLike, *, lead: int = 0) -
     return DelaySummary(float(np.median(seen)) if seen.size else float("nan"), seen.size / delays.size, lead)
 
 
-def false_events_per_day(labels: ArrayLike, predictions: ArrayLike, rows_per_day: float) -> float:
-    """Return predicted segments that touch no event, per day of data.
-
-    Args:
-        rows_per_day: rows of one series in a day.
-
-    Raises:
-        ConfigError: not positive ``rows_per_day``.
-        DataError: no row, different lengths, or values other than 0 and 1.
-    """
-    if not rows_per_day > 0.0:
-        raise ConfigError(f"rows_per_day is {rows_per_day}; it must be positive")
-    y, p = label_pair(labels, predictions)
-    if not y.size:
-        raise DataError("there is no row; a rate per day is undefined")
-    return event_score(y, p).false_segments / y.size * rows_per_day
-
-
 def point_adjust(labels: ArrayLike, predictions: ArrayLike, *, percent: float = 0.0) -> BoolArray:
     """Return predictions in which an event with more than ``percent`` % of its rows predicted counts as all predicted.
 
     For comparison with old tables only, never a headline: with percent 0 a uniform random score reaches 0.98 on PSM.
 
     Source: Xu et al. (2018) for 0, Kim et al. (AAAI 2022) for PA%K.
+
+    Raises:
+        DataError: see ``label_pair``.
     """
     y, p = label_pair(labels, predictions)
     out = p.copy()
@@ -324,21 +329,32 @@ def _adjusted_f1(y: BoolArray, s: FloatArray, percents: Sequence[float]) -> tupl
 
 
 def hit_rate(ranked: Sequence[Sequence[str]], expected: Sequence[Sequence[str]], *, percent: float = 100.0) -> float:
-    """Return HitRate@P%: the share of an event's expected variates G among its first ``floor(P |G| / 100)`` ranked.
+    """Return HitRate@P%: the mean of ``hit_share`` over all events, also undetected ones (give those an empty ranking).
 
-    Averaged over all events, also undetected ones (give those an empty ranking). Chance: ``hit_rate_chance``.
+    Chance: ``hit_rate_chance``.
 
-    Source: Su et al. (2019), InterFusion's ``cal_IPS``.
+    Raises:
+        DataError: not one ranking an event, no event, or an event without expected variates.
     """
     if len(ranked) != len(expected) or not expected:
         raise DataError(f"{len(ranked)} rankings for {len(expected)} events; give one for each of at least one event")
-    shares = []
-    for order, wanted in zip(ranked, expected, strict=True):
-        if not wanted:
-            raise DataError("an event without expected variates cannot be graded; leave it out")
-        top = set(order[: int(percent * len(set(wanted)) // 100)])
-        shares.append(len(top & set(wanted)) / len(set(wanted)))
-    return float(np.mean(shares))
+    return float(
+        np.mean([hit_share(order, wanted, percent=percent) for order, wanted in zip(ranked, expected, strict=True)])
+    )
+
+
+def hit_share(ranked: Sequence[str], expected: Sequence[str], *, percent: float = 100.0) -> float:
+    """Return the share of an event's expected variates G among its first ``floor(P |G| / 100)`` ranked.
+
+    Source: Su et al. (2019), InterFusion's ``cal_IPS``.
+
+    Raises:
+        DataError: no expected variate.
+    """
+    wanted = set(expected)
+    if not wanted:
+        raise DataError("an event without expected variates cannot be graded; leave it out")
+    return len(wanted.intersection(ranked[: int(percent * len(wanted) // 100)])) / len(wanted)
 
 
 def hit_rate_chance(expected: Sequence[Sequence[str]], num_variates: int, *, percent: float = 100.0) -> float:

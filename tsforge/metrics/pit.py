@@ -60,6 +60,11 @@ def pit_counts(target: ArrayLike, quantiles: ArrayLike, levels: Sequence[float])
     """Return in which bin each cell falls, as shares [..., Q + 1] that sum to one; 0 where something is missing.
 
     Bin k lies above level k - 1 up to and including level k, the outer ones reach to 0 and 1.
+
+    Shapes:
+        target [...], quantiles [..., Q] -> [..., Q + 1].
+    Raises:
+        DataError: another number of quantiles than of levels, or levels as ``check_levels`` refuses them.
     """
     tau = check_levels(levels)
     q, y = np.asarray(quantiles, dtype=np.float64), np.asarray(target, dtype=np.float64)

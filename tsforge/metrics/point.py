@@ -2,6 +2,8 @@
 
 Everything is float64. A cell is scored when its target is observed; a forecast that is missing there is not skipped, it
 makes the mean NaN: leaving such cells out would flatter whoever did not forecast them.
+
+Legend: target, forecast and mask have one shape, usually [..., H, V]; means lack the axes they were taken over.
 """
 
 from __future__ import annotations
@@ -78,38 +80,30 @@ def mean_over(cells: ArrayLike, scored: ArrayLike, axis: Axis = None) -> Score:
     return Score(_ratio(total, count), count)
 
 
-def group_mean(cells: ArrayLike, scored: ArrayLike, groups: ArrayLike, num_groups: int) -> Score:
-    """Return the mean over the first axis within each group (for example per series), other axes kept.
-
-    Shapes:
-        cells [N, ...], scored [N, ...], groups [N] with values in [0, num_groups) -> [num_groups, ...].
+def mse(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, axis: Axis = None) -> Score:
+    """Return the mean squared error over ``axis``.
 
     Raises:
-        DataError: a group lies outside [0, num_groups).
+        DataError: see ``scored_cells``.
     """
-    values, keep = np.asarray(cells, dtype=np.float64), np.asarray(scored, dtype=bool)
-    index = np.asarray(groups, dtype=np.int64)
-    if index.size and (index.min() < 0 or index.max() >= num_groups):
-        raise DataError(f"groups run from {index.min()} to {index.max()}, but there are {num_groups} of them")
-    total = np.zeros((num_groups, *values.shape[1:]))
-    count = np.zeros(total.shape, dtype=np.int64)
-    np.add.at(total, index, np.where(keep, values, 0.0))
-    np.add.at(count, index, keep)
-    return Score(_ratio(total, count), count)
-
-
-def mse(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, axis: Axis = None) -> Score:
-    """Return the mean squared error over ``axis``."""
     return mean_over(squared_error(target, forecast), scored_cells(target, mask), axis)
 
 
 def mae(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, axis: Axis = None) -> Score:
-    """Return the mean absolute error over ``axis``."""
+    """Return the mean absolute error over ``axis``.
+
+    Raises:
+        DataError: see ``scored_cells``.
+    """
     return mean_over(absolute_error(target, forecast), scored_cells(target, mask), axis)
 
 
 def rmse(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, axis: Axis = None) -> Score:
-    """Return the root of the mean squared error over ``axis`` (the root is taken last)."""
+    """Return the root of the mean squared error over ``axis`` (the root is taken last).
+
+    Raises:
+        DataError: see ``scored_cells``.
+    """
     score = mse(target, forecast, mask, axis)
     return Score(np.sqrt(score.value), score.count)
 
@@ -118,7 +112,7 @@ def msle(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, 
     """Return the mean squared error of log(1 + y); a forecast below 0 counts as 0 here.
 
     Raises:
-        DataError: a scored target is below 0, so it has no such logarithm.
+        DataError: a scored target is below 0, so it has no such logarithm; see ``scored_cells``.
     """
     scored = scored_cells(target, mask)
     below = int((scored & (_float(target) < 0)).sum())
@@ -129,7 +123,11 @@ def msle(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, 
 
 
 def smape(target: ArrayLike, forecast: ArrayLike, mask: ArrayLike | None = None, axis: Axis = None) -> Score:
-    """Return the symmetric mean absolute percentage error over ``axis``, in percent from 0 to 200."""
+    """Return the symmetric mean absolute percentage error over ``axis``, in percent from 0 to 200.
+
+    Raises:
+        DataError: see ``scored_cells``.
+    """
     return mean_over(symmetric_percentage_error(target, forecast), scored_cells(target, mask), axis)
 
 

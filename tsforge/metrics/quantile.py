@@ -36,6 +36,8 @@ def pinball(target: ArrayLike, quantiles: ArrayLike, levels: Sequence[float]) ->
 
     Shapes:
         target [...], quantiles [..., Q] -> [..., Q].
+    Raises:
+        DataError: another number of quantiles than of levels, or levels as ``check_levels`` refuses them.
     Source: Koenker and Bassett (1978), Econometrica 46:33-50.
     """
     tau = check_levels(levels)
@@ -53,7 +55,11 @@ def pinball_loss(
     mask: ArrayLike | None = None,
     axis: Axis = None,
 ) -> Score:
-    """Return the pinball loss averaged over levels and ``axis`` (axes of the target)."""
+    """Return the pinball loss averaged over levels and ``axis`` (axes of the target).
+
+    Raises:
+        DataError: see ``pinball`` and ``scored_cells``.
+    """
     cells = pinball(target, quantiles, levels).mean(axis=-1)
     return mean_over(cells, scored_cells(target, mask), axis)
 
@@ -99,6 +105,9 @@ def crps_quantiles(target: ArrayLike, quantiles: ArrayLike, levels: Sequence[flo
 def crps_normal(target: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> FloatArray:
     """Return the continuous ranked probability score of Normal(mean, scale) for every cell; |y - mean| at scale 0.
 
+    Raises:
+        DataError: a negative scale.
+
     Source: Gneiting and Raftery (2007), JASA 102:359-378, Eq. (21).
     """
     y, mu, sigma = (np.asarray(part, dtype=np.float64) for part in (target, mean, scale))
@@ -120,6 +129,9 @@ def crps_student_t(target: ArrayLike, mean: ArrayLike, scale: ArrayLike, df: Arr
     Args:
         scale: of the distribution, not its standard deviation.
         df: degrees of freedom, above 1 (below, the mean and the score do not exist).
+
+    Raises:
+        DataError: a negative scale, or degrees of freedom that are not above 1.
 
     Source: Jordan, Krueger, Lerch (2019), J. Statistical Software 90(12), appendix A.
     """
@@ -184,6 +196,9 @@ def interval_score(target: ArrayLike, low: ArrayLike, high: ArrayLike, alpha: fl
 
     Args:
         alpha: 1 - nominal coverage, in (0, 1).
+
+    Raises:
+        DataError: another ``alpha``.
 
     Source: Gneiting and Raftery (2007), Eq. (43).
     """

@@ -62,6 +62,9 @@ def friedman(losses: ArrayLike) -> Significance:
 def critical_difference(num_models: int, num_rows: int, alpha: float = 0.05) -> float:
     """Return by how much two mean ranks must differ to matter (Nemenyi).
 
+    Raises:
+        DataError: fewer than 2 models, or no row.
+
     Source: Demsar (2006), section 3.2.2: q_alpha sqrt(k (k + 1) / (6 N)), q from the studentised range over sqrt(2).
     """
     if num_models < 2 or num_rows < 1:

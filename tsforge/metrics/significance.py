@@ -120,7 +120,7 @@ def diebold_mariano(
     """Test whether two sequences of losses in time order have equal means, allowing for autocorrelation.
 
     Args:
-        first, second: losses; times where one is missing are left out.
+        first, second: losses [T]; times where one is missing are left out.
         horizon: neighbouring losses that share rows; those of h-step forecasts made at every step share h.
         kernel: how autocovariances are weighed, see the module.
         lags: highest lag of the Bartlett kernel instead of the automatic one.

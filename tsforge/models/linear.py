@@ -27,7 +27,7 @@ from tsforge.core.errors import ConfigError
 from tsforge.models._ar_filled import MOST_LAGS
 from tsforge.models._ar_gaps import GapFiller
 from tsforge.models._ar_layout import LagLayout
-from tsforge.models._ar_moments import MissingRule, explicit_windows, lag_moments
+from tsforge.models._ar_moments import MissingRule, lag_moments
 from tsforge.models._ar_windows import residual_scale, series_bounds
 from tsforge.models._linear_choice import RIDGES, USUAL_RIDGE, Span, choose, usual_ridge
 from tsforge.models.registry import register
@@ -119,6 +119,9 @@ def fit_moments(moments: WindowMoments, layout: LagLayout, config: LinearConfig)
     """Return the forecaster that fits the windows best, and its offset weights [H] (of 1, or of the context's scale).
 
     ``weight`` of the fit has its columns oldest first. With ``offset: window_scale`` the moments hold one more column.
+
+    Raises:
+        ConfigError: ``remove`` or ``ridge`` is still to be chosen.
     """
     length, columns = layout.lags, layout.lags + layout.horizon
     if config.remove == "auto" or not isinstance(config.ridge, float):
@@ -343,10 +346,3 @@ def map_lags(weight: Tensor, context: Tensor) -> Tensor:
     if weight.shape[0] == 1:
         return nn.functional.linear(rows, weight[0]).transpose(1, 2)
     return torch.einsum("bvl,vhl->bhv", rows, weight)
-
-
-def windows_of(data: TrainingSeries, length: int, horizon: int) -> tuple[Tensor, Tensor]:
-    """Return every gap-free window of a training span, contexts [m, L] oldest first and targets [m, H] (for tests)."""
-    layout = LagLayout(length, horizon)
-    parts = list(explicit_windows(layout, data.values.double(), data.mask, series_bounds(data)))
-    return torch.cat([features for features, _ in parts]).flip(1), torch.cat([targets for _, targets in parts])

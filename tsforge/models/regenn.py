@@ -272,7 +272,11 @@ class ReGENN(ForecastModel[ReGENNConfig]):
         self.graph = found.to(self.graph)
 
     def solve(self, data: TrainingSeries) -> SolveReport | None:
-        """Take the least step and set the autoregression; a start for training where the network begins silent."""
+        """Take the least step and set the autoregression; a start for training where the network begins silent.
+
+        Raises:
+            ModelError: ``normalisation: log1p`` and a negative value.
+        """
         config, mask = self.config, data.mask
         values = torch.where(mask, data.values.double(), 0.0)
         if config.normalisation == "log1p":

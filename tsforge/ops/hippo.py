@@ -1,9 +1,9 @@
-"""HiPPO state matrices: dense, as diagonal plus low rank, in structured trainable form, and as an online memory.
+"""HiPPO state matrices: dense, as diagonal plus low rank, and in structured trainable form.
 
 A HiPPO system ``x' = A x + B u`` keeps in x [N] the coefficients of its input's past on orthogonal polynomials:
 
 - ``legs``: Legendre polynomials in ``e^{-age}``, an exponentially fading past. With ``A / t`` and ``B / t`` in place of
-  A and B it is the uniform memory of everything since the start (``legs_memory``).
+  A and B it is the uniform memory of everything since the start.
 - ``lagt``: Laguerre functions of the age.
 - ``legt``: Legendre polynomials on a sliding window of length ``window``.
 
@@ -207,62 +207,6 @@ def structured_matrix(
             f"the tridiagonal factor of order {order} became singular; lower the learning rate of the state matrix"
         ) from error
     return -left[..., :, None] * (inverse + torch.diag_embed(shift)) * right[..., None, :]
-
-
-def legs_memory(signal: Tensor, order: int) -> Tensor:
-    """Return the Legendre coefficients of a whole signal, updated sample by sample.
-
-    Time-varying LegS ``x' = (A x + B u) / t`` with the bilinear rule: for the k-th sample (from 1)
-    ``(I - A / 2k) x_k = (I + A / 2k) x_{k-1} + B u_k / k``, from ``x_0 = 0``. No step size enters, so the coefficients
-    describe the past stretched to [0, 1], whatever its length. O(L N^2).
-
-    Args:
-        signal: [..., L], L at least 1, oldest first.
-        order: N.
-
-    Returns:
-        [..., N] float64, differentiable in the signal; ``legs_reconstruct`` reads it.
-
-    Raises:
-        ConfigError: order below 1.
-        ModelError: the signal has no sample.
-    """
-    matrix, entry = (part.to(signal.device) for part in hippo_matrix("legs", order))
-    if signal.ndim == 0 or signal.shape[-1] == 0:
-        raise ModelError("a memory needs at least one sample, not an empty signal")
-    samples = signal.to(torch.float64).reshape(-1, signal.shape[-1])  # [S, L]
-    state = samples.new_zeros(order, len(samples))
-    identity = torch.eye(order, dtype=torch.float64, device=signal.device)
-    for k in range(1, samples.shape[-1] + 1):
-        # Times k, and with I + A/2k = 2 I - (I - A/2k): one solve, no product with A.
-        right = 2.0 * k * state + entry[:, None] * samples[None, :, k - 1]
-        state = torch.linalg.solve_triangular(k * identity - 0.5 * matrix, right, upper=False) - state
-    return state.T.reshape(*signal.shape[:-1], order)
-
-
-def legs_reconstruct(coefficients: Tensor, points: Tensor) -> Tensor:
-    """Return the remembered signal ``sum_n c_n sqrt(2n + 1) P_n(2 s - 1)`` at the points s.
-
-    Args:
-        coefficients: [..., N] from ``legs_memory``.
-        points: [K] in [0, 1]: 0 is the first sample, 1 the last.
-
-    Returns:
-        [..., K] float64.
-
-    Raises:
-        ModelError: a point outside [0, 1], where the series means nothing.
-    """
-    inside = (points >= 0.0) & (points <= 1.0)
-    if not bool(inside.all()):
-        raise ModelError(f"{int((~inside).sum())} of {inside.numel()} points lie outside [0, 1]; 0 is the start, 1 now")
-    place = 2.0 * points.to(torch.float64) - 1.0
-    order = coefficients.shape[-1]
-    legendre = [torch.ones_like(place), place]
-    for n in range(1, order - 1):
-        legendre.append(((2 * n + 1) * place * legendre[n] - n * legendre[n - 1]) / (n + 1))
-    basis = torch.stack(legendre[:order]) * _roots(order).to(place.device)[:, None]
-    return coefficients.to(torch.float64) @ basis
 
 
 def _check(kind: str, order: int, window: float) -> None:

@@ -1,73 +1,18 @@
 """Exact prediction of a stationary autoregression from values with gaps.
 
-Two forms of the same conditional expectation: a Kalman filter over the companion state, one series at a time, and a
-batched solve with the inverse covariance of L consecutive values, which has a closed form in the coefficients.
-Values are deviations from the process mean. Neither ever looks past the last row it is given.
+The conditional expectation that a Kalman filter gives, as a batched solve with the inverse covariance of L consecutive
+values, which has a closed form in the coefficients. Values are deviations from the process mean; no row after the L is
+ever looked at.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.linalg import solve_discrete_lyapunov
 from torch import Tensor
 
 from tsforge.core.errors import ModelError
-from tsforge.ops.stability import companion, is_stationary
 
-Array = NDArray[np.float64]
 _MAX_SOLVE_ENTRIES = 20_000_000  # float64 values of one block of batched solves, 160 MB
-
-
-@dataclass(frozen=True)
-class KalmanForecast:
-    """Forecast means and variances [H], the filtered state [p] (newest first) and its covariance [p, p]."""
-
-    mean: Array
-    variance: Array
-    state: Array
-    covariance: Array
-
-
-def kalman_forecast(
-    weight: Array, noise_variance: float, values: Array, mask: NDArray[np.bool_], horizon: int
-) -> KalmanForecast:
-    """Return the forecast of an AR process given some of its past values, by the Kalman filter.
-
-    Args:
-        weight: [p] coefficients, lag 1 first.
-        noise_variance: of the innovations.
-        values: [n], anything where ``mask`` [n] is False.
-        horizon: steps to forecast.
-
-    Raises:
-        ModelError: the process is not stationary, so it has no start distribution.
-    """
-    weight = np.asarray(weight, dtype=np.float64)
-    if not is_stationary(weight):
-        raise ModelError("the autoregression is not stationary; fit it by yule_walker or burg for exact gap handling")
-    order = max(len(weight), 1)
-    transition = companion(weight) if len(weight) else np.zeros((1, 1))
-    noise = np.zeros((order, order))
-    noise[0, 0] = noise_variance
-    state, covariance = np.zeros(order), solve_discrete_lyapunov(transition, noise)
-    for step, (value, seen) in enumerate(zip(values, mask, strict=True)):
-        if step:
-            state, covariance = transition @ state, transition @ covariance @ transition.T + noise
-        if seen and covariance[0, 0] > 0.0:
-            gain = covariance[:, 0] / covariance[0, 0]
-            state = state + gain * (value - state[0])
-            covariance = covariance - np.outer(gain, covariance[0])
-            covariance = 0.5 * (covariance + covariance.T)
-    filtered, filtered_covariance = state, covariance
-    means, variances = np.empty(horizon), np.empty(horizon)
-    for step in range(horizon):
-        state, covariance = transition @ state, transition @ covariance @ transition.T + noise
-        means[step], variances[step] = state[0], covariance[0, 0]
-    return KalmanForecast(means, variances, filtered, filtered_covariance)
 
 
 def _lower_toeplitz(column: Tensor) -> Tensor:

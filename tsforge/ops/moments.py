@@ -12,9 +12,8 @@ Legend: n rows of the span, R runs of consecutive windows, D window width, T tar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -200,6 +199,8 @@ class Channel(NamedTuple):
 def channel_moments(channels: Sequence[Channel], runs: Sequence[tuple[int, int]], span: int) -> WindowMoments:
     """Return the moments of windows whose columns are the channels side by side; no window crosses the end of a run.
 
+    Centre the values first: sums of squares of an offset of 1e6 would lose the signal to rounding.
+
     Args:
         channels: what a window holds; ``start + width`` of each is at most ``span``.
         runs: [start, stop) rows without gaps (``observed_runs``); shorter ones than ``span`` add nothing.
@@ -238,27 +239,6 @@ def _blocks(channels: Sequence[Channel], block: Callable[[int, int], Tensor]) ->
             for i in range(len(channels))
         ]
     )
-
-
-def window_moments(segments: Iterable[Tensor], width: int) -> WindowMoments:
-    """Return the moments of every window of ``width`` rows inside each segment; no window crosses a seam.
-
-    Segments shorter than ``width`` add nothing. Centre the values first: sums of squares of an offset of 1e6 would
-    lose the signal to rounding.
-
-    Raises:
-        ModelError: no segment is long enough.
-    """
-    parts = list(segments)
-    ends = [0, *accumulate(part.numel() for part in parts)]
-    values = torch.cat(parts) if parts else torch.zeros(0)
-    return channel_moments([Channel(values, width)], list(pairwise(ends)), width)
-
-
-def window_moments_reference(segments: Iterable[Tensor], width: int) -> WindowMoments:
-    """Return what ``window_moments`` returns, from explicit windows (slow, for tests)."""
-    windows = torch.cat([part.double().unfold(0, width, 1) for part in segments if part.numel() >= width])
-    return WindowMoments(windows.T @ windows, windows.sum(0), float(windows.shape[0]))
 
 
 def observed_runs(mask: Tensor, bounds: Sequence[int]) -> list[tuple[int, int]]:

@@ -151,7 +151,7 @@ def free_run(
     """Iterate the map without forcing and without gradient; keep the state after each ``every`` steps.
 
     Shapes: z1 (B, M), inputs (steps, B, M) or None, result (steps // every, B, M); with groups z1 (G, B, M), inputs
-    (G, steps, B, M), result (G, steps // every, B, M).
+    (G, steps, B, M), result (G, steps // every, B, M). Other arguments as in :func:`gtf_sequence`.
 
     Raises:
         ModelError: as :func:`gtf_sequence`; or steps or every is below 1, or steps below every.

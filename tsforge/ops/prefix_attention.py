@@ -50,7 +50,7 @@ def token(score: Tensor, value: Tensor) -> Summary:
 
 
 def nothing(shape: tuple[int, ...], width: int, like: Tensor) -> Summary:
-    """Return empty summaries of leading axes ``shape``, with type and device of ``like``."""
+    """Return empty summaries, top and weight ``shape``, total [*shape, width], with type and device of ``like``."""
     return Summary(like.new_full(shape, -torch.inf), like.new_zeros(shape), like.new_zeros(*shape, width))
 
 
@@ -67,14 +67,14 @@ def merge(first: Summary, second: Summary) -> Summary:
 
 
 def later(summary: Summary, decay: Tensor | float | None, steps: Tensor | int) -> Summary:
-    """Return a summary as it counts ``steps`` steps later."""
+    """Return a summary as it counts ``steps`` later; ``decay`` a step and ``steps`` broadcast to its ``top`` [...]."""
     return summary if decay is None else summary._replace(top=summary.top - decay * steps)
 
 
 def summarise(scores: Tensor, values: Tensor, decay: Tensor | None = None, before: Summary | None = None) -> Summary:
     """Return the summary of all tokens, and of what came ``before``, at the time of the last.
 
-    Shapes and errors are those of ``prefix_attention``.
+    Shapes and errors are those of ``prefix_attention``: scores [..., n], values [..., n, D] -> a summary of [...].
     """
     scores, values, decay, before = _checked(scores, values, decay, before)
     length = scores.shape[-1]

@@ -491,6 +491,22 @@ def check_explained(model_cls: Model, settings: dict[str, Any]) -> None:
         assert not part[:, ~inputs.seen[kind].numpy()].any(), f"{kind}: a cell that was not observed contributes"
 
 
+def check_context_outputs(model_cls: Model, settings: dict[str, Any]) -> None:
+    """19: ``context_raw``, where there is one, was declared, is finite and covers the last steps of the context."""
+    spec = declared_spec(capabilities_of(model_cls, settings))
+    batch = make_batch(spec)
+    model = build_model(model_cls, settings, spec)
+    for found in (model(_without_target(batch)).context_raw, model.train()(batch).context_raw):
+        if found is None:
+            continue
+        assert capabilities_of(model_cls, settings).context_outputs, "context_raw is filled, context_outputs undeclared"
+        size, steps, *rest = found.shape
+        expected = (len(batch.context), spec.num_variates, spec.num_params)
+        assert (size, *rest) == expected, f"context_raw has shape {tuple(found.shape)}"
+        assert 0 < steps <= spec.context_length, f"context_raw covers {steps} of {spec.context_length} steps"
+        assert bool(torch.isfinite(found).all()), "context_raw is not finite"
+
+
 def check_skill(model_cls: Model, settings: dict[str, Any]) -> None:
     """16: a trainable model beats the seasonal naive on the generated seasonal set after at most 20 small epochs."""
     if not capabilities_of(model_cls, settings).trainable:
@@ -534,6 +550,7 @@ CHECKS: tuple[Check, ...] = (
     check_recurrent,
     check_units,
     check_hooks,
+    check_context_outputs,
     check_skill,
     check_source,
     check_explained,

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chi2
 from sklearn.covariance import LedoitWolf
 
-from tsforge.anomaly.attribution import contributions, leading_variates, rank_variates
+from tsforge.anomaly.attribution import Extremes, contributions, leading_variates, rank_extremes
 from tsforge.anomaly.covariance import (
     DenseCovariance,
     LowRankCovariance,
@@ -122,14 +122,18 @@ def test_an_injected_fault_is_ranked_first_and_missing_variates_are_left_out() -
     event = x[:6].copy()
     event[3, 2] += 40 * np.sqrt(covariance.variances[2])
     event[:, 4] = np.nan
-    ranked = rank_variates(["a", "b", "c", "d", "e"], contributions(event, covariance), peak=3)
+    kept, parts = Extremes.nothing(5), contributions(event, covariance)
+    for row in range(6):
+        kept.add(parts, row, score=float(row == 3))
+    ranked = rank_extremes("abcde", kept)
     assert ranked[0]["variate"] == "c"
     assert ranked[0]["contribution"] > 35
     assert ranked[0]["conditional"] == max(item["conditional"] for item in ranked)
     assert {item["variate"] for item in ranked} == {"a", "b", "c", "d"}
     assert leading_variates(ranked) == {"c"}
     assert leading_variates([]) == frozenset()
-    assert len(rank_variates(["a", "b", "c", "d", "e"], contributions(event, covariance), peak=3, limit=2)) == 2
+    assert rank_extremes("abcde", kept, limit=2) == ranked[:2]
+    assert ranked[0]["additive"] == parts.additive[3, 2]
 
 
 def test_constant_variates_stand_on_their_own() -> None:

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 
-from tsforge.anomaly.attribution import contributions, leading_variates, rank_variates
+from tsforge.anomaly.attribution import Extremes, contributions, leading_variates, rank_extremes
 from tsforge.anomaly.calibration import fit_calibration
 from tsforge.anomaly.config import EventConfig, ScoreConfig
 from tsforge.anomaly.confirmed import judge as judge_confirmed
@@ -83,7 +83,10 @@ def expected_events(monitor: Monitor, deviations: np.ndarray, skipped: int) -> l
     ranked = []
     for one in segments:
         parts = contributions(found.z[one.start : one.end + 1], monitor.model.covariance, monitor.model.constant)
-        ranked.append(rank_variates(NAMES, parts, one.peak - one.start, limit=monitor.config.ranked_variates))
+        kept = Extremes.nothing(len(NAMES))
+        for row in range(one.start, one.end + 1):
+            kept.add(parts, row - one.start, score=float(row == one.peak))
+        ranked.append(rank_extremes(NAMES, kept, limit=monitor.config.ranked_variates))
     chains = chained(segments, [leading_variates(each) for each in ranked], monitor.config.cooldown)
     return [
         EventRow(

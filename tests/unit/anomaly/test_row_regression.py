@@ -155,7 +155,7 @@ def test_consensus_holds_back_what_one_of_the_three_finds_usual_and_never_looks_
 
 
 def test_consensus_is_for_forecasts_and_needs_its_regression() -> None:
-    kinds: tuple[ScoreKind, ...] = ("spectrum", "reconstruction", "latent")
+    kinds: tuple[ScoreKind, ...] = ("spectrum", "reconstruction", "innovation", "latent")
     for kind in kinds:
         with pytest.raises(ValueError, match=f"kind '{kind}' makes none; take joint: product"):
             ScoreConfig(kind=kind, joint="consensus")

@@ -15,9 +15,9 @@ from tsforge.metrics.anomaly import (
     delay_summary,
     detection_delays,
     event_score,
-    false_events_per_day,
     hit_rate,
     hit_rate_chance,
+    hit_share,
     point_adjust,
     point_score,
 )
@@ -118,18 +118,6 @@ def test_delay_summary_says_how_many_were_found() -> None:
         delay_summary(0 * labels, alarms)
 
 
-def test_false_events_per_day_counts_segments_off_all_events() -> None:
-    labels = np.zeros(2880, dtype=int)
-    labels[100:200] = 1
-    alarms = np.zeros(2880, dtype=int)
-    alarms[95:101] = alarms[300:305] = alarms[400] = alarms[2879] = 1
-    assert false_events_per_day(labels, alarms, 1440) == pytest.approx(1.5)
-    with pytest.raises(ConfigError, match="rows_per_day is 0"):
-        false_events_per_day(labels, alarms, 0)
-    with pytest.raises(DataError, match="there is no row"):
-        false_events_per_day([], [], 24)
-
-
 def test_pak_is_strict_whatever_the_rounding_of_shares() -> None:
     """Exactly K % of an event's rows do not adjust it; 7 % of 100 is 7.000000000000001 % in floating point."""
     labels = np.zeros(120, dtype=int)
@@ -159,6 +147,10 @@ def test_point_adjusted_f1_never_comes_without_that_of_a_random_score() -> None:
 
 def test_hit_rate_floors_and_averages_over_events() -> None:
     assert hit_rate([[f"v{i}" for i in range(100)]], [[f"v{i}" for i in range(100)]], percent=29) == 0.29
+    for size in range(1, 60):  # 100 and 150 % never round; 29 % of 100 is 28.999999999999996 in floating point
+        names = [f"v{i}" for i in range(2 * size)]
+        assert hit_share(names, names[:size]) == 1.0
+        assert hit_share(names, names[-size:], percent=150) == (3 * size // 2 - size) / size
     expected_sets = [["a", "b", "c"], ["d"]]
     assert hit_rate_chance(expected_sets, 6) == pytest.approx((3 / 6 + 1 / 6) / 2)
     assert hit_rate_chance(expected_sets, 6, percent=150) == pytest.approx((4 / 6 + 1 / 6) / 2)
@@ -170,6 +162,8 @@ def test_hit_rate_floors_and_averages_over_events() -> None:
     assert hit_rate(ranked, expected, percent=150) == pytest.approx((1.0 + 1.0 + 0.0) / 3)
     with pytest.raises(DataError, match="1 rankings for 2 events"):
         hit_rate([["a"]], [["a"], ["b"]])
+    with pytest.raises(DataError, match="without expected variates"):
+        hit_share(["a"], [])
 
 
 def test_missing_scores_are_refused_unless_told() -> None:

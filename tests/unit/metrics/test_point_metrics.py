@@ -10,7 +10,6 @@ import pytest
 from tsforge.core.errors import DataError
 from tsforge.metrics.point import (
     ErrorSums,
-    group_mean,
     mae,
     mase,
     mse,
@@ -19,7 +18,6 @@ from tsforge.metrics.point import (
     scored_cells,
     seasonal_scale,
     smape,
-    squared_error,
 )
 
 
@@ -102,24 +100,6 @@ def test_infinite_target_and_wrong_mask_are_refused() -> None:
         mse([1.0, np.inf], [1.0, 1.0])
     with pytest.raises(DataError, match="mask has shape"):
         scored_cells(np.zeros((2, 3)), np.ones((3, 2), dtype=bool))
-
-
-def test_group_mean_equals_a_loop_and_names_empty_groups(windows) -> None:
-    target, forecast, mask = windows
-    groups = np.array([0, 2, 0, 2, 2, 0, 0, 2, 2, 0, 2])
-    score = group_mean(squared_error(target, forecast), scored_cells(target, mask), groups, 3)
-    for g in (0, 2):
-        rows = groups == g
-        for h in range(4):
-            value, count = loop_mean(
-                target[rows], forecast[rows], mask[rows], lambda y, f: (y - f) ** 2, lambda s, v, h=h: (s, v) == (h, 0)
-            )
-            assert score.value[g, h, 0] == pytest.approx(value)
-            assert score.count[g, h, 0] == count
-    assert np.isnan(score.value[1]).all()
-    assert not score.count[1].any()
-    with pytest.raises(DataError, match="there are 2 of them"):
-        group_mean(np.zeros(3), np.ones(3), [0, 1, 2], 2)
 
 
 def test_mase_by_hand() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from linear_cases import windows_of
 from sklearn.linear_model import Ridge
 
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.core.errors import ConfigError, ModelError
-from tsforge.models.linear import Linear, LinearConfig, fit_windows_reference, windows_of
+from tsforge.models.linear import Linear, LinearConfig, fit_windows_reference
 
 L, H = 12, 5
 

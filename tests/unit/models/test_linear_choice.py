@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from linear_cases import windows_of
 from torch import Tensor
 
 from tsforge.contracts.tensors import DataSpec, TrainingSeries
@@ -13,7 +14,7 @@ from tsforge.core.errors import ConfigError
 from tsforge.models._ar_layout import LagLayout
 from tsforge.models._ar_moments import lag_moments
 from tsforge.models._linear_choice import BLOCKS, RIDGES, USUAL_RIDGE, Span, _clear_best, choose, cut, held_out_error
-from tsforge.models.linear import Linear, LinearConfig, fit_moments, remove_level, windows_of
+from tsforge.models.linear import Linear, LinearConfig, fit_moments, remove_level
 
 LENGTH, HORIZON = 24, 6
 

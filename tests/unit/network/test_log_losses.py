@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,9 @@ def test_the_loss_of_the_context_is_one_of_logarithms_too(panel: Panel, windows:
     network.model.forward = with_context
     batch = batch_of(windows)
     batch = batch._replace(context=batch.context.double(), target=batch.target.double())
+    with pytest.raises(ModelError, match="'dlinear' fills context_raw but does not declare context_outputs"):
+        network.loss(batch)
+    network.capabilities = replace(network.capabilities, context_outputs=True)
     loc, scale = network.scaler.stats(batch)
     errors = [
         (log(0.5 * float(scale[b, 0, v]) + float(loc[b, 0, v])) - math.log1p(float(batch.context[b, t, v]))) ** 2

@@ -13,6 +13,7 @@ from tsforge.core.errors import ModelError
 from tsforge.ops import moments
 from tsforge.ops.moments import (
     Channel,
+    WindowMoments,
     WindowStarts,
     channel_moments,
     cross_moments,
@@ -20,13 +21,17 @@ from tsforge.ops.moments import (
     observed_runs,
     ridge_by_gcv,
     solve_gram,
-    window_moments,
-    window_moments_reference,
 )
 
 
 def starts_of(runs: list[tuple[int, int]], span: int, size: int) -> WindowStarts:
     return WindowStarts.of_runs(runs, span, size, torch.device("cpu"))
+
+
+def moments_of(parts: list[torch.Tensor], width: int) -> WindowMoments:
+    """Return the moments of every window inside each part."""
+    bounds = [0, *itertools.accumulate(len(part) for part in parts)]
+    return channel_moments([Channel(torch.cat(parts), width)], list(itertools.pairwise(bounds)), width)
 
 
 @pytest.mark.parametrize(
@@ -105,21 +110,22 @@ def test_the_work_does_not_grow_with_the_number_of_series(monkeypatch: pytest.Mo
         return correlate(*given)
 
     monkeypatch.setattr(moments, "_correlate", count)
-    window_moments([torch.randn(50 + number % 9, dtype=torch.float64) for number in range(300)], 10)
+    moments_of([torch.randn(50 + number % 9, dtype=torch.float64) for number in range(300)], 10)
     assert len(calls) == 1
 
 
-def test_window_moments_equal_explicit_windows_and_no_window_crosses_a_seam() -> None:
+def test_moments_equal_explicit_windows_and_no_window_crosses_a_seam() -> None:
     parts = [torch.randn(size, dtype=torch.float64) for size in (400, 9, 90)]
-    fast, slow = window_moments(parts, 10), window_moments_reference(parts, 10)
-    assert fast.rows == slow.rows == 391 + 0 + 81
-    torch.testing.assert_close(fast.gram, slow.gram, atol=1e-10, rtol=0)
-    torch.testing.assert_close(fast.sums, slow.sums, atol=1e-10, rtol=0)
+    found = moments_of(parts, 10)
+    windows = torch.cat([part.unfold(0, 10, 1) for part in parts if len(part) >= 10])
+    assert found.rows == len(windows) == 391 + 0 + 81
+    torch.testing.assert_close(found.gram, windows.T @ windows, atol=1e-10, rtol=0)
+    torch.testing.assert_close(found.sums, windows.sum(0), atol=1e-10, rtol=0)
 
 
-def test_window_moments_need_one_window() -> None:
+def test_moments_need_one_window() -> None:
     with pytest.raises(ModelError, match="no gap-free stretch"):
-        window_moments([torch.zeros(4)], 5)
+        moments_of([torch.zeros(4)], 5)
 
 
 def test_channels_stand_side_by_side() -> None:
@@ -155,7 +161,7 @@ def test_least_squares_matches_scikit_learn_ridge_with_intercept() -> None:
     from sklearn.linear_model import Ridge
 
     values = torch.randn(800, dtype=torch.float64).cumsum(0) * 0.1 + 3.0
-    known = window_moments([values], 9)
+    known = moments_of([values], 9)
     fit = least_squares(known, torch.arange(6), torch.tensor([6, 8]), ridge=2.5)
     windows = values.unfold(0, 9, 1).numpy()
     expected = Ridge(alpha=2.5).fit(windows[:, :6], windows[:, [6, 8]])
@@ -167,7 +173,7 @@ def test_least_squares_matches_scikit_learn_ridge_with_intercept() -> None:
 
 def test_ridge_by_gcv_equals_the_explicit_hat_matrix() -> None:
     values = torch.randn(60, dtype=torch.float64)
-    known = window_moments([values], 21)
+    known = moments_of([values], 21)
     _, path = ridge_by_gcv(known, torch.arange(20), torch.tensor([20]), num_alphas=3)
     windows = values.unfold(0, 21, 1).numpy()
     x = windows[:, :20] - windows[:, :20].mean(0)

@@ -15,6 +15,7 @@ from tsforge.app.watch.incidents import Grouping
 from tsforge.app.watch.settings import JsonlSink, StoreSink, TableSink, WebhookSink
 from tsforge.app.watch.webhook import DeliveryError, Webhook
 from tsforge.contracts.tables import EVENT_COLUMNS
+from tsforge.core.atomic import sync
 from tsforge.core.errors import BackendError
 from tsforge.core.workspace import Workspace
 from tsforge.data.event_sink import TransitionTable
@@ -66,7 +67,7 @@ class JsonlFile:
                 os.fsync(handle.fileno())
                 length = handle.tell()
             if is_new:
-                _sync_folder(self._path.parent)
+                sync(self._path.parent)
         except OSError as error:
             raise DeliveryError(f"cannot write {self._path}: {error.strerror or error}") from error
         return length
@@ -90,14 +91,6 @@ class JsonlFile:
 
 def _line(item: Outgoing) -> bytes:
     return item.record.encode() + b"\n"
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class SqlTable:

@@ -97,7 +97,7 @@ def salvage(
     span = f"rows {numbers[0]} to {numbers[-1]}"
     if "error" in (intake.mapping.bad_rows, intake.mapping.bad_cells):
         where = f"{origin}, {span}"
-        return [intake.clean(RawTable(raw.lazy(), where, is_text=is_text, decimal=decimal))], []
+        return [intake.clean(RawTable(raw.lazy(), where, decimal=decimal))], []
     screened = intake.screen(raw, ends, origin, numbers, is_text=is_text)
     left_out = sum(finding.count for finding in screened.notes if finding.kind == "refused")
     notes = noted(screened.notes)
@@ -111,7 +111,7 @@ def salvage(
         part = parts.pop()
         where = f"{origin}, {part.height} of {span}"
         try:
-            portions.append(intake.clean_screened(RawTable(part.lazy(), where, is_text=is_text, decimal=decimal)))
+            portions.append(intake.clean_screened(RawTable(part.lazy(), where, decimal=decimal)))
         except DataError as error:  # of a kind that looking at rows does not find: halves tell where
             if part.height == 1:
                 refusals.append(Refusal(where, str(error), 1))
