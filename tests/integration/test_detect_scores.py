@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,11 +16,13 @@ from tsforge.anomaly.contexts import context_traces
 from tsforge.anomaly.detector import detect
 from tsforge.anomaly.latent import fit_latent, hidden_function
 from tsforge.anomaly.reconstruction import WindowPca
+from tsforge.app.detect import list_detections, read_detection
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.artifact import Artifact, match_frame
 from tsforge.contracts.tables import JOINT, AnomalyReport
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError, ModelError
+from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.forecasting.predict import artifact_panel
 from tsforge.forecasting.rolling import rolling_forecasts
@@ -94,6 +97,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("linear", {"kind": "normalised", "smoothing": {"kind": "median", "window": 3}}),
     ("linear", {"kind": "reconstruction", "window": 12}),
     ("linear", {"kind": "reconstruction", "window": 12, "overlap_reduction": "median"}),
+    ("linear", {"kind": "innovation"}),
+    ("linear", {"kind": "innovation", "window": 3, "order": 4, "joint": "balanced"}),
     ("s4", {"kind": "latent", "joint": "mean_abs"}),
     ("plrnn", {"kind": "growth", "steps": [1, 3]}),
 ]
@@ -247,6 +252,29 @@ def test_reconstruction_says_what_it_expected(linear: Artifact) -> None:
     usual = table.slice(0, 60).drop_nulls(["expected", "value"])
     assert np.corrcoef(usual["expected"], usual["value"])[0, 1] > 0.97
     assert report.events.sort("peak_score")["variates"][-1][0]["variate"] == "y"
+
+
+def test_innovations_by_the_command(site: Any, command: Any) -> None:
+    """The jump of a.x on day 61 through ``tsforge detect``: found, and what the score says of it."""
+    settings = ["detector.score.kind=innovation", "detector.score.order=6", "detector.rule.alarms_per_day=0.1"]
+    code, out, err = command("detect", "artifact=latest", *settings, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    (found,) = list_detections(Workspace.open(site.home))
+    report = read_detection(Workspace.open(site.home), str(found["id"]))
+    assert (report.metadata["latency"], told["artifact"]) == (0, site.artifact)
+    assert report.metadata["score_answers"] == "row at odds with a linear state-space model of all variates"
+    first = report.events.sort("peak_score")[-1].to_dicts()[0]
+    assert (first["series_id"], str(first["start"])[:16], first["variates"][0]["variate"]) == (
+        "a",
+        "2026-03-03 05:00",
+        "x",
+    )
+    table = report.scores.table.filter(pl.col("variate") == "x", pl.col("series_id") == "b").drop_nulls("value")
+    assert np.abs(table["value"] - table["expected"]).median() < 1.0
+    code, _, err = command("detect", "artifact=latest", "detector.score.order=6")
+    assert code == 2
+    assert "order has no effect with kind 'normalised'" in err
 
 
 def test_modes_have_thresholds_of_their_own_and_small_ones_are_pooled_with_a_notice(s4: Artifact) -> None:

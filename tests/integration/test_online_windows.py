@@ -78,6 +78,8 @@ SCORES: list[tuple[str, dict[str, Any]]] = [
     ("plrnn", {"kind": "growth", "steps": [1, 3], "ewma": 0.1}),
     ("masked", {"kind": "masked"}),
     ("masked", {"kind": "masked", "joint": "max_abs", "ewma": 0.2}),
+    ("linear", {"kind": "innovation"}),
+    ("linear", {"kind": "innovation", "window": 5, "order": 2, "joint": "balanced", "ewma": 0.2}),
 ]
 IDS = [f"{kind['kind']} of {name} {number}" for number, (name, kind) in enumerate(SCORES)]
 
@@ -130,7 +132,7 @@ def with_odd_series(table: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([table, *(part.with_columns(series_id=pl.lit(name)) for name, part in odd.items())])
 
 
-@pytest.mark.parametrize("number", [0, 3, 4, 5, 8, 11], ids=lambda number: IDS[number])
+@pytest.mark.parametrize("number", [0, 3, 4, 5, 8, 11, 19], ids=lambda number: IDS[number])
 def test_series_and_variates_that_nothing_compares_with_are_left_out_and_named(
     artifacts: dict[str, Artifact], table: pl.DataFrame, number: int
 ) -> None:
@@ -168,6 +170,7 @@ def test_when_nothing_compares_with_any_series_the_error_says_what_helps(
             "150 training rows .0 of them observed. .*; no score.window helps: give the",
         ),
         ("linear", {"kind": "spectrum", "window": 24}, "2 of 2 series cannot be compared .* no score.window helps"),
+        ("linear", {"kind": "innovation"}, "150 training rows .0 of them observed. .*needs 50; give the detector all"),
         ("s4", {"kind": "latent"}, "50 training rows .*, 0 have one; give the detector all rows that trained the"),
     ):
         with pytest.raises(DataError, match=message):
@@ -218,7 +221,7 @@ def check_later_rows_move_nothing(artifact: Artifact, table: pl.DataFrame, score
     assert not told[0].equals(told[1])
 
 
-@pytest.mark.parametrize("number", [0, 2, 4, 5, 7, 8, 11, 12, 13, 17], ids=lambda number: IDS[number])
+@pytest.mark.parametrize("number", [0, 2, 4, 5, 7, 8, 11, 12, 13, 17, 19, 20], ids=lambda number: IDS[number])
 def test_later_rows_never_move_earlier_scores(artifacts: dict[str, Artifact], table: pl.DataFrame, number: int) -> None:
     name, score = SCORES[number]
     check_later_rows_move_nothing(artifacts[name], table, score)

@@ -18,9 +18,10 @@ RECONSTRUCTION = {"kind": "reconstruction", "window": 6, "joint": "max_abs"}
     [
         RECONSTRUCTION | {"overlap_reduction": "last"},
         RECONSTRUCTION | {"overlap_reduction": "median"},
+        {"kind": "innovation", "joint": "max_abs"},
         {"joint": "balanced", "smoothing": {"kind": "two_sided", "weight": 0.6}},
     ],
-    ids=["last", "median", "two_sided"],
+    ids=["last", "median", "innovation", "two_sided"],
 )
 def test_a_watch_whose_scores_read_several_rows_goes_on_where_it_was_stopped(
     site: Any, tmp_path: Path, score: dict[str, Any]

@@ -22,6 +22,7 @@ ScoreKind = Literal[
     "states",
     "regions",
     "reconstruction",
+    "innovation",
     "masked",
     "latent",
     "free_energy",
@@ -33,6 +34,7 @@ ANSWERS = {
     "states": "changed dynamics",
     "regions": "changed dynamics",
     "reconstruction": "row at odds with its window",
+    "innovation": "row at odds with a linear state-space model of all variates",
     "masked": "variate at odds with its past and with the other variates",
     "latent": "unfamiliar regime",
     "free_energy": "row that the model explains badly, or only by an unlikely state",
@@ -101,6 +103,7 @@ class ScoreConfig(Config):
     interval in half-widths, ``nll``, its negative log density; ``growth``, the error of a ``plrnn``'s free run against
     what its Jacobians expect. Of a trailing window: its power ``spectrum``, the ``states`` it visits, the linear
     ``regions`` a ``plrnn`` of kind ``almost_linear`` goes through, or its ``reconstruction`` from principal components.
+    ``innovation``: the row against what a linear state-space model of the training rows says after the rows before.
     ``masked``: the row as a ``chimera`` tells it while its cells are hidden. ``latent``: how unfamiliar the state is
     that the model forecasts from; ``free_energy``: what it costs a ``pvrnn`` to explain the row. All of them then in
     robust standard deviations of step and variate."""
@@ -133,7 +136,10 @@ class ScoreConfig(Config):
     """Share of the predictive distribution inside the interval of ``interval`` (default 0.8)."""
     window: int | None = Field(None, ge=2)
     """Rows of the trailing window of ``spectrum``, ``states`` and ``regions`` (at least 16, default 400) and of
-    ``reconstruction`` (default 16)."""
+    ``reconstruction`` (default 16); fewest rows that tell a row of ``innovation`` (default 8 to 128, by how fast the
+    fitted filter forgets)."""
+    order: int | None = Field(None, ge=1, le=64)
+    """States of ``innovation``, fewer where the training rows hold no more (default by Schwarz's criterion)."""
     overlap_reduction: Literal["last", "mean", "median"] | None = None
     """Which windows tell a row of ``reconstruction``: the one that ends with it (default), or all that hold it, whose
     errors are joined; these score a row only ``window - 1`` rows later."""
@@ -162,7 +168,8 @@ class ScoreConfig(Config):
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps)):
             raise ValueError(f"steps {self.steps} must be different whole numbers from 1 on")
         of_kind: dict[str, tuple[str, ...]] = {
-            "window": (*DYNAMIC_KINDS, "reconstruction"),
+            "window": (*DYNAMIC_KINDS, "reconstruction", "innovation"),
+            "order": ("innovation",),
             "stride": DYNAMIC_KINDS,
             "bins": ("states",),
             "lag": ("states",),
@@ -205,7 +212,7 @@ class ScoreConfig(Config):
     @property
     def has_data_units(self) -> bool:
         """True when deviations are in the units of the data."""
-        return self.kind in ("normalised", "reconstruction", "masked")
+        return self.kind in ("normalised", "reconstruction", "innovation", "masked")
 
     @property
     def remembered_rows(self) -> int:

@@ -1,9 +1,9 @@
 """Scores that judge the window or context ending with a row, behind one face; for stored rows and for a stream.
 
-A *trace* is what is kept of a row: its judged values (``spectrum``, ``states``, ``reconstruction``), or what the
-network makes of the context that ends with it (``masked``, ``latent``, ``regions``, ``free_energy``). A score reads the
-traces of ``reach`` rows before its row and of ``latency`` rows after it, nothing else, and each row by itself: however
-rows are cut into calls, the bits are the same.
+A *trace* is what is kept of a row: its judged values (``spectrum``, ``states``, ``reconstruction``, ``innovation``),
+or what the network makes of the context that ends with it (``masked``, ``latent``, ``regions``, ``free_energy``). A
+score reads the traces of ``reach`` rows before its row and of ``latency`` rows after it, nothing else, and each row by
+itself: however rows are cut into calls, the bits are the same.
 
 Legend: N scored rows, T rows, C size or shape of a trace, V variates.
 """
@@ -23,6 +23,8 @@ from tsforge.anomaly.latent import MOST_STATES, LatentScale, fit_latent, hidden_
 from tsforge.anomaly.masked import masked_function
 from tsforge.anomaly.reconstruction import EXPLAINED, ReconstructionScore, WindowPca, fit_window_pca
 from tsforge.anomaly.regions import region_function
+from tsforge.anomaly.state_space import StateSpace
+from tsforge.anomaly.state_space_fit import fit_state_space
 from tsforge.anomaly.window_scores import (
     RegionsScore,
     SpectrumScore,
@@ -36,7 +38,7 @@ from tsforge.artifact import Artifact
 from tsforge.data.frame import SeriesFrame
 
 FloatArray = NDArray[np.float64]
-Fitted: TypeAlias = SpectrumScore | StatesScore | RegionsScore | ReconstructionScore | LatentScale | None
+Fitted: TypeAlias = SpectrumScore | StatesScore | RegionsScore | ReconstructionScore | StateSpace | LatentScale | None
 UNCOMPARED = ("masked", "free_energy")  # kinds that judge a row against nothing seen in training
 FAR_OUT = 50.0  # normal deviate of a value that the declared range calls impossible
 _FUNCTIONS = {
@@ -89,6 +91,8 @@ class WindowJudge:
             case ReconstructionScore():
                 expected = self.fitted.expected(traces)
                 return Found(values - expected, expected)
+            case StateSpace():
+                return Found(*self.fitted.told(traces, first))
             case LatentScale():
                 return Found(self.fitted.distances(traces), nothing)
             case SpectrumScore() | StatesScore() | RegionsScore():
@@ -115,6 +119,8 @@ class WindowJudge:
             return cls(config, None)
         if config.kind == "reconstruction":
             return cls(config, ReconstructionScore(WindowPca(**state), config.overlap_reduction or "last"))
+        if config.kind == "innovation":
+            return cls(config, StateSpace(**state))
         if config.kind == "latent":
             return cls(config, LatentScale(state["mean"], tuple(state["whitening"])))
         kinds: dict[str, type[SpectrumScore | StatesScore | RegionsScore]]
@@ -140,6 +146,8 @@ def fit_window_judge(config: ScoreConfig, training: FloatArray) -> WindowJudge:
     if config.kind == "reconstruction":
         pca = fit_window_pca(training, config.window or RECONSTRUCTED_ROWS, config.explained or EXPLAINED)
         return WindowJudge(config, ReconstructionScore(pca, config.overlap_reduction or "last"))
+    if config.kind == "innovation":
+        return WindowJudge(config, fit_state_space(training, config.window, config.order))
     window = config.window or DEFAULT_WINDOW
     sizes = {"window": window, "stride": config.stride or max(window // 50, 1)}
     if config.kind == "spectrum":
