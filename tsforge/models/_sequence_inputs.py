@@ -155,7 +155,8 @@ class SequenceForecaster(ResidualForecaster[C]):
         """Return what known covariates over the horizon [B, H, F] add to the residual parameters [B, H, V, K]."""
         if known is None or not self._reads_ahead:
             return 0.0
-        added: Tensor = self.ahead(known).view(*known.shape[:2], -1, self.spec.num_params)
+        per_row = self.spec.num_variates // self.rows
+        added: Tensor = self.ahead(known).view(*known.shape[:2], per_row, self.spec.num_params)
         return added.expand(-1, -1, self.spec.num_variates, -1)
 
     # ---- streaming
