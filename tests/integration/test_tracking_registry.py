@@ -36,7 +36,7 @@ from tsforge.models.registry import resolve_model_config
 from tsforge.network import NetworkConfig, build_network
 from tsforge.tracking.client import open_client
 from tsforge.tracking.pyfunc import naive_times
-from tsforge.tracking.registry import champion, history, promote, register, registered_models, resolve, versions
+from tsforge.tracking.registry import champion, history, promote, register, resolve, versions
 from tsforge.tracking.runs import Tracker
 from tsforge.training.config import TrainConfig
 from tsforge.training.loop import fit_network
@@ -218,7 +218,7 @@ def test_promotion_moves_aliases_keeps_history_and_can_be_taken_back(
     promote("weather", "2", tracked_workspace, alias="challenger")
     changes = [(item["alias"], item["from"], item["to"]) for item in history("weather", tracked_workspace)]
     assert changes == [("champion", "1", "2"), ("champion", "2", "1"), ("challenger", None, "2")]
-    assert [item.artifact_id for item in registered_models(tracked_workspace)] == [second.id, first.id]
+    assert [item.artifact_id for item in versions("weather", tracked_workspace)] == [second.id, first.id]
 
 
 def test_a_reference_is_a_folder_an_id_a_name_or_a_version(

@@ -3,8 +3,9 @@
 Permutation importance (Breiman 2001, Machine Learning 45:5-32; Fisher, Rudin, Dominici 2019, JMLR 20(177), Eq. 3.1 for
 a fitted model) over the windows of a backtest. Exchanged is the whole track of an input in a window, so that its own
 course in time stays plausible. Of a target's history only the deviations from its mean in the window move: levels
-drift, and a window at a level of another year would say more about the drift than about the input. An input that the
-model ignores has importance 0; one that others can replace has little.
+drift, and a window at a level of another year would say more about the drift than about the input. A window that has
+seen nothing of a target has no level: it takes no part in the exchange of that history. An input that the model ignores
+has importance 0; one that others can replace has little.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def permutation_importance(
     Returns:
         ``kind, source, lags, variate`` (``*``: all, each in units of its error), ``error`` and ``base_error`` (mean
         absolute, data units), ``importance`` (error / base_error - 1, mean over repeats), ``sd`` over repeats,
-        ``windows``. The weightiest input for ``*`` comes first.
+        ``windows`` (those exchanged, which both errors are of). The weightiest input for ``*`` comes first.
 
     Raises:
         DataError: fewer than two windows, or nothing observed in their targets.
@@ -111,17 +112,21 @@ def permutation_importance(
         raise DataError("importance needs two windows of a series to exchange between them; widen the span")
     with evaluating(network):
         base = _errors(network, batch)
-        if not np.isfinite(base).any():
+        if not base[1].any():
             raise DataError("nothing is observed in the targets of these windows; choose another span")
         records: list[dict[str, Any]] = []
         for item in _inputs(artifact, panel.schema, config):
+            able = _able(groups, batch, item)
+            rows = np.concatenate(able)
             found = []
             for repeat in range(config.repeats):
                 random = np.random.default_rng(
                     derive_seed(config.seed, f"{item.kind} {item.name} {item.lags} {repeat}")
                 )
-                found.append(_errors(network, _exchange(batch, item, _order(groups, len(batch.context), random))))
-            records += _records(item, base, np.array(found), artifact.schema.targets, len(items))
+                moved = _exchange(batch, item, _order(able, len(batch.context), random))
+                found.append(_mean_error(_errors(network, moved), rows))
+            count = len(np.unique(rows // windows.rows_per_item))
+            records += _records(item, _mean_error(base, rows), np.array(found), artifact.schema.targets, count)
     table = pl.DataFrame(records)
     rank = table.filter(variate=EVERY).select("kind", "source", "lags", rank=pl.col("importance"))
     return (
@@ -141,11 +146,19 @@ def _groups(
     return [np.flatnonzero(mine == name) for name in np.unique(mine)]
 
 
+def _able(groups: list[NDArray[np.int64]], batch: Batch, item: _Input) -> list[NDArray[np.int64]]:
+    """Return the groups without windows that have no history of their own to exchange; those have no level either."""
+    if item.kind != "target":
+        return groups
+    has = batch.context_mask[:, :, item.places[0]].any(1).numpy()
+    return [group[has[group]] for group in groups]
+
+
 def _order(groups: list[NDArray[np.int64]], count: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Return for every batch row the row it takes an input from: never itself where its group has another.
 
-    The series of a coupled model share one exchange of cutoffs (their groups are equally long): their rows belong
-    together.
+    The series of a coupled model share one exchange of cutoffs (their groups are equally long unless one has windows
+    without a history): their rows belong together.
     """
     source = np.arange(count)
     shuffled: dict[int, tuple[NDArray[np.int64], int]] = {}
@@ -200,13 +213,13 @@ def _exchange(batch: Batch, item: _Input, source: NDArray[np.int64]) -> Batch:
 
 
 @torch.no_grad()
-def _errors(network: ForecastNetwork, batch: Batch) -> NDArray[np.float64]:
-    """Return the mean absolute error [V] over windows and steps, NaN where nothing was observed."""
+def _errors(network: ForecastNetwork, batch: Batch) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the absolute errors of every window [B, V], summed over its observed steps, and the number of these."""
     if batch.target is None or batch.target_mask is None:
         raise DataError("importance needs windows with targets")
     target, observed = batch.target, batch.target_mask
-    variates = target.shape[2]
-    total, count = np.zeros(variates), np.zeros(variates)
+    shape = (target.shape[0], target.shape[2])
+    total, count = np.zeros(shape), np.zeros(shape, dtype=np.int64)
     device = network.param_offset.device
     rows = len(batch.context)
     per_item = rows if network.capabilities.rows_coupled else 1
@@ -219,9 +232,15 @@ def _errors(network: ForecastNetwork, batch: Batch) -> NDArray[np.float64]:
         part = Batch(**{name: value[span] for name, value in inputs._asdict().items() if value is not None})
         forecast = as_array(network.predict(to_device(part, device)).mean)
         seen = observed[span].numpy()
-        total += np.where(seen, np.abs(forecast - as_array(target[span])), 0.0).sum(axis=(0, 1))
-        count += seen.sum(axis=(0, 1))
-    mean: NDArray[np.float64] = np.divide(total, count, out=np.full(variates, np.nan), where=count > 0)
+        total[span] = np.where(seen, np.abs(forecast - as_array(target[span])), 0.0).sum(axis=1)
+        count[span] = seen.sum(axis=1)
+    return total, count
+
+
+def _mean_error(errors: tuple[NDArray[np.float64], NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the mean [V] of ``_errors`` over some windows, NaN where nothing was observed."""
+    total, count = (part[rows].sum(axis=0) for part in errors)
+    mean: NDArray[np.float64] = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     return mean
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tsforge.core.errors import BackendError, ConfigError
+from tsforge.core.errors import BackendError, ConfigError, TsforgeError
 from tsforge.core.workspace import sqlite_url
 from tsforge.data.sql import DATABASE_ERROR, check_login, parse_url
 from tsforge.tracking.redact import redact
@@ -32,6 +33,17 @@ REGISTER_AGAIN = (
     "put that folder back from a backup, or make a new version (tsforge fit with tracking.register_as) and give it "
     "the alias (tsforge promote)"
 )
+# modules that MLflow imports for an address of files only when the first one is stored, and what installs them
+_S3 = (("boto3", "boto3"),)
+_DRIVERS = {
+    "s3": _S3,
+    "r2": _S3,
+    "b2": _S3,
+    "gs": (("google.cloud.storage", "google-cloud-storage"),),
+    "wasbs": (("azure.storage.blob", "azure-storage-blob"),),
+    "abfss": (("azure.storage.filedatalake", "azure-storage-file-datalake"),),
+    "sftp": (("paramiko", "paramiko"), ("pysftp", "pysftp")),
+}
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # MLflow's own defaults keep asking a dead server for minutes; a value set by the user wins.
 _ENVIRONMENT = {
@@ -103,6 +115,40 @@ def _check_form(uri: str) -> None:
             "postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME: the port is a number, and a password is written with "
             "%2F for /, %3F for ?, %23 for # and %40 for @"
         )
+
+
+def is_store_error(error: Exception) -> bool:
+    """Return True for what a store, or the driver of its files, may raise inside a call of MLflow.
+
+    Drivers have errors of their own kind (those of botocore are no OSErrors) and are imported late; what remains are
+    faults of a program (``TypeError`` ...).
+    """
+    if isinstance(error, TsforgeError):
+        return False
+    return isinstance(error, OSError | ImportError | ValueError | RuntimeError) or type(error).__module__ != "builtins"
+
+
+def check_file_store(location: str, experiment: str) -> None:
+    """Refuse an experiment whose files go to a place that this environment has no driver for.
+
+    Raises:
+        BackendError: a package is missing; the message names it.
+    """
+    scheme = urlsplit(location).scheme
+    missing = [package for module, package in _DRIVERS.get(scheme, ()) if not _is_installed(module)]
+    if missing:
+        raise BackendError(
+            f"experiment '{experiment}' keeps its files at {redact(location)}, and {scheme}:// needs a driver; pip "
+            f"install {' '.join(missing)}, choose another experiment (tracking.experiment=NAME), or switch tracking "
+            "off (tracking.enabled=false)"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
 
 
 def is_database(uri: str) -> bool:

@@ -9,12 +9,23 @@ from typing import Any
 
 HIDDEN = "***"
 _SECRET_NAME = re.compile(
-    r"(passw(or)?d|passphrase|pwd|secret|token|api_?key|access_?key|private_?key|credentials?)$", re.IGNORECASE
+    r"((passw(or)?d|passphrase|pwd|secret|api_?key|access_?key|private_?key|(access|auth|api|session)_?token)s?|token"
+    r"|credentials?|authorization|(^|[_.-])pass)$",
+    re.IGNORECASE,
 )
 # scheme://user:password@host; the user name stays readable. The password may hold '@': the last one before '/' counts.
 _USER_INFO = re.compile(r"(?P<head>[a-z][a-z0-9+.\-]*://[^:/?#\s@]*):[^/?#\s]*@", re.IGNORECASE)
-_QUERY = re.compile(
-    r"(?P<head>[?&;\s](?:[a-z_]*(?:password|passwd|secret|token|api_?key|access_?key))=)[^&;\s'\"]+", re.IGNORECASE
+# name=value, also percent-encoded; a value in quotes or braces may hold blanks and semicolons
+_SETTING = re.compile(
+    r"(?P<head>(?<![\w-])(?:[\w-]*?(?:passw(?:or)?d|passphrase|pwd|secret|token"
+    r"|(?:api|access|account|private|secret)[-_]?key)"
+    r"|(?<=[?&])(?:[\w-]*signature|sig))[ \t]*(?:=(?!=)|%3D)[ \t]*)"
+    r"(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|\{[^}]*\}|%7B(?:(?!%7D).)*%7D|['\"]?(?:(?!%3B|%26)[^&;\s'\"])+)",
+    re.IGNORECASE,
+)
+_ODBC = re.compile(r"(?P<head>\bodbc_connect=)[^&\s'\"]+", re.IGNORECASE)  # a whole connection string
+_HEADER = re.compile(
+    r"(?P<head>\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?)[^\s'\",]+", re.IGNORECASE
 )
 _FOLDERS = ("PWD", "OLDPWD")  # of a shell: "pwd" is no password in these
 _SHORTEST = 6  # shorter values of the environment would hide ordinary words
@@ -29,19 +40,26 @@ def _environment_secrets() -> Iterator[str]:
 def redact(text: str) -> str:
     """Return ``text`` with every recognisable secret replaced by ``***``.
 
-    Hidden are passwords inside addresses, ``password=...``-like settings, and every value of an environment variable
-    whose name ends like a secret (``..._PASSWORD``, ``..._TOKEN``, ``..._KEY`` of an interface).
+    Hidden are passwords inside addresses, ``password=...``-like settings (also inside an ODBC connection string),
+    signatures of addresses, ``Authorization`` headers, and every value of an environment variable whose name ends like
+    a secret (``..._PASSWORD``, ``..._TOKEN``, ``..._KEY`` of an interface).
     """
     for value in _environment_secrets():
         text = text.replace(value, HIDDEN)
     text = _USER_INFO.sub(rf"\g<head>:{HIDDEN}@", text)
-    return _QUERY.sub(rf"\g<head>{HIDDEN}", text)
+    for pattern in (_ODBC, _SETTING, _HEADER):
+        text = pattern.sub(rf"\g<head>{HIDDEN}", text)
+    return text
 
 
 def redact_tree(value: Any, name: str = "") -> Any:
-    """Return nested plain types with secrets replaced; a field with a telling name loses its whole value."""
+    """Return nested plain types with secrets replaced; a field with a telling name loses its whole value.
+
+    A group of fields is judged by their own names, unless its name is a plural (``passwords``).
+    """
     if isinstance(value, Mapping):
-        return {str(key): redact_tree(item, str(key)) for key, item in value.items()}
+        above = name if name.endswith("s") and _SECRET_NAME.search(name) else ""
+        return {str(key): redact_tree(item, above or str(key)) for key, item in value.items()}
     if name and _SECRET_NAME.search(name) and value not in (None, "", False, True):
         return HIDDEN
     if isinstance(value, list | tuple):

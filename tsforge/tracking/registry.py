@@ -23,7 +23,7 @@ from tsforge.core.atomic import atomic_directory
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, listing, nearest
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
-from tsforge.tracking.client import REGISTER_AGAIN, brief, import_mlflow, open_client
+from tsforge.tracking.client import REGISTER_AGAIN, brief, import_mlflow, is_store_error, open_client
 from tsforge.tracking.environment import requirements
 from tsforge.tracking.pyfunc import signature
 from tsforge.tracking.redact import redact
@@ -58,7 +58,9 @@ def _store(workspace: Workspace) -> Iterator[Any]:
     client = open_client(workspace.tracking_uri)
     try:
         yield client
-    except (import_mlflow().exceptions.MlflowException, OSError) as error:
+    except Exception as error:
+        if not is_store_error(error):
+            raise
         raise BackendError(f"the model registry {redact(workspace.tracking_uri)}: {brief(error)}") from error
 
 
@@ -114,7 +116,7 @@ def _new_version(client: Any, artifact: Artifact, name: str, run_id: str | None,
             bundle = Path(folder) / "model"
             _write_bundle(artifact, bundle, logged, run_id)
             client.log_model_artifacts(logged.model_id, str(bundle))
-    except (mlflow.exceptions.MlflowException, OSError):
+    except Exception:
         client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     client.finalize_logged_model(logged.model_id, "READY")
@@ -165,13 +167,6 @@ def versions(name: str, workspace: Workspace) -> list[ModelVersion]:
         found = client.search_model_versions(f"name = '{name}'", max_results=1000)
     records = [_version(item, aliases) for item in found]
     return sorted(records, key=lambda item: int(item.version), reverse=True)
-
-
-def registered_models(workspace: Workspace) -> list[ModelVersion]:
-    """Return every version of every registered model that tsforge made, by name, newest first."""
-    with _store(workspace) as client:
-        names = [item.name for item in client.search_registered_models(max_results=1000)]
-    return [item for name in names if _NAME.match(name) for item in versions(name, workspace)]
 
 
 def _aliases(client: Any, name: str) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 Every run ends in a state that tells the truth: FINISHED, FAILED (an error), KILLED (Ctrl-C, SIGTERM, or a process that
 vanished). The store failing in the middle never ends the work it records: one warning, what can be kept is sent later.
+Numbers and files lie in different places, and the failure of one is not taken for that of the other.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 import time
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel
@@ -24,7 +26,15 @@ from tsforge.core.logs import get_logger, log_event
 from tsforge.core.owner import Owner
 from tsforge.core.signals import interruption, termination_as_interrupt
 from tsforge.core.workspace import Workspace
-from tsforge.tracking.client import brief, import_mlflow, is_database, normalise_uri, open_client
+from tsforge.tracking.client import (
+    brief,
+    check_file_store,
+    import_mlflow,
+    is_database,
+    is_store_error,
+    normalise_uri,
+    open_client,
+)
 from tsforge.tracking.config import TrackingConfig
 from tsforge.tracking.environment import environment
 from tsforge.tracking.redact import redact, redact_tree
@@ -41,6 +51,8 @@ _MOST_RUNS = 1000
 _FLUSH_SECONDS = 2.0
 _RETRY_SECONDS = 30.0
 
+_Place = Literal["database", "files"]
+
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return nested settings as ``{dotted key: text}``; lists become JSON, long texts are cut with an ellipsis."""
@@ -51,8 +63,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             flat.update(flatten(value, f"{name}."))
             continue
         text = value if isinstance(value, str) else json.dumps(value, default=str)
-        flat[_NOT_IN_A_KEY.sub("_", name)[:250]] = text if len(text) <= _VALUE_LIMIT else text[: _VALUE_LIMIT - 1] + "…"
+        flat[_key(name)] = text if len(text) <= _VALUE_LIMIT else text[: _VALUE_LIMIT - 1] + "…"
     return flat
+
+
+def _key(name: str) -> str:
+    """Return a name of a setting, number or label with what MLflow does not allow in it as ``_``."""
+    return _NOT_IN_A_KEY.sub("_", name)[:250]
 
 
 class Run:
@@ -70,7 +87,9 @@ class Run:
         self._client = client
         self._metrics: list[Any] = []
         self._flushed = time.monotonic()
-        self._broken_since: float | None = None
+        self._tags: dict[str, str] = {}  # not taken yet
+        self._broken_since: dict[_Place, float] = {}
+        self._warned: set[_Place] = set()
         self._curves: dict[str, list[tuple[int, float]]] = {}
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -86,13 +105,12 @@ class Run:
         mlflow = import_mlflow()
         now = int(time.time() * 1000)
         for key, value in metrics.items():
-            name = _NOT_IN_A_KEY.sub("_", key)
-            self._metrics.append(mlflow.entities.Metric(name, float(value), now, step))
+            self._metrics.append(mlflow.entities.Metric(_key(key), float(value), now, step))
         if len(self._metrics) >= _METRICS_A_BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Send the metrics gathered so far; on failure they are kept for the next attempt."""
+        """Send the metrics and labels gathered so far; on failure they are kept for the next attempt."""
         if self.id is None:
             return
         self._flushed = time.monotonic()
@@ -101,6 +119,7 @@ class Run:
             if not self._send("metrics", partial(self._client.log_batch, self.id, metrics=batch)):
                 return
             del self._metrics[: len(batch)]
+        self._send_tags()
 
     def log_config(self, config: BaseModel | Mapping[str, Any]) -> None:
         """Record settings twice: flat parameters to filter and compare by, and ``config.yaml`` with all of them."""
@@ -116,12 +135,19 @@ class Run:
         self.log_text("config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Set labels; secrets in them are hidden."""
-        if self.id is None or not tags:
+        """Set labels, secrets in them hidden; on failure they are kept for the next attempt."""
+        if self.id is None:
             return
-        mlflow = import_mlflow()
-        entities = [mlflow.entities.RunTag(key, redact(str(value))[:5000]) for key, value in tags.items()]
-        self._send("tags", lambda: self._client.log_batch(self.id, tags=entities))
+        self._tags.update({_key(key): redact(str(value))[:5000] for key, value in tags.items()})
+        self._send_tags()
+
+    def _send_tags(self) -> None:
+        if not self._tags:
+            return
+        made = import_mlflow().entities.RunTag
+        entities = [made(key, value) for key, value in self._tags.items()]
+        if self._send("tags", lambda: self._client.log_batch(self.id, tags=entities)):
+            self._tags.clear()
 
     def log_data(self, name: str, digest: str, *, source: str = "", profile: Mapping[str, Any] | None = None) -> None:
         """Record which data the run saw.
@@ -149,12 +175,12 @@ class Run:
     def log_text(self, path: str, text: str) -> None:
         """Store ``text`` as the file ``path`` of the run, secrets hidden."""
         if self.id is not None:
-            self._send(path, lambda: self._client.log_text(self.id, redact(text), path))
+            self._send(path, lambda: self._client.log_text(self.id, redact(text), path), "files")
 
     def log_folder(self, folder: Path, path: str) -> None:
         """Store a whole folder below ``path`` of the run."""
         if self.id is not None:
-            self._send(path, lambda: self._client.log_artifacts(self.id, str(folder), path))
+            self._send(path, lambda: self._client.log_artifacts(self.id, str(folder), path), "files")
 
     def log_artifact(self, artifact: Any) -> None:
         """Store a saved ``Artifact`` below ``artifact/`` and name its id.
@@ -178,41 +204,46 @@ class Run:
                 figure.write_html(str(file), include_plotlyjs=True)  # readable without a network
             else:
                 figure.savefig(str(file), dpi=110)
-            parent = str(Path(path).parent)
-            self._send(path, lambda: self._client.log_artifact(self.id, str(file), None if parent == "." else parent))
+            parent = None if "/" not in path else str(Path(path).parent)
+            self._send(path, lambda: self._client.log_artifact(self.id, str(file), parent), "files")
 
-    def _send(self, what: str, call: Callable[[], object]) -> bool:
-        """Return whether the store took it. After a failure the store is left alone for a while."""
-        if self._broken_since is not None and time.monotonic() - self._broken_since < _RETRY_SECONDS:
+    def _send(self, what: str, call: Callable[[], object], place: _Place = "database") -> bool:
+        """Return whether the store took it. After a failure the place it goes to is left alone for a while."""
+        if time.monotonic() - self._broken_since.get(place, -math.inf) < _RETRY_SECONDS:
             return False
         try:
             call()
-        except (import_mlflow().exceptions.MlflowException, OSError) as error:
-            if self._broken_since is None:
+        except Exception as error:
+            if not is_store_error(error):
+                raise
+            if place not in self._warned:
                 _logger.warning(
                     "run '%s': the tracking store did not take %s (%s); the work goes on, its record may lack parts",
                     self.name,
                     what,
                     brief(error),
                 )
-            self._broken_since = time.monotonic()
+            self._warned.add(place)
+            self._broken_since[place] = time.monotonic()
             return False
-        self._broken_since = None
+        self._broken_since.pop(place, None)
+        self._warned.discard(place)
         return True
 
     def _finish(self, error: BaseException | None) -> None:
-        """Close the run in the state that ``error`` stands for."""
+        """Close the run in the state that ``error`` stands for; numbers, labels and end each get their own attempt."""
         if self.id is None:
             return
-        self._broken_since = None  # the end deserves an attempt of its own
         status, message = outcome(error)
+        self._broken_since.clear()
         self.flush()
         if self._is_drawn and any(len(points) > 1 for points in self._curves.values()):
             from tsforge.tracking.figures import learning_curves
 
             self.log_figure("plots/learning_curves.png", learning_curves(self._curves))
-        if message:
-            self.set_tags({_ERROR: message})
+        self._broken_since.clear()
+        self.set_tags({_ERROR: message} if message else {})
+        self._broken_since.clear()
         if not self._send("its end", lambda: self._client.set_terminated(self.id, status)):
             _logger.warning("run '%s' (%s) ended as %s, but its record still says RUNNING", self.name, self.id, status)
 
@@ -251,7 +282,7 @@ class Tracker:
         self.experiment = experiment
         self.artifact_root = artifact_root
         self._client: Any = None
-        self._experiment_id: str | None = None
+        self._experiment: Any = None
 
     @classmethod
     def open(cls, workspace: Workspace, config: TrackingConfig | None = None) -> Tracker:
@@ -279,34 +310,31 @@ class Tracker:
             resume: id of an earlier run to continue; when the store no longer has it, a new one is made.
 
         Raises:
-            BackendError: the store does not answer; nothing was started.
+            BackendError: the store does not answer, or lacks the driver of its files; nothing was started.
         """
         if not self.enabled:
             yield Run(None, None, name)
             return
         with termination_as_interrupt():
-            run = self._begin(name, config, tags or {}, parent, resume)
+            run = self._begin(name, tags or {}, parent, resume)
             try:
+                if run.id != resume:
+                    if config is not None:
+                        run.log_config(config)
+                    run.log_text("environment.json", json.dumps(environment(), indent=2))
                 yield run
             except BaseException as error:
                 run._finish(error)
                 raise
             run._finish(None)
 
-    def _begin(
-        self,
-        name: str,
-        config: BaseModel | Mapping[str, Any] | None,
-        tags: Mapping[str, object],
-        parent: Run | None,
-        resume: str | None,
-    ) -> Run:
-        experiment_id = self._connect()
+    def _begin(self, name: str, tags: Mapping[str, object], parent: Run | None, resume: str | None) -> Run:
+        experiment_id = self.experiment_id()
         exceptions = import_mlflow().exceptions
         labels = {"mlflow.source.name": "tsforge", "mlflow.source.type": "LOCAL", _OWNER: str(Owner.current())}
         if parent is not None and parent.id is not None:
             labels[_PARENT] = parent.id
-        labels.update({key: redact(str(value)) for key, value in tags.items()})
+        labels.update({_key(key): redact(str(value)) for key, value in tags.items()})
         try:
             if resume is not None and self._reopen(resume):
                 run = Run(self._client, resume, name)
@@ -318,11 +346,7 @@ class Tracker:
                 f"the tracking store {redact(self.tracking_uri)} took no new run: {brief(error)}; "
                 "or switch tracking off (tracking.enabled=false)"
             ) from error
-        run = Run(self._client, created.info.run_id, name, is_drawn=parent is None)
-        if config is not None:
-            run.log_config(config)
-        run.log_text("environment.json", json.dumps(environment(), indent=2))
-        return run
+        return Run(self._client, created.info.run_id, name, is_drawn=parent is None)
 
     def _reopen(self, run_id: str) -> bool:
         exceptions = import_mlflow().exceptions
@@ -336,13 +360,24 @@ class Tracker:
 
     def _connect(self) -> str:
         """Return the id of the experiment; the first call opens the store and closes runs whose process vanished."""
-        if self._experiment_id is None:
+        if self._experiment is None:
             self._client = open_client(self.tracking_uri)
-            self._experiment_id = self._ensure_experiment()
-            self.mark_stale_runs()
-        return self._experiment_id
+            self._experiment = self._ensure_experiment()
+            try:
+                self.mark_stale_runs()
+            except BackendError as error:
+                _logger.warning("runs of vanished processes may have been left open: %s", error)
+        return str(self._experiment.experiment_id)
 
-    def _ensure_experiment(self) -> str:
+    @contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Turn what the store refuses into one line."""
+        try:
+            yield
+        except (import_mlflow().exceptions.MlflowException, OSError) as error:
+            raise BackendError(f"the tracking store {redact(self.tracking_uri)}: {brief(error)}") from error
+
+    def _ensure_experiment(self) -> Any:
         exceptions = import_mlflow().exceptions
         location = None
         if is_database(self.tracking_uri):
@@ -351,7 +386,8 @@ class Tracker:
             found = self._client.get_experiment_by_name(self.experiment)
             if found is None:
                 try:
-                    return str(self._client.create_experiment(self.experiment, artifact_location=location))
+                    made = self._client.create_experiment(self.experiment, artifact_location=location)
+                    return self._client.get_experiment(made)
                 except exceptions.MlflowException:
                     found = self._client.get_experiment_by_name(self.experiment)  # made by another process meanwhile
                     if found is None:
@@ -366,40 +402,40 @@ class Tracker:
                 f"experiment '{self.experiment}' was deleted in {redact(self.tracking_uri)}; "
                 "restore it there or choose another name (tracking.experiment=NAME)"
             )
-        return str(found.experiment_id)
+        return found
 
     def experiment_id(self) -> str:
-        """Return the id of the experiment, created when it is new."""
-        return self._connect()
-
-    def ping(self) -> str:
-        """Return one line about the store after a real request to it.
+        """Return the id of the experiment to write to, created when it is new.
 
         Raises:
-            BackendError: it does not answer; the message says what to do.
+            BackendError: the store does not answer, or lacks the driver of its files.
         """
-        if not self.enabled:
-            return "tracking is off"
-        return f"{redact(self.tracking_uri)}, experiment '{self.experiment}' ({self._connect()})"
+        known = self._connect()
+        check_file_store(self._experiment.artifact_location, self.experiment)
+        return known
 
     def mark_stale_runs(self) -> list[str]:
         """Close runs that say RUNNING although their process is gone (power cut, ``kill -9``); return their ids.
 
         Only runs of this host can be judged; those of other machines are left alone.
+
+        Raises:
+            BackendError: the store does not answer, or refuses.
         """
         if not self.enabled:
             return []
         experiment_id = self._connect()
         closed = []
-        for run in self._client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
-            owner = run.data.tags.get(_OWNER)
-            if owner is None or not Owner.parse(owner).is_gone():
-                continue
-            message = f"process {Owner.parse(owner).pid} ended without closing the run"
-            self._client.set_tag(run.info.run_id, _ERROR, message)
-            self._client.set_terminated(run.info.run_id, "KILLED")
-            log_event(_logger, "closed a run that was left open", run=run.info.run_name, reason=message)
-            closed.append(str(run.info.run_id))
+        with self._answers():
+            for run in self._client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+                owner = run.data.tags.get(_OWNER)
+                if owner is None or not Owner.parse(owner).is_gone():
+                    continue
+                message = f"process {Owner.parse(owner).pid} ended without closing the run"
+                self._client.set_tag(run.info.run_id, _ERROR, message)
+                self._client.set_terminated(run.info.run_id, "KILLED")
+                log_event(_logger, "closed a run that was left open", run=run.info.run_name, reason=message)
+                closed.append(str(run.info.run_id))
         return closed
 
     def runs(
@@ -420,31 +456,37 @@ class Tracker:
         if not self.enabled:
             return []
         experiments = [self._connect()]
-        if every_experiment:
-            experiments = [str(item.experiment_id) for item in self._client.search_experiments()]
         wanted = f"tags.`{_PARENT}` IS NULL" if whole else ""
         if part_of is not None:
             wanted = f"tags.`{_PARENT}` = '{part_of.replace(chr(39), '')}'"
         newest = ["attributes.start_time DESC"]
-        try:
-            found = self._client.search_runs(experiments, wanted, max_results=limit, order_by=newest)
-        except import_mlflow().exceptions.MlflowException:
-            if not whole:
-                raise
-            # a server older than the client knows no IS NULL: of its newest runs the parts are left out here
-            found = self._client.search_runs(experiments, max_results=_MOST_RUNS, order_by=newest)
-            found = [run for run in found if _PARENT not in run.data.tags][:limit]
+        with self._answers():
+            if every_experiment:
+                experiments = [str(item.experiment_id) for item in self._client.search_experiments()]
+            try:
+                found = self._client.search_runs(experiments, wanted, max_results=limit, order_by=newest)
+            except import_mlflow().exceptions.MlflowException:
+                if not whole:
+                    raise
+                # a server older than the client knows no IS NULL: of its newest runs the parts are left out here
+                found = self._client.search_runs(experiments, max_results=_MOST_RUNS, order_by=newest)
+                found = [run for run in found if _PARENT not in run.data.tags][:limit]
         return [_record(run) for run in found]
 
     def find(self, tag: str, value: str) -> str | None:
-        """Return the id of the newest run whose ``tag`` has this value, None when there is none or tracking is off."""
+        """Return the id of the newest run whose ``tag`` has this value, None when there is none or tracking is off.
+
+        Raises:
+            BackendError: the store does not answer.
+        """
         if not self.enabled:
             return None
         experiment_id = self._connect()
         quoted = value.replace("'", "")
-        found = self._client.search_runs(
-            [experiment_id], f"tags.`{tag}` = '{quoted}'", max_results=1, order_by=["attributes.start_time DESC"]
-        )
+        with self._answers():
+            found = self._client.search_runs(
+                [experiment_id], f"tags.`{tag}` = '{quoted}'", max_results=1, order_by=["attributes.start_time DESC"]
+            )
         return str(found[0].info.run_id) if found else None
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
@@ -456,12 +498,9 @@ class Tracker:
         if not self.enabled:
             return []
         self._connect()
-        exceptions = import_mlflow().exceptions
-        try:
+        with self._answers():
             names = sorted(self._client.get_run(run_id).data.metrics)
             points = [point for name in names for point in self._client.get_metric_history(run_id, name)]
-        except (exceptions.MlflowException, OSError) as error:
-            raise BackendError(f"the tracking store {redact(self.tracking_uri)}: {brief(error)}") from error
         points.sort(key=lambda point: (point.key, point.step, point.timestamp))
         return [{"epoch": point.step, "name": point.key, "value": point.value} for point in points]
 

@@ -25,12 +25,15 @@ from tsforge.core.workspace import sqlite_url
 from tsforge.tuning.config import TuneConfig
 from tsforge.tuning.progress import trial_progress
 from tsforge.tuning.result import TrialRecord, TuneResult
-from tsforge.tuning.space import Space
+from tsforge.tuning.space import Range, Space
 
 _logger = get_logger(__name__)
 _SETTINGS, _ERROR, _INTERRUPTED, _ATTEMPT, _RETRY_OF = "settings", "error", "interrupted", "attempt", "retry_of"
 _OWN = frozenset({_ERROR, _INTERRUPTED, _ATTEMPT, _RETRY_OF})
 _MAX_ATTEMPTS = 3
+_BUSY_SECONDS = 20
+_DAMAGE = ("malformed", "not a database", "no such table", "no such column")
+_HARMLESS = ("locked", "is full", "no space left", "disk i/o error")  # what was committed before stays readable
 # What one bad setting can cause; anything else is a fault of the program and ends the study.
 TRIAL_ERRORS = (TsforgeError, ArithmeticError, RuntimeError, ValueError, MemoryError)
 
@@ -95,7 +98,7 @@ def tune(
         progress: show a progress bar on standard error.
 
     Raises:
-        ConfigError: a study of that name searched another space, metric or context.
+        ConfigError: a range without two finite ends; a study of that name searched another space, metric or context.
         BackendError: another process works on the study, or its file cannot be used.
         ModelError: no trial succeeded; the message quotes the most frequent reason.
         KeyboardInterrupt: Ctrl-C or SIGTERM; finished trials are kept and the unfinished one is tried again next time.
@@ -115,6 +118,12 @@ def opened(
 ) -> Iterator[Session]:
     """Hold a study for the block, entered only when this process may work on it (arguments and errors: ``tune``)."""
     path = directory / f"{config.name}.db"
+    for name, dimension in space.items():
+        if isinstance(dimension, Range) and not -math.inf < dimension.low <= dimension.high < math.inf:
+            raise ConfigError(
+                f"space.{name}: a range has two finite ends, the lower first (given: {dimension.low:g}, "
+                f"{dimension.high:g})"
+            )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -166,8 +175,20 @@ def _making_errors(path: Path) -> Iterator[None]:
 
 
 def _lost(path: Path, error: Exception) -> BackendError:
+    said = str(getattr(error, "orig", None) or error)
+    if any(sign in said.lower() for sign in _DAMAGE):
+        return _no_study(path, said.splitlines()[0])
     why = reason(error, "free space and run it again")
-    return BackendError(f"the study file {path} could not be written or read: {why}; finished trials are safe")
+    if any(sign in said.lower() for sign in _HARMLESS):
+        why += "; finished trials are safe"
+    return BackendError(f"the study file {path} could not be written or read: {why}")
+
+
+def _no_study(path: Path, why: object) -> BackendError:
+    return BackendError(
+        f"{path} is no study file ({why}); restore it from a backup, first removing {path.name}-wal and "
+        f"{path.name}-shm if they are there, or move it away to start afresh"
+    )
 
 
 class _Connection(sqlite3.Connection):
@@ -196,14 +217,12 @@ def _open(path: Path) -> Any:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as connection:
             connection.execute("SELECT count(*) FROM trials")
     except sqlite3.Error as error:
-        raise BackendError(
-            f"{path} is no study file ({error}); restore it from a backup, first removing {path.name}-wal and "
-            f"{path.name}-shm if they are there, or move it away to start afresh"
-        ) from error
+        raise _no_study(path, error) from error
     try:
         with _making_errors(path):
             return optuna.storages.RDBStorage(
-                sqlite_url(path.resolve()), engine_kwargs={"connect_args": {"factory": _Connection, "timeout": 20}}
+                sqlite_url(path.resolve()),
+                engine_kwargs={"connect_args": {"factory": _Connection, "timeout": _BUSY_SECONDS}},
             )
     except RuntimeError as error:
         raise BackendError(f"{path} was written by another version of Optuna: {error}") from error

@@ -159,3 +159,48 @@ def test_too_many_cells_are_refused(frame: SeriesFrame, make_artifact: Make, mon
     monkeypatch.setattr(module, "_MOST_CELLS", 10)
     with pytest.raises(ConfigError, match="choose fewer cutoffs"):
         permutation_importance(make_artifact("linear"), frame, config(), start=250)
+
+
+def gappy(level: float) -> tuple[SeriesFrame, Artifact]:
+    """One series about ``level``, observed in 30 of every 60 rows, and a linear model that was fitted without gaps."""
+    noise = np.random.default_rng(4).normal(size=600)
+    values = np.zeros(600)
+    for row in range(1, 600):
+        values[row] = 0.9 * values[row - 1] + noise[row]
+    table = pl.DataFrame({"series_id": "a", "time": [hours(row) for row in range(600)], "y": level + values})
+    whole = SeriesFrame.from_long(table, time="time", series_id="series_id", targets=["y"])
+    plain = {"model": {"name": "linear"}, "likelihood": {"name": "point"}}
+    artifact = fit_solved(
+        whole.until(hours(299)), validate(NetworkConfig, plain), WindowSpec(context_length=12, horizon=3)
+    )
+    seen = pl.int_range(pl.len()) % 60 < 30
+    holes = table.with_columns(y=pl.when(seen).then(pl.col("y")))
+    return SeriesFrame.from_long(holes, time="time", series_id="series_id", targets=["y"]), artifact
+
+
+def test_windows_without_a_history_of_their_own_neither_exchange_nor_are_graded() -> None:
+    def own(level: float) -> dict[str, Any]:
+        frame, artifact = gappy(level)
+        found = permutation_importance(artifact, frame, config(cutoffs=200), start=300)
+        return found.filter(kind="target", variate="y").row(0, named=True)
+
+    found, about_zero = own(1000.0), own(0.0)
+    assert found["error"] < 10.0, "a window was moved to the level 0"
+    assert found["base_error"] < 10.0, "a window that has seen nothing is graded"
+    assert 100 < found["windows"] < 200
+    assert found["windows"] == about_zero["windows"]
+    assert found["importance"] == pytest.approx(about_zero["importance"], rel=0.05)
+
+
+def test_an_input_without_any_history_has_no_importance_and_others_keep_theirs() -> None:
+    data = with_covariates()
+    plain = {"model": {"name": "ar_net", "lags": 4}, "likelihood": {"name": "point"}}
+    artifact = fit_solved(
+        data.until(hours(299)), validate(NetworkConfig, plain), WindowSpec(context_length=8, horizon=3)
+    )
+    seen = pl.col("time") >= pl.lit(hours(320)).dt.replace_time_zone("UTC")
+    blind = SeriesFrame(data.table.with_columns(y=pl.when(seen).then(pl.col("y"))), data.schema)
+    found = permutation_importance(artifact, blind, config(), start=317, stop=323)
+    own = found.filter(kind="target", variate="y").row(0, named=True)
+    assert (own["importance"], own["error"], own["base_error"], own["windows"]) == (None, None, None, 0)
+    assert value(found, source="promo", variate="y") > 1.0

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import yaml
+
+from tsforge.core.config import Config
+from tsforge.tracking import redact as module
 from tsforge.tracking.redact import redact, redact_tree
 
 
@@ -13,6 +18,27 @@ from tsforge.tracking.redact import redact, redact_tree
         ("http://:only@host", "http://:***@host"),
         ("open https://host/?user=a&password=hunter2&x=1", "open https://host/?user=a&password=***&x=1"),
         ("https://host/?api_key=abcdef;x=1", "https://host/?api_key=***;x=1"),
+        ("password=hunter22 host=x", "password=*** host=x"),
+        ("(password=hunter22)", "(password=***"),  # ')' may belong to the password
+        ("'password=hunter22'", "'password=***'"),
+        ("host=x password='two words' port=1", "host=x password=*** port=1"),
+        (r"host=x password='it\'s two' port=1", "host=x password=*** port=1"),
+        ("host=x password='cut off", "host=x password=*** off"),
+        ("password = hunter22", "password = ***"),
+        ("mssql+pyodbc:///?odbc_connect=DRIVER%3D{x}%3BUID%3Du%3BPWD%3Dhunter22", "mssql+pyodbc:///?odbc_connect=***"),
+        ("?odbc_connect=DRIVER=x;UID=u;PWD=hunter22;&a=1", "?odbc_connect=***&a=1"),
+        ("DRIVER={x};UID=u;PWD={hunter;22};", "DRIVER={x};UID=u;PWD=***;"),
+        ("x%3BUID%3Du%3BPWD%3Dhunter22%3Bport%3D1", "x%3BUID%3Du%3BPWD%3D***%3Bport%3D1"),
+        ("https://b?X-Amz-Credential=abc&X-Amz-Signature=dead", "https://b?X-Amz-Credential=abc&X-Amz-Signature=***"),
+        ("https://b/k?X-Amz-Security-Token=sekrit&x=1", "https://b/k?X-Amz-Security-Token=***&x=1"),
+        ("https://b/c?sig=sekrit", "https://b/c?sig=***"),
+        ("https://b/c?sv=1&sig=sekrit", "https://b/c?sv=1&sig=***"),
+        ("http://h/?apikey=abc&api-key=def", "http://h/?apikey=***&api-key=***"),
+        ("Endpoint=x;SharedAccessKey=abc==;AccountKey=d=", "Endpoint=x;SharedAccessKey=***;AccountKey=***"),
+        ("Authorization: Bearer abcdef", "Authorization: Bearer ***"),
+        ("{'authorization': 'Basic YTpi=', 'x': 1}", "{'authorization': 'Basic ***', 'x': 1}"),
+        ("num_tokens=7 bypass=1 design=x signature=y", "num_tokens=7 bypass=1 design=x signature=y"),
+        ("if token == expected", "if token == expected"),
         ("nothing to hide at 12:30, mail a@b.c", "nothing to hide at 12:30, mail a@b.c"),
         ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
     ],
@@ -44,6 +70,12 @@ def test_fields_with_telling_names_lose_their_value_and_others_keep_theirs() -> 
         "aws_secret_access_key": {"nested": 1},
         "num_tokens": 7,
         "tokenizer": "t",
+        "db_pass": "x",
+        "api_keys": ["a", "b"],
+        "passwords": {"db": "x", "other": "y"},
+        "headers": {"Authorization": "Bearer x", "Accept": "json"},
+        "bypass": "b",
+        "passes": 3,
     }
     assert redact_tree(tree) == {
         "db": {"password": "***", "user": "ann", "url": "mysql://a:***@c/d"},
@@ -52,4 +84,37 @@ def test_fields_with_telling_names_lose_their_value_and_others_keep_theirs() -> 
         "aws_secret_access_key": {"nested": 1},
         "num_tokens": 7,
         "tokenizer": "t",
+        "db_pass": "***",
+        "api_keys": "***",
+        "passwords": {"db": "***", "other": "***"},
+        "headers": {"Authorization": "***", "Accept": "json"},
+        "bypass": "b",
+        "passes": 3,
     }
+
+
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_configs_at_hand_hold_nothing_that_is_hidden(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_environment_secrets", lambda: iter(()))
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    text = yaml.safe_dump(plain, sort_keys=False)
+    assert redact_tree(plain) == plain
+    assert redact(text) == text
+
+
+def test_no_setting_is_called_like_a_secret() -> None:
+    import tsforge.app.batch
+    import tsforge.app.detect
+    import tsforge.app.fit
+    import tsforge.app.tune
+    import tsforge.app.watch.settings  # noqa: F401
+
+    def below(kind: type[Config]) -> list[type[Config]]:
+        return [kind, *(one for part in kind.__subclasses__() for one in below(part))]
+
+    names = {name for kind in below(Config) for name in kind.model_fields if kind.__module__.startswith("tsforge.")}
+    assert len(names) > 200
+    assert {name for name in names if redact_tree({name: "x"}) != {name: "x"}} == set()

@@ -15,12 +15,13 @@ import pytest
 import yaml
 
 from tsforge.core.config import Config
-from tsforge.core.errors import BackendError
+from tsforge.core.errors import ArtifactError, BackendError
 from tsforge.core.owner import Owner
 from tsforge.core.workspace import Workspace
 from tsforge.tracking import runs as tracking_runs
 from tsforge.tracking.client import open_client
 from tsforge.tracking.config import TrackingConfig
+from tsforge.tracking.registry import _store
 from tsforge.tracking.runs import Tracker, flatten, outcome
 
 
@@ -219,6 +220,7 @@ def test_without_tracking_nothing_is_written_and_mlflow_is_not_loaded(tmp_path: 
 import sys
 from tsforge.core.workspace import Workspace
 from tsforge.tracking.config import TrackingConfig
+from tsforge.tracking.registry import _store
 from tsforge.tracking.runs import Tracker
 tracker = Tracker.open(Workspace.open(sys.argv[1]), TrackingConfig(enabled=False))
 with tracker.start("x", config={"a": 1}) as run:
@@ -316,3 +318,149 @@ def test_hundreds_of_settings_and_thousands_of_metrics_arrive(tracker: Tracker) 
     assert [point.value for point in history] == [float(epoch) for epoch in range(600)]
     assert seconds < 20, "metrics are sent in batches"
     assert os.path.exists(tracker.artifact_root)
+
+
+class ClientError(Exception):
+    """What the driver of a file store raises; no OSError."""
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_files_that_cannot_be_stored_cost_neither_numbers_nor_the_end(
+    tracker: Tracker, tracked_workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracked_workspace.mlflow_artifacts.parent.mkdir(parents=True, exist_ok=True)
+    tracked_workspace.mlflow_artifacts.write_text("in the way", encoding="utf-8")
+    with tracker.start("no files", config={"lags": 3}) as run:
+        for epoch in range(3):
+            run.log_epoch(epoch, {"loss": 1.0 / (epoch + 1)})
+        run.log_data("d", "fingerprint")
+        run.log_folder(tracked_workspace.root, "artifact")
+        run.set_tags({"tsforge.artifact_id": "a1"})
+        run.log_metrics({"final_valid_mae": 0.5})
+    stored = read(tracker, run.id)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.metrics == {"loss": 1 / 3, "final_valid_mae": 0.5}
+    assert stored.data.params == {"lags": "3"}
+    assert stored.data.tags["tsforge.artifact_id"] == "a1"
+    assert stored.data.tags["tsforge.data"] == "d"
+    (message,) = warned(caplog)
+    assert "did not take config.yaml" in message
+
+
+def test_labels_and_the_end_outlive_a_database_that_takes_no_numbers(
+    tracker: Tracker, tracked_workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="bad lags"), tracker.start("no numbers") as run:
+        with sqlite3.connect(tracked_workspace.root / "mlflow.db") as connection:
+            connection.execute("ALTER TABLE metrics RENAME TO gone")
+        connection.close()
+        run.log_epoch(0, {"loss": 1.0})
+        run.flush()
+        run.set_tags({"tsforge.artifact_id": "a1", "odd[name]": 1})
+        raise ValueError("bad lags")
+    stored = read(tracker, run.id)
+    assert stored.info.status == "FAILED"
+    assert stored.data.tags["tsforge.error"] == "ValueError: bad lags"
+    assert stored.data.tags["tsforge.artifact_id"] == "a1"
+    assert stored.data.tags["odd_name_"] == "1"
+    (message,) = warned(caplog)
+    assert "did not take metrics" in message
+
+
+def test_an_error_of_the_driver_of_a_file_store_costs_one_warning(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ClientError("AccessDenied: token=abcdef")
+
+    tracker.experiment_id()
+    monkeypatch.setattr(tracker._client, "log_text", refuse)
+    monkeypatch.setattr(tracker._client, "log_artifact", refuse)
+    with tracker.start("x", config={"lags": 3}) as run:
+        for epoch in range(2):
+            run.log_epoch(epoch, {"loss": 1.0})
+    assert read(tracker, run.id).info.status == "FINISHED"
+    (message,) = warned(caplog)
+    assert "AccessDenied: token=***" in message
+
+
+def test_a_fault_of_the_program_is_no_failure_of_the_store(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any) -> None:
+        raise TypeError("a bug")
+
+    tracker.experiment_id()
+    monkeypatch.setattr(tracker._client, "log_text", fault)
+    with pytest.raises(TypeError, match="a bug"), tracker.start("x", config={"lags": 3}):
+        pass
+    (record,) = tracker.runs()
+    assert (record["status"], record["error"]) == ("FAILED", "TypeError: a bug"), "a run was left open"
+
+
+@pytest.mark.parametrize(
+    ("location", "module", "package"),
+    [
+        ("s3://bucket/x", "boto3", "boto3"),
+        ("gs://bucket/x", "google.cloud.storage", "google-cloud-storage"),
+        ("wasbs://c@a.blob.core.windows.net/x", "azure.storage.blob", "azure-storage-blob"),
+        ("sftp://me:s3cr3t@host/x", "pysftp", "pysftp"),
+    ],
+)
+def test_a_file_store_without_its_driver_is_told_before_a_run_starts(
+    tracked_workspace: Workspace, location: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    open_client(tracked_workspace.tracking_uri).create_experiment("far", artifact_location=location)
+    tracker = Tracker.open(tracked_workspace, TrackingConfig(experiment="far"))
+    scheme = location.partition(":")[0]
+    for _ in range(2):
+        with (
+            pytest.raises(
+                BackendError, match=rf"'far' keeps its files at {scheme}://.*pip install .*{package}"
+            ) as caught,
+            tracker.start("x"),
+        ):
+            pass
+        assert "s3cr3t" not in str(caught.value)
+    assert tracker.runs() == []
+    assert tracker.find("a", "b") is None
+
+
+def test_a_store_that_refuses_searches_ends_no_work(
+    tracked_workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow = tracking_runs.import_mlflow()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise mlflow.exceptions.MlflowException("403 Forbidden")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "search_runs", refuse)
+    tracker = Tracker.open(tracked_workspace)
+    with tracker.start("x") as run:
+        run.log_metrics({"mae": 1.0})
+    assert read(tracker, run.id).info.status == "FINISHED"
+    (message,) = warned(caplog)
+    assert "left open" in message
+    assert "403 Forbidden" in message
+    for ask in (
+        tracker.runs,
+        tracker.mark_stale_runs,
+        lambda: tracker.runs(whole=True),
+        lambda: tracker.find("a", "b"),
+    ):
+        with pytest.raises(BackendError, match="the tracking store .*403 Forbidden"):
+            ask()
+    monkeypatch.setattr(mlflow.MlflowClient, "search_experiments", refuse)
+    with pytest.raises(BackendError, match="the tracking store .*403 Forbidden"):
+        tracker.runs(every_experiment=True)
+
+
+def test_the_registry_tells_an_error_of_a_driver_in_one_line(tracked_workspace: Workspace) -> None:
+    with pytest.raises(BackendError, match="the model registry .*AccessDenied"), _store(tracked_workspace):
+        raise ClientError("AccessDenied")
+    with pytest.raises(TypeError), _store(tracked_workspace):
+        raise TypeError("a bug")
+    with pytest.raises(ArtifactError), _store(tracked_workspace):
+        raise ArtifactError("damaged")

@@ -18,6 +18,7 @@ import ridge_study
 from ridge_study import DEFAULTS, SPACE, objective, valid_error
 
 from tsforge.core.errors import BackendError, ConfigError, ModelError
+from tsforge.tuning import study as module
 from tsforge.tuning.config import TuneConfig
 from tsforge.tuning.result import TrialRecord, TuneResult
 from tsforge.tuning.space import Choice, Range
@@ -313,6 +314,53 @@ def test_a_damaged_study_file_is_reported(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(BackendError, match="no such table"):
         study(tmp_path)
+
+
+def test_a_study_damaged_behind_its_first_pages_is_not_called_safe(tmp_path: Path) -> None:
+    study(tmp_path, 2)
+    connection = sqlite3.connect(tmp_path / "ridge.db", isolation_level=None)
+    pages = [row[0] for row in connection.execute("SELECT rootpage FROM sqlite_master WHERE name LIKE 'trial_%'")]
+    (size,) = connection.execute("PRAGMA page_size").fetchone()
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    whole = (tmp_path / "ridge.db").read_bytes()
+    damaged = bytearray(whole)
+    for page in pages:
+        if page:
+            damaged[(page - 1) * size : page * size] = b"\xa5" * size
+    (tmp_path / "ridge.db").write_bytes(damaged)
+    with pytest.raises(
+        BackendError, match=r"ridge\.db is no study file \(.*malformed.*restore it from a backup"
+    ) as caught:
+        study(tmp_path, 4)
+    assert "safe" not in str(caught.value)
+    (tmp_path / "ridge.db").write_bytes(whole)
+    connection = sqlite3.connect(tmp_path / "ridge.db")
+    connection.execute("ALTER TABLE trials RENAME COLUMN state TO gone")
+    connection.close()
+    with pytest.raises(BackendError, match=r"ridge\.db is no study file \(.*no such column") as caught:
+        study(tmp_path, 4)
+    assert "safe" not in str(caught.value)
+
+
+def test_a_study_that_another_program_holds_keeps_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(tmp_path, 2)
+    monkeypatch.setattr(module, "_BUSY_SECONDS", 0.1)
+    holder = sqlite3.connect(tmp_path / "ridge.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(BackendError, match=r"locked.*finished trials are safe"):
+        study(tmp_path, 4)
+    holder.execute("ROLLBACK")
+    holder.close()
+    assert len(study(tmp_path, 4).trials) == 4
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, math.inf), (-math.inf, 1.0), (0.0, math.nan), (2.0, 1.0)])
+def test_a_range_that_cannot_be_searched_is_refused(tmp_path: Path, low: float, high: float) -> None:
+    config = TuneConfig(name="x", num_trials=2)
+    with pytest.raises(ConfigError, match="space.x: a range has two finite ends, the lower first"):
+        tune(lambda values, trial: 0.0, {"x": Range(low, high)}, config, directory=tmp_path)
+    assert not (tmp_path / "x.db").exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_study(tmp_path: Path) -> None:
