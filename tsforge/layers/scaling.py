@@ -304,12 +304,20 @@ class Scaler(nn.Module):
         seen = batch.context_mask.any(dim=1, keepdim=True)
         if self.kind == "last":
             return torch.where(seen, _last_observed(context, batch.context_mask), loc), scale.expand(seen.shape)
-        moments = moments_of_any_unit if self._is_extreme else masked_moments
-        centre, spread = moments(context, batch.context_mask, robust=self.robust)
+        centre, spread = self._moments(context, batch.context_mask)
         centre = torch.where(seen, centre.unsqueeze(1), loc)
         if self.kind == "window_mean":
             return centre, scale.expand(seen.shape)
         return centre, torch.where(seen, torch.maximum(spread.unsqueeze(1), self.floor.to(context.dtype)), scale)
+
+    def _moments(self, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return location and spread [B, V] of every window; a zero interquartile range falls back to the deviation."""
+        moments = moments_of_any_unit if self._is_extreme else masked_moments
+        centre, spread = moments(context, mask, robust=self.robust)
+        if self.robust:
+            peak = torch.where(mask, context.abs(), 0.0).amax(dim=1)
+            spread = torch.where(spread > 1e-9 * peak, spread, moments(context, mask)[1])
+        return centre, spread
 
     def unit(self, batch: Batch, scale: Tensor) -> Tensor | None:
         """Return the size [B, 1, V] of one scaled unit against the training spread of its series; None when it is 1.
@@ -336,7 +344,7 @@ class Scaler(nn.Module):
         row = torch.where(known, index, 0)
         own_loc, own_scale = self.series_loc.double()[row], self.series_scale.double()[row]  # [B, V]
         trained = known.unsqueeze(1) & (own_scale > 0)
-        centre, spread = masked_moments(context.double(), mask, robust=self.robust)
+        centre, spread = self._moments(context.double(), mask)
         rows = mask.sum(dim=1)
         usual = self._relative_spread() * (centre.square() + spread.square()).sqrt()
         drawn = ((rows * spread.square() + _PRIOR_ROWS * usual.square()) / (rows + _PRIOR_ROWS)).sqrt()

@@ -307,23 +307,32 @@ class ARNet(ForecastModel[ARNetConfig]):
         return past.transpose(1, 2).flatten(1).unsqueeze(1).expand(-1, self.spec.num_variates, -1)
 
     def forward(self, batch: Batch) -> Prediction:
-        """Return raw parameters [B, H, V, K]; the penalty of solver sgd is the auxiliary loss ``sparsity``."""
+        """Return raw parameters [B, H, V, K]; while training, the penalty of solver sgd as loss ``sparsity``."""
         parts, other = self._parts(batch)
         raw = reduce(torch.add, parts.values()).unsqueeze(-1)
         if self.spec.num_params > 1:
             spread = self.spread.expand(len(raw), -1, -1, -1).to(raw.dtype)
             raw = torch.cat([raw, spread if other is None else spread + other], dim=-1)
-        return Prediction(raw, aux_losses=self._penalty())
+        return Prediction(raw, aux_losses=self._penalty() if self.training else None)
+
+    @property
+    def _strength(self) -> float:
+        """Full strength of the penalty; 0 for other solvers, without lags, and where every lag may matter."""
+        density = self.config.density_of(self.lags) if self.config.solver == "sgd" and self.lags else None
+        return 0.0 if density is None else self.config.c_lambda * (1.0 / density - 1.0)
+
+    @property
+    def annealed_at(self) -> float:
+        """Share of the training after which the penalty has its full strength; 0 without one."""
+        return _RAMP_SHARE if self._strength > 0 else 0.0
 
     def _penalty(self) -> dict[str, Tensor] | None:
         """Return the paper's penalty on the lags: mean over lags, sum over steps, mean over groups, times the ramp."""
-        density = self.config.density_of(self.lags) if self.config.solver == "sgd" else None
-        if density is None or not self.lags:
+        if not self._strength > 0:
             return None
         inner = (self.ar.weight.abs() + 1e-9) ** (1.0 / 3.0)
         sized = 2.0 * torch.sigmoid(3.0 * inner) - 1.0  # [G, T, p]
-        strength = self.config.c_lambda * (1.0 / density - 1.0)
-        return {"sparsity": self.ramp * strength * sized.mean(-1).sum(-1).mean()}
+        return {"sparsity": self.ramp * self._strength * sized.mean(-1).sum(-1).mean()}
 
     def anneal(self, progress: float) -> None:
         """Let the penalty rise with the square of progress to its full strength at half of the training."""

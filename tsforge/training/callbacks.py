@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -46,15 +46,23 @@ class EpochRecord(pl.Callback):
         fingerprint: of everything that must not change between a run and its resumption.
         on_epoch: called with the epoch (from 0) and its metrics.
         keep_last: keep the weights of the last epoch instead of the best.
+        first_epoch: the first whose weights compete for the best; until then the latest are kept.
     """
 
     def __init__(
-        self, stream: EpochStream, fingerprint: str, on_epoch: OnEpoch | None, *, keep_last: bool = False
+        self,
+        stream: EpochStream,
+        fingerprint: str,
+        on_epoch: OnEpoch | None,
+        *,
+        keep_last: bool = False,
+        first_epoch: int = 0,
     ) -> None:
         self.stream = stream
         self.fingerprint = fingerprint
         self.on_epoch = on_epoch
         self.keep_last = keep_last
+        self.first_epoch = first_epoch
         self.history: list[dict[str, float]] = []
         self.best_epoch = -1
         self.best_loss = math.inf
@@ -65,6 +73,7 @@ class EpochRecord(pl.Callback):
         self.was_stopped = False
         self._started = 0.0
         self._epoch_seconds = 0.0
+        self._rate = math.nan
 
     def remember_start(self, network: ForecastNetwork, metrics: dict[str, float]) -> None:
         """Let the weights before the first step (a warm start) compete for the best; their epoch is -1."""
@@ -89,6 +98,12 @@ class EpochRecord(pl.Callback):
         self._started = time.perf_counter()
         self._epoch_seconds = 0.0
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the rate of the step: when the epoch ends, a schedule has set that of the next."""
+        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+
     def _stop_clock(self, module: TrainModule) -> None:
         if self._started:
             if module.device.type == "cuda":
@@ -108,14 +123,15 @@ class EpochRecord(pl.Callback):
         self.train_seconds += self._epoch_seconds
         self.windows_seen += windows
         metrics = {"train_loss": module.train_loss(), **mean_metrics(module.valid_sum)}
-        metrics["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        metrics["learning_rate"] = self._rate
         metrics["seconds"] = self._epoch_seconds
         metrics["windows_per_second"] = windows / max(self._epoch_seconds, 1e-9)
         self._refuse_nonfinite(metrics, trainer.current_epoch, module)
         self.history.append({"epoch": float(trainer.current_epoch), **metrics})
         loss = metrics.get("valid_loss", -float(trainer.current_epoch))  # without validation the last epoch is the best
-        if self.keep_last or loss < self.best_loss:
-            self.best_loss, self.best_epoch = loss, trainer.current_epoch
+        competes = trainer.current_epoch >= self.first_epoch
+        if self.keep_last or not competes or loss < self.best_loss:
+            self.best_loss, self.best_epoch = loss if competes else math.inf, trainer.current_epoch
             self._keep(module.network)
         if self.on_epoch is not None:
             try:
@@ -161,6 +177,21 @@ class EpochRecord(pl.Callback):
             )
         for name in ("history", "start", "best_epoch", "best_loss", "best_state", "train_seconds", "windows_seen"):
             setattr(self, name, state_dict[name])
+
+
+class LateStopping(EarlyStopping):
+    """Early stopping on ``valid_loss`` that looks at no epoch before ``first_epoch``."""
+
+    def __init__(self, first_epoch: int, *, patience: int, min_delta: float) -> None:
+        super().__init__(
+            "valid_loss", patience=patience, min_delta=min_delta, check_finite=False, check_on_train_epoch_end=True
+        )
+        self.first_epoch = first_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare with the best, stop when patience ends."""
+        if trainer.current_epoch >= self.first_epoch:
+            super().on_train_epoch_end(trainer, pl_module)
 
 
 class EpochCheckpoint(Checkpoint):

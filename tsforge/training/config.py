@@ -22,7 +22,7 @@ class TrainConfig(Config):
     schedule: Literal["constant", "cosine", "cyclic_cosine", "one_cycle", "plateau"] = "constant"
     """Course of the learning rate over all planned steps: unchanged, cosine to 0, the same again and again from the
     peak in ``cycles`` equal parts, up for 30 % and down, or multiplied by ``plateau_factor`` after
-    ``plateau_patience`` epochs without a validation loss 10 % below the best."""
+    ``plateau_patience`` epochs without a validation loss that lies 10 % of the size of the best below it."""
     cycles: int | None = Field(default=None, ge=1)
     """Cosine cycles of schedule cyclic_cosine, which needs it; ``max_epochs`` must be a multiple, so that each cycle
     ends with an epoch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import signal
 import threading
 import time
@@ -24,10 +25,19 @@ from tsforge.core.config import fingerprint
 from tsforge.core.errors import BackendError, ConfigError, ModelError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.signals import Terminated
+from tsforge.layers.likelihoods import Point
 from tsforge.network import ForecastNetwork
-from tsforge.training.callbacks import EpochCheckpoint, EpochRecord, OnEpoch, ProgressLine, StopTraining, mean_metrics
+from tsforge.training.callbacks import (
+    EpochCheckpoint,
+    EpochRecord,
+    LateStopping,
+    OnEpoch,
+    ProgressLine,
+    StopTraining,
+    mean_metrics,
+)
 from tsforge.training.config import TrainConfig
-from tsforge.training.module import EpochStream, TrainModule, ValidatedModule, Windows
+from tsforge.training.module import EpochStream, TrainModule, ValidatedModule, Windows, annealed_at
 from tsforge.training.snapshots import SnapshotTaker, check_snapshots, keeps_snapshots, trained_alone
 from tsforge.training.warm_start import compare
 
@@ -43,7 +53,7 @@ class TrainResult:
     Attributes:
         epochs: epochs of gradient training; 0 for a closed-form fit.
         history: one row an epoch: ``epoch, train_loss, valid_loss, valid_mse, valid_mae, learning_rate, seconds,
-            windows_per_second`` (losses in scaled units).
+            windows_per_second`` (losses in scaled units, the rate of the epoch's last step).
         best_epoch: the epoch whose weights were kept (the last with snapshots); -1 for a closed-form fit or a warm
             start that no epoch clearly improved (``TrainConfig.start_margin``).
         metrics: the row of the kept weights; errors after the model has settled, where it does, and of the mean of
@@ -95,11 +105,12 @@ def fit_network(
     Raises:
         ModelError: no window to train on, losses that are not finite, or a hook that stops before the last snapshot.
         ConfigError: resuming with other settings, unaligned windows for a model that couples rows, a schedule or
-            patience that gives a model no snapshots.
+            patience that gives a model no snapshots, a loss that nothing minimises, settings without effect.
         BackendError: the accelerator is missing, or the checkpoint cannot be read.
         KeyboardInterrupt: after the state of the last whole epoch is safe on disk.
     """
     started = time.perf_counter()
+    _refuse_idle(network)
     _check_windows(network, train, valid)
     if config.schedule == "plateau" and valid is None:
         raise ConfigError(
@@ -132,7 +143,8 @@ def fit_network(
         )
     start = None
     before: dict[str, torch.Tensor] = {}
-    if (report is not None or start_from is not None) and valid is not None:
+    has_start = report is not None or start_from is not None
+    if has_start and valid is not None and not annealed_at(network):  # a start has not met a loss that is yet to rise
         start = evaluate_windows(network.eval(), valid, config.eval_batch_size)
         before = {name: value.clone() for name, value in network.state_dict().items()}
     checkpoint = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
@@ -212,6 +224,19 @@ def _take(network: ForecastNetwork, weights: Mapping[str, torch.Tensor], reason:
         raise ModelError(f"weights to start from do not fit the model: it has no {', '.join(unknown)}")
 
 
+def _refuse_idle(network: ForecastNetwork) -> None:
+    """Refuse settings that would have no effect; here and not where they are read, so that stored fits still load."""
+    likelihood, scaling = network.config.likelihood, network.config.scaling
+    point = likelihood if isinstance(likelihood, Point) else Point()
+    if point.loss != "huber" and point.huber_delta != Point().huber_delta:
+        raise ConfigError(
+            f"likelihood.huber_delta has no effect with likelihood.loss={point.loss}; leave it out, or set "
+            "likelihood.loss=huber"
+        )
+    if scaling.robust and scaling.kind in ("none", "series_max"):
+        raise ConfigError(f"scaling.robust has no effect with scaling.kind={scaling.kind}; leave it out")
+
+
 def _check_windows(network: ForecastNetwork, train: Windows, valid: Windows | None) -> None:
     for name, windows in (("training", train), ("validation", valid)):
         if windows is None:
@@ -231,10 +256,13 @@ def _check_windows(network: ForecastNetwork, train: Windows, valid: Windows | No
 def _done_without_steps(network: ForecastNetwork, report: SolveReport | None) -> str | None:
     trains = network.capabilities.trainable and any(parameter.requires_grad for parameter in network.parameters())
     reason = "solved" if report is not None and report.finished else None if trains else "untrainable"
-    if reason is not None and network.likelihood.in_data_units:
+    likelihood = network.config.likelihood
+    if reason is not None and isinstance(likelihood, Point) and likelihood.loss != "mse":
+        what = "a loss of logarithms" if network.likelihood.in_data_units else f"likelihood.loss={likelihood.loss}"
         raise ConfigError(
-            f"a loss of logarithms has no effect: model '{network.config.model.name}' takes no gradient steps "
-            f"({reason}); leave likelihood.loss out, or choose a model or solver that is trained"
+            f"{what} has no effect: model '{network.config.model.name}' takes no gradient steps ({reason}); leave "
+            "likelihood.loss out, or choose a model or solver that is trained, such as model.solver=sgd of linear and "
+            "ar_net (whose model.solver=irls has a model.loss of its own)"
         )
     return reason
 
@@ -315,10 +343,11 @@ class _Run:
         )
         keeper = keeps_snapshots(self.network.model)
         taker = None if keeper is None else SnapshotTaker(keeper, config)
-        record = EpochRecord(stream, self.fingerprint(), on_epoch, keep_last=taker is not None)
+        first = self.first_epoch()
+        record = EpochRecord(stream, self.fingerprint(), on_epoch, keep_last=taker is not None, first_epoch=first)
         if self.start is not None:
             record.remember_start(self.network, self.start)
-        stopper = self._stopper()
+        stopper = self._stopper(first)
         callbacks: list[pl.Callback] = [
             *([taker] if taker else []),
             record,
@@ -351,10 +380,17 @@ class _Run:
         early = stopper is not None and stopper.stopped_epoch > 0
         return record, "patience" if early else "max_epochs"
 
-    def _stopper(self) -> EarlyStopping | None:
+    def first_epoch(self) -> int:
+        """Return the first epoch all of whose steps meet the whole loss, at most the last one."""
+        epochs = self.config.max_epochs
+        return min(math.ceil(annealed_at(self.network) * epochs), epochs - 1)
+
+    def _stopper(self, first_epoch: int) -> EarlyStopping | None:
         config = self.config
         if self.valid is None or config.patience is None:
             return None
+        if first_epoch:
+            return LateStopping(first_epoch, patience=config.patience, min_delta=config.min_delta)
         return EarlyStopping("valid_loss", patience=config.patience, min_delta=config.min_delta, check_finite=False)
 
     def _trainer(self, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 import lightning.pytorch as pl
 import torch
@@ -61,6 +61,17 @@ class TrainModule(pl.LightningModule):
         """Forget the sums of the last epoch."""
         self.train_sum = {}
 
+    def on_train_epoch_end(self) -> None:
+        """Let the rate fall on a plateau; the trainer would do it after the checkpoint, and a resumed run lose it."""
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, Plateau):
+            scheduler.step(self.trainer.callback_metrics["valid_loss"])
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedules that know nothing of the validation loss."""
+        if not isinstance(scheduler, Plateau):
+            super().lr_scheduler_step(scheduler, metric)
+
     def train_loss(self) -> float:
         """Return the mean training loss of the epoch so far (the weights change while it is taken)."""
         return float(self.train_sum["loss"] / self.train_sum["windows"]) if self.train_sum else float("nan")
@@ -98,7 +109,7 @@ class TrainModule(pl.LightningModule):
         if settings.schedule == "constant":
             return optimizer
         if settings.schedule == "plateau":
-            falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            falling = Plateau(
                 optimizer,
                 factor=_PLATEAU_FACTOR if settings.plateau_factor is None else settings.plateau_factor,
                 patience=_PLATEAU_PATIENCE if settings.plateau_patience is None else settings.plateau_patience,
@@ -118,6 +129,26 @@ class TrainModule(pl.LightningModule):
                 optimizer, max_lr=[group["lr"] for group in groups], total_steps=self.total_steps
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """Lowers the rate on a plateau; a loss is better if it lies ``threshold`` times the size of the best below it.
+
+    torch asks for the share ``1 - threshold`` of the best, which every loss near a negative one falls below.
+    """
+
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Take the validation loss of an epoch."""
+        self.threshold = math.copysign(self.threshold, self.best)
+        super().step(metrics, epoch)
+
+
+def annealed_at(network: ForecastNetwork) -> float:
+    """Return the share of training after which every part of the model meets its whole loss.
+
+    A module whose loss rises over training says so with ``annealed_at``; 0 where none does.
+    """
+    return max(float(getattr(part, "annealed_at", 0.0)) for part in network.model.modules())
 
 
 def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:

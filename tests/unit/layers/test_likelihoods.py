@@ -12,7 +12,15 @@ from hypothesis import strategies as hs
 from pydantic import ValidationError
 
 from tsforge.core.errors import ModelError
-from tsforge.layers.likelihoods import Normal, Point, Quantiles, StudentT, build_likelihood, inverse_softplus
+from tsforge.layers.likelihoods import (
+    Normal,
+    Point,
+    Quantiles,
+    StudentT,
+    build_likelihood,
+    inverse_softplus,
+    student_t_norm,
+)
 
 ALL = [Point(), Point(loss="mae"), Point(loss="huber"), Normal(), StudentT(), Quantiles()]
 DISTRIBUTIONS = [Normal(), StudentT(), Quantiles(), Quantiles(levels=(0.1, 0.5, 0.6))]
@@ -159,6 +167,39 @@ def test_log_density_is_that_of_the_distribution_and_refused_without_one() -> No
         likelihood = build_likelihood(config)
         with pytest.raises(ModelError, match="has no density"):
             likelihood.log_density(torch.zeros(50, likelihood.num_params), y)
+
+
+DEGREES = (2.5, 3.0, 6.0, 12.0, 19.9, 20.1, 30.0, 100.0, 300.0, 3e3, 3e4, 3e5, 1e8)
+
+
+def _student(df: float, z: float, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Return the loss at z, and its slopes in location and in the raw degrees of freedom."""
+    degrees = torch.tensor(df - 2.0 - 1e-4, dtype=torch.float64)
+    raw = torch.stack([torch.zeros_like(degrees), torch.tensor(0.5).double(), inverse_softplus(degrees)])
+    raw = raw.to(dtype).reshape(1, 1, 1, 3).requires_grad_()
+    likelihood = build_likelihood(StudentT())
+    loss = likelihood.loss(raw, likelihood.scale(raw.detach()) * z, None)
+    loss.sum().backward()
+    return loss.item(), raw.grad[..., 0].item(), raw.grad[..., 2].item()
+
+
+@pytest.mark.parametrize("z", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("df", DEGREES)
+def test_student_t_keeps_its_digits_in_single_precision(df: float, z: float) -> None:
+    """Log gammas of many degrees of freedom are far larger than their difference."""
+    single, double = _student(df, z, torch.float32), _student(df, z, torch.float64)
+    assert single[0] == pytest.approx(double[0], rel=1e-6, abs=4e-6)
+    assert single[1] == pytest.approx(double[1], rel=1e-5, abs=1e-7)
+    assert single[2] == pytest.approx(double[2], rel=1e-3, abs=3e-7)
+
+
+@pytest.mark.parametrize("half", [2, 3, 6, 9, 10, 11, 15, 50, 150, 1500, 15_000, 150_000])
+def test_student_t_norm_is_a_product_for_even_degrees_of_freedom(half: int) -> None:
+    """gamma(m + 1/2) / gamma(m) = sqrt(pi) / 2 times the product of 1 + 1 / 2k for k below m."""
+    ratio = 0.5 * math.log(math.pi) - math.log(2) + math.fsum(math.log1p(0.5 / k) for k in range(1, half))
+    expected = 0.5 * math.log(math.pi * 2 * half) - ratio
+    assert student_t_norm(torch.tensor(2.0 * half).double()).item() == pytest.approx(expected, abs=1e-14)
+    assert student_t_norm(torch.tensor(2.0 * half)).item() == pytest.approx(expected, abs=2e-6)
 
 
 def test_unit_rescales_what_is_not_scale_free() -> None:

@@ -187,6 +187,49 @@ def test_robust_scale_of_mostly_constant_data_falls_back_to_the_deviation() -> N
     np.testing.assert_allclose(scaler.global_scale.numpy(), values.numpy().std(axis=0), rtol=1e-12)
 
 
+@pytest.mark.parametrize("power", [0, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [0.0, 40.0])
+def test_robust_scale_of_a_mostly_constant_window_falls_back_to_the_deviation(
+    level: float, dtype: torch.dtype, power: int
+) -> None:
+    """Windows of demand that comes now and then; those with an interquartile range keep theirs to the bit."""
+    unit = 2.0**power
+    data, batch = _series(), _batch()
+    rare = torch.full_like(batch.context, level)
+    rare[:, 7:] += 5.0
+    context = batch.context.clone()
+    context[..., 1] = rare[..., 1]
+    batch = batch._replace(context=(context * unit).to(dtype), context_mask=torch.ones_like(batch.context_mask))
+    some = batch._replace(context_mask=batch.context_mask & (torch.arange(8) != 2)[:, None])
+    scaler = Scaler("window", SPEC, robust=True)
+    scaler.fit(data._replace(values=data.values * unit))
+    for given, values in ((batch, [level] * 7 + [level + 5.0]), (some, [level] * 6 + [level + 5.0])):
+        loc, scale = scaler.stats(given)
+        assert loc[..., 1].unique().tolist() == [level * unit]
+        expected = torch.full((5, 1), float(np.std(values)) * unit, dtype=dtype)
+        torch.testing.assert_close(scale[..., 1], expected, rtol=1e-6, atol=0)
+        plain = masked_moments(given.context, given.context_mask, robust=True)[1]
+        assert torch.equal(scale[:, 0, [0, 2]], plain[:, [0, 2]])
+    assert float(scaler.scale(batch).context[..., 1].abs().max()) < 3.1
+
+
+def test_robust_scale_of_a_mostly_constant_context_of_an_unknown_series() -> None:
+    """As for windows: the deviation is drawn to the usual share of the size, a zero interquartile range is not."""
+    data, batch = _series(), _batch()
+    context = torch.zeros_like(batch.context)
+    context[:, 7:] = 5.0
+    strangers = batch._replace(
+        context=context, context_mask=torch.ones_like(batch.context_mask), series_index=torch.full((5,), -1)
+    )
+    scaler = Scaler("series", SPEC, robust=True, unknown="context").double()
+    scaler.fit(data)
+    spread = float(np.std([0.0] * 7 + [5.0]))
+    share = scaler._relative_spread()
+    expected = ((8 * spread**2 + 8 * (share * spread).square()) / 16).sqrt()
+    torch.testing.assert_close(scaler.stats(strangers)[1], expected.expand(5, 1, 3), rtol=1e-9, atol=0)
+
+
 def test_large_offsets_do_not_cancel() -> None:
     """Variance by two passes in float64: an offset of 1e9 leaves the standard deviation right to 1e-6."""
     data = _series(offset=1e9)

@@ -351,6 +351,7 @@ def test_penalty_rises_with_progress_and_changes_no_weight() -> None:
     )
     assert sizes[3] == pytest.approx(float(expected))
     assert torch.equal(model.ar.weight, before)
+    assert model.eval()(windows(model, data, 4)).aux_losses is None  # a validation loss that rose would end training
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,26 @@ def test_aux_losses_are_added(probe, make_network, batch) -> None:
     assert parts["loss"].item() == pytest.approx(parts["nll"].item() + 0.25)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_the_sum_of_a_loss_has_at_least_single_precision(probe, make_network, batch, dtype, expected) -> None:
+    network = make_network(model="probe")
+    forward = network.model.forward
+
+    def cast(given: Batch) -> Prediction:
+        raw = forward(given).raw.to(dtype)
+        return Prediction(raw, aux_losses={"extra": torch.tensor(0.1, dtype=dtype)})
+
+    network.model.forward = cast
+    if dtype == torch.float64:
+        network = network.double()
+    parts = network.loss(batch)
+    assert parts["loss"].dtype == expected
+    torch.testing.assert_close(parts["loss"], (parts["nll"] + parts["extra"]).to(expected), rtol=1e-15, atol=0)
+
+
 def test_closed_form_sees_the_scaled_span_and_sets_the_spread(probe, make_network, panel, batch) -> None:
     network = make_network(model="probe", likelihood={"name": "normal"})
     series = panel.training_series(None, 200)
