@@ -137,6 +137,37 @@ def test_a_command_whose_seeds_all_failed_says_so_by_its_status(
         assert status() == expected
 
 
+def test_a_metric_that_fails_keeps_the_seed_and_is_told(
+    source: Path, workspace_root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **options: Any) -> float:
+        raise DataError("too rough")
+
+    monkeypatch.setattr(evaluation, "d_h", broken)
+    result = reconstruct(config(source, seeds=[0]), Workspace.open(workspace_root))
+    (row,) = json.loads((result.path / "result.json").read_text())["seeds"]
+    assert (row["d_h"], row["unjudged"], row["failed"]) == (None, {"d_h": "too rough"}, "")
+    assert row["d_stsp"] is not None
+    assert (result.path / "seeds" / "0" / "weights.safetensors").is_file()
+    assert row["spread"].keys() == {"x", "y"}
+    assert not result.failed
+
+
+def test_times_and_forcing_are_told(source: Path, workspace_root: Path) -> None:
+    table = pl.read_parquet(source)
+    table.select(Time=pl.col("step") * 0.1, x="x", y="y").write_parquet(source)
+    workspace = Workspace.open(workspace_root)
+    result = reconstruct(config(source, seeds=[0], forcing={"method": "sparse"}), workspace)
+    assert any("rows are 0.1 apart" in note and "dt=0.1" in note for note in result.facts["notes"])
+    assert any("fewer than 400 rows" in note for note in result.facts["notes"])
+    assert 1 <= result.seeds[0]["tau"] < 20
+    told = reconstruct(config(source, seeds=[0], dt=0.1), workspace)
+    assert not any("apart" in note for note in told.facts["notes"])
+    assert "tau" not in told.seeds[0]
+    wrong = reconstruct(config(source, seeds=[0], dt=0.5), workspace)
+    assert any("dt=0.5, but rows are 0.1 apart" in note for note in wrong.facts["notes"])
+
+
 def test_missing_test_values_are_told_of_the_spectral_distance(source: Path, workspace_root: Path) -> None:
     table = pl.read_parquet(source).with_columns(x=pl.when(pl.col("step") == 440).then(None).otherwise("x"))
     table.write_parquet(source)
@@ -231,7 +262,12 @@ def test_rows_sorted_by_time_instead_of_series_are_refused(source: Path, tmp_pat
     table = pl.read_parquet(source).drop("step")
     table.with_columns(name=pl.Series(["p", "q", "r"] * 200)).write_parquet(place)
     data = {"path": str(place), "split": 0.7, "series": "name"}
-    with pytest.raises(DataError, match="3 series lie in 600 pieces of at most 1 rows.*sort the file by 'name'"):
+    told = "3 series lie in 600 pieces, half of at most 1 rows.*sort the file by 'name'"
+    with pytest.raises(DataError, match=told):
+        read_trajectories(validate(TrajectoryConfig, data))
+    last = pl.Series(["p", "q", "r"] * 180 + ["r"] * 60)  # the longest series ends alone
+    table.with_columns(name=last).write_parquet(place)
+    with pytest.raises(DataError, match="sort the file by 'name'"):
         read_trajectories(validate(TrajectoryConfig, data))
 
 
@@ -331,6 +367,9 @@ def test_settings_that_came_later_leave_stored_keys_alone(source: Path) -> None:
     """A default of a later setting is not in the key, another value is."""
     plain = use_case._decisive(config(source))
     assert not {"lambda_self", "self_limit", "validate_every"} & set(plain["train"])
+    assert "near_zero" not in plain["evaluation"]
+    changed = config(source, evaluation=EVALUATION | {"near_zero": 1e-4})
+    assert use_case._decisive(changed)["evaluation"]["near_zero"] == 1e-4
     assert "features" not in plain["model"]
     data = {"path": str(source), "valid": 0.2}
     validated = use_case._decisive(config(source, data=data, train=TRAIN | {"validate_every": 3}))

@@ -20,15 +20,17 @@ import polars as pl
 from pydantic import Field
 
 from tsforge.app.catalog_dynamics import FOLDER, seed_rank
+from tsforge.app.reconstruct_checks import check_judging, spectral_notes
 from tsforge.app.reconstruct_data import Trajectories, read_trajectories
 from tsforge.app.reconstruct_record import json_text, judge_seed
+from tsforge.app.reconstruct_times import interval_note
 from tsforge.core.atomic import atomic_file
 from tsforge.core.config import Config, fingerprint, to_yaml
 from tsforge.core.errors import listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
-from tsforge.dynamics.config import OptimConfig, PLRNNConfig, ReconstructionConfig
-from tsforge.dynamics.evaluation import METRICS, spectral_rows, summarise
+from tsforge.dynamics.config import EvaluationConfig, OptimConfig, PLRNNConfig, ReconstructionConfig
+from tsforge.dynamics.evaluation import METRICS, summarise
 from tsforge.dynamics.module import train_seeds
 from tsforge.dynamics.training_noise import training_noise
 from tsforge.dynamics.validation import ValidationSeries
@@ -39,6 +41,7 @@ _LOG = get_logger(__name__)
 _LATER = {  # settings that came after the first results
     "train": ("lambda_self", "self_limit", "validate_every"),
     "model": ("features",),
+    "evaluation": ("near_zero",),
 }
 
 
@@ -97,7 +100,7 @@ def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bo
         KeyboardInterrupt: seeds judged before are kept.
     """
     data = read_trajectories(config.data, by_series=config.model.features > 0)
-    data = replace(data, notes=(*data.notes, *_spectral_notes(data, config.evaluation.sigma)))
+    data = replace(data, notes=(*data.notes, *_further_notes(data, config)))
     for note in data.notes:
         _LOG.warning("%s: %s", data.name, note)
     name = config.name or data.name
@@ -105,6 +108,8 @@ def reconstruct(config: ReconstructConfig, workspace: Workspace, *, progress: bo
     folder = workspace.reports / FOLDER / f"{name}-{key}"
     known = _stored(folder)
     missing = [seed for seed in config.seeds if config.refresh or seed not in known]
+    if missing:
+        check_judging(data, config.evaluation)
     tracker = Tracker.open(workspace, config.tracking)
     tags = {"tsforge.reconstruction": name, "tsforge.dataset": data.name}
     noise = _noise(config, data)
@@ -138,7 +143,7 @@ def _decisive(config: ReconstructConfig) -> dict[str, Any]:
     """Return the settings that decide a seed's numbers."""
     record = {"seeds", "seeds_at_once", "tracking", "refresh", "name", "data"}
     settings = config.model_dump(mode="json", exclude=record) | {"standardise": config.data.standardise}
-    parts: dict[str, type[Config]] = {"train": OptimConfig, "model": PLRNNConfig}
+    parts: dict[str, type[Config]] = {"train": OptimConfig, "model": PLRNNConfig, "evaluation": EvaluationConfig}
     for part, names in _LATER.items():  # seeds stored before these were there keep their key
         for name in names:
             if settings[part][name] == parts[part].model_fields[name].default:
@@ -146,21 +151,14 @@ def _decisive(config: ReconstructConfig) -> dict[str, Any]:
     return settings
 
 
-def _spectral_notes(data: Trajectories, sigma: float) -> list[str]:
-    """Return what missing values in the test rows cost the spectral distance."""
-    short, lost = [], []
-    for name, test in (data.tests or {data.name: data.test}).items():
-        rows = spectral_rows(test, sigma)
-        if rows is None:
-            lost.append(name)
-        elif rows.stop - rows.start < len(test):
-            short.append(f"{name}: {rows.stop - rows.start} of {len(test)}")
-    notes = []
-    if short:
-        notes.append(f"D_H compares only the longest stretch of test rows without missing values ({listing(short)})")
-    if lost:
-        notes.append(f"no D_H of {listing(lost)}: missing values leave no stretch of test rows that is long enough")
-    return notes
+def _further_notes(data: Trajectories, config: ReconstructConfig) -> list[str]:
+    """Return what the settings make of the data: the unit of rates, and metrics that say little or are not there."""
+    dt = config.dt if "dt" in config.model_fields_set else None
+    about = interval_note(data.spacing, data.is_date, dt)
+    notes = [] if about is None else [about]
+    if config.model.kind == "deep":
+        notes.append("a deep map has no exponents, fixed points or capture test")
+    return notes + spectral_notes(data, config.evaluation.sigma)
 
 
 def _stored(folder: Path) -> dict[int, dict[str, Any]]:

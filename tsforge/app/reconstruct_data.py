@@ -12,13 +12,21 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from tsforge.app.reconstruct_times import (
+    Clock,
+    check_same_interval,
+    clock_names,
+    find_clock,
+    is_row_index,
+    read_clock,
+    suspect_variates,
+)
 from tsforge.core.errors import ConfigError, DataError, listing, nearest
 from tsforge.core.seeding import derive_seed
 from tsforge.dynamics.config import SystemConfig, TrajectoryConfig
 
 Array = NDArray[np.float64]
-_STEPS = ("step", "time", "t")
-_FEWEST = 20
+FEWEST = 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +49,7 @@ class Trajectories:
         input_loc, input_scale: (K,) what was subtracted and divided by.
         tests: of data read by series, the series to judge each by (T_j, N), by name; ``test`` is the first.
         train_series: of data read by series, the name of each training trajectory; None otherwise.
+        spacing: time between two training rows, in seconds where ``is_date``; None where nothing says so.
     """
 
     name: str
@@ -61,6 +70,8 @@ class Trajectories:
     input_scale: Array | None = None
     tests: dict[str, Array] = field(default_factory=dict)
     train_series: tuple[str, ...] | None = None
+    spacing: float | None = None
+    is_date: bool = False
 
 
 def read_trajectories(config: TrajectoryConfig, *, by_series: bool = False) -> Trajectories:
@@ -79,25 +90,19 @@ def read_trajectories(config: TrajectoryConfig, *, by_series: bool = False) -> T
     assert config.path is not None
     notes: list[str] = []
     table, stamp = _read(config.path, config.rows, config)
-    columns = config.columns or _variates(table, stamp, config)
-    if by_series:
-        _check_names(table, config.path, config)
-    clocks = [name for name in _STEPS if name in columns and config.columns is None]
-    if clocks:
-        notes.append(
-            f"the column(s) {listing(clocks)} are taken as variates, since '{stamp}' holds the times; if they are "
-            "times too, name the variates with data.columns"
-        )
-    train, names = _segments(table, stamp, columns, config, config.every, notes)
+    columns = config.columns or _variates(table, stamp, config, notes)
+    _check_names(table, config.path, config)
+    train, names, clock = _segments(table, stamp, columns, config, config.every, config.path, notes)
     tests: dict[str, Array] = {}
     if config.test is not None:
         other, stamp = _read(config.test, config.test_rows, config)
         absent = [name for name in (*columns, *config.inputs) if name not in other.columns]
         if absent:
             raise DataError(f"{config.test} lacks the column(s) {listing(absent)} of {config.path}")
-        if by_series:
-            _check_names(other, config.test, config)
-        parts, others = _segments(other, stamp, columns, config, config.test_every, notes)
+        _check_names(other, config.test, config)
+        parts, others, test_clock = _segments(other, stamp, columns, config, config.test_every, config.test, notes)
+        if clock is not None and test_clock is not None:
+            check_same_interval(clock, config.every, test_clock, config.test_every, config.test)
         if by_series:
             tests = _same_series(_longest_of_each(parts, others, notes), names, config)
         else:
@@ -118,13 +123,24 @@ def read_trajectories(config: TrajectoryConfig, *, by_series: bool = False) -> T
             test = _longest(train, config.path, notes)
         notes.append("in sample: the test series is the training series")
     if by_series:
+        tests = {
+            name: _from_complete(rows, len(columns), f"the test series of '{name}'", notes)
+            for name, rows in tests.items()
+        }
         test = next(iter(tests.values()))
+    else:
+        test = _from_complete(test, len(columns), "the test series", notes)
+    if valid is not None:
+        valid = _from_complete(valid, len(columns), "the series that validates", notes)
     found = _standardised(Path(config.path).stem, columns, train, test, valid, config, notes)
+    if clock is not None and clock.spacing is not None and not clock.is_count:
+        found = replace(found, spacing=config.every * clock.spacing, is_date=clock.is_date)
     return _with_series(found, tests, names) if by_series else found
 
 
 def _check_names(table: pl.DataFrame, file: str, config: TrajectoryConfig) -> None:
-    assert config.series is not None
+    if config.series is None:
+        return
     missing = table[config.series].null_count()
     if missing:
         raise DataError(f"{file}: {missing} row(s) have no name in '{config.series}'; name their series, or drop them")
@@ -184,7 +200,8 @@ def _simulated(config: TrajectoryConfig, system: SystemConfig) -> Trajectories:
     columns = tuple(f"x{index + 1:02d}" for index in range(train.shape[1]))
     notes: list[str] = []
     parts, valid = _hold_back((train[:: config.every],), config, notes)
-    return _standardised(system.system, columns, parts, test[:: config.every], valid, config, notes)
+    found = _standardised(system.system, columns, parts, test[:: config.every], valid, config, notes)
+    return replace(found, spacing=config.every * system.dt)
 
 
 def _standardised(
@@ -198,9 +215,9 @@ def _standardised(
 ) -> Trajectories:
     """Return series (R, N + K), the inputs last, scaled and told apart."""
     rows = sum(len(part) for part in train)
-    if rows < _FEWEST:
+    if rows < FEWEST:
         raise DataError(
-            f"{name} has {rows} training rows; at least {_FEWEST} are needed, and a window (train) in one piece"
+            f"{name} has {rows} training rows; at least {FEWEST} are needed, and a window (train) in one piece"
         )
     count = len(columns)
     loc, scale = _scales(train, (*columns, *config.inputs), name, standardise=config.standardise)
@@ -270,13 +287,18 @@ def _read(name: str, rows: int | None, config: TrajectoryConfig) -> tuple[pl.Dat
                 )
             if not table[wanted].dtype.is_numeric():
                 raise DataError(f"{name}: the column '{wanted}' holds no numbers but {table[wanted].dtype}")
-    taken = (*(config.columns or ()), *config.inputs)
-    found = next((column for column in _STEPS if column in table.columns and column not in taken), None)
-    return table, config.step or found
+    taken = (*(config.columns or ()), *config.inputs, config.series)
+    return table, config.step or find_clock(table, taken)
 
 
-def _variates(table: pl.DataFrame, stamp: str | None, config: TrajectoryConfig) -> tuple[str, ...]:
+def _variates(table: pl.DataFrame, stamp: str | None, config: TrajectoryConfig, notes: list[str]) -> tuple[str, ...]:
+    """Return every numeric column that is nothing else, and note those that may be."""
     others = [name for name in table.columns if name not in (stamp, config.series, *config.inputs)]
+    if stamp is not None:
+        out = [name for name in others if is_row_index(name) or table[name].dtype.is_temporal()]
+        others = [name for name in others if name not in out]
+        if out:
+            notes.append(f"left out, since '{stamp}' holds the times: {listing(out)}")
     numeric = tuple(name for name in others if table[name].dtype.is_numeric())
     dropped = [name for name in others if name not in numeric]
     if not numeric:
@@ -286,6 +308,13 @@ def _variates(table: pl.DataFrame, stamp: str | None, config: TrajectoryConfig) 
             f"{config.path}: the column(s) {listing(dropped)} hold no numbers; mend them, or name the variates with "
             "data.columns (data.series for the name of a trajectory)"
         )
+    clocks = clock_names(table, numeric)
+    if clocks:
+        notes.append(
+            f"the column(s) {listing(clocks)} are taken as variates, since '{stamp}' holds the times; if they are "
+            "times too, name the variates with data.columns"
+        )
+    notes += suspect_variates(table, [name for name in numeric if name not in clocks])
     return numeric
 
 
@@ -295,9 +324,11 @@ def _segments(
     columns: tuple[str, ...],
     config: TrajectoryConfig,
     every: int,
+    file: str,
     notes: list[str],
-) -> tuple[tuple[Array, ...], tuple[str, ...]]:
-    """Return the trajectories of a table (R, N + K), subsampled, and the name of each ("" without a column of names).
+) -> tuple[tuple[Array, ...], tuple[str, ...], Clock | None]:
+    """Return the trajectories of a table (R, N + K), subsampled, the name of each ("" without a column of names), and
+    what the times say, None without.
 
     A break in the times or a new name ends one.
     """
@@ -311,21 +342,8 @@ def _segments(
         names = table[config.series]
         breaks[1:] = (names != names.shift())[1:].fill_null(True).to_numpy()
         _check_order(names, breaks, config)
-    if stamp is not None:
-        times = table[stamp]
-        if times.dtype.is_temporal():
-            times = times.to_physical()
-        if not times.dtype.is_numeric() or times.null_count():
-            raise DataError(
-                f"the column of times '{stamp}' has missing values or is {times.dtype}, not numbers or dates"
-            )
-        gaps = np.diff(times.to_numpy().astype(np.float64))
-        inside = gaps[~breaks[1:]]
-        if len(inside):
-            spacing = float(np.median(inside))
-            if spacing <= 0:
-                raise DataError(f"the column of times '{stamp}' does not rise; sort the rows, or set data.step")
-            breaks[1:] |= np.abs(gaps - spacing) > 0.01 * spacing
+    clock = None if stamp is None else read_clock(table[stamp], breaks, Path(file).name, notes)
+    breaks = breaks if clock is None else clock.breaks
     cuts = np.flatnonzero(breaks)
     parts = tuple(np.ascontiguousarray(part[::every]) for part in np.split(values, cuts))
     if len(parts) > 1:
@@ -335,17 +353,18 @@ def _segments(
     if missing:
         notes.append(f"{missing} missing values: not forced there and not in the loss")
     if config.series is None:
-        return parts, ("",) * len(parts)
-    return parts, tuple(str(table[config.series][int(first)]) for first in (0, *cuts))
+        return parts, ("",) * len(parts), clock
+    return parts, tuple(str(table[config.series][int(first)]) for first in (0, *cuts)), clock
 
 
 def _check_order(names: pl.Series, breaks: NDArray[np.bool_], config: TrajectoryConfig) -> None:
     """Refuse rows that are sorted by time instead of by series: each would be a trajectory of its own."""
     pieces = np.diff(np.flatnonzero([True, *breaks[1:], True]))
-    if len(pieces) > names.n_unique() and pieces.max() < _FEWEST:
+    if len(pieces) > names.n_unique() and 2 * pieces[pieces < FEWEST].sum() > pieces.sum():
         raise DataError(
-            f"the rows of {names.n_unique()} series lie in {len(pieces)} pieces of at most {pieces.max()} rows, since "
-            f"each new name ends a trajectory: sort the file by '{config.series}', then by time"
+            f"the rows of {names.n_unique()} series lie in {len(pieces)} pieces, half of at most "
+            f"{np.median(pieces):.0f} rows, since each new name ends a trajectory: sort the file by '{config.series}', "
+            "then by time"
         )
 
 
@@ -388,22 +407,35 @@ def _hold_back(
     return (*parts[:place], whole[:cut], *parts[place + 1 :]), valid
 
 
+def _from_complete(values: Array, count: int, what: str, notes: list[str]) -> Array:
+    """Return rows (T, N + K) from the first on that has all ``count`` variates, where a free run can start; all rows
+    if none has.
+    """
+    complete = np.flatnonzero(np.isfinite(values[:, :count]).all(axis=1))
+    first = int(complete[0]) if len(complete) else 0
+    if first:
+        notes.append(f"{what} begins at its first complete row: {first} of {len(values)} rows before it are left out")
+    return values[first:]
+
+
 def _check_test(values: Array, what: str) -> None:
-    if len(values) < _FEWEST:
-        raise DataError(f"{what} has {len(values)} rows; judging needs at least {_FEWEST}")
+    if len(values) < FEWEST:
+        raise DataError(f"{what} has {len(values)} rows; judging needs at least {FEWEST}")
     if not np.isfinite(values[0]).all():
-        raise DataError(f"the first row of {what} has missing values, so a free run has nowhere to start; drop it")
+        raise DataError(
+            f"no row of {what} has a value of every variate, so a free run has nowhere to start; leave the variates "
+            "with most missing values out (data.columns)"
+        )
 
 
 def _check_valid(values: Array) -> None:
-    if len(values) < _FEWEST:
+    if len(values) < FEWEST:
         raise DataError(
-            f"{len(values)} rows validate; at least {_FEWEST} are needed: raise data.valid, or lower data.gap"
+            f"{len(values)} rows validate; at least {FEWEST} are needed: raise data.valid, or lower data.gap"
         )
     if not np.isfinite(values[0]).all():
         raise DataError(
-            "the first row that validates has missing values, so a free run has nowhere to start; change data.valid or "
-            "data.gap"
+            "no row that validates has a value of every variate, so a free run has nowhere to start; change data.valid"
         )
 
 

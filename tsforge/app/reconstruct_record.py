@@ -65,6 +65,8 @@ def judge_seed(
         "steps": training.steps,
         "device": training.device,
     }
+    if network.schedule.tau is not None:
+        record["tau"] = network.schedule.tau
     if network.series:
         record["features"] = network.features(index)
     if training.validation is not None:
@@ -84,6 +86,11 @@ def judge_seed(
         (temporary / "result.json").write_text(json_text(record), encoding="utf-8")
     shown = {name: record[name] for name in ("d_stsp", "d_h", "pe", "lambda_1", "captured", "alpha")}
     log_event(_LOG, f"seed {seed}", **shown, failed=record["failed"] or None)
+    if "tau" in record:
+        log_event(_LOG, f"seed {seed}", tau=record["tau"])
+    for name, item in figures.items():
+        for metric, reason in item["unjudged"].items():
+            _LOG.warning("seed %d%s: no %s: %s", seed, f", series {name}" if name else "", metric, reason)
     for warning in record["warnings"]:
         _LOG.warning("seed %d: %s", seed, warning)
     return record
@@ -98,6 +105,8 @@ def _figures(judged: Judgement, model: Model, data: Trajectories) -> dict[str, A
         "warnings": judged.findings.get("warnings", []),
         "lyapunov_spectrum": judged.spectrum.tolist(),
         "lyapunov_steps": judged.lyapunov_steps,
+        "unjudged": judged.missing,
+        "spread": dict(zip(data.columns, map(_number, judged.spread.tolist()), strict=False)),
         "max_abs_A": _number(float(model.diagonal().abs().max())),
         "findings": _observed(judged.findings, model, data),
     }

@@ -19,6 +19,7 @@ from tsforge.ops.plrnn import Shallow, free_run
 
 KINDS = ("fixed", "contracting", "near_zero", "expanding", "diverged")
 AT_REST = 1e-6
+NEAR_ZERO = 1e-3  # a step
 _WINDOW = 500
 _RENORMALISE = 10
 
@@ -38,7 +39,7 @@ class CaptureSettings:
     runs: int = 400
     steps: int = 20_000
     tangent_steps: int = 5000
-    near_zero: float = 1e-3
+    near_zero: float = NEAR_ZERO
     far: float = 4.0
 
     def __post_init__(self) -> None:
@@ -61,6 +62,7 @@ class Capture:
         growth: (R,) logarithmic growth of a small deviation per step, the largest Lyapunov exponent.
         beyond: (R,) the run spends most of the last 500 steps far from the data, or diverged.
         steps: free steps of every run.
+        near_zero: see ``CaptureSettings``.
     """
 
     ends: Array
@@ -69,6 +71,7 @@ class Capture:
     growth: Array
     beyond: NDArray[np.bool_]
     steps: int
+    near_zero: float = NEAR_ZERO
 
     def share(self, kind: str) -> float:
         """Return the share of runs of one of ``KINDS``; the five shares add up to 1."""
@@ -134,7 +137,8 @@ def capture_test(
         [KINDS.index(kind) for kind in ("diverged", "fixed", "contracting", "near_zero")],
         KINDS.index("expanding"),
     ).astype(np.int64)
-    return Capture(tail[-1], kinds, np.where(escaped, 0, periods), growth, beyond | escaped, settings.steps)
+    settled = np.where(escaped, 0, periods)
+    return Capture(tail[-1], kinds, settled, growth, beyond | escaped, settings.steps, settings.near_zero)
 
 
 def _tail(params: Shallow, starts: Array, steps: int, clipped: bool) -> Array:

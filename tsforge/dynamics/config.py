@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from tsforge.core.config import MAX_SEED, Config, Seed
-from tsforge.dynamics.capture import CaptureSettings
+from tsforge.dynamics.capture import NEAR_ZERO, CaptureSettings
 from tsforge.dynamics.findings import Expected
 from tsforge.layers.plrnn import MapKind
 from tsforge.layers.plrnn_observation import ObservationKind
@@ -18,6 +18,12 @@ DEFAULT_SHARE = 0.8
 SELF_LIMIT = 0.95
 _MOST_SEEDS = 10_000
 FEATURED = ("shallow", "clipped_shallow")  # kinds of map that features of series are for
+
+
+def _differing(settings: Config, *names: str) -> list[str]:
+    """Return those that have another value than their default: what a stored config repeats is no wish."""
+    fields = type(settings).model_fields
+    return [name for name in names if getattr(settings, name) != fields[name].default]
 
 
 class SystemConfig(Config):
@@ -57,7 +63,9 @@ class TrajectoryConfig(Config):
     inputs: tuple[str, ...] = ()
     """Columns that drive the system and are not predicted: row t enters the step that predicts row t."""
     step: str | None = None
-    """Column of times; a break in its spacing ends a trajectory. Default ``step``, ``time`` or ``t`` if it exists."""
+    """Column of times; a gap of more than 1.5 usual ones, or times that do not rise, end a trajectory. Default
+    ``step``, ``time``, ``t``, then ``timestamp``, ``datetime``, ``date``, ``index`` or the index of pandas (in any case
+    of letters), then the only column of dates."""
     series: str | None = None
     """Column that names the trajectory of each row; none means that the file holds one."""
     every: int = Field(1, ge=1)
@@ -172,7 +180,10 @@ class EvaluationConfig(Config):
     capture_runs: int = Field(400, ge=1)
     capture_steps: int = Field(20_000, ge=500)
     capture_tangent_steps: int = Field(5000, ge=100)
-    periods: tuple[int, ...] = (1,)
+    near_zero: float = Field(NEAR_ZERO, ge=0)
+    """Growth rates of a small deviation up to this size, per step, are those of an oscillation. Data sampled finely
+    need a smaller one: chaos that grows by less a step counts as oscillation."""
+    periods: tuple[int, ...] = Field((1,), min_length=1)
     """Periods of the cycles searched for."""
     expected: Expected | None = None
     """What the data do in the long run; None takes what most free runs do."""
@@ -180,8 +191,25 @@ class EvaluationConfig(Config):
     def capture_settings(self) -> CaptureSettings:
         """Return the sizes of the capture test."""
         return CaptureSettings(
-            runs=self.capture_runs, steps=self.capture_steps, tangent_steps=self.capture_tangent_steps
+            runs=self.capture_runs,
+            steps=self.capture_steps,
+            tangent_steps=self.capture_tangent_steps,
+            near_zero=self.near_zero,
         )
+
+    @field_validator("periods")
+    @classmethod
+    def _cycles(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1 or len(set(value)) < len(value):
+            raise ValueError(f"periods are distinct numbers of steps from 1 on, given: {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _search_is_on(self) -> EvaluationConfig:
+        given = _differing(self, "periods", "expected", "near_zero")
+        if given and not self.findings:
+            raise ValueError(f"{', '.join(given)} have no part with findings=false; leave them out")
+        return self
 
 
 class ReconstructionConfig(Config):
@@ -196,7 +224,8 @@ class ReconstructionConfig(Config):
     seeds_at_once: int = Field(5, ge=1)
     """Seeds that are trained side by side in one batched run."""
     dt: float = Field(1.0, gt=0)
-    """Time between two training rows (after ``every``); Lyapunov exponents are per unit of it."""
+    """Time between two training rows (after ``every``); Lyapunov exponents are per unit of it. Never taken from the
+    file: a note says where its times are otherwise."""
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -215,6 +244,39 @@ class ReconstructionConfig(Config):
             raise ValueError(f"train.lambda_self is for model.kind=almost_linear, not {kind}; leave it out")
         if not train.lambda_self and train.self_limit != SELF_LIMIT:
             raise ValueError("train.self_limit has no part without train.lambda_self; leave it out")
+        if train.lambda_obs and self.model.observation == "identity":
+            raise ValueError("train.lambda_obs is for model.observation=affine, not identity; leave it out")
+        if not train.lambda_mar and _differing(train, "mar_ratio"):
+            raise ValueError("train.mar_ratio has no part without train.lambda_mar; leave it out")
+        if train.noise == 0 and _differing(train, "noise_on"):
+            raise ValueError("train.noise_on has no part with train.noise=0; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _forcing_happens(self) -> ReconstructionConfig:
+        train, forcing = self.train, self.forcing
+        if forcing.method != "adaptive" and _differing(train, "estimate_every"):
+            raise ValueError(f"train.estimate_every is for forcing.method=adaptive, not {forcing.method}; leave it out")
+        steps = train.epochs * train.batches_per_epoch
+        if _differing(forcing, "interval") and forcing.interval > steps:
+            raise ValueError(f"forcing.interval={forcing.interval}, but the training has {steps} steps; lower it")
+        if forcing.tau is not None and forcing.tau >= train.sequence_length:
+            raise ValueError(
+                f"forcing.tau={forcing.tau} is no shorter than windows of train.sequence_length="
+                f"{train.sequence_length}, so nothing would be forced; lower it, or lengthen them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _findings_are_made(self) -> ReconstructionConfig:
+        if self.model.kind == "deep":
+            given = _differing(self.evaluation, "periods", "expected", "near_zero")
+            why = "a deep map has no fixed points, cycles or capture test"
+        else:
+            given = _differing(self.evaluation, "expected", "near_zero") if self.data.inputs else []
+            why = "a map with data.inputs has no capture test"
+        if given:
+            raise ValueError(f"{why}, so evaluation.{', evaluation.'.join(given)} has no part; leave it out")
         return self
 
     @model_validator(mode="after")

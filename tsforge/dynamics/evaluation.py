@@ -20,7 +20,7 @@ Legend: T test steps, N variates, M latent units, K inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tsforge.core.errors import DataError, ModelError
+from tsforge.core.errors import ConfigError, DataError, ModelError
 from tsforge.dynamics.config import EvaluationConfig
 from tsforge.dynamics.findings import examine, examine_held
 from tsforge.dynamics.network import Model
@@ -43,7 +43,7 @@ _STATES = 10_000  # states of the data that the findings look at, at most
 _FEWEST = 4  # rows of D_H
 _ALIGN = 100  # steps in which the directions of the exponents turn into place
 _MATRICES = 2_000_000  # entries of Jacobians held at once
-_UNFIT = (DataError, ModelError, np.linalg.LinAlgError)  # what a map that cannot be examined raises
+_UNFIT = (ConfigError, DataError, ModelError, np.linalg.LinAlgError)  # what cannot be judged or examined raises
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +71,8 @@ class Judgement:
         lyapunov_steps: steps that the exponents are means of, 0 where there are none.
         findings: fixed points, capture test and warnings, plain types; empty if not asked for.
         failed: why there are no metrics, "" otherwise.
+        missing: why single metrics are NaN though the model did not fail, by their name.
+        spread: (N,) standard deviation of the free run in those of the test series; NaN where one is not known.
     """
 
     metrics: dict[str, float]
@@ -79,6 +81,8 @@ class Judgement:
     lyapunov_steps: int = 0
     findings: dict[str, Any] = field(default_factory=dict)
     failed: str = ""
+    missing: dict[str, str] = field(default_factory=dict)
+    spread: Array = field(default_factory=lambda: np.zeros(0))
 
 
 def free_comparison(model: Model, test: Array, inputs: Array | None = None) -> Array:
@@ -136,13 +140,11 @@ def evaluate(
         return Judgement(metrics=metrics, free_run=np.full_like(test, np.nan), spectrum=spectrum, failed="parameters")
     run = free_comparison(model, test, inputs)
     reasons = [] if np.isfinite(run).all() else ["the free run diverged"]
+    missing: dict[str, str] = {}
     if not reasons:
-        complete = np.isfinite(test).all(axis=1)
-        metrics["d_stsp"] = float(d_stsp(test[complete], run))
-        rows = spectral_rows(test, config.sigma)
-        metrics["d_h"] = math.nan if rows is None else float(d_h(test[rows], run[rows], sigma=config.sigma))
-        metrics["pe"] = _prediction_error(model, test, config.prediction_steps, inputs)
-        if not math.isfinite(metrics["d_stsp"]):
+        found, missing = _distances(model, test, run, config, inputs)
+        metrics |= found
+        if not math.isfinite(metrics["d_stsp"]) and "d_stsp" not in missing:
             reasons.append("no generated point lies in the range of the data")
         try:
             spectrum, steps = _spectrum(model, test, inputs, config, dt)
@@ -166,7 +168,40 @@ def evaluate(
         lyapunov_steps=steps,
         findings=findings,
         failed="; ".join(reasons),
+        missing=missing,
+        spread=_spread(test, run),
     )
+
+
+def _distances(
+    model: Model, test: Array, run: Array, config: EvaluationConfig, inputs: Array | None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return D_stsp, D_H and PE of a finite free run, NaN where the test series does not allow one, and why."""
+    complete = np.isfinite(test).all(axis=1)
+    rows = spectral_rows(test, config.sigma)
+    asked: dict[str, Callable[[], Any]] = {
+        "d_stsp": lambda: d_stsp(test[complete], run),
+        "d_h": lambda: math.nan if rows is None else d_h(test[rows], run[rows], sigma=config.sigma),
+        "pe": lambda: _prediction_error(model, test, config.prediction_steps, inputs),
+    }
+    metrics, missing = {}, {}
+    for name, value in asked.items():
+        try:
+            metrics[name] = float(value())
+        except _UNFIT as error:
+            metrics[name], missing[name] = math.nan, str(error)
+    return metrics, missing
+
+
+def _spread(test: Array, run: Array) -> Array:
+    """Return (N,) the deviation of the run (T, N) in deviations of the test series, over the values that it has."""
+    known = np.isfinite(test) & np.isfinite(run)
+    found = np.full(test.shape[1], math.nan)
+    for index, rows in enumerate(known.T):
+        size = test[rows, index].std() if rows.any() else 0.0
+        with np.errstate(over="ignore", invalid="ignore"):  # a run about to diverge
+            found[index] = run[rows, index].std() / size if size > 0 else math.nan
+    return found
 
 
 def spectral_rows(test: Array, sigma: float) -> slice | None:

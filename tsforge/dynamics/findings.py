@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tsforge.dynamics.capture import Capture, CaptureSettings, capture_test
+from tsforge.dynamics.capture import KINDS, Capture, CaptureSettings, capture_test
 from tsforge.dynamics.fixed_points import Cycle, SearchBudget, find_cycles, is_enumerable
 from tsforge.dynamics.piecewise import Array, as_float64, checked_states, piecewise_linear
 from tsforge.dynamics.regions import RegionVisits, visited_regions
@@ -21,6 +21,7 @@ from tsforge.ops.plrnn import Shallow
 Expected = Literal["chaos", "oscillation", "rest"]
 _TOLERATED = 0.01  # share of runs that may end elsewhere without a warning
 _MARGIN = 0.1  # a cycle this share of the range outside still counts as on the data
+_SLOW = 0.1  # of near_zero: all runs that count as neither growing nor shrinking do grow by more
 _ARRIVED = 1e-2  # an end this near a cycle, in standard deviations of the data, has reached it
 
 
@@ -176,7 +177,7 @@ def judge(
     Of runs that are lost nothing else is said: how they move far from the data is not how the data move.
     """
     kept = ~capture.beyond
-    of_kept = replace(capture, kinds=capture.kinds[kept], periods=capture.periods[kept])
+    of_kept = replace(capture, kinds=capture.kinds[kept], periods=capture.periods[kept], growth=capture.growth[kept])
     share = of_kept.share if kept.any() else lambda kind: 0.0
     ends = {
         "rest": share("fixed"),
@@ -201,6 +202,7 @@ def judge(
         warnings.append(f"{_percent(ends['chaos'])} {whose} are chaotic, while {rule}.")
     runs = "free runs" if kept.all() else "free runs that are not lost"
     notes = [f"The {runs} show {right}: {_percent(ends[right])} of them."] if ends[right] > 0.0 else []
+    notes += _slow(of_kept)
     for finding in cycles:
         if finding.cycle.kind != "stable":
             continue
@@ -229,6 +231,18 @@ def _lost(capture: Capture) -> list[str]:
     if beyond > _TOLERATED:
         warnings.append(f"{_percent(beyond)} of the free runs from the data are lost: they end far outside its range.")
     return warnings
+
+
+def _slow(capture: Capture) -> list[str]:
+    """Return a note if the runs that count as closed curves all grow a little: chaos may be slow for their step."""
+    rates = capture.growth[capture.kinds == KINDS.index("near_zero")]
+    if len(rates) <= _TOLERATED * len(capture.kinds) or not rates.min() > _SLOW * capture.near_zero:
+        return []
+    return [
+        f"Deviations of the {len(rates)} runs that count as a closed curve all grow, by {np.median(rates):.2g} a step, "
+        f"below the rate that counts as none ({capture.near_zero:g}): this may be slow chaos, which a smaller "
+        "evaluation.near_zero tells."
+    ]
 
 
 def _lengths(capture: Capture) -> str:

@@ -74,6 +74,7 @@ class ReconstructionModule(pl.LightningModule):
         self.validation = validation
         self.trace: list[dict[str, Any]] = []
         self._every = max(train.epochs // _TRACE, 1)
+        self._steps = 0  # of the whole training
         self._optimiser: GroupedRAdam | None = None
 
     def configure_optimizers(self) -> None:
@@ -109,7 +110,8 @@ class ReconstructionModule(pl.LightningModule):
                     targets = x[:, 1:]
             inputs = self.windows.gather_inputs(starts[step - 1])
             series = self.windows.gather_series(starts[step - 1])
-            loss = self.network.loss(x, targets, settings, step, complete, inputs, series)
+            self._steps += 1
+            loss = self.network.loss(x, targets, settings, self._steps, complete, inputs, series)
             bad += self._optimiser.step(loss, rate)
             total += loss.detach()
             norms += self._optimiser.norm
@@ -212,9 +214,7 @@ def train_seeds(
     if (config.model.features > 0) != (series is not None):
         raise ConfigError("model.features needs the series of each trajectory, and these need it; give both")
     windows = RandomWindows(rows, train.sequence_length, seeds, device, inputs=driven, series=series)
-    tau = None
-    if config.forcing.method == "sparse" and config.forcing.tau is None:
-        tau = forcing_interval(max(trajectories, key=len))
+    tau = _estimated_tau(trajectories, config)
     values = torch.cat(rows)
     finite = values[values.isfinite()]
     span = (float(finite.min()), float(finite.max()))
@@ -261,6 +261,25 @@ def train_seeds(
         steps=train.epochs * train.batches_per_epoch,
         device=torch.cuda.get_device_name(0) if on_gpu else "cpu",
     )
+
+
+def _estimated_tau(
+    trajectories: Sequence[np.ndarray[Any, np.dtype[np.float64]]], config: ReconstructionConfig
+) -> int | None:
+    """Return the interval of sparse forcing that the data show, None where it is set or another forcing is.
+
+    Raises:
+        ConfigError: it is as long as the windows, so that nothing would be forced.
+    """
+    if config.forcing.method != "sparse" or config.forcing.tau is not None:
+        return None
+    tau = forcing_interval(max(trajectories, key=len))
+    if tau >= config.train.sequence_length:
+        raise ConfigError(
+            f"the data show an interval of sparse forcing of {tau} steps, and windows of train.sequence_length="
+            f"{config.train.sequence_length} are not longer: nothing would be forced; lengthen them, or set forcing.tau"
+        )
+    return tau
 
 
 class EpochLine(pl.Callback):

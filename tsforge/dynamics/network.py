@@ -123,7 +123,7 @@ class Reconstruction(nn.Module):
         """Return the loss (G,) of windows x (G, T + 1, B, N) against targets (G, T, B, N); updates alpha if it is due.
 
         Args:
-            step: 1, 2, ... of the epoch.
+            step: 1, 2, ... of the whole training.
             complete: no value is missing.
             inputs: (G, T, B, K) of the predicted steps, for a map with inputs.
             series: (G, B) indices of the series of the windows, for a map with features.

@@ -1,7 +1,7 @@
 """How strongly a model is forced while it learns: generalized, adaptive and sparse teacher forcing.
 
-Every ``interval``-th optimiser step of an epoch, the adaptive rule estimates what the Jacobians on the data would grow
-by, kappa, and with a = max(0, 1 - 1/kappa) sets
+Every ``interval``-th optimiser step of the training, the adaptive rule estimates what the Jacobians on the data would
+grow by, kappa, and with a = max(0, 1 - 1/kappa) sets
 
     alpha = a                                     if a > alpha           raised at once
     alpha = decay alpha + (1 - decay) a           otherwise              lowered slowly
@@ -97,7 +97,7 @@ class AlphaSchedule(nn.Module):
         self.register_buffer("alpha", torch.full((groups,), value, dtype=torch.float64))
 
     def due(self, step: int) -> bool:
-        """Return whether optimiser step ``step`` = 1, 2, ... of an epoch needs an estimate of kappa."""
+        """Return whether optimiser step ``step`` = 1, 2, ... of the training needs an estimate of kappa."""
         return self.config.method == "adaptive" and step % self.config.interval == 0
 
     @torch.no_grad()

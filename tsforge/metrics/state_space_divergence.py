@@ -31,6 +31,7 @@ Compat = Literal["exact", "reference"]
 
 _CHUNK_CELLS = 500_000  # samples x points held at once: 4 MB, and some copies of it
 _CODES = 2**62
+_ROUNDING = 4.0 * float(np.finfo(np.float64).eps)  # of the largest value: a range below is none
 # exp of anything below is 0 in float32, subnormal numbers included
 _UNDERFLOW = math.log(float(np.finfo(np.float32).smallest_subnormal) / 2.0)
 
@@ -257,11 +258,12 @@ class _Grid:
         else:
             self.low, high = states.min(axis=0), states.max(axis=0)
         self.width = high - self.low
-        constant = np.flatnonzero(~(self.width > 0))
+        rounding = _ROUNDING * np.abs(states).max(axis=0)
+        constant = np.flatnonzero(~(np.ptp(states, axis=0) > rounding) | ~(self.width > 0))
         if constant.size:
             raise DataError(
-                f"variate {constant[0]} of the true series is constant: it has no bins; leave it out or use "
-                "method='mixture'"
+                f"variate {constant[0]} of the true series is constant: it has no bins; leave it out (the mixture, "
+                "method='mixture' of d_stsp, can compare it)"
             )
         if preset.bins ** states.shape[1] > _CODES:
             raise ConfigError(

@@ -180,7 +180,7 @@ def test_a_test_file_needs_the_inputs_too(table: Path) -> None:
         ({"columns": ["aa"]}, ConfigError, "did you mean 'a'|no column 'aa'"),
         ({"step": "steps"}, ConfigError, "did you mean 'step'"),
         ({"split": 0.9}, DataError, "at least 20"),
-        ({"step": "a"}, DataError, "does not rise|judging"),
+        ({"step": "a"}, DataError, "does not rise"),
     ],
 )
 def test_mistakes(table: Path, settings: dict[str, Any], error: type[Exception], fragment: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tsforge.core.errors import ModelError
 from tsforge.dynamics.capture import KINDS, CaptureSettings, capture_test
+from tsforge.dynamics.findings import judge
 from tsforge.ops.plrnn import Shallow
 
 SMALL = CaptureSettings(runs=40, steps=3000, tangent_steps=1000)
@@ -82,6 +84,22 @@ def test_turning_maps(modulus: float, kind: str) -> None:
     capture = capture_test(turning(modulus), np.random.default_rng(0).normal(size=(40, 2)), settings=settings)
     assert capture.share(kind) == 1.0
     np.testing.assert_allclose(capture.growth, math.log(modulus), atol=1e-6)
+
+
+def test_slow_chaos_is_told_by_a_smaller_rate_and_noted_before() -> None:
+    slope = 1.0007  # grows by 7e-4 a step
+    tent = Shallow(
+        np.array([slope]), np.array([[-2 * slope, 0.0]]), np.array([[1.0], [-1.0]]), np.zeros(1), np.array([-0.5, -1.0])
+    )
+    states = np.linspace(0.45, 0.5, 200)[:, None]
+    usual = capture_test(tent, states, settings=SMALL)
+    assert usual.share("near_zero") == 1.0
+    (note,) = [text for text in judge((), usual)[1] if "slow chaos" in text]
+    assert "all grow, by 0.0007 a step" in note
+    exact = capture_test(tent, states, settings=replace(SMALL, near_zero=1e-4))
+    assert exact.share("expanding") == 1.0
+    turn = capture_test(turning(1.0), np.random.default_rng(0).normal(size=(40, 2)), settings=SMALL)
+    assert not any("slow chaos" in text for text in judge((), turn)[1])
 
 
 def test_a_cycle_that_stretches_deviations_within_each_turn_is_neither_growing_nor_shrinking() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,35 @@ def test_a_stretch_is_long_enough_by_the_smoothing_or_by_half_the_series(missing
     assert spectral_rows(test, 2.0) == rows
     if rows is not None:
         assert spectral_rows(test, 20.0) == (None if rows.start > 50 else rows)  # half the series: 50 rows
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason", "change"),
+    [
+        ("pe", "PE\\(20\\) needs a series .* more than 20 rows", lambda test: test[:20]),
+        ("pe", "no complete row", lambda test: np.where(np.arange(400)[:, None] % 20 < 2, test, np.nan)),
+        ("d_stsp", "variate 1 of the true series is constant", lambda test: test * [1, 0] + [0, 0.1]),
+    ],
+)
+def test_a_metric_that_the_test_rows_do_not_allow_is_nan_and_says_why(metric: str, reason: str, change: Any) -> None:
+    judged = evaluate(rotation(0.999), change(circle()), SMALL, 1.0)
+    assert math.isnan(judged.metrics[metric])
+    assert re.search(reason, judged.missing[metric])
+    assert judged.failed == "", "the model is not to blame"
+    assert math.isfinite(judged.metrics["lambda_1"])
+    assert np.isfinite(judged.free_run).all()
+
+
+def test_the_size_of_a_free_run_is_told_and_a_dead_one_has_no_spectrum() -> None:
+    test = circle()
+    judged = evaluate(rotation(0.999), test, SMALL, 1.0)
+    np.testing.assert_allclose(judged.spread, judged.free_run.std(0) / test.std(0))
+    assert judged.metrics["d_h"] < 0.2
+    dead = evaluate(rotation(0.95), test, SMALL, 1.0)  # 0.95^100 = 0.006
+    assert dead.spread.max() < 0.01
+    assert dead.metrics["d_h"] == 1.0
+    test[10:20] = np.nan
+    assert np.isfinite(evaluate(rotation(0.999), test, SMALL, 1.0).spread).all()
 
 
 def test_a_run_that_diverges_has_no_metrics_and_says_why() -> None:

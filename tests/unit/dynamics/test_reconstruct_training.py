@@ -31,6 +31,31 @@ def config(**changes: Any) -> ReconstructionConfig:
     return validate(ReconstructionConfig, plain)
 
 
+def test_steps_of_the_forcing_are_counted_over_the_whole_training() -> None:
+    """With 6 steps an epoch, every 4th: steps 4, 8, 12, ... and not the 4th of each epoch; every 7th is not never."""
+
+    def kappas(interval: int) -> list[bool]:
+        settings = config(train={"epochs": 4}, forcing={"interval": interval})
+        return [row["kappa"][0] == row["kappa"][0] for row in train_seeds([SERIES], settings, [0]).trace]
+
+    assert kappas(7) == [False, True, True, True]
+    seen: list[int] = []
+    original = Reconstruction._estimate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reconstruction, "_estimate", lambda *args: seen.append(1) or original(*args))
+        train_seeds([SERIES], config(forcing={"interval": 4}), [0])
+    assert len(seen) == 18 // 4
+
+
+def test_an_interval_of_sparse_forcing_that_forces_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(forcing={"method": "sparse"})
+    monkeypatch.setattr(module, "forcing_interval", lambda series: 10)
+    with pytest.raises(ConfigError, match=r"sparse forcing of 10 steps.*sequence_length=10 are not longer"):
+        train_seeds([SERIES], settings, [0])
+    monkeypatch.setattr(module, "forcing_interval", lambda series: 9)
+    assert train_seeds([SERIES], settings, [0]).network.schedule.tau == 9
+
+
 def test_windows_stay_inside_a_trajectory_and_reach_its_last_row() -> None:
     first, second = torch.arange(8.0)[:, None], 100 + torch.arange(7.0)[:, None]
     windows = RandomWindows([first, second], 4, [0])

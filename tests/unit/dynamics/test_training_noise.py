@@ -99,11 +99,9 @@ def test_windows_get_it(noise: float | None, added: list[float], monkeypatch: py
         return original(self, x, targets, *args)
 
     monkeypatch.setattr(Reconstruction, "loss", noted)
-    plain = {
-        "data": {"path": "x.parquet"},
-        "model": {"hidden": 4},
-        "train": {"epochs": 2, "batches_per_epoch": 10, "sequence_length": 20, "noise": noise, "noise_on": "inputs"},
-    }
+    size = {"epochs": 2, "batches_per_epoch": 10, "sequence_length": 20}
+    where = {} if noise == 0 else {"noise_on": "inputs"}  # of no noise there is no place
+    plain = {"data": {"path": "x.parquet"}, "model": {"hidden": 4}, "train": {**size, "noise": noise, **where}}
     rows = WAVE + np.array([0.0, 0.1]) * NORMAL[:, :2]
     train_seeds([rows], validate(ReconstructionConfig, plain), [0])
     spread = torch.cat(seen).std(0).numpy()

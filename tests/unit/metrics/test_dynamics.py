@@ -305,6 +305,28 @@ def test_checklist_8_9_a_constant_series_has_distance_1() -> None:
     assert d_h(half, half).per_variate == (0.0, 1.0)
 
 
+def test_the_tremor_of_a_dead_model_has_no_spectrum() -> None:
+    """Of 100 rows nothing but the z-score of a tremor would be left to compare, and it would look like the data."""
+    data = walk(3, 100, 2)
+    tremor = np.random.default_rng(0).standard_normal((100, 2)) * data.std(axis=0)
+    assert d_h(data, 0.02 * tremor).value < 0.5
+    result = d_h(data, np.column_stack([0.009 * tremor[:, 0], 0.02 * tremor[:, 1]]))
+    assert result.per_variate[0] == 1.0
+    assert result.per_variate[1] < 0.5
+    assert d_h(data, 1e6 * tremor).value == pytest.approx(d_h(data, tremor).value)
+    assert d_h(1e200 * data, 1e200 * tremor).value == pytest.approx(d_h(data, tremor).value)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-3, 0.1, 3.0, 1e12])
+def test_a_variate_constant_up_to_rounding_has_no_bins(level: float) -> None:
+    data = walk(3, 200, 2)
+    data[:, 1] = level * (1 + 2e-16 * np.random.default_rng(0).integers(0, 2, 200))
+    with pytest.raises(DataError, match="variate 1 of the true series is constant"):
+        d_stsp(data, data)
+    data[:, 1] += max(level, 1.0) * 1e-12 * np.arange(200)
+    assert d_stsp(data, data).value == 0.0
+
+
 def test_frequencies_cut_the_spectrum() -> None:
     time = np.arange(1000)[:, None]
     slow = np.sin(2 * np.pi * time / 100.0)

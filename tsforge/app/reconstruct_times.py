@@ -1,0 +1,236 @@
+"""Times of trajectories: which column holds them, where they break, and how far apart the rows are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from tsforge.core.errors import DataError, listing
+
+_PLAIN = ("step", "time", "t")  # taken as they are, before all others
+_NAMES = (*_PLAIN, "timestamp", "datetime", "date", "index")  # in any case of letters
+_DOUBTFUL = ("t", "index")  # T may be a temperature, an index one of prices: taken only where it rises
+_PANDAS = re.compile(r"__index_level_\d+__")
+_SECONDS = {"ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_BREAK = 1.5  # usual spacings from which a gap ends a trajectory
+_UNEVEN = 0.01  # of the spacing
+_MOST_BREAKS = 0.05  # share of gaps
+_MOST_FALLS = 0.25
+_SAME = 0.05  # intervals of two files that count as equal differ by less than this share
+_FEW = 20  # rows from which a column can be told to be a clock
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clock:
+    """What the times of a table say.
+
+    Attributes:
+        breaks: (R,) rows that begin a trajectory.
+        spacing: between two rows; None without times, or with one row a trajectory.
+        is_date: the spacing is in seconds, of dates; else in the unit of the column.
+    """
+
+    breaks: NDArray[np.bool_]
+    spacing: float | None = None
+    is_date: bool = False
+
+    @property
+    def is_count(self) -> bool:
+        """Whether the times may only count the rows, and say nothing of the interval."""
+        return self.spacing == 1.0 and not self.is_date
+
+
+def find_clock(table: pl.DataFrame, taken: Iterable[str | None]) -> str | None:
+    """Return the column of times by its name, else the only column of dates, else None.
+
+    Args:
+        taken: columns that are something else.
+    """
+    known = set(taken)
+    free = [name for name in table.columns if name not in known]
+    named = clock_names(table, free)
+    if named:
+        return named[0]
+    dates = [name for name in free if table[name].dtype in (pl.Date, pl.Datetime)]
+    return dates[0] if len(dates) == 1 else None
+
+
+def clock_names(table: pl.DataFrame, columns: Iterable[str]) -> list[str]:
+    """Return the columns that their name says are times, the likeliest first."""
+    names = list(columns)
+    found = [name for name in _PLAIN if name in names]
+    others = [name for wanted in _NAMES for name in names if name.lower() == wanted and name not in found]
+    others += [name for name in names if is_row_index(name)]
+    return found + [name for name in others if _may(table[name])]
+
+
+def is_row_index(name: str) -> bool:
+    """Whether pandas gave the column this name: an index of rows that had none."""
+    return _PANDAS.fullmatch(name) is not None
+
+
+def _may(values: pl.Series) -> bool:
+    """Return whether values can be times, and rise if their name leaves it open."""
+    if values.dtype == pl.String:
+        return _dates(values) is not None
+    if values.dtype.is_temporal():
+        return True
+    if not values.dtype.is_numeric():
+        return False
+    if values.name.lower() not in _DOUBTFUL:
+        return True
+    gaps = np.diff(values.cast(pl.Float64).to_numpy())
+    return len(gaps) > 0 and float(np.mean(gaps > 0)) > 1 - _MOST_FALLS
+
+
+def _dates(values: pl.Series) -> pl.Series | None:
+    """Return text as dates, None where it holds others."""
+    try:
+        return values.str.to_datetime(time_unit="us")
+    except pl.exceptions.PolarsError:
+        return None
+
+
+def read_clock(times: pl.Series, fresh: NDArray[np.bool_], file: str, notes: list[str]) -> Clock:
+    """Return where trajectories begin and how far apart rows are; uneven times are noted.
+
+    A gap ends a trajectory if it is longer than 1.5 usual ones, or if the times do not rise.
+
+    Args:
+        fresh: (R,) rows that begin a trajectory anyway.
+        file: for messages.
+
+    Raises:
+        DataError: no times, missing ones, rows that are not sorted, or breaks everywhere.
+    """
+    values, seconds = _moments(times, file)
+    gaps = np.diff(values)
+    inside = gaps[~fresh[1:]]
+    unit = "" if seconds is None else " s"
+    scale = 1.0 if seconds is None else seconds
+    if not len(inside):
+        return Clock(breaks=fresh, is_date=seconds is not None)
+    falls = float(np.mean(inside <= 0))
+    if falls > _MOST_FALLS:
+        raise DataError(
+            f"{file}: the column of times '{times.name}' does not rise in {falls:.0%} of the rows; sort the file by it "
+            "(of several series by their name first, see data.series), or name another column with data.step"
+        )
+    spacing = float(np.median(inside[inside > 0]))
+    jumps = float(np.mean(inside > _BREAK * spacing))
+    if jumps > _MOST_BREAKS:
+        raise DataError(
+            f"{file}: the times in '{times.name}' are uneven or not sorted: {jumps:.0%} of the gaps are longer than "
+            f"{_BREAK} times the usual {spacing * scale:g}{unit}, and {falls:.0%} do not rise; sort the rows, bring "
+            "them to one interval, or name a column that counts the rows with data.step"
+        )
+    breaks = fresh.copy()
+    breaks[1:] |= (gaps <= 0) | (gaps > _BREAK * spacing)
+    kept = gaps[~breaks[1:]]
+    off = float(np.mean(np.abs(kept - spacing) > _UNEVEN * spacing))
+    if off:
+        extent = f"{kept.min() * scale:.6g} to {kept.max() * scale:.6g}"
+        notes.append(
+            f"the times in '{times.name}' are uneven: {off:.1%} of the gaps are not the usual "
+            f"{spacing * scale:.6g}{unit} ({extent}); rows are taken as evenly spaced"
+        )
+        spacing = float(kept.mean())
+    return Clock(breaks=breaks, spacing=spacing * scale, is_date=seconds is not None)
+
+
+def _moments(times: pl.Series, file: str) -> tuple[NDArray[np.int64] | NDArray[np.float64], float | None]:
+    """Return times as numbers, in their own integers where they are whole, and the seconds of one of dates."""
+    missing = times.null_count()
+    if missing:
+        raise DataError(
+            f"{file}: the column of times '{times.name}' has {missing} missing value(s); fill them, or name another "
+            "column with data.step"
+        )
+    dates = _dates(times) if times.dtype == pl.String else times
+    if dates is None or not (dates.dtype.is_temporal() or dates.dtype.is_numeric()):
+        raise DataError(f"{file}: the column of times '{times.name}' holds {times.dtype}, not numbers or dates")
+    kind, seconds = dates.dtype, None
+    if kind.is_temporal():
+        seconds = 86_400.0 if kind == pl.Date else _SECONDS[getattr(kind, "time_unit", None) or "ns"]
+        dates = dates.to_physical()
+    try:
+        values = dates.cast(pl.Int64 if dates.dtype.is_integer() else pl.Float64).to_numpy()
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{file}: the times in '{times.name}' are beyond the range of whole numbers") from error
+    if not np.isfinite(values).all():
+        raise DataError(f"{file}: the column of times '{times.name}' has values that are not finite; mend them")
+    return values, seconds
+
+
+def check_same_interval(train: Clock, every: int, test: Clock, test_every: int, file: str) -> None:
+    """Refuse two files whose rows are not equally far apart.
+
+    Columns that count the rows of both say nothing of it, nor do numbers beside dates.
+
+    Raises:
+        DataError: the intervals differ by more than 5 %.
+    """
+    if train.spacing is None or test.spacing is None or train.is_date != test.is_date:
+        return
+    if train.is_count and test.is_count:
+        return
+    one, other = every * train.spacing, test_every * test.spacing
+    if abs(one - other) > _SAME * max(one, other):
+        raise DataError(
+            f"rows that train are {one:.6g} apart (data.every={every}), those of {file} {other:.6g} "
+            f"(data.test_every={test_every}): a model steps one interval; choose these two so that both are the same"
+        )
+
+
+def interval_note(spacing: float | None, is_date: bool, dt: float | None) -> str | None:
+    """Return what to say of ``dt`` beside the interval of the rows that train, None for nothing.
+
+    Args:
+        spacing: after ``data.every``; in seconds where ``is_date``.
+        dt: None where nobody set it.
+    """
+    if spacing is None:
+        return None
+    unit = " s" if is_date else ""
+    if dt is None:
+        return (
+            f"rows are {spacing:.6g}{unit} apart: exponents and frequencies are per row; dt={spacing:.6g} makes them "
+            f"per {'second' if is_date else 'unit of time'}"
+        )
+    if is_date or abs(dt - spacing) <= _SAME * max(dt, spacing):
+        return None
+    return f"dt={dt:g}, but rows are {spacing:.6g} apart in the column of times; exponents are per unit of dt"
+
+
+def suspect_variates(table: pl.DataFrame, columns: Iterable[str]) -> list[str]:
+    """Return notes on variates that look like times or like names of trajectories."""
+    clocks, names = [], []
+    for name in columns:
+        values = table[name].cast(pl.Float64).drop_nulls().to_numpy()
+        values = values[np.isfinite(values)]
+        if len(values) < _FEW:
+            continue
+        gaps = np.diff(values)
+        usual = float(np.median(gaps))
+        even = usual != 0 and float(np.mean(np.abs(gaps - usual) <= _SAME * abs(usual))) > 1 - _MOST_BREAKS
+        if even or (gaps > 0).all() or (gaps < 0).all():
+            clocks.append(name)
+        elif (values == np.round(values)).all() and 0 < np.count_nonzero(gaps) < len(values) / _FEW:
+            names.append(name)
+    notes = []
+    if clocks:
+        notes.append(
+            f"taken as variates, but they run on from row to row as times do: {listing(clocks)}; data.step={clocks[0]} "
+            "if it holds the times, data.columns to leave it out"
+        )
+    if names:
+        notes.append(
+            f"taken as variates, but they are whole numbers that rarely change: {listing(names)}; "
+            f"data.series={names[0]} if it names the trajectory of each row, data.columns to leave it out"
+        )
+    return notes
