@@ -9,7 +9,7 @@ import streamlit as st
 
 from dashboards import address, triage_charts
 from dashboards.event_actions import action_bar
-from dashboards.state import detection, moment, series_table, table
+from dashboards.state import detection, moment, series_table, span, table
 from dashboards.text import code, plain
 from tsforge.app import triage
 from tsforge.app.events import audit_trail, list_maintenance
@@ -68,7 +68,7 @@ def _choose(mine: pl.DataFrame) -> dict[str, Any]:
     st.markdown(f"#### Incident of {len(ranked)} events in {mine['series_id'].n_unique()} series")
     rows = {row["event_id"]: row for row in ranked}
     names = {
-        key: f"{row['series_id']}, {_span(row)}, {row['human_state']}, peak {row['peak_score'] or 0:.3g}"
+        key: f"{row['series_id']}, {span(row)}, {row['human_state']}, peak {row['peak_score'] or 0:.3g}"
         for key, row in rows.items()
     }
     named, state = address.get("event").rpartition("/")[2], f"member-{ranked[0]['event_id']}"
@@ -80,17 +80,9 @@ def _choose(mine: pl.DataFrame) -> dict[str, Any]:
     return rows[chosen]
 
 
-def _span(event: dict[str, Any]) -> str:
-    start, end = moment(event["start"]), moment(event["end"])
-    if start == end:
-        return start
-    day, _, clock = end.partition(" ")
-    return f"{start} to {clock if clock and start.startswith(day) else end}"
-
-
 def _head(workspace: Workspace, event: dict[str, Any], mine: pl.DataFrame) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown(f"{'#####' if mine.height > 1 else '####'} {plain(event['series_id'])}, {_span(event)}")
+        st.markdown(f"{'#####' if mine.height > 1 else '####'} {plain(event['series_id'])}, {span(event)}")
         st.badge(event["human_state"], color=STATE_COLOURS[event["human_state"]])
         if event["state"] == "open":
             st.badge("still going on", icon=":material/sensors:", color="blue")

@@ -189,6 +189,15 @@ def moment(value: object) -> str:
     return value.strftime(MINUTE) if isinstance(value, datetime) else str(value)
 
 
+def span(event: Mapping[str, Any]) -> str:
+    """Return from when to when an event lasted; the day once where it ends on the one it began."""
+    start, end = moment(event["start"]), moment(event["end"])
+    if start == end:
+        return start
+    day, _, clock = end.partition(" ")
+    return f"{start} to {clock if clock and start.startswith(day) else end}"
+
+
 def series_table(name: str, series: str, *, artifact: str | None = None) -> pl.DataFrame:
     """Return the rows of one series, stored or a sum (as a model was fitted); cached until the data set changes."""
     home = workspace()

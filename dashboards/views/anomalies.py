@@ -19,6 +19,7 @@ from dashboards.state import (
     moment,
     page,
     series_table,
+    span,
     table,
 )
 from dashboards.text import plain
@@ -109,17 +110,12 @@ def _choose_series(report: StoredDetection, where: Any) -> str:
 
 def _choose_event(events: pl.DataFrame) -> dict[str, Any]:
     rows = {row["event_id"]: row for row in events.iter_rows(named=True)}
-    names = {key: f"{_span(row)}, peak {row['peak_score']:.3g}, first {_first(row)}" for key, row in rows.items()}
+    names = {key: f"{span(row)}, peak {row['peak_score']:.3g}, first {_first(row)}" for key, row in rows.items()}
     return rows[choose("Event (strongest first)", list(rows), "event", names=names)]
 
 
 def _first(event: dict[str, Any]) -> str:
     return event["variates"][0]["variate"] if event["variates"] else "unknown"
-
-
-def _span(event: dict[str, Any]) -> str:
-    start, end = moment(event["start"]), moment(event["end"])
-    return start if start == end else f"{start} to {end}"
 
 
 def _timeline(report: StoredDetection, series: str, event: dict[str, Any] | None, events: pl.DataFrame | None) -> None:
@@ -161,7 +157,7 @@ def _one_event(event: dict[str, Any]) -> None:
         "state": "open: still going on at the end of the data" if event["state"] == "open" else "closed",
     }
     with right:
-        st.markdown(f"**Event of {_span(event)}**")
+        st.markdown(f"**Event of {span(event)}**")
         table([{"fact": name, "value": value} for name, value in facts.items() if value])
         st.caption(f"Rule: {plain(event['rule'])}")
 

@@ -332,7 +332,8 @@ class TestBackfill:
             ("2026-03-04", "2026-03-05", "daily", "not a step"),
             ("2026-03-04", "2026-03-05", "-1d", "not a step"),
             ("2026-03-04", "2026-03-04T01", "1ms", "step of 1ms .* about 3,600,001 batches, more than 100,000"),
-            ("yesterday", "2026-03-05", "1d", "not an ISO time"),
+            ("yesterday", "2026-03-05", "1d", "as-of: time 'yesterday' is not an ISO date"),
+            ("0001-01-01T00:00+05:00", "2026-03-05", "1d", "lies outside the years 1 to 9999"),
         ],
     )
     def test_bad_ranges(self, site: Any, start: str, stop: str, every: str, message: str) -> None:

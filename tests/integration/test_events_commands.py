@@ -136,6 +136,10 @@ def test_filters_and_refusals(tsforge: Any) -> None:
     assert all(row["end"] >= "2026-03-03T05:00" and row["series_id"] == "a" for row in late)
     refused = [
         (("list", "--since", "soon"), 3, "not an ISO date"),
+        (("list", "--since", "10000-01-01"), 3, "not an ISO date"),
+        (("list", "--since", "9999-12-31T23:30-05:00"), 3, "lies outside the years 1 to 9999"),
+        (("export", "--since", "0001-01-01T00:00+05:00", "--output", "x.csv"), 3, "lies outside the years 1 to 9999"),
+        (("prune", "--before", "9999-12-31T23:30-05:00"), 3, "lies outside the years 1 to 9999"),
         (("list", "--dataset", "plnt"), 3, "did you mean 'plant'"),
         (("list", "--state", "odd"), 3, "no event state odd"),
         (("show", "0000000000"), 3, "no event '0000000000'"),

@@ -20,7 +20,7 @@ import polars as pl
 from tsforge.anomaly.detector import detect
 from tsforge.app import batch_online, published
 from tsforge.app.batch_config import BatchConfig, DetectStage, ForecastStage
-from tsforge.app.checks import CheckResult, before, run_checks
+from tsforge.app.checks import CheckResult, run_checks
 from tsforge.app.events import Recorded, confirmed_spans, record_report
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import IngestConfig, ingest, load_history, mask_invalid
@@ -32,7 +32,9 @@ from tsforge.core.signals import interrupts_held
 from tsforge.core.workspace import Workspace
 from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.config import DataConfig
+from tsforge.data.durations import before
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.grid import parse_moment
 from tsforge.data.vintages import Delays, newest, published_by
 from tsforge.forecasting.coherent_predict import predict_coherent
 from tsforge.forecasting.cold_start import ColdStartConfig, history_rows, predict_cold
@@ -152,10 +154,9 @@ def parse_as_of(text: str | datetime | None) -> datetime:
     if text is None:
         return now.replace(microsecond=0)
     try:
-        moment = text if isinstance(text, datetime) else datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ConfigError(f"'{text}' is not an ISO time such as 2026-03-01T06:00:00Z or 2026-03-01") from error
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        moment = parse_moment(text)
+    except DataError as error:
+        raise ConfigError(f"as-of: {error}") from error
     if moment.microsecond:
         raise ConfigError(f"as-of {moment.isoformat()} is finer than a second; round it")
     if moment > now + timedelta(minutes=1):
@@ -236,7 +237,7 @@ def changed_settings(stored: Any, now: Any, name: str = "") -> Iterator[str]:
 
 def _claimed(ledger: Ledger, claim: Claim, work: _Work, path: Path, force: bool) -> BatchResult:
     """Do the work under a claim and close it in the ledger, whatever happens short of a kill."""
-    with _on_record(ledger, claim):
+    with ledger.on_record(claim):
         leftovers = published.recover(path)
         if leftovers:
             log_event(LOGGER, "removed unfinished folders", job=work.config.name, folders=leftovers)
@@ -265,22 +266,6 @@ def _claimed(ledger: Ledger, claim: Claim, work: _Work, path: Path, force: bool)
             f"complete ({result.partition.path}); run the same command again to go on"
         )
     return result
-
-
-@contextmanager
-def _on_record(ledger: Ledger, claim: Claim) -> Iterator[None]:
-    """Close the claim in the ledger when the block fails or is interrupted."""
-    try:
-        yield
-    except TsforgeError as error:
-        ledger.fail(claim, f"{type(error).__name__}: {error}")
-        raise
-    except KeyboardInterrupt:
-        ledger.release(claim, "interrupted")
-        raise
-    except BaseException as error:
-        ledger.fail(claim, f"{type(error).__name__}: {error} (a bug in tsforge)")
-        raise
 
 
 def _recover_earlier(ledger: Ledger, work: _Work) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from tsforge.anomaly.config import DetectConfig
-from tsforge.app.checks import CheckConfig, NonEmptyCheck, Span
+from tsforge.app.checks import CheckConfig, NonEmptyCheck
 from tsforge.core.config import Config, QuantileLevel
 from tsforge.data.config import DataConfig
+from tsforge.data.durations import Span
 from tsforge.forecasting.cold_start import ColdStartConfig
 from tsforge.forecasting.online_rules import OnlineConfig
 from tsforge.forecasting.reconcile import ReconcileConfig

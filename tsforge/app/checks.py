@@ -11,39 +11,15 @@ from datetime import datetime
 from typing import Annotated, Literal
 
 import polars as pl
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field
 
 from tsforge.core.config import Config
-from tsforge.core.errors import ConfigError, DataError, listing, nearest
+from tsforge.core.errors import DataError, listing, nearest
+from tsforge.data.durations import Span, Step, before
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import canonical_freq
 
 Severity = Literal["block", "warn"]
-
-
-def before(moment: datetime, span: str) -> datetime:
-    """Return the moment one span (``6h``, ``7d``, ``1mo``) earlier.
-
-    Raises:
-        DataError: the span is not a duration.
-    """
-    try:
-        earlier: datetime = pl.select(pl.lit(moment).dt.offset_by(f"-{span}")).item()
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"'{span}' is not a duration such as 6h, 7d or 1mo") from error
-    return earlier
-
-
-def _checked(value: str) -> str:
-    try:
-        before(datetime(2000, 1, 1), value)
-    except DataError as error:
-        raise ValueError(str(error)) from error
-    return value
-
-
-Span = Annotated[str, AfterValidator(_checked)]
-"""A duration such as 6h, 7d or 1mo."""
 
 
 class _Check(Config):
@@ -99,15 +75,7 @@ class FrequencyCheck(_Check):
     """The data has this step (a source that silently changes from hourly to daily is caught here)."""
 
     kind: Literal["frequency"] = "frequency"
-    freq: str
-
-    @field_validator("freq")
-    @classmethod
-    def _is_frequency(cls, value: str) -> str:
-        try:
-            return canonical_freq(value)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
+    freq: Annotated[Step, AfterValidator(canonical_freq)]
 
 
 CheckConfig = Annotated[

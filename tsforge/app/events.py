@@ -19,6 +19,7 @@ from tsforge.core.errors import ConfigError, DataError, TsforgeError, listing, n
 from tsforge.core.workspace import Workspace
 from tsforge.data.event_steps import Recorded
 from tsforge.data.event_store import FROM, Action, Change, EventStore
+from tsforge.data.grid import parse_time, reads_as_integer
 from tsforge.data.store import SeriesStore
 
 __all__ = [
@@ -355,11 +356,4 @@ def _moment(store: EventStore, dataset: str | None, text: str) -> datetime | int
     """Return a time given as text, as the data sets it is about count time; where both kinds occur, as it looks."""
     table = store.datasets()
     kinds = set(table.filter(pl.col("dataset") == dataset if dataset else True)["has_integer_time"])
-    if kinds != {False} and text.lstrip("-").isdecimal():
-        return int(text)
-    if kinds == {True}:
-        raise DataError(f"time '{text}' is not an integer, but the data has integer time")
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError as error:
-        raise DataError(f"time '{text}' is not an ISO date such as 2013-01-31T06:00") from error
+    return parse_time(text, integer=kinds == {True} or (kinds != {False} and reads_as_integer(text)))

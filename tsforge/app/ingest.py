@@ -20,6 +20,7 @@ from tsforge.data.aggregates import with_aggregates
 from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.cleaning import Dataset, covariates_alone, read_dataset
 from tsforge.data.config import DataConfig
+from tsforge.data.durations import before
 from tsforge.data.findings import IngestReport
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeLike
@@ -114,6 +115,7 @@ def ingest(config: IngestConfig, workspace: Workspace, *, progress: bool = False
             config=config.data.model_dump(mode="json"),
             nulls=config.data.nulls,
             labels=dataset.labels,
+            present=dataset.present,
         )
     seconds = (datetime.now(UTC) - started).total_seconds()
     result = IngestResult(record=record, report=dataset.report, checks=checks, seconds=seconds)
@@ -199,6 +201,30 @@ def check_stored(config: IngestConfig, workspace: Workspace) -> tuple[CheckResul
     frame = load_dataset(workspace, config.data.name)
     moment = config.as_of or datetime.now(UTC)
     return tuple(run_checks(frame, config.checks, moment if moment.tzinfo else moment.replace(tzinfo=UTC)))
+
+
+def remove_dataset(workspace: Workspace, name: str, *, confirmed: bool) -> dict[str, Any]:
+    """Remove a stored dataset whole and return what went: ``removed, rows, series``.
+
+    Events, batch records, artifacts and runs that refer to it stay.
+
+    Raises:
+        ConfigError: not ``confirmed``; the message says what would go.
+        DataError: the dataset is not in the store.
+        BackendError: the database did not do its part; nothing was removed.
+    """
+    with closing(SeriesStore(workspace.database_url)) as store:
+        store.config(name)  # says what there is instead
+        record = store.datasets().row(by_predicate=pl.col("name") == name, named=True)
+        if not confirmed:
+            raise ConfigError(
+                f"data remove {name} would remove {record['rows']} rows of {record['series']} series and their labels "
+                "for good; events, batch records and artifacts stay; give --yes to do it"
+            )
+        store.remove(name)
+    facts = {"removed": name, "rows": record["rows"], "series": record["series"]}
+    log_event(_LOG, "removed", dataset=name, rows=record["rows"], series=record["series"])
+    return facts
 
 
 def load_dataset(
@@ -425,10 +451,17 @@ def _note_hidden(counts: Mapping[str, int], name: str) -> None:
 
 
 def max_age(settings: Mapping[str, Any]) -> timedelta | None:
-    """Return the ``max_age`` of a dataset's stored settings, or None where none is stated."""
+    """Return the ``max_age`` of a dataset's stored settings, None where none is stated.
+
+    Older versions stored some that are no duration above zero: a warning names it, and it counts as not stated.
+    """
     text = settings.get("max_age")
     if not text:
         return None
-    start = datetime(2000, 1, 1)
-    end: datetime = pl.select(pl.lit(start).dt.offset_by(text)).item()
-    return end - start
+    start = datetime(2001, 1, 1, tzinfo=UTC)
+    try:
+        return start - before(start, text)
+    except DataError as error:
+        name = settings.get("name")
+        _LOG.warning("max_age '%s' of dataset '%s' counts as not stated: %s; ingest it again", text, name, error)
+        return None

@@ -17,16 +17,16 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from tsforge.app.batch import BatchBusy, changed_settings, data_seen_until, parse_as_of
-from tsforge.app.checks import Span, before
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import IngestConfig, ingest, load_history
 from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config
-from tsforge.core.errors import ConfigError, DataError, TsforgeError, listing
+from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.config import DataConfig
+from tsforge.data.durations import Span, before
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.splits import SplitConfig
 from tsforge.data.vintages import Delays, History, VintageFrame, newest, published_by, seen_from
@@ -201,17 +201,8 @@ def _kept(run: LedgerRun, config: RetrainConfig, as_of: datetime) -> RetrainResu
 def _claimed(
     ledger: Ledger, claim: Claim, config: RetrainConfig, as_of: datetime, workspace: Workspace
 ) -> RetrainResult:
-    try:
+    with ledger.on_record(claim):
         result = _retrain(config, as_of, workspace)
-    except TsforgeError as error:
-        ledger.fail(claim, f"{type(error).__name__}: {error}")
-        raise
-    except KeyboardInterrupt:
-        ledger.release(claim, "interrupted")
-        raise
-    except BaseException as error:
-        ledger.fail(claim, f"{type(error).__name__}: {error} (a bug in tsforge)")
-        raise
     details = {**result.facts, "promoted": result.promoted, _SETTINGS: config.model_dump(mode="json")}
     ledger.finish(claim, message=result.reason, details=details)
     log_event(LOGGER, "retrained", job=config.name, promoted=result.promoted, reason=result.reason)

@@ -16,8 +16,9 @@ from tsforge.anomaly.health import HEALTH_RATIO, health_history
 from tsforge.app.catalog_results import StoredDetection, list_detections
 from tsforge.app.events import FROM, Action, act, add_maintenance, audit_trail, open_events
 from tsforge.contracts.tables import JOINT
-from tsforge.core.errors import DataError
+from tsforge.core.errors import ConfigError, DataError
 from tsforge.core.workspace import Workspace
+from tsforge.data.grid import parse_moment
 from tsforge.data.suppressions import WEEKDAYS
 
 __all__ = [
@@ -362,28 +363,35 @@ def maintain(
         workspace: whose.
         event: its data set is meant, and its kind of time.
         series: a shell-like pattern.
-        start, end: ISO times (UTC), or numbers where time is a number; both included.
-        weekly: on the weekday of ``start``, from its clock time to that of ``end``, every week.
+        start, end: ISO times (UTC where they have no offset), or numbers where time is a number; both included.
+        weekly: on the weekday of ``start``, from its clock time to that of ``end``, every week, all of them in UTC.
         reason: why.
         actor: who.
 
     Raises:
-        ConfigError: a time that is none, an end before its start, no reason, nobody.
+        ConfigError: a time that is none, an end before its start, a weekly window longer than a day, no reason, nobody.
     """
     rule: dict[str, Any] = {"reason": reason, "dataset": event["dataset"], "series": series}
     if weekly:
-        first, last = _moment(start), _moment(end)
-        if not 0 < (last - first).total_seconds() <= 86_400:
-            raise DataError(f"a weekly window lasts up to a day; from {start} to {end} is no such window")
-        clock = {"opens": f"{first:%H:%M}", "closes": f"{last:%H:%M}"}
-        rule["weekly"] = {"weekdays": [WEEKDAYS[first.weekday()]], **clock}
+        rule["weekly"] = _weekly(start, end)
     else:
         rule |= {"start": start, "end": end}
     return int(add_maintenance(workspace, rule, by=actor)["id"])
 
 
-def _moment(text: str) -> datetime:
+def _weekly(start: str, end: str) -> dict[str, Any]:
+    """Return the settings of a weekly window; it goes by the clock of UTC, so ends with another offset are moved."""
     try:
-        return datetime.fromisoformat(text.strip())
-    except ValueError as error:
-        raise DataError(f"'{text}' is no time such as 2026-03-01 06:00") from error
+        first, last = (parse_moment(text) for text in (start, end))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    if not timedelta() < last - first <= timedelta(days=1):
+        raise ConfigError(f"a weekly window lasts up to a day; from {start} to {end} is no such window")
+    if any(moment.second or moment.microsecond for moment in (first, last)):
+        raise ConfigError(f"a weekly window opens and closes on whole minutes; round {start} and {end}")
+    return {
+        "weekdays": [WEEKDAYS[first.weekday()]],
+        "opens": f"{first:%H:%M}",
+        "closes": f"{last:%H:%M}",
+        "timezone": "UTC",
+    }

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Any, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import polars as pl
 from pydantic import Field, field_validator, model_validator
 
 from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, DataError, listing, nearest
+from tsforge.core.zones import ZoneName
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import parse_freq
 from tsforge.data.schema import SeriesSchema
@@ -26,7 +26,7 @@ class CalendarConfig(Config):
 
     features: tuple[Feature, ...] = ()
     """Each becomes a sine and a cosine of its phase (``weekend``: 0 or 1)."""
-    timezone: str | None = None
+    timezone: ZoneName | None = None
     """Zone of the clock the features follow (``America/New_York``), daylight saving included; None = UTC."""
     holidays: str | None = None
     """Country code, or country and subdivision, of public holidays (``US``, ``DE-BY``)."""
@@ -34,16 +34,6 @@ class CalendarConfig(Config):
     """One column for each of these holidays instead of one for all."""
     holiday_window: tuple[int, int] = Field(default=(0, 0))
     """First and last day offset around a holiday; every offset is a column of its own (``(-1, 2)`` gives four)."""
-
-    @field_validator("timezone")
-    @classmethod
-    def _known_zone(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                ZoneInfo(value)
-            except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-                raise ValueError(f"'{value}' is not a time zone such as Europe/Berlin") from error
-        return value
 
     @field_validator("holidays")
     @classmethod

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Literal, Self
-from zoneinfo import ZoneInfo
 
 from pydantic import Field, field_validator, model_validator
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from tsforge.core.config import Config
 from tsforge.core.errors import listing
+from tsforge.core.zones import ZoneName
 from tsforge.data.calendar import CalendarConfig
+from tsforge.data.durations import Shift, Span, Step, check_delay
 from tsforge.data.hierarchy import HierarchyConfig
+from tsforge.data.sql import holds_secret
 from tsforge.data.synthetic import SyntheticConfig
 
 Aggregation = Literal["mean", "sum", "min", "max", "first", "last", "median"]
 EPOCH_FORMATS = ("epoch:s", "epoch:ms", "epoch:us")
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,59}")
-_DURATION = re.compile(r"-?(\d+(ns|us|ms|s|m|h|d|w|mo|q|y|i))+")
 
 
 class TextMarks(Config):
@@ -92,8 +92,8 @@ class SqlSource(Config):
             raise ValueError("give either table or query")
         if self.url is not None:
             try:
-                has_password = bool(make_url(self.url).password)
-            except ArgumentError:
+                has_password = holds_secret(self.url)
+            except (ArgumentError, ValueError):  # the latter: a port that is no number
                 raise ValueError("url is not a database URL such as postgresql+psycopg://user@host/name") from None
             if has_password:
                 raise ValueError("url holds a password; put the URL in an environment variable and give url_env")
@@ -127,16 +127,11 @@ class ResampleConfig(Config):
     date, 23 and 25 hours where clocks change included; shorter steps are cut on the UTC clock.
     """
 
-    every: str
-    """Polars duration such as ``1h``."""
+    every: Step
+    """Step of the grid, such as ``1h``."""
     default: Aggregation = "mean"
     columns: dict[str, Aggregation] = Field(default_factory=dict)
     """Aggregation of single columns, for example ``{rain: sum}``."""
-
-    @field_validator("every")
-    @classmethod
-    def _duration(cls, value: str) -> str:
-        return _checked_duration(value, "1h")
 
 
 class DataConfig(Config):
@@ -153,13 +148,14 @@ class DataConfig(Config):
     time: str = "ds"
     time_format: str | None = None
     """strptime format, or epoch:s / epoch:ms / epoch:us; None tries ISO 8601 forms."""
-    timezone: str = "UTC"
+    timezone: ZoneName = "UTC"
     """Zone of times that carry no offset; they are stored in UTC, as dates where all are midnights of that zone. Times
     with an offset take none, unless ``resample`` makes days of them."""
-    time_shift: str | None = None
+    time_shift: Shift | None = None
     """Duration added to local times first, such as ``-1h`` where a stamp marks the end of its hour."""
     ambiguous: Literal["error", "infer", "earliest", "latest", "drop"] = "error"
-    """Local times that occur twice when clocks go back; ``infer`` takes them in their order of appearance."""
+    """Local times that occur twice when clocks go back; ``infer`` takes them in the order of the rows, oldest or
+    newest first, and refuses any other order."""
     nonexistent: Literal["error", "shift", "drop"] = "error"
     """Local times skipped when clocks go forward; ``shift`` reads them on the clock before the change."""
     series: str | None = None
@@ -170,8 +166,8 @@ class DataConfig(Config):
     known: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
     """Columns constant within a series (long layout only)."""
-    freq: str | None = None
-    """Polars duration (``15m``, ``1h``, ``1d``, ``1mo``; ``1i`` for integer time); None = inferred and reported."""
+    freq: Step | None = None
+    """Step of the grid (``15m``, ``1h``, ``1d``, ``1mo``; ``1i`` for integer time); None = inferred and reported."""
     duplicates: Literal["error", "mean", "first", "last"] = "error"
     bad_rows: Literal["error", "drop"] = "error"
     """Rows without a readable time or series id: refuse the batch, or leave the rows out and record them."""
@@ -198,8 +194,8 @@ class DataConfig(Config):
     """How long after its time a value is published: one duration for all targets and past covariates, or by column
     (``{visitors: 2d}``). Of targets: when a forecast can be made; covariates that come later than the targets are moved
     down by as many rows, in training as in forecasting."""
-    max_age: str | None = None
-    """Duration after which the newest row counts as stale (data report and checks)."""
+    max_age: Span | None = None
+    """Age from which the newest row counts as stale (data report and list; checks have limits of their own)."""
 
     @field_validator("name")
     @classmethod
@@ -208,27 +204,11 @@ class DataConfig(Config):
             raise ValueError("a dataset name is a letter, then up to 59 letters, digits, '_' or '-'")
         return value
 
-    @field_validator("timezone")
-    @classmethod
-    def _known_zone(cls, value: str) -> str:
-        try:
-            ZoneInfo(value)
-        except (OSError, ValueError) as error:  # ZoneInfoNotFoundError is a KeyError on a missing name
-            raise ValueError(f"unknown time zone '{value}' (for example UTC, Europe/Berlin)") from error
-        except KeyError as error:
-            raise ValueError(f"unknown time zone '{value}' (for example UTC, Europe/Berlin)") from error
-        return value
-
-    @field_validator("freq", "max_age", "time_shift")
-    @classmethod
-    def _durations(cls, value: str | None) -> str | None:
-        return None if value is None else _checked_duration(value, "1h", signed=True)
-
     @field_validator("publication_delay")
     @classmethod
     def _delays(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
         for delay in (value,) if isinstance(value, str) else (value or {}).values():
-            _checked_duration(delay, "2d")
+            check_delay(delay)
         return value
 
     @field_validator("valid_range")
@@ -275,9 +255,3 @@ class DataConfig(Config):
         useless = [name for name in names if getattr(self, name)]
         if useless:
             raise ValueError(f"{listing(useless)} has no effect with {where}; remove it")
-
-
-def _checked_duration(value: str, example: str, *, signed: bool = False) -> str:
-    if not _DURATION.fullmatch(value) or (value.startswith("-") and not signed):
-        raise ValueError(f"'{value}' is not a duration such as '{example}', '15m' or '1d'")
-    return value

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import polars as pl
 from sqlalchemy import Connection, and_, delete, exists, insert, or_, select, update
 
-from tsforge.data.event_records import moment, number
+from tsforge.data.event_records import moment
 from tsforge.data.event_tables import EVENTS, MEMBERS
-from tsforge.data.grid import TIME_DTYPE
+from tsforge.data.grid import TIME_DTYPE, time_number
 from tsforge.data.store_records import now
 
 _SPAN = ("event_id", "series_id", "start", "end", "rule")
@@ -59,7 +59,8 @@ def name_incidents(
         The incident of each of the rows, and of each earlier event that moves into another one, by event id.
     """
     integer = bool(rows[0]["has_integer_time"])
-    reach = number(naming.reach(moment(min(row["start"] for row in rows), integer=integer)), integer=integer)
+    first = moment(min(row["start"] for row in rows), integer=integer)
+    reach = time_number(naming.reach(first), integer=integer)
     mine = and_(MEMBERS.c.dataset == dataset, MEMBERS.c.scope == naming.scope)
     near_by = select(MEMBERS).where(mine, MEMBERS.c.end >= reach).order_by(MEMBERS.c.start, MEMBERS.c.event_id)
     near = {row["event_id"]: dict(row) for row in connection.execute(near_by).mappings()}

@@ -14,7 +14,7 @@ import polars as pl
 from tsforge.contracts.tables import EVENT_COLUMNS
 from tsforge.core.errors import DataError, listing
 from tsforge.core.logs import get_logger
-from tsforge.data.grid import TIME_DTYPE, TimeLike, parse_time
+from tsforge.data.grid import TIME_DTYPE
 from tsforge.data.suppressions import EventFacts
 
 _LOG = get_logger(__name__)
@@ -71,18 +71,8 @@ def event_id(series_id: str, start: datetime | int, rule: str, measure: str = ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def number(time: TimeLike, *, integer: bool) -> int:
-    """Return a time as the database keeps it: microseconds since 1970, or the integer itself.
-
-    Raises:
-        DataError: the time is of the other kind.
-    """
-    value = parse_time(time, integer=integer)
-    return value if isinstance(value, int) else (value - _EPOCH) // timedelta(microseconds=1)
-
-
 def moment(value: int, *, integer: bool) -> datetime | int:
-    """Return what ``number`` was made from, in UTC."""
+    """Return the time that a ``time_number`` was made from, in UTC."""
     return value if integer else _EPOCH + timedelta(microseconds=value)
 
 

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
-from tsforge.data.event_records import advance, event_id, facts_of, moment, number
+from tsforge.data.event_records import advance, event_id, facts_of, moment
 from tsforge.data.event_tables import EVENTS, LOG, SUPPRESSIONS
-from tsforge.data.grid import TimeLike, show_time
+from tsforge.data.grid import TimeLike, show_time, time_number
 from tsforge.data.store_records import now
 from tsforge.data.stored_json import stored_json
 from tsforge.data.suppressions import SuppressionRule, control_signs, silenced_by
@@ -365,7 +365,7 @@ def last_words(connection: Connection, dataset: str, until: datetime | None) -> 
 def compare_time(column: Any, time: TimeLike, how: Literal["<", ">="]) -> Any:
     """Compare with a time of the kind it is: a number concerns data with integer time, anything else the others."""
     integer = isinstance(time, int)
-    value = number(time, integer=integer)
+    value = time_number(time, integer=integer)
     compared = column < value if how == "<" else column >= value
     return and_(EVENTS.c.has_integer_time == integer, compared)
 

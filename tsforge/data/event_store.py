@@ -28,7 +28,6 @@ from tsforge.data.event_records import (
     event_table,
     facts_of,
     incoming,
-    number,
 )
 from tsforge.data.event_steps import (
     LOG_TABLE,
@@ -51,7 +50,7 @@ from tsforge.data.event_steps import (
     write_log,
 )
 from tsforge.data.event_tables import EVENTS, LOG, SUPPRESSIONS, check_format, has_event_tables, make_event_tables
-from tsforge.data.grid import TimeLike
+from tsforge.data.grid import TimeLike, time_number
 from tsforge.data.sql import inserted_key, open_engine, transaction
 from tsforge.data.store_records import lock, now
 from tsforge.data.stored_json import stored_json
@@ -359,7 +358,7 @@ class EventStore:
             BackendError: the database refused; nothing is changed.
         """
         who, text = checked_actor(actor), checked_comment(comment)
-        first, last = number(start, integer=integer), number(end, integer=integer)
+        first, last = time_number(start, integer=integer), time_number(end, integer=integer)
         if last < first:
             raise DataError(f"the label ends ({end}) before it starts ({start}); exchange them")
         name = hashlib.sha256(f"{series}\n{first}\n{last}\n{_LABEL}".encode()).hexdigest()[:16]

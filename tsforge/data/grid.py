@@ -46,6 +46,7 @@ _WORDS = {
 _SHORTEST_MONTH = 28 * _MICROSECONDS["d"]
 _SECOND_STEP_SHARE = 0.25  # a rival step above this share (and count) means two frequencies rather than gaps
 _SECOND_STEP_COUNT = 10
+_SHOWN_SIGNS = 40  # of text that is no time, in messages
 
 
 @dataclass(frozen=True)
@@ -136,32 +137,63 @@ def normalise_time(times: pl.Series) -> pl.Series:
 
 
 def parse_time(value: TimeLike, *, integer: bool) -> datetime | int:
-    """Return one time as the grid holds it: an aware UTC datetime, or an integer.
+    """Return one time as the grid holds it: an aware UTC datetime, or an integer of 64 bits.
 
     Args:
-        value: a datetime or date (zone-less: UTC), an ISO 8601 string, or an integer.
+        value: a datetime or date (zone-less: UTC), an ISO 8601 string, or an integer; blanks around text do not count.
         integer: whether the grid counts integers.
 
     Raises:
-        DataError: the value is of the other kind or no ISO date.
+        DataError: the value is of the other kind, no ISO date, or further away than UTC or 64 bits reach.
     """
-    if integer:
-        try:
-            if not isinstance(value, date | bool):
-                return int(value)
-        except ValueError:
-            pass
-        raise DataError(f"time '{value}' is not an integer, but the data has integer time")
+    return _parse_integer(value) if integer else parse_moment(value)
+
+
+def parse_moment(value: TimeLike) -> datetime:
+    """Return one time of the calendar, aware and in UTC (what it may be, and errors: ``parse_time``)."""
+    given = value
     if isinstance(value, str):
         try:
-            value = datetime.fromisoformat(value)
+            value = datetime.fromisoformat(value.strip())
         except ValueError as error:
             raise DataError(f"time '{value}' is not an ISO date such as 2013-01-31T06:00") from error
     if isinstance(value, date) and not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
     if not isinstance(value, datetime):
         raise DataError(f"time {value!r} is not a date, but the data has datetimes")
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError as error:
+        raise DataError(f"time '{given}' lies outside the years 1 to 9999 of UTC") from error
+
+
+def _parse_integer(value: TimeLike) -> int:
+    try:
+        number = None if isinstance(value, date | bool) else int(value)
+    except (ValueError, OverflowError):  # text, nan; inf
+        number = None
+    if number is None:
+        shown = str(value)
+        shown = shown if len(shown) <= _SHOWN_SIGNS else f"{shown[:_SHOWN_SIGNS]}..."
+        raise DataError(f"time '{shown}' is not an integer, but the data has integer time")
+    if not -(2**63) <= number < 2**63:
+        raise DataError(f"time {number} does not fit 64 bits; use integers below 2^63")
+    return number
+
+
+def reads_as_integer(text: str) -> bool:
+    """Return whether text is a whole number rather than a date, where the kind of time is not known otherwise."""
+    return re.fullmatch(r"\s*-?\d+\s*", text) is not None
+
+
+def time_number(time: TimeLike, *, integer: bool) -> int:
+    """Return a time as a database keeps it: microseconds since 1970, or the integer itself.
+
+    Raises:
+        DataError: as ``parse_time``.
+    """
+    value = parse_time(time, integer=integer)
+    return value if isinstance(value, int) else (value - _EPOCH) // timedelta(microseconds=1)
 
 
 def show_time(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ from tsforge.core.database import BUSY_SECONDS, reason
 from tsforge.core.errors import BackendError, ConfigError
 
 _WRITE = "tsforge_write"
+_HIDDEN = "***"
+_SECRET_KEY = re.compile(  # of a query; odbc_connect holds a whole connection string
+    r"passw|passphrase|pwd|secret|token|(api|access|account|private)_?key(?!_?(id|path|file))|odbc_connect",
+    re.IGNORECASE,
+)
 
 DATABASE_ERROR = SQLAlchemyError  # for rooms that do not import SQLAlchemy
 _TIMEOUT_OF = {"psycopg": "connect_timeout", "psycopg2": "connect_timeout", "pymysql": "connect_timeout"}  # by driver
@@ -27,8 +33,17 @@ _TIMEOUT_OF |= {"mysqldb": "connect_timeout", "pyodbc": "timeout"}
 
 
 def safe_url(url: str | URL) -> str:
-    """Return the URL with its password masked, for messages and records."""
-    return make_url(url).render_as_string(hide_password=True)
+    """Return the URL with its secrets masked, those of its query too, for messages and records."""
+    parsed = make_url(url)
+    hidden = {key: _HIDDEN if _SECRET_KEY.search(key) else value for key, value in parsed.query.items()}
+    shown = parsed.set(query=hidden).render_as_string(hide_password=True)
+    return shown.replace(quote(_HIDDEN), _HIDDEN)
+
+
+def holds_secret(url: str | URL) -> bool:
+    """Return True for a URL with a password, in front of its host or in its query."""
+    parsed = make_url(url)
+    return bool(parsed.password) or any(_SECRET_KEY.search(key) for key in parsed.query)
 
 
 def parse_url(url: str | URL) -> URL:
@@ -58,14 +73,10 @@ def check_login(url: str, seconds: float) -> None:
         BackendError: the server refuses, speaks another protocol or says nothing for ``seconds``.
     """
     parsed = parse_url(url)
-    try:
+    with _driver_of(parsed):
         name = _TIMEOUT_OF.get(parsed.get_dialect().driver)
         limit = {name: max(round(seconds), 1)} if name is not None and name not in parsed.query else {}
         engine = create_engine(parsed, poolclass=NullPool, connect_args=limit)
-    except (NoSuchModuleError, ModuleNotFoundError) as error:
-        raise ConfigError(
-            f"no driver for {safe_url(parsed)}; install it (for postgresql+psycopg: pip install 'tsforge[postgres]')"
-        ) from error
     with explained(engine, "log in at"), engine.connect():
         return
 
@@ -102,10 +113,20 @@ def open_engine(url: str | URL, *, read_only: bool = False) -> Engine:
         raise ConfigError(f"database '{dialect}' is not supported; use sqlite or postgresql")
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    try:
+    with _driver_of(parsed):
         return create_engine(parsed, pool_pre_ping=True, pool_size=2)
+
+
+@contextmanager
+def _driver_of(url: URL) -> Iterator[None]:
+    """Turn a driver that is not installed, or that nobody knows, into one ``ConfigError``."""
+    try:
+        yield
     except (NoSuchModuleError, ModuleNotFoundError) as error:
-        raise ConfigError(f"no driver for {safe_url(parsed)}; pip install 'tsforge[postgres]'") from error
+        way = "install it (for postgresql+psycopg: pip install 'tsforge[postgres]')"
+        if url.get_backend_name() == "sqlite":
+            way = "write sqlite:///FILE"
+        raise ConfigError(f"no driver for {safe_url(url)}; {way}") from error
 
 
 def _sqlite_engine(url: URL, *, read_only: bool) -> Engine:
@@ -116,12 +137,14 @@ def _sqlite_engine(url: URL, *, read_only: bool) -> Engine:
     if read_only:
         if not path.is_file():
             raise BackendError(f"the SQLite file {path} does not exist; check the path")
-        return create_engine(url, poolclass=NullPool, creator=lambda: _connect_to_read(path))
+        with _driver_of(url):
+            return create_engine(url, poolclass=NullPool, creator=lambda: _connect_to_read(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BackendError(f"cannot create the folder {path.parent}: {error.strerror}; choose another one") from error
-    engine = create_engine(url, poolclass=NullPool, creator=lambda: _connect(path))
+    with _driver_of(url):
+        engine = create_engine(url, poolclass=NullPool, creator=lambda: _connect(path))
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

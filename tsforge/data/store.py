@@ -18,11 +18,12 @@ from sqlalchemy import ColumnElement, Connection, Engine, Numeric, Table, case, 
 from tsforge.core.errors import BackendError, DataError, EmptySpanError, TsforgeError
 from tsforge.data.findings import IngestReport
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.grid import TIME_DTYPE, TimeLike, parse_time, show_time
+from tsforge.data.grid import TIME_DTYPE, TimeLike, show_time, time_number
 from tsforge.data.sql import open_engine, transaction
 from tsforge.data.store_bulk import fetch, stage_rows
 from tsforge.data.store_records import (
     BatchRecord,
+    check_spans,
     close_batch,
     close_orphans,
     define,
@@ -32,6 +33,7 @@ from tsforge.data.store_records import (
     lock,
     make_tables,
     open_batch,
+    overlong_series,
     statics,
     write_labels,
     write_rows,
@@ -99,19 +101,23 @@ class SeriesStore:
         config: Mapping[str, Any] | None = None,
         nulls: Literal["keep", "erase"] = "keep",
         labels: pl.DataFrame | None = None,
+        present: pl.DataFrame | None = None,
     ) -> BatchRecord:
         """Bring a frame into dataset ``name`` in one transaction and return the record of it.
 
         Args:
             name: the dataset, made on its first batch.
             frame: the rows, or all publications of them.
-            report: how they were read.
+            report: how they were read; what is erased is added to its findings.
             config: settings of the dataset as plain types, kept beside it.
             nulls: whether a missing value leaves an older one (``keep``) or removes it (``erase``).
             labels: known anomalies (``series_id, start, end, kind, variates``); they replace those of the same series.
+            present: ``series_id, time`` of the rows of the source, which alone erase; None = all rows of the frame, the
+                gaps that it filled among them.
 
         Raises:
-            DataError: frequency, a role or the lack of publication times contradicts what is stored; recorded as a
+            DataError: frequency, a role or the lack of publication times contradicts what is stored, or nothing could
+                read the dataset afterwards (another grid, a stray time, series without a static value); recorded as a
                 refused batch.
             BackendError: the database refused; nothing is changed.
         """
@@ -122,11 +128,22 @@ class SeriesStore:
                 lock(connection, name)
                 close_orphans(connection, name, batch)
                 dataset = define(connection, name, frame, config)
-                counts = write_rows(connection, dataset, frame, erase=nulls == "erase")
-                write_series(connection, dataset, frame)
+                too_long = overlong_series(connection, dataset, frame.series_ids)
+                done = write_rows(connection, dataset, frame, erase=nulls == "erase", present=present)
+                added = write_series(connection, dataset, frame)
+                check_spans(connection, name, frame, too_long | added)
                 if labels is not None:
                     write_labels(connection, dataset, labels)
-                return close_batch(connection, batch, status="done", fingerprint=frame.fingerprint(), counts=counts)
+                report.add("replaced", "stored values erased by missing ones (nulls=erase)", done.erased)
+                report.add("note", "stored rows left without a value", done.removed)
+                return close_batch(
+                    connection,
+                    batch,
+                    status="done",
+                    fingerprint=frame.fingerprint(),
+                    counts=done[:3],
+                    findings=report.to_dict()["findings"],
+                )
         except BaseException as error:
             self._abandon(batch, error)
             raise
@@ -216,9 +233,9 @@ class SeriesStore:
             if series is not None and len(series) <= _IN_LIMIT:
                 statement = statement.where(table.c.series_id.in_(list(series)))
             if start is not None:
-                statement = statement.where(table.c.time >= _number(start, integer=integer))
+                statement = statement.where(table.c.time >= time_number(start, integer=integer))
             if end is not None:
-                statement = statement.where(table.c.time <= _number(end, integer=integer))
+                statement = statement.where(table.c.time <= time_number(end, integer=integer))
             dtypes: dict[str, pl.DataType] = {column.name: pl.Float64() for column in table.columns}
             clocks = {key: pl.Int64() for key in keys[1:]}
             rows = fetch(connection, statement, dtypes | {"series_id": pl.String()} | clocks)
@@ -228,7 +245,7 @@ class SeriesStore:
             if (
                 start is not None
                 and end is not None
-                and _number(end, integer=integer) < _number(start, integer=integer)
+                and time_number(end, integer=integer) < time_number(start, integer=integer)
             ):
                 raise DataError(f"end {end} lies before start {start}")
             raise EmptySpanError(f"dataset '{name}' has no rows between {start or 'its start'} and {end or 'its end'}")
@@ -449,11 +466,6 @@ _BATCH_COLUMNS: dict[str, Any] = {
 
 def _utc(column: str) -> pl.Expr:
     return pl.col(column).dt.replace_time_zone("UTC")
-
-
-def _number(time: TimeLike, *, integer: bool) -> int:
-    value = parse_time(time, integer=integer)
-    return value if isinstance(value, int) else int(pl.Series([value], dtype=TIME_DTYPE).to_physical()[0])
 
 
 def _shown(value: int | None, dataset: Definition) -> str | None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from fnmatch import fnmatchcase
 from typing import Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, field_validator, model_validator
 
 from tsforge.core.config import Config
+from tsforge.core.errors import DataError
+from tsforge.core.zones import ZoneName
+from tsforge.data.grid import parse_time, reads_as_integer
 
 Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 WEEKDAYS: tuple[Weekday, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -31,21 +34,12 @@ class Weekly(Config):
     """``22:00``."""
     closes: str
     """First moment after it; at or before ``opens`` it lies on the next day (equal: 24 hours)."""
-    timezone: str = "UTC"
+    timezone: ZoneName = "UTC"
 
     @field_validator("opens", "closes")
     @classmethod
     def _is_clock(cls, value: str) -> str:
         return _clock(value).strftime("%H:%M")
-
-    @field_validator("timezone")
-    @classmethod
-    def _is_zone(cls, value: str) -> str:
-        try:
-            ZoneInfo(value)
-        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-            raise ValueError(f"'{value}' is not a time zone such as Europe/Berlin") from error
-        return value
 
     def covers(self, first: datetime, last: datetime) -> bool:
         """Return whether one window holds both moments (aware), the closing moment itself excluded."""
@@ -104,17 +98,14 @@ class SuppressionRule(Config):
     @field_validator("start", "end", mode="before")
     @classmethod
     def _moment(cls, value: object) -> object:
-        """Read text as ISO time, and a time without a zone as UTC."""
-        if isinstance(value, str):
-            if value.lstrip("-").isdecimal():
-                return int(value)
-            try:
-                value = datetime.fromisoformat(value)
-            except ValueError as error:
-                raise ValueError(f"'{value}' is not an ISO time such as 2026-03-01T06:00") from error
-        if isinstance(value, datetime):
-            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-        return value
+        """Read a whole number as integer time, other text as an ISO time."""
+        if not isinstance(value, str | int | date):
+            return value
+        integer = isinstance(value, int) or (isinstance(value, str) and reads_as_integer(value))
+        try:
+            return parse_time(value, integer=integer)
+        except DataError as error:
+            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _consistent(self) -> SuppressionRule:

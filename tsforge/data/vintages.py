@@ -29,7 +29,17 @@ import polars as pl
 from tsforge.core.errors import DataError, listing
 from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.grid import TIME_DTYPE, Bools, Ints, TimeGrid, TimeLike, normalise_time, parse_time, show_time
+from tsforge.data.grid import (
+    TIME_DTYPE,
+    Bools,
+    Ints,
+    TimeGrid,
+    TimeLike,
+    normalise_time,
+    parse_time,
+    show_time,
+    time_number,
+)
 from tsforge.data.schema import SeriesSchema
 
 KEYS = ("series_id", "time", "published")
@@ -424,8 +434,7 @@ class VintageFrame:
         return other
 
     def _number(self, moment: TimeLike) -> int:
-        value = parse_time(moment, integer=self.schema.has_integer_time)
-        return value if isinstance(value, int) else int(physical(pl.Series([value], dtype=TIME_DTYPE))[0])
+        return time_number(moment, integer=self.schema.has_integer_time)
 
     def _nothing(self, moment: object) -> DataError:
         first = show_time(self._table["published"].min()) if self._table.height else "never"

@@ -15,11 +15,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from apscheduler.triggers.cron import CronTrigger
 
-from tsforge.core.errors import ConfigError, listing, nearest
+from tsforge.core.errors import ConfigError, listing
+from tsforge.core.zones import time_zone
 
 _MACROS = {
     "@hourly": "0 * * * *",
@@ -33,21 +33,6 @@ _MACROS = {
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _REACH = timedelta(hours=3)  # no clock change moves wall time further
 _HORIZON = timedelta(days=366 * 9)  # 29 February is at most eight years away
-
-
-def time_zone(name: str) -> ZoneInfo:
-    """Return the IANA zone.
-
-    Raises:
-        ConfigError: no zone has that name.
-    """
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        from zoneinfo import available_timezones
-
-        hint = nearest(name, available_timezones())
-        raise ConfigError(f"unknown time zone '{name}'{hint}; use an IANA name such as Europe/Berlin or UTC") from error
 
 
 def _weekdays(field: str) -> str:

@@ -12,7 +12,8 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, listing
-from tsforge.scheduling.cron import Cron, time_zone
+from tsforge.core.zones import ZoneName
+from tsforge.scheduling.cron import Cron
 from tsforge.scheduling.ledger import SETTLED, LedgerRun
 
 _MODULES = {"batch": "pipelines.batch_forecast", "retrain": "pipelines.retrain", "ingest": "pipelines.ingest"}
@@ -44,7 +45,7 @@ class JobConfig(Config):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,99}$")
     cron: str
-    timezone: str | None = None
+    timezone: ZoneName | None = None
     run: Literal["batch", "retrain", "ingest"]
     config: str = Field(min_length=1)
     overrides: tuple[str, ...] = ()
@@ -64,11 +65,6 @@ class JobConfig(Config):
             raise ValueError(str(error)) from error
         return value
 
-    @field_validator("timezone")
-    @classmethod
-    def _zone_exists(cls, value: str | None) -> str | None:
-        return value if value is None else _checked_zone(value)
-
     @property
     def key(self) -> str:
         """The job's name in the ledger."""
@@ -82,14 +78,6 @@ class JobConfig(Config):
         return [sys.executable, "-P", "-m", _MODULES[self.run], *what, *self.overrides]
 
 
-def _checked_zone(name: str) -> str:
-    try:
-        time_zone(name)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    return name
-
-
 class ScheduleConfig(Config):
     """All jobs of one scheduler.
 
@@ -101,16 +89,11 @@ class ScheduleConfig(Config):
         stale_seconds: a run on another machine without a sign of life for so long is taken over.
     """
 
-    timezone: str = "UTC"
+    timezone: ZoneName = "UTC"
     jobs: tuple[JobConfig, ...]
     poll_seconds: Seconds = 30.0
     stop_seconds: Seconds = 30.0
     stale_seconds: Seconds = 90.0
-
-    @field_validator("timezone")
-    @classmethod
-    def _zone_exists(cls, value: str) -> str:
-        return _checked_zone(value)
 
     @model_validator(mode="after")
     def _jobs_are_named_once(self) -> ScheduleConfig:

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from tsforge.core.database import reason
-from tsforge.core.errors import BackendError, ConfigError
+from tsforge.core.errors import BackendError, ConfigError, TsforgeError
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.owner import Owner
+from tsforge.data.sql import open_engine, safe_url, transaction
 
 LOGGER = get_logger(__name__)
 
@@ -142,7 +140,7 @@ class Ledger:
 
     Raises:
         BackendError: the database cannot be reached or written.
-        ConfigError: the URL names another kind of database.
+        ConfigError: the URL is malformed, names another kind of database or one in memory, or its driver is missing.
     """
 
     def __init__(
@@ -154,9 +152,9 @@ class Ledger:
     ) -> None:
         self.stale_after = stale_after
         self._clock = clock
-        self._engine = _make_engine(database_url)
-        self._shown = self._engine.url.render_as_string(hide_password=True)
-        with self._transaction() as connection:
+        self._engine = open_engine(database_url)
+        self._shown = safe_url(self._engine.url)
+        with transaction(self._engine, "make the tables of the run ledger in") as connection:
             if self._is_postgres:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
             _METADATA.create_all(connection)
@@ -169,14 +167,12 @@ class Ledger:
         """Give back the database connections."""
         self._engine.dispose()
 
-    @contextmanager
-    def _transaction(self, *, read: bool = False) -> Iterator[sa.Connection]:
-        try:
-            with self._engine.connect().execution_options(tsforge_read=read) as connection, connection.begin():
-                yield connection
-        except SQLAlchemyError as error:
-            why = reason(error, "check TSFORGE_DATABASE_URL and the database")
-            raise BackendError(f"the run ledger at {self._shown} did not answer: {why}") from error
+    def _transaction(self, *, read: bool = False) -> AbstractContextManager[sa.Connection]:
+        """Yield a connection; without ``read`` it may write, and SQLite takes the lock for that before the first look.
+
+        A transaction that turned from reading to writing would fail where another writer came between.
+        """
+        return transaction(self._engine, f"{'read' if read else 'write'} the run ledger in", write=not read)
 
     def now(self) -> datetime:
         """Return the time by the clock all holders share: that of the database."""
@@ -274,6 +270,21 @@ class Ledger:
         finally:
             stop.set()
             thread.join()
+
+    @contextmanager
+    def on_record(self, claim: Claim) -> Iterator[None]:
+        """Close the slot when the block fails or is interrupted; a block that comes through closes it by itself."""
+        try:
+            yield
+        except TsforgeError as error:
+            self.fail(claim, f"{type(error).__name__}: {error}")
+            raise
+        except KeyboardInterrupt:
+            self.release(claim, "interrupted")
+            raise
+        except BaseException as error:
+            self.fail(claim, f"{type(error).__name__}: {error} (a bug in tsforge)")
+            raise
 
     def finish(
         self,
@@ -441,47 +452,3 @@ def _details(text: str, failures: int) -> dict[str, Any] | None:
         return None
     details = {_FAILURES: failures, **found}
     return details if isinstance(details[_FAILURES], int) else None
-
-
-def _make_engine(database_url: str) -> sa.Engine:
-    try:
-        url = sa.make_url(database_url)
-    except (ArgumentError, ValueError) as error:  # also of a port that is no number
-        raise ConfigError(
-            "TSFORGE_DATABASE_URL is not a database URL; write sqlite:///FILE or postgresql://..."
-        ) from error
-    kind = url.get_backend_name()
-    if kind in {"postgresql", "postgres"}:
-        url = url.set(drivername="postgresql+psycopg") if "+" not in url.drivername else url
-        return sa.create_engine(url, pool_pre_ping=True, pool_size=4)
-    if kind != "sqlite":
-        raise ConfigError(f"the run ledger needs SQLite or PostgreSQL, not {kind}")
-    engine = sa.create_engine(url)
-
-    @sa.event.listens_for(engine, "connect")
-    def _configure(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # we begin transactions ourselves, see below
-        connection.execute("PRAGMA busy_timeout=30000")
-        _use_wal(connection)
-
-    @sa.event.listens_for(engine, "begin")
-    def _begin(connection: sa.Connection) -> None:
-        # A deferred transaction that turns from reading to writing fails when another writer came between.
-        read = connection.get_execution_options().get("tsforge_read", False)
-        connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _use_wal(connection: Any) -> None:
-    """Switch to the write-ahead log; the switch ignores the busy timeout, so it is tried again by hand."""
-    import sqlite3
-
-    for attempt in range(100):
-        try:
-            connection.execute("PRAGMA journal_mode=WAL").fetchone()
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or attempt == 99:
-                raise
-            time.sleep(0.02)

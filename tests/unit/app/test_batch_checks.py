@@ -13,11 +13,11 @@ from tsforge.app.checks import (
     NonEmptyCheck,
     NullShareCheck,
     RangeCheck,
-    before,
     run_checks,
 )
 from tsforge.core.config import Config, validate
 from tsforge.core.errors import ConfigError, DataError
+from tsforge.data.durations import before
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.schema import SeriesSchema
 

@@ -13,7 +13,7 @@ import pytest
 from tsforge.app import triage
 from tsforge.app.catalog_results import StoredDetection
 from tsforge.app.events import audit_trail, comment, list_maintenance, open_events
-from tsforge.core.errors import ConfigError, DataError
+from tsforge.core.errors import ConfigError
 from tsforge.core.workspace import Workspace
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -273,8 +273,13 @@ def test_a_maintenance_window_silences_what_lies_in_it(workspace: Workspace) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"start": "soon", "weekly": True}, "'soon' is no time"),
+        ({"start": "soon", "weekly": True}, "'soon' is not an ISO date"),
+        ({"start": "soon"}, "'soon' is not an ISO date"),
+        ({"start": "9999-12-31T23:30-05:00", "weekly": True}, "lies outside the years 1 to 9999"),
+        ({"start": "9999-12-31T23:30-05:00"}, "lies outside the years 1 to 9999"),
         ({"end": "2026-01-03 05:00", "weekly": True}, "lasts up to a day"),
+        ({"start": "2026-01-01T06:00+02:00", "end": "2026-01-01 04:00", "weekly": True}, "lasts up to a day"),
+        ({"end": "2026-01-01 05:00:30", "weekly": True}, "whole minutes"),
         ({"start": "2026-01-02 00:00"}, "lies before start"),
         ({"reason": " "}, "say why"),
         ({"actor": ""}, "who acts"),
@@ -282,9 +287,27 @@ def test_a_maintenance_window_silences_what_lies_in_it(workspace: Workspace) -> 
 )
 def test_a_bad_window_is_refused(workspace: Workspace, changes: dict[str, Any], message: str) -> None:
     asked = {"series": "s1", "start": "2026-01-01 00:00", "end": "2026-01-01 05:00", "reason": "r", "actor": "Ada"}
-    with pytest.raises((ConfigError, DataError), match=message):
+    with pytest.raises(ConfigError, match=message):
         triage.maintain(workspace, read(workspace).row(0, named=True), **{"weekly": False, **asked, **changes})
     assert list_maintenance(workspace).is_empty()
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "day", "opens", "closes"),
+    [
+        ("2026-03-01T06:00+02:00", "2026-03-01T08:00+02:00", "sun", "04:00", "06:00"),
+        ("2026-03-01T01:00+02:00", "2026-03-01T08:00+02:00", "sat", "23:00", "06:00"),  # the day is that of UTC too
+        ("2026-03-01T06:00+02:00", "2026-03-01 06:00", "sun", "04:00", "06:00"),  # without an offset it is UTC
+        (" 2026-03-01 06:00", "2026-03-02 06:00 ", "sun", "06:00", "06:00"),
+    ],
+)
+def test_a_weekly_window_opens_by_the_clock_of_its_rule(
+    workspace: Workspace, start: str, end: str, day: str, opens: str, closes: str
+) -> None:
+    asked = {"series": "s1", "start": start, "end": end, "reason": "r", "actor": "Ada"}
+    number = triage.maintain(workspace, read(workspace).row(0, named=True), weekly=True, **asked)
+    rule = list_maintenance(workspace).filter(id=number).row(0, named=True)
+    assert (rule["weekdays"], rule["opens"], rule["closes"]) == (day, opens, closes)
 
 
 def test_an_event_is_shown_by_the_detection_that_found_it(

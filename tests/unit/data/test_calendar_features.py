@@ -101,7 +101,7 @@ def test_nothing_asked_for_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"timezone": "Mars/Base"}, "not a time zone"),
+        ({"timezone": "Mars/Base"}, "unknown time zone"),
         ({"features": ("hour", "hour")}, "twice"),
         ({"holiday_window": (0, 1)}, "need holidays"),
         ({"holidays": "US", "holiday_window": (1, 2)}, "start at or before 0"),

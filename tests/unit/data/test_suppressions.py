@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -126,11 +126,15 @@ def test_the_oldest_rule_that_fits_is_named() -> None:
         ({"score_below": float("inf")}, "score_below: Input should be a finite number"),
         ({"start": "2026-03-02", "end": "2026-03-01"}, "lies before start"),
         ({"start": "2026-03-02", "end": 5}, "both be times or both be numbers"),
-        ({"start": "soon"}, "not an ISO time"),
+        ({"start": "soon"}, "not an ISO date"),
+        ({"start": "--5"}, "not an ISO date"),
+        ({"end": "9999-12-31T23:30-05:00"}, "lies outside the years 1 to 9999"),
+        ({"end": "9223372036854775808"}, "does not fit 64 bits"),
+        ({"end": 2**63}, "does not fit 64 bits"),
         ({"weekly": {"weekdays": ["sat"], "opens": "25:00", "closes": "1:00"}}, "not a time of day"),
         (
             {"weekly": {"weekdays": ["sat"], "opens": "22", "closes": "1:00", "timezone": "Mars/North"}},
-            "not a time zone",
+            "unknown time zone",
         ),
         ({"weekly": {"weekdays": ["caturday"], "opens": "22", "closes": "1:00"}}, "weekdays"),
         ({"weekly": {"weekdays": [], "opens": "22", "closes": "1:00"}}, "weekdays"),
@@ -141,6 +145,12 @@ def test_the_oldest_rule_that_fits_is_named() -> None:
 def test_bad_rules_are_one_clear_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rule(**settings)
+
+
+def test_bounds_of_any_kind_are_aware() -> None:
+    for start in ("2026-03-01", "2026-03-01T02:00+02:00", date(2026, 3, 1), datetime(2026, 3, 1)):
+        assert rule(start=start).start == utc("2026-03-01")
+    assert (rule(start="-3").start, rule(start=-3).start) == (-3, -3)
 
 
 def test_a_rule_survives_json() -> None:

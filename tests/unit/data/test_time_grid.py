@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import calendar
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 
 import numpy as np
 import polars as pl
 import pytest
 
 from tsforge.core.errors import ConfigError, DataError
-from tsforge.data.grid import TimeGrid, canonical_freq, infer_freq, parse_time
+from tsforge.data.grid import TimeGrid, canonical_freq, infer_freq, parse_time, time_number
 
 
 def utc(*parts: int) -> datetime:
@@ -127,6 +127,33 @@ def test_times_are_read_as_utc(value: object, expected: datetime) -> None:
 def test_a_time_of_the_wrong_kind_is_refused(value: object, integer: bool) -> None:
     with pytest.raises(DataError):
         parse_time(value, integer=integer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "integer", "message"),
+    [
+        ("10000-01-01", False, "not an ISO date"),
+        ("9999-12-31T23:30-05:00", False, "'9999-12-31T23:30-05:00' lies outside the years 1 to 9999"),
+        ("0001-01-01T00:00+05:00", False, "lies outside the years 1 to 9999"),
+        (datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=5))), False, "lies outside the years 1 to 9999"),
+        ("9223372036854775808", True, "does not fit 64 bits"),
+        (-(2**63) - 1, True, "does not fit 64 bits"),
+        ("9" * 5000, True, "is not an integer"),
+        ("--5", True, "is not an integer"),
+    ],
+)
+def test_a_time_that_no_calendar_and_no_database_holds_is_refused(value: object, integer: bool, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        parse_time(value, integer=integer)  # type: ignore[arg-type]
+
+
+def test_a_time_is_a_number_of_microseconds_or_itself() -> None:
+    assert time_number(utc(1970, 1, 2), integer=False) == 86_400_000_000
+    assert time_number("1969-12-31T23:59:59.999999", integer=False) == -1
+    assert time_number("9999-12-31T23:59:59.999999", integer=False) == 253_402_300_799_999_999
+    assert time_number("-7", integer=True) == -7
+    with pytest.raises(DataError, match="integer time"):
+        time_number("2023-01-01", integer=True)
 
 
 @pytest.mark.parametrize("freq", ["1ms", "15m", "1h", "1d", "1w", "1mo", "1q", "1y"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -106,6 +108,27 @@ def test_failed_and_released_slots_can_be_claimed_again(ledger: Ledger, close: s
     run = ledger.find("job", SLOT)
     assert run is not None
     assert (run.status, run.message, run.attempt) == ("done", "", 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigError("no such model"), "failed", "ConfigError: no such model"),
+        (KeyError("x"), "failed", "KeyError: 'x' (a bug in tsforge)"),
+        (KeyboardInterrupt(), "interrupted", "interrupted"),
+    ],
+)
+def test_work_that_fails_is_on_record(ledger: Ledger, error: BaseException, status: str, message: str) -> None:
+    with pytest.raises(type(error)), ledger.on_record(claimed(ledger)):
+        raise error
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert (run.status, run.message) == (status, message)
+    with ledger.on_record(claimed(ledger)):
+        pass
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert run.status == "claimed", "what comes through closes its slot by itself"
 
 
 def test_only_failed_attempts_count_as_failures(ledger: Ledger, clock: Clock) -> None:
@@ -364,16 +387,53 @@ def test_a_recycled_process_id_is_another_process() -> None:
 def test_bad_addresses_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sqlite:///"):
         Ledger("not a url")
-    with pytest.raises(ConfigError, match="not a database URL") as caught:
+    with pytest.raises(ConfigError, match="a port that is no number") as caught:
         Ledger("postgresql+psycopg://ann:s3cr3t@127.0.0.1:xx/db")
     assert "s3cr3t" not in str(caught.value)
-    with pytest.raises(ConfigError, match="not mysql"):
+    with pytest.raises(ConfigError, match="'mysql' is not supported"):
         Ledger("mysql://u:p@h/db")
-    with pytest.raises(BackendError, match=r"did not answer: unable to open database file \(the file cannot be opened"):
-        Ledger(f"sqlite:///{tmp_path / 'missing' / 'folder' / 'x.db'}")
-    with pytest.raises(BackendError) as caught:
+    (tmp_path / "file").touch()
+    with pytest.raises(BackendError, match=r"cannot create the folder .*file"):
+        Ledger(f"sqlite:///{tmp_path / 'file' / 'x.db'}")
+    (tmp_path / "notes.db").write_text("no database at all" * 100, encoding="utf-8")
+    with pytest.raises(BackendError, match=r"cannot make the tables of the run ledger in .* is not a SQLite database"):
+        Ledger(f"sqlite:///{tmp_path / 'notes.db'}")
+    with pytest.raises(BackendError) as refused:
         Ledger("postgresql://user:secret@127.0.0.1:1/db")
-    assert "secret" not in str(caught.value)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_ledger_in_memory_is_refused_since_it_would_forget_its_claims(url: str) -> None:
+    with pytest.raises(ConfigError, match="in-memory SQLite database holds nothing"):
+        Ledger(url)
+
+
+@pytest.mark.parametrize("driver", ["postgresql+asyncpg", "postgresql+nosuch", "sqlite+nosuch"])
+def test_a_driver_that_is_not_here_is_one_message(driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    place = f"/{tmp_path / 'x.db'}" if driver.startswith("sqlite") else "ann:s3cr3t@127.0.0.1:1/db"
+    with pytest.raises(ConfigError, match=r"no driver for .*; (install|write)") as caught:
+        Ledger(f"{driver}://{place}")
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_claims_take_the_write_lock_at_once_and_looks_do_not(database_url: str, ledger: Ledger) -> None:
+    claim = claimed(ledger)
+    if not database_url.startswith("sqlite"):
+        return
+    with closing(sqlite3.connect(sa.make_url(database_url).database or "", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert [run.slot for run in ledger.runs()] == [SLOT], "a look does not wait for a writer"
+        seconds: list[float] = []
+        started = time.monotonic()
+        thread = threading.Thread(target=lambda: (ledger.beat(claim), seconds.append(time.monotonic() - started)))
+        thread.start()
+        time.sleep(0.4)
+        other.execute("COMMIT")
+        thread.join(timeout=30)
+    assert seconds, "the writer never had its turn"
+    assert seconds[0] >= 0.3, "a writer waits before it reads, so that nothing changes between its look and its word"
 
 
 def test_details_survive_any_value(ledger: Ledger) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from tsforge.anomaly.config import DetectConfig
 from tsforge.app.forecast import LATEST
 from tsforge.core.config import Config
+from tsforge.core.zones import ZoneName
 from tsforge.data.config import CsvSource, DataConfig, ParquetSource, SqlSource, TextMarks
 from tsforge.data.schema import SeriesSchema
 from tsforge.forecasting.stream_rows import MAX_GAP
@@ -30,7 +31,7 @@ class RowsConfig(Config):
     """Variate -> column of the source, where they are called differently."""
     time_format: str | None = None
     """As ``data.time_format``: strptime format, or epoch:s / epoch:ms / epoch:us; null tries ISO 8601 forms."""
-    timezone: str = "UTC"
+    timezone: ZoneName = "UTC"
     """Zone of times that carry no offset."""
     ambiguous: Literal["error", "infer", "earliest", "latest", "drop"] = "error"
     nonexistent: Literal["error", "shift", "drop"] = "error"
