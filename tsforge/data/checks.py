@@ -209,11 +209,13 @@ def _without_gaps(table: pl.DataFrame, grid: TimeGrid, index: Ints) -> CheckedTa
     indptr = positions(table)
     first, last = index[indptr[:-1]], index[indptr[1:] - 1]
     lengths = last - first + 1
-    total = int(lengths.sum())
+    total = _full_height(table, grid, indptr, lengths)
     if total == table.height:
         return CheckedTable(table, grid, indptr, first)
     if total > max(_MAX_FILL_ROWS, _MAX_FILL_FACTOR * table.height):
         steps = np.diff(index)
+        if grid.is_integer:  # differences of unsigned integers do not overflow
+            steps = np.diff(table["time"].to_numpy().astype(np.uint64)) // parse_freq(grid.freq).count
         steps[indptr[1:-1] - 1] = 0
         widest = int(np.argmax(steps))
         raise DataError(
@@ -231,6 +233,15 @@ def _without_gaps(table: pl.DataFrame, grid: TimeGrid, index: Ints) -> CheckedTa
     values = table.drop("series_id", "time").select(pl.all().gather(take))
     filled = pl.DataFrame([ids, grid.time_at(steps), *values.get_columns()])
     return CheckedTable(filled, grid, full, first)
+
+
+def _full_height(table: pl.DataFrame, grid: TimeGrid, indptr: Ints, lengths: Ints) -> int:
+    """Return the number of rows without gaps; integer times may lie further apart than an int64 holds."""
+    if not grid.is_integer:
+        return sum(lengths.tolist())
+    first, last = table["time"].gather(indptr[:-1]), table["time"].gather(indptr[1:] - 1)
+    step = parse_freq(grid.freq).count
+    return sum((end - start) // step + 1 for start, end in zip(first.to_list(), last.to_list(), strict=True))
 
 
 def check_static(static: pl.DataFrame | None, schema: SeriesSchema, series_ids: tuple[str, ...]) -> pl.DataFrame | None:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from sqlalchemy import URL, MetaData, Table, select, text
+from sqlalchemy import URL, ColumnClause, Connection, CursorResult, column, inspect, select, table
 from sqlalchemy.exc import NoSuchTableError, OperationalError, ProgrammingError
-from sqlalchemy.sql.expression import Executable
+from sqlalchemy.sql import quoted_name
 
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
 from tsforge.data.config import CsvSource, EmbeddedSource, ParquetSource, SqlSource
@@ -34,6 +34,13 @@ _TAIL = 1 << 16  # bytes in which the last line of a file is looked for
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _FETCH_ROWS = 50_000
 _MOST_DIGITS = 38  # of a whole number that may be an id
+_PACKED = {  # how compressed files begin
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip (so are Excel workbooks)",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\x00": "xz",
+}
+_BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _SQLITE_MISTAKE = re.compile(r"no such|syntax error|incomplete input|ambiguous column")  # not told apart by class
 
 
@@ -44,16 +51,12 @@ class RawTable:
     Attributes:
         frame: lazy table, columns as named by the source.
         origin: where it came from, without secrets, for messages and batch records.
-        is_text: every cell is text (CSV), so numbers are still to be parsed.
-        null_values: cells that mean "no value".
         decimal: decimal mark of numbers in text.
         short: cells of every row that has fewer than the header, by its number (from 1 below the header).
     """
 
     frame: pl.LazyFrame
     origin: str
-    is_text: bool = False
-    null_values: tuple[str, ...] = ()
     decimal: str = "."
     short: Mapping[int, int] = field(default_factory=dict)
 
@@ -136,6 +139,7 @@ def _read_csv(source: CsvSource) -> RawTable:
     short: dict[int, int] = {}
     above = 0
     for item in files:
+        _refuse_packed(item)
         columns = _header(item, source)
         if header is not None and set(columns) != set(header):
             other = sorted(set(columns) ^ set(header))
@@ -147,18 +151,21 @@ def _read_csv(source: CsvSource) -> RawTable:
         short |= {above + row: cells for row, cells in found.items()}
         above += height
     frame = frames[0] if len(frames) == 1 else pl.concat(frames, how="diagonal")
-    return RawTable(
-        frame,
-        _origin(files),
-        is_text=True,
-        null_values=source.null_values,
-        decimal=source.decimal,
-        short=short,
-    )
+    return RawTable(frame, _origin(files), decimal=source.decimal, short=short)
 
 
 def _origin(files: list[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+
+
+def _refuse_packed(item: Path) -> None:
+    """Name compression for what it is: to a reader of text it is another encoding, or one long column name."""
+    with item.open("rb") as handle:
+        start = handle.read(10)
+    name = next((name for mark, name in _PACKED.items() if start.startswith(mark)), None)
+    name = "bzip2" if _BZIP2.match(start) else name
+    if name is not None:
+        raise DataError(f"{item} is compressed with {name}; unpack it first, and give the path of the text")
 
 
 def _header(item: Path, source: CsvSource) -> list[str]:
@@ -306,11 +313,38 @@ def _check_utf8(item: Path, encoding: str) -> None:
 def _read_parquet(path: str, origin: str | None = None) -> RawTable:
     place = Path(path).expanduser()
     files = _files(path, "*.parquet", "Parquet")
-    # a folder is handed over whole: its key=value parts become columns
-    frame = pl.scan_parquet(place if place.is_dir() else files, hive_partitioning=True if place.is_dir() else None)
+    if place.is_dir():  # handed over whole: its key=value parts become columns, of text: 07 and 7 are two series
+        keys = dict.fromkeys(_hive_keys(place, files), pl.String())
+        frame = pl.scan_parquet(place, hive_partitioning=bool(keys), hive_schema=keys or None)
+    else:
+        frame = pl.scan_parquet(files)
     raw = RawTable(frame, origin or (str(place) if place.is_dir() else _origin(files)))
     column_types(raw)
     return raw
+
+
+def _hive_keys(place: Path, files: list[Path]) -> tuple[str, ...]:
+    """Return the keys of a folder's key=value parts, outermost first.
+
+    Raises:
+        DataError: a part has several marks, or files lie under different keys: they would be read without any.
+    """
+    found: dict[tuple[str, ...], Path] = {}
+    for item in files:
+        parts = [part for part in item.relative_to(place).parent.parts if "=" in part]
+        odd = [part for part in parts if part.count("=") > 1]
+        if odd:
+            raise DataError(
+                f"{item}: the folder '{odd[0]}' has more than one '='; write %3D for one that belongs to the value"
+            )
+        found.setdefault(tuple(part.partition("=")[0] for part in parts), item)
+    if len(found) > 1:
+        (some, first), (others, second) = list(found.items())[:2]
+        raise DataError(
+            f"{first} and {second} lie under different keys ({listing(some) or 'none'}; {listing(others) or 'none'}); "
+            "give every part of the folder the same ones, or the path of one kind"
+        )
+    return next(iter(found))
 
 
 def source_url(source: SqlSource) -> str | URL:
@@ -336,9 +370,8 @@ def _read_sql(source: SqlSource) -> RawTable:
     origin = f"{safe_url(engine.url)} {source.table or 'query'}"
     try:
         with explained(engine, "read"), engine.connect() as connection:
-            statement = text(source.query) if source.query else _whole_table(source.table or "", connection)
             try:
-                result = connection.execution_options(stream_results=True).execute(statement)
+                result = _run(source, connection)
             except (ProgrammingError, OperationalError) as error:
                 reason = str(error.orig).strip().splitlines()[0]
                 if isinstance(error, OperationalError) and not _SQLITE_MISTAKE.search(reason):
@@ -358,12 +391,23 @@ def _read_sql(source: SqlSource) -> RawTable:
     return RawTable(pl.DataFrame(series).lazy(), origin)
 
 
-def _whole_table(name: str, connection: Any) -> Executable:
-    schema, _, table = name.rpartition(".")
+def _run(source: SqlSource, connection: Connection) -> CursorResult[Any]:
+    """Start a query as it stands, or one for all of a table; cells arrive as the driver gives them.
+
+    The declared types of a SQLite table say nothing about its cells: read by them, DECIMAL(10,2) rounds 1.23456.
+    """
+    options = {"stream_results": True, "sqlite_raw_colnames": True}  # raw: EWR.temp is no column of a table EWR
+    if source.query is not None:  # without parameters neither : nor % has a meaning
+        return connection.execution_options(**options, no_parameters=True).exec_driver_sql(source.query)
+    name = source.table or ""
+    schema, _, plain = name.rpartition(".")
     try:
-        return select(Table(table, MetaData(), schema=schema or None, autoload_with=connection))
+        found = inspect(connection).get_columns(plain, schema=schema or None)
     except NoSuchTableError as error:
         raise DataError(f"{safe_url(connection.engine.url)} has no table '{name}'; check source.table") from error
+    whole = table(quoted_name(plain, quote=True), schema=quoted_name(schema, quote=True) if schema else None)
+    columns: list[ColumnClause[Any]] = [column(quoted_name(item["name"], quote=True)) for item in found]
+    return connection.execution_options(**options).execute(select(*columns).select_from(whole))
 
 
 def typed_column(name: str, cells: list[Any]) -> pl.Series:

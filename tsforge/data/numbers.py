@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import polars as pl
 
@@ -71,7 +71,7 @@ class NumberReader:
             self._report.add("replaced", f"not-a-number cells in column '{name}'", int(numbers.is_nan().sum()))
             numbers = numbers.fill_nan(None)
         # before the cast: -9999.9 stored in four bytes is not the -9999.9 of eight
-        known = pl.Series(sentinels, dtype=pl.Float64).cast(numbers.dtype, strict=False).drop_nulls()
+        known = codes_as(sentinels, numbers.dtype)
         if len(known) and numbers.dtype.is_numeric():
             coded = numbers.is_in(known.implode()).fill_null(False)
             self._report.add("replaced", f"sentinel values in column '{name}'", int(coded.sum()))
@@ -108,8 +108,7 @@ class NumberReader:
     def _from_text(self, table: pl.DataFrame, cells: pl.Series, *, optional: bool) -> pl.Series | None:
         text = cells.cast(pl.String).str.strip_chars()
         text = text.set(text == "", None)
-        plain = text.str.replace(",", ".", literal=True) if self._raw.decimal == "," else text
-        numbers = plain.cast(pl.Float64, strict=False)
+        numbers = from_text(text, self._raw.decimal).cast(pl.Float64, strict=False)
         bad = numbers.is_null() & text.is_not_null()
         count = int(bad.sum())
         if not count:
@@ -118,8 +117,9 @@ class NumberReader:
             if optional:
                 return None
             examples = listing(row_examples(table[ROW], cells, bad, 2))
+            mark = f"; the decimal mark is '{self._raw.decimal}'" if text.str.contains(r"\d[.,]\d").any() else ""
             raise DataError(
-                f"column '{cells.name}' holds text, no cell is a number ({examples}); encode it as numbers "
+                f"column '{cells.name}' holds text, no cell is a number ({examples}{mark}); encode it as numbers "
                 "or leave it out"
             )
         self._flaws.append(("unreadable", cells.name, count, row_examples(table[ROW], cells, bad)))
@@ -144,3 +144,19 @@ class NumberReader:
             f"{'; '.join(parts)}; repair them, name their code for missing values in null_values or sentinels, or "
             "set bad_cells=null"
         )
+
+
+def from_text(text: pl.Series, decimal: str) -> pl.Series:
+    """Return cells with a point as decimal mark; null where a point can only part thousands: 1.234 is no 1,234."""
+    if decimal != ",":
+        return text
+    return text.set(text.str.contains(".", literal=True), None).str.replace(",", ".", literal=True)
+
+
+def codes_as(sentinels: Sequence[float], kind: pl.DataType) -> pl.Series:
+    """Return codes in the type of a column; those that it cannot hold are none of its codes: -999.9 is not -999."""
+    given = pl.Series(sentinels, dtype=pl.Float64)
+    codes = given.cast(kind, strict=False)
+    if not kind.is_float():
+        codes = codes.filter(codes.cast(pl.Float64) == given)
+    return codes.drop_nulls()

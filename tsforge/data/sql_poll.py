@@ -10,9 +10,9 @@ from decimal import Decimal
 from typing import Any
 
 import polars as pl
-from sqlalchemy import MetaData, Table, false, func, select
+from sqlalchemy import MetaData, Table, false, func, select, type_coerce
 from sqlalchemy.exc import NoSuchTableError
-from sqlalchemy.types import TypeEngine
+from sqlalchemy.types import NullType, TypeEngine
 
 from tsforge.core.errors import DataError, listing, nearest
 from tsforge.data.config import SqlSource
@@ -98,7 +98,8 @@ class KeyedTable:
         with transaction(self._engine, "read", write=False) as connection:
             table = self._table(connection)
             key = table.c[self.key]
-            chosen = [key.label("key"), *(table.c[name] for name in self._columns)]
+            # untyped: types of SQLite are a hint, and read by them 1.25 of a DECIMAL(10,1) would come out as 1.2
+            chosen = [key.label("key"), *(type_coerce(table.c[name], NullType()) for name in self._columns)]
             span = select(*chosen).where(key <= upto).order_by(key)
             if last is not None:
                 span = span.where(key > last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, time, timedelta
 
 import polars as pl
@@ -18,8 +19,21 @@ _SLASH_FORMS = ("%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M")
 _ZONED_FORMS = ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M%#z", "%Y-%m-%d %H:%M%#z")
 _SAMPLE = 100
 _EPOCH_UNITS = {"epoch:s": 1_000_000, "epoch:ms": 1_000, "epoch:us": 1}
-_COMPACT_DATES = (19_000_101, 21_001_231)
 _EPOCH_SECONDS = (500_000_000, 5_000_000_000)
+_NO_STEPS = (  # ranges of integers that hardly count steps, what they look like, what to do
+    (19_000_101, 21_001_231, "dates such as 20240131", "set time_format=%Y%m%d"),
+    *(
+        (_EPOCH_SECONDS[0] * unit, _EPOCH_SECONDS[1] * unit, f"{name}seconds since 1970", advice)
+        for unit, name, advice in (
+            (1, "", "set time_format=epoch:s"),
+            (10**3, "milli", "set time_format=epoch:ms"),
+            (10**6, "micro", "set time_format=epoch:us"),
+            (10**9, "nano", "divide them by 1000 and set time_format=epoch:us"),
+        )
+    ),
+)
+_FULL_YEAR = r"%[YFGcv+]"  # parsers of these take one digit too
+_SHORT_YEAR = 1000
 # a parser of text takes a 60th second for the first one of the next minute: two rows would have one time
 _SECOND_60 = r":\d{2}:60([^0-9]|$)"
 _COMPACT_SECOND_60 = r"[0-2]\d[0-5]\d60([^0-9]|$)"
@@ -42,8 +56,14 @@ def read_times(
     Raises:
         DataError: unreadable, missing, ambiguous or non-existent times under a policy of ``error``.
     """
+    fine = _below_microsecond(table[config.time])
+    what = "times with a fraction below one microsecond"
+    table = _drop_bad(table, fine, what, config, report, advice="round them in the source")
+    parsed = _parse(table[config.time], config)
+    short = _has_short_year(table[config.time], parsed, config)
+    what, advice = "times with a year of fewer than four digits", "write %y for years of two in time_format"
+    table, parsed = _drop_bad(table, short, what, config, report, advice=advice), parsed.filter(~short)
     raw = table[config.time]
-    parsed = _parse(raw, config)
     parsed = _within_calendar(parsed, config)
     unreadable = parsed.is_null() & raw.is_not_null()
     table = _drop_bad(table, unreadable, "unreadable times", config, report)
@@ -63,6 +83,24 @@ def read_times(
     if parsed.dtype == TIME_DTYPE:
         return table.with_columns(parsed.alias(config.time)), False
     return _localise(table.with_columns(parsed.alias(config.time)), midnights, group, config, report), False
+
+
+def _below_microsecond(raw: pl.Series) -> pl.Series:
+    """Return which times have nanoseconds that microseconds cannot hold."""
+    if not isinstance(raw.dtype, pl.Datetime) or raw.dtype.time_unit != "ns":
+        return pl.repeat(False, len(raw), eager=True)
+    return (raw.to_physical() % 1000 != 0).fill_null(False)
+
+
+def _has_short_year(raw: pl.Series, parsed: pl.Series, config: DataConfig) -> pl.Series:
+    """Return which cells were read with a year that they do not write out: 01.01.24 is no day of the year 24."""
+    form = config.time_format
+    if form is None or not re.search(_FULL_YEAR, form) or not parsed.dtype.is_temporal():
+        return pl.repeat(False, len(raw), eager=True)
+    year = parsed.dt.year().cast(pl.String).str.zfill(4)
+    cells = pl.DataFrame({"cell": raw.cast(pl.String), "year": year, "is_early": parsed.dt.year() < _SHORT_YEAR})
+    written = pl.col("cell").str.contains(pl.col("year"), literal=True)
+    return cells.select((pl.col("is_early") & ~written).fill_null(False)).to_series()
 
 
 def makes_local_days(config: DataConfig) -> bool:
@@ -182,23 +220,25 @@ def _zoned(times: pl.Series, config: DataConfig) -> pl.Series:
 
 
 def _parse_numbers(raw: pl.Series, config: DataConfig) -> pl.Series:
-    present = raw.drop_nulls()
-    whole = present.cast(pl.Int64, strict=False)
-    if present.dtype.is_float() and bool((whole.cast(present.dtype) != present).any()):
-        raise DataError(f"time column '{raw.name}' holds fractions (first: {present[0]}); use integers or datetimes")
-    numbers = raw.cast(pl.Int64)
+    """Return numbers as times or as they are; null where they are not finite, or too large for either."""
+    numbers = raw.cast(pl.Int64, strict=False)
+    if not raw.dtype.is_integer():
+        torn = (numbers.cast(raw.dtype) != raw).fill_null(False)
+        if torn.any():
+            first = raw.filter(torn)[0]
+            raise DataError(f"time column '{raw.name}' holds fractions (first: {first}); use integers or datetimes")
     if config.time_format in EPOCH_FORMATS:
-        return (numbers * _EPOCH_UNITS[config.time_format]).cast(TIME_DTYPE)
-    if config.freq is None and len(whole):
-        low, high = int(whole.to_numpy().min()), int(whole.to_numpy().max())
-        for (first, last), name, setting in (
-            (_COMPACT_DATES, "dates such as 20240131", "%Y%m%d"),
-            (_EPOCH_SECONDS, "seconds since 1970", "epoch:s"),
-        ):
+        unit = _EPOCH_UNITS[config.time_format]
+        most = (2**63 - 1) // unit
+        return (numbers.set(~numbers.is_between(-most, most), None) * unit).cast(TIME_DTYPE)
+    present = numbers.drop_nulls()
+    if config.freq is None and len(present):
+        low, high = int(present.to_numpy().min()), int(present.to_numpy().max())
+        for first, last, name, advice in _NO_STEPS:
             if first <= low and high <= last:
                 raise DataError(
-                    f"the integers of time column '{raw.name}' ({low} .. {high}) look like {name}; set "
-                    f"time_format={setting}, or freq=1i if they count steps"
+                    f"the integers of time column '{raw.name}' ({low} .. {high}) look like {name}; {advice}, or "
+                    "freq=1i if they count steps"
                 )
     return numbers
 
@@ -213,6 +253,7 @@ def _parse_text(cells: pl.Series, config: DataConfig) -> pl.Series:
             return _zoned(parsed, config)
         has_clock = any(sign in form for sign in ("%H", "%I", "%T", "%R", "%X", "%s"))
         return parsed if has_clock else parsed.dt.date()
+    cells = cells.set(~cells.str.contains(r"^\+?[0-9]{4}[^0-9]"), None)  # 01/01/24 is no day of the year 1
     naive = _first_that_reads(cells, (*_CLOCK_FORMS, *_SLASH_FORMS))
     left = cells.set(naive.is_not_null(), None)
     days = _first_that_reads(left, _DATE_FORMS)
@@ -253,7 +294,9 @@ def _first_that_reads(cells: pl.Series, forms: tuple[str, ...], *, zone: bool = 
     return result
 
 
-def _drop_bad(table: pl.DataFrame, bad: pl.Series, what: str, config: DataConfig, report: IngestReport) -> pl.DataFrame:
+def _drop_bad(
+    table: pl.DataFrame, bad: pl.Series, what: str, config: DataConfig, report: IngestReport, *, advice: str = ""
+) -> pl.DataFrame:
     count = int(bad.sum())
     if not count:
         return table
@@ -263,7 +306,9 @@ def _drop_bad(table: pl.DataFrame, bad: pl.Series, what: str, config: DataConfig
     examples = row_examples(table[ROW], cells, bad)
     if config.bad_rows == "error" or count == table.height:
         if count < table.height:
-            hint = "repair them, or leave such rows out with bad_rows=drop"
+            hint = f"{advice or 'repair them'}, or leave such rows out with bad_rows=drop"
+        elif advice:
+            hint = advice
         elif config.time_format:
             hint = f"time_format={config.time_format} fits none of them"
         else:
@@ -303,7 +348,9 @@ def _localise(
     skipped = early.is_null() & ~dates
     _decide(table, twice, config.ambiguous, "ambiguous", config, report)
     _decide(table, skipped, config.nonexistent, "nonexistent", config, report)
-    use_late = twice & (_repeats(table, group, config) if config.ambiguous == "infer" else config.ambiguous == "latest")
+    use_late = twice if config.ambiguous == "latest" else pl.repeat(False, table.height, eager=True)
+    if config.ambiguous == "infer" and twice.any():
+        use_late = _second_times(table, (early, late, twice), group, config)
     times = early.dt.convert_time_zone("UTC").zip_with(~use_late, late.dt.convert_time_zone("UTC"))
     if config.nonexistent == "shift" and skipped.any():
         # the clock before the change: its offset is that of a few hours earlier
@@ -337,7 +384,75 @@ def _decide(
     report.add("refused" if policy == "drop" else "note", f"{what}: {policy}", count, examples)
 
 
-def _repeats(table: pl.DataFrame, group: str | None, config: DataConfig) -> pl.Series:
-    """Return which rows repeat a local time that their series had before, in the order of the source."""
-    keys = [config.time] if group is None else [group, config.time]
-    return ~table.select(pl.struct(keys).is_first_distinct()).to_series()
+def _second_times(
+    table: pl.DataFrame, times: tuple[pl.Series, pl.Series, pl.Series], group: str | None, config: DataConfig
+) -> pl.Series:
+    """Return which local times are the second of their kind, as the order of the rows of each series tells.
+
+    Rows may stand oldest first or newest first, by the instant or by the clock. Where both may be, as of two rows
+    alone, the rest of the series decides. Rows of one publication are a series of their own.
+
+    Args:
+        table: rows in the order of the source.
+        times: the earliest and the latest instant of each row, and whether they differ.
+        group: the series column; None when a row holds all series.
+        config: names and zone.
+
+    Raises:
+        DataError: around repeated times the rows of a series follow no order.
+    """
+    early, late, twice = times
+    local = table[config.time]
+    rows = pl.DataFrame(
+        {
+            "at": pl.int_range(table.height, eager=True),
+            "series": table[group] if group is not None else pl.repeat("", table.height, eager=True),
+            "autumn": local.dt.offset_by("-12h").dt.date(),  # clocks go back at night, perhaps across midnight
+            "local": local.to_physical(),
+            "early": early.to_physical(),
+            "late": late.to_physical(),
+            "twice": twice,
+        }
+    )
+    keys = ["series", "autumn"]
+    if config.published is not None and config.published != config.time:
+        rows = rows.with_columns(issue=table[config.published])
+        if rows.filter("twice").select(pl.struct("series", "issue").is_duplicated().any()).item():
+            keys.append("issue")
+    falls = (pl.col("local").diff().sign().sum() < 0).over("series")
+    rows = rows.with_columns(falls=falls).filter(pl.col("twice").any().over(keys) & pl.col("early").is_not_null())
+    up = _oldest_first(rows, keys, by_clock=config.published is None)
+    down = _oldest_first(rows.reverse(), keys, by_clock=config.published is None).reverse()
+    second = up.zip_with(up.is_not_null() & ~(rows["falls"] & down.is_not_null()), down)
+    unclear = rows.filter(second.is_null() & rows["twice"])
+    if unclear.height:
+        hit = pl.int_range(table.height, eager=True).is_in(unclear["at"].implode())
+        examples = row_examples(table[ROW], local, hit)
+        raise DataError(
+            f"{unclear.height} of {table.height} local times that occur twice in {config.timezone} where clocks go "
+            f"back stand, in {unclear['series'].n_unique()} series, in no order of time ({listing(examples)}), so that "
+            "ambiguous=infer cannot tell the first from the second; give the rows oldest or newest first, or set "
+            "ambiguous to earliest, latest or drop"
+        )
+    return pl.int_range(table.height, eager=True).is_in(rows["at"].filter(second).implode())
+
+
+def _oldest_first(rows: pl.DataFrame, keys: list[str], *, by_clock: bool) -> pl.Series:
+    """Return which times are second ones if rows come oldest first; null where by this they would be out of order.
+
+    A clock that does not move on has gone back. With ``by_clock`` rows may also be sorted by the clock, so that equal
+    times take turns.
+    """
+    twice, step = pl.col("twice"), pl.col("local").diff().over(keys)
+    rows = rows.with_columns(
+        step=step,
+        is_beside=(twice | twice.shift().over(keys)).fill_null(False),
+        passed=twice & (((step <= 0) & twice).fill_null(False).cum_sum().over(keys) > 0),
+        again=twice & ~pl.struct(*keys, "local").is_first_distinct(),
+    )
+    moves = pl.when("passed").then("late").otherwise("early").diff().over(keys)
+    rows = rows.with_columns(
+        is_told=((moves > 0) | ~pl.col("is_beside")).fill_null(True).all().over(keys),
+        is_sorted=((pl.col("step") >= 0) | ~pl.col("is_beside")).fill_null(True).all().over(keys) & by_clock,
+    )
+    return rows.select(pl.when("is_told").then("passed").when("is_sorted").then("again").alias("second")).to_series()

@@ -241,10 +241,22 @@ def test_a_missing_source_is_one_message(tmp_path: Path, path: str, message: str
             {"source": {"kind": "sql", "url": "postgresql://me:secret@host/db", "table": "t"}},
             "url holds a password; put the URL in an environment variable",
         ),
+        (
+            {"source": {"kind": "sql", "url": "postgresql://host/db?user=me&password=secret", "table": "t"}},
+            "url holds a password; put the URL in an environment variable",
+        ),
+        (
+            {"source": {"kind": "sql", "url": "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dsecret", "table": "t"}},
+            "url holds a password; put the URL in an environment variable",
+        ),
+        (
+            {"source": {"kind": "sql", "url": "postgresql://host:secret/db", "table": "t"}},
+            "url is not a database URL",
+        ),
         ({"targets": ["x"], "past": ["x"]}, r"more than one role: x"),
         ({"series": "s"}, "series has no effect with the wide layout"),
         ({"layout": "long", "separator": "."}, "separator has no effect with the long layout"),
-        ({"resample": {"every": "fast"}}, "resample.every: 'fast' is not a duration"),
+        ({"resample": {"every": "fast"}}, "resample.every: freq 'fast' is not a frequency"),
         ({"valid_range": {"x": [2, 1]}}, "its low end lies above its high end"),
         ({"tragets": ["x"]}, "tragets: unknown key; did you mean 'targets'?"),
         ({"source": {"kind": "synthetic"}, "targets": ["x"]}, "targets has no effect with a synthetic source"),

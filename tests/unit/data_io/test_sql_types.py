@@ -1,11 +1,14 @@
-"""Cells of a PostgreSQL database that have no plain counterpart: numerics of any size, NaN, UUIDs, addresses, keys."""
+"""Cells of a PostgreSQL database that have no plain counterpart: numerics of any size, NaN, UUIDs, addresses, keys; and
+cells of SQLite that are not what their column says."""
 
 from __future__ import annotations
 
 import math
+import sqlite3
 import uuid
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -143,3 +146,23 @@ def test_whole_decimals_are_keys(postgres_url: str, database: Connection) -> Non
     rows, last = followed.after(210, 230, 10)
     assert (rows["power"].to_list(), last) == ([22.5, 23.5], 230)
     followed.close()
+
+
+def test_a_followed_sqlite_table_is_read_as_it_is_stored(tmp_path: Path) -> None:
+    """Types of SQLite columns are hints: nothing is rounded to their scale or made a truth value of."""
+    place = tmp_path / "a.db"
+    with sqlite3.connect(place) as connection:
+        connection.execute("CREATE TABLE readings (k INTEGER, ds TIMESTAMP, y DECIMAL(10, 2), on_off BOOLEAN)")
+        connection.executemany(
+            "INSERT INTO readings VALUES (?, ?, ?, ?)",
+            [(1, 1704067200, 1.23456, 4), (2, "2024-01-01 01:00:00", 1.5e-11, 1), (3, "", "abc", 0)],
+        )
+    connection.close()
+    source = validate(SqlSource, {"kind": "sql", "path": str(place), "table": "readings"})
+    followed = KeyedTable(source, "k", ["ds", "y", "on_off"])
+    rows, last = followed.after(None, 3, 10)
+    followed.close()
+    assert last == 3
+    assert rows["ds"].to_list() == ["1704067200", "2024-01-01 01:00:00", ""]
+    assert rows["y"].to_list() == ["1.23456", "1.5e-11", "abc"]
+    assert rows["on_off"].to_list() == [4, 1, 0]

@@ -18,6 +18,7 @@ from tsforge.core.errors import DataError, listing
 from tsforge.data.config import EPOCH_FORMATS, DataConfig
 from tsforge.data.findings import ROW, Finding, IngestReport
 from tsforge.data.grid import TimeGrid, parse_freq, show_time
+from tsforge.data.numbers import codes_as, from_text
 from tsforge.data.timestamps import read_times
 
 _OFFSET = r":\d{2}.*(?:[zZ]|[+-]\d{2}(?::?\d{2})?)\s*$"  # a time of day with its offset from UTC
@@ -410,8 +411,7 @@ def _numbers(cells: pl.Series, decimal: str) -> pl.Series:
     """Return the numbers of cells, null where there is none, in their own type where they are none of text."""
     if _is_text(cells):
         text = cells.cast(pl.String).str.strip_chars()
-        plain = text.str.replace(",", ".", literal=True) if decimal == "," else text
-        return plain.cast(pl.Float64, strict=False)
+        return from_text(text, decimal).cast(pl.Float64, strict=False)
     if cells.dtype.is_numeric() or cells.dtype in (pl.Boolean, pl.Null):
         return cells
     return pl.Series([None], dtype=pl.Float64).new_from_index(0, len(cells))
@@ -429,6 +429,5 @@ def _holds_value(cells: pl.Series, decimal: str, codes: Sequence[float]) -> pl.S
     if numbers.dtype.is_float():
         held &= numbers.is_finite().fill_null(False)
     if codes and numbers.dtype.is_numeric():  # in the type of the cells, as the cleaning compares them
-        known = pl.Series(codes, dtype=pl.Float64).cast(numbers.dtype, strict=False).drop_nulls()
-        held &= ~numbers.is_in(known.implode()).fill_null(False)
+        held &= ~numbers.is_in(codes_as(codes, numbers.dtype).implode()).fill_null(False)
     return held
