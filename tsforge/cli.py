@@ -49,7 +49,7 @@ app = typer.Typer(
 )
 batch_app = typer.Typer(no_args_is_help=True, help="Run the nightly job: ingest, check, forecast, detect, publish.")
 schedule_app = typer.Typer(no_args_is_help=True, help="Keep cron-like jobs with persisted state.")
-data_app = typer.Typer(no_args_is_help=True, help="Look at what is in the store.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at what is in the store, or take it out.")
 app.add_typer(batch_app, name="batch")
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(data_app, name="data")
@@ -548,3 +548,15 @@ def data_export(
     """Write a stored data set to a file."""
     frame = _attribute("tsforge.app.ingest:load_dataset")(_workspace(home), name)
     _table_out(frame.table, output, False, {})
+
+
+@data_app.command("remove")
+def data_remove(
+    name: Annotated[str, typer.Argument(help="Data set in the store.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without, say what would go.")] = False,
+    as_json: AsJson = False,
+    home: Home = None,
+) -> None:
+    """Remove a data set with all its rows; events, batch records and artifacts stay."""
+    facts = _attribute("tsforge.app.ingest:remove_dataset")(_workspace(home), name, confirmed=yes)
+    print_json(facts) if as_json else print_facts(facts)

@@ -12,9 +12,9 @@ from tsforge.data.calendar import check_calendar
 from tsforge.data.config import DataConfig, ResampleConfig, SyntheticSource
 from tsforge.data.findings import ROW, IngestReport, row_examples
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.grid import Frequency, parse_freq
+from tsforge.data.grid import Frequency, normalise_time, parse_freq
 from tsforge.data.io import RawTable, collect, column_types, read_source
-from tsforge.data.layout import long_table, wide_table
+from tsforge.data.layout import check_constant, long_table, wide_table
 from tsforge.data.numbers import NumberReader
 from tsforge.data.report import vintage_report
 from tsforge.data.synthetic import generate
@@ -34,12 +34,14 @@ class Dataset:
         report: what was done to the rows.
         labels: known anomalies (``series_id, start, end, kind, variates``) of generated data, else None.
         vintages: all publications, where the source has publication times.
+        present: ``series_id, time`` of the rows of the source, where a missing value of them erases, else None.
     """
 
     frame: SeriesFrame
     report: IngestReport
     labels: pl.DataFrame | None = None
     vintages: VintageFrame | None = None
+    present: pl.DataFrame | None = None
 
 
 def read_dataset(config: DataConfig, stored: Collection[str] = ()) -> Dataset:
@@ -77,7 +79,7 @@ def clean(raw: RawTable, config: DataConfig, stored: Collection[str] = ()) -> Da
     """
     report = IngestReport(raw.origin)
     try:
-        history = _clean(raw, config, report)
+        history, present = _clean(raw, config, report)
         frame = newest(history)
         if config.empty_targets == "error":
             _check_targets(frame, stored)
@@ -89,7 +91,7 @@ def clean(raw: RawTable, config: DataConfig, stored: Collection[str] = ()) -> Da
     report.rows_out = _filled(history)
     _note_constants(frame, report)
     if isinstance(history, SeriesFrame):
-        return Dataset(frame, report)
+        return Dataset(frame, report, present=present)
     _note_revisions(history, report)
     return Dataset(frame, report, vintages=history)
 
@@ -144,7 +146,8 @@ def _note_constants(frame: SeriesFrame, report: IngestReport) -> None:
     report.add("note", "constant targets", len(constant), constant)
 
 
-def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
+def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> tuple[History, pl.DataFrame | None]:
+    """Return the series and, where missing values erase, ``series_id, time`` of the rows they came in."""
     types = column_types(raw)
     named = {"time": config.time, "series": config.series, "published": config.published}
     keys = [name for name in named.values() if name]
@@ -182,7 +185,9 @@ def _clean(raw: RawTable, config: DataConfig, report: IngestReport) -> History:
     table = _without_duplicates(table, group, config, report)
     if config.resample is not None:
         clock = config.timezone if makes_local_days(config) and not are_dates else None
-        table = _resampled(table, keys, columns, config.resample, report, clock=clock)
+        if config.static:
+            check_constant(table, keys[0], config.static)
+        table = _resampled(table, keys, columns, config.resample, report, clock=clock, static=config.static)
     return _frame(_with_empty(table.drop(ROW, strict=False), absent, columns, config), group, roles, config)
 
 
@@ -326,7 +331,11 @@ def _without_duplicates(
         )
     report.add("merged", f"rows that repeat {what}: {config.duplicates}", count, examples)
     if config.duplicates == "mean":
-        return table.group_by(keys, maintain_order=True).agg(pl.col(values).mean(), pl.col(ROW).first())
+        if config.static and group is not None:
+            check_constant(table, group, config.static)
+        static, others = ([name for name in values if (name in config.static) is yes] for yes in (True, False))
+        merged = (pl.col(static).drop_nulls().first(), pl.col(others).mean(), pl.col(ROW).first())
+        return table.group_by(keys, maintain_order=True).agg(*merged).select(table.columns)
     return table.unique(keys, keep=config.duplicates, maintain_order=True)
 
 
@@ -338,8 +347,12 @@ def _resampled(
     report: IngestReport,
     *,
     clock: str | None,
+    static: tuple[str, ...],
 ) -> pl.DataFrame:
-    """Return one row a cell of the grid; with a ``clock`` cells are days of that zone, and their times its dates."""
+    """Return one row a cell of the grid; with a ``clock`` cells are days of that zone, and their times its dates.
+
+    ``static`` columns are constant within a series; a mean would round them.
+    """
     *group, time = keys
     step = parse_freq(resample.every)
     integer = table[time].dtype.is_integer()
@@ -356,7 +369,8 @@ def _resampled(
         floored = local.dt.truncate(resample.every).dt.replace_time_zone("UTC")
     present = {name: variate for name, variate in columns.items() if name in table.columns}
     aggregated = [
-        _aggregate(name, resample.columns.get(variate, resample.default)) for name, variate in present.items()
+        _aggregate(name, "first" if variate in static else resample.columns.get(variate, resample.default))
+        for name, variate in present.items()
     ]
     result = table.sort(time, maintain_order=True).group_by([*group, floored.alias(time)], maintain_order=True)
     after = result.agg(aggregated)
@@ -379,7 +393,9 @@ def _aggregate(name: str, how: str) -> pl.Expr:
     return by_name[how].alias(name)
 
 
-def _frame(table: pl.DataFrame, group: str | None, roles: dict[str, tuple[str, ...]], config: DataConfig) -> History:
+def _frame(
+    table: pl.DataFrame, group: str | None, roles: dict[str, tuple[str, ...]], config: DataConfig
+) -> tuple[History, pl.DataFrame | None]:
     freq = config.freq or (config.resample.every if config.resample else None)
     static = None
     if group is None:
@@ -398,9 +414,17 @@ def _frame(table: pl.DataFrame, group: str | None, roles: dict[str, tuple[str, .
         )
         if freq is None:
             _check_one_frequency(plain.unique(["series_id", "time"]), schema.freq)
-    if config.published is None:
-        return SeriesFrame(plain, schema, static, require_targets=False)
-    return VintageFrame(plain, schema, static, require_targets=False)
+    if config.published is not None:
+        return VintageFrame(plain, schema, static, require_targets=False), None
+    present = None
+    if config.nulls == "erase":  # before the gaps are filled: what the source does not mention stays
+        keys = plain.select("series_id", "time")
+        if group is None:  # empty ends of a series were cut
+            keys = keys.select(pl.col("series_id").unique(maintain_order=True)).join(
+                table.select(pl.col(config.time).alias("time")), how="cross"
+            )
+        present = keys.select(pl.col("series_id").cast(pl.String), normalise_time(keys["time"]))
+    return SeriesFrame(plain, schema, static, require_targets=False), present
 
 
 def _check_one_frequency(table: pl.DataFrame, freq: str) -> None:

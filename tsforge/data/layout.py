@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
 from tsforge.core.errors import DataError, listing, nearest
 from tsforge.data.grid import infer_freq
-from tsforge.data.schema import SeriesSchema
+from tsforge.data.schema import RESERVED, SeriesSchema
 
 
 def _collect(table: pl.DataFrame | pl.LazyFrame, columns: list[str] | None) -> pl.DataFrame:
@@ -44,9 +44,11 @@ def long_table(
     A column of publication times comes along as ``published``.
 
     Raises:
-        DataError: a column is missing, the frequency cannot be inferred, or a static column varies within a series.
+        DataError: a column is missing or has a reserved name, the frequency cannot be inferred, or a static column
+            varies within a series.
     """
     values = [name for names in roles.values() for name in names]
+    _check_names(values)
     keys = [name for name in (series_id, time, published) if name is not None]
     plain = _collect(table, list(dict.fromkeys([*keys, *values])))
     ids = pl.lit("series") if series_id is None else pl.col(series_id)
@@ -65,19 +67,36 @@ def _plain(roles: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     return dict(roles)
 
 
+def _check_names(values: Iterable[str]) -> None:
+    taken = [name for name in dict.fromkeys(values) if name in RESERVED]
+    if taken:
+        raise DataError(
+            f"column name {listing(map(repr, taken))} is reserved and cannot be that of a value; rename the column in "
+            "the query or file, or leave it out by naming the others (targets)"
+        )
+
+
 def _constants(table: pl.DataFrame, schema: SeriesSchema) -> pl.DataFrame | None:
     if not schema.static:
         return None
-    grouped = table.group_by("series_id", maintain_order=True)
-    counts = grouped.agg(pl.col(schema.static).drop_nulls().n_unique())
-    for name in schema.static:
-        varying = counts.filter(pl.col(name) > 1)["series_id"]
+    check_constant(table, "series_id", schema.static)
+    return table.group_by("series_id", maintain_order=True).agg(pl.col(schema.static).drop_nulls().first())
+
+
+def check_constant(table: pl.DataFrame, series_id: str, static: Sequence[str]) -> None:
+    """Refuse static columns that change within a series; missing values say nothing.
+
+    Raises:
+        DataError: with the first such column, and its series.
+    """
+    counts = table.group_by(series_id, maintain_order=True).agg(pl.col(static).drop_nulls().n_unique())
+    for name in static:
+        varying = counts.filter(pl.col(name) > 1)[series_id]
         if varying.len():
             raise DataError(
                 f"static column '{name}' changes within {varying.len()} of {counts.height} series "
                 f"({listing(varying)}); declare it as past or known"
             )
-    return grouped.agg(pl.col(schema.static).drop_nulls().first())
 
 
 def wide_table(
@@ -95,7 +114,8 @@ def wide_table(
     A column of publication times comes along as ``published``.
 
     Raises:
-        DataError: a column is missing, the separator occurs in no column, or the frequency cannot be inferred.
+        DataError: a column is missing, has a reserved name, or belongs to every series while one has it itself; the
+            separator occurs in no column; or the frequency cannot be inferred.
     """
     names = table.collect_schema().names()
     if time not in names:
@@ -108,6 +128,9 @@ def wide_table(
     variates = list(dict.fromkeys(variate for columns in owners.values() for variate in columns))
     chosen = _roles(roles, variates)
     wanted = {variate for names in chosen.values() for variate in names}
+    _check_names(variate for variate in variates if variate in wanted)
+    if separator is not None:
+        _check_shared(owners, [name for name in values if separator not in name and name in wanted])
     used = [column for columns in owners.values() for variate, column in columns.items() if variate in wanted]
     clocks = [name for name in (time, published) if name is not None]
     plain = _collect(table, list(dict.fromkeys([*clocks, *used])))
@@ -132,6 +155,17 @@ def _owners(values: list[str], separator: str) -> dict[str, dict[str, str]]:
     if not owners:
         raise DataError(f"no column name contains the separator '{separator}' (columns: {listing(values, 10)})")
     return owners
+
+
+def _check_shared(owners: Mapping[str, Mapping[str, str]], shared: list[str]) -> None:
+    """Refuse columns of every series that a series also has itself: one of both would be lost."""
+    for name in shared:
+        own = [columns[name] for columns in owners.values() if columns[name] != name]
+        if own:
+            raise DataError(
+                f"column '{name}' belongs to every series, and {len(own)} of {len(owners)} series have their own: "
+                f"{listing(own)}; rename one of them in the query or file, or leave it out"
+            )
 
 
 def _roles(roles: Mapping[str, tuple[str, ...] | None], variates: list[str]) -> dict[str, Any]:

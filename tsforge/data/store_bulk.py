@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import polars as pl
-from sqlalchemy import ColumnElement, Connection, Select, Table, and_, case, func, or_, select, true
+from sqlalchemy import ColumnElement, Connection, Select, Table, and_, case, delete, exists, func, or_, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
-from tsforge.data.store_tables import observation_table
+from tsforge.data.store_tables import SERIES, observation_table
 
 _CHUNK = 200_000
 _FETCH = 50_000
+_NAMED = 5_000  # databases limit the values of one statement
 _STAGE = "tsf_stage"
 
 
@@ -80,6 +81,47 @@ def compare(connection: Connection, stage: Table, table: Table, *, erase: bool) 
         ).select_from(joined)
     ).one()
     return int(new), int(changed)
+
+
+def drop_blank(connection: Connection, stage: Table, table: Table) -> int:
+    """Leave out staged rows that have no value and no row of ``table`` to take one from; return how many."""
+    keys, names = _split_columns(stage)
+    has_row = exists().where(*(table.c[key] == stage.c[key] for key in keys))
+    blank = [stage.c[name].is_(None) for name in names]
+    return int(connection.execute(delete(stage).where(*blank, ~has_row)).rowcount)
+
+
+def count_erased(connection: Connection, stage: Table, table: Table) -> int:
+    """Return how many values of ``table`` have a missing one in their staged row."""
+    keys, names = _split_columns(stage)
+    gone = [case((and_(stage.c[name].is_(None), table.c[name].is_not(None)), 1), else_=0) for name in names]
+    joined = stage.join(table, and_(*(stage.c[key] == table.c[key] for key in keys)))
+    counts = connection.execute(select(*(func.sum(one) for one in gone)).select_from(joined)).one()
+    return sum(int(count or 0) for count in counts)
+
+
+def count_distinct_rows(connection: Connection, table: Table, series: str | None = None) -> int:
+    """Return how many rows, that is series and times, ``table`` holds of one series or of all."""
+    keys = select(table.c.series_id, table.c.time).distinct()
+    keys = keys if series is None else keys.where(table.c.series_id == series)
+    return int(connection.execute(select(func.count()).select_from(keys.subquery())).scalar_one())
+
+
+def ends_of_series(
+    connection: Connection, table: Table, dataset: int, series: Sequence[str] | None = None
+) -> pl.DataFrame:
+    """Return ``series_id, low, high``: first and last time of recorded series, two look-ups of the key each.
+
+    Only of ``series`` where these are few enough to name them in a statement, else of all.
+    """
+    ends = [
+        select(end(table.c.time)).where(table.c.series_id == SERIES.c.series_id).scalar_subquery()
+        for end in (func.min, func.max)
+    ]
+    statement = select(SERIES.c.series_id, *ends).where(SERIES.c.dataset_id == dataset)
+    if series is not None and len(series) <= _NAMED:
+        statement = statement.where(SERIES.c.series_id.in_(list(series)))
+    return fetch(connection, statement, {"series_id": pl.String(), "low": pl.Int64(), "high": pl.Int64()})
 
 
 def upsert(connection: Connection, stage: Table, table: Table, *, erase: bool) -> None:

@@ -20,7 +20,9 @@ from tsforge.core.errors import BackendError, ConfigError, DataError
 from tsforge.data.findings import IngestReport
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.schema import SeriesSchema
+from tsforge.data.sql import safe_url
 from tsforge.data.store import SeriesStore
+from tsforge.scheduling.ledger import Ledger
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -356,7 +358,9 @@ import polars as pl
 from datetime import UTC, datetime
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.schema import SeriesSchema
+from tsforge.data.sql import safe_url
 from tsforge.data.store import SeriesStore
+from tsforge.scheduling.ledger import Ledger
 from tsforge.core.errors import BackendError
 times = pl.select(pl.datetime_range(datetime(2024, 1, 1), datetime(2030, 1, 1), "1h", time_zone="UTC")).to_series()
 table = pl.DataFrame({"series_id": ["a"] * len(times), "time": times, "x": [1.5] * len(times)})
@@ -410,6 +414,34 @@ def test_a_server_that_is_gone_is_one_message_without_the_password() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://me:s3cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://host/db?user=me&password=s3cret", "postgresql://host/db?password=***&user=me"),
+        (
+            "postgresql://host/db?PASSWORD=s3cret&sslpassword=s3cret",
+            "postgresql://host/db?PASSWORD=***&sslpassword=***",
+        ),
+        ("postgresql://host/db?password=s3cret&password=s3cret", "postgresql://host/db?password=***"),
+        ("mysql+x://host/db?passwd=s3cret&ssl_key=/k", "mysql+x://host/db?passwd=***&ssl_key=%2Fk"),
+        ("snowflake://u@acc/db?token=s3cret", "snowflake://u@acc/db?token=***"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Ds3cret", "mssql+pyodbc:///?odbc_connect=***"),
+        ("sqlite:////tmp/a.db?timeout=5", "sqlite:////tmp/a.db?timeout=5"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets(address: str, shown: str) -> None:
+    assert safe_url(address) == shown
+
+
+def test_a_password_in_the_query_of_an_address_is_in_no_message() -> None:
+    address = "postgresql+psycopg://127.0.0.1:1/none?user=me&password=s3cret&connect_timeout=2"
+    for ask in (lambda: SeriesStore(address).read("data"), lambda: Ledger(address)):
+        with pytest.raises(BackendError, match=r"password=\*\*\*") as caught:
+            ask()
+        assert "s3cret" not in str(caught.value)
+
+
 def test_connections_that_the_server_ended_are_replaced(postgres_url: str) -> None:
     store = SeriesStore(postgres_url)
     store.write("data", frame({"a": [(1.0,)]}))
@@ -457,7 +489,9 @@ from datetime import UTC, datetime
 import polars as pl
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.schema import SeriesSchema
+from tsforge.data.sql import safe_url
 from tsforge.data.store import SeriesStore
+from tsforge.scheduling.ledger import Ledger
 times = pl.select(pl.datetime_range(datetime(2024, 1, 1), datetime(2024, 1, 8), "1h", time_zone="UTC")).to_series()
 for name in sys.argv[2].split(","):
     table = pl.DataFrame({"series_id": [name] * len(times), "time": times, "x": [1.5] * len(times)})
