@@ -395,6 +395,16 @@ def test_trained_candidates_without_time_for_them_are_refused(frame: SeriesFrame
         fit_frame(frame, config({"minutes": 0, "candidates": ["dlinear"]}))
 
 
+def test_closed_forms_tell_that_another_loss_is_not_theirs(
+    frame: SeriesFrame, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit_frame(frame, config(likelihood={"name": "point", "loss": "mae"}))
+    assert "closed forms of the race minimise the squared error; likelihood.loss=mae is that of trained" in caplog.text
+    caplog.clear()
+    fit_frame(frame, config(likelihood={"name": "point"}))
+    assert "minimise the squared error" not in caplog.text
+
+
 def test_a_committee_leaves_out_covariates_that_its_member_cannot_take() -> None:
     data = table(200).with_columns(push=pl.lit(1.0), x=pl.col("x") + 1.0)
     for name in ("committee", "temporal"):

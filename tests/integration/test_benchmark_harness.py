@@ -88,6 +88,16 @@ def test_literature_numbers(
     assert row["mae"] == pytest.approx(mae, abs=0.001)
 
 
+def test_a_loss_that_a_closed_form_does_not_minimise_is_a_failure_not_another_row(
+    workspace: Workspace, table: Path
+) -> None:
+    result = run(workspace, table, models=["linear:likelihood.loss=mae", "linear"], context_lengths=[24], horizons=[5])
+    rows = {row["model"]: row for row in result.table.iter_rows(named=True)}
+    assert rows["linear"]["status"] == "ok"
+    assert rows["linear:likelihood.loss=mae"]["status"] == "failed"
+    assert "likelihood.loss=mae has no effect" in rows["linear:likelihood.loss=mae"]["error"]
+
+
 def test_errors_of_an_unseen_table_equal_a_loop(workspace: Workspace, table: Path) -> None:
     result = run(workspace, table, models=["last_value"], context_lengths=[24], horizons=[5])
     data = pl.read_parquet(table)

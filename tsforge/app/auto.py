@@ -290,6 +290,13 @@ def _race_closed(work: _Race) -> list[str]:
     """Fit closed forms fold by fold, the last one first; return the names that went through all folds."""
     data, last = work.data, len(work.folds) - 1
     candidates = {one.name: one for one in closed_forms(data)}
+    loss = getattr(data.network.likelihood, "loss", "mse")
+    if candidates and loss != "mse":
+        _LOG.warning(
+            "the %d closed forms of the race minimise the squared error; likelihood.loss=%s is that of trained models",
+            len(candidates),
+            loss,
+        )
     work.lines = {name: _Line(candidate=one, stage="closed form") for name, one in candidates.items()}
     alive = [name for name in candidates if _try_fold(work, name, last)]
     if not alive:

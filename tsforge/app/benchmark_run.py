@@ -29,7 +29,7 @@ from tsforge.metrics.point import ErrorSums
 from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
 from tsforge.training.config import TrainConfig
-from tsforge.training.loop import fit_network
+from tsforge.training.loop import done_without_steps, fit_network
 
 _MEBIBYTE = 2**20
 _WINDOWS_AT_ONCE = 256
@@ -273,7 +273,7 @@ def _fit(
     if network.capabilities.closed_form:  # a finished solve needs no validation pass
         network.fit_scaler(series)
         report = network.solve(series)
-        if not network.capabilities.trainable or (report is not None and report.finished):
+        if done_without_steps(network, report) is not None:
             return network, 0, True
     aligned = network.capabilities.rows_coupled
     result = fit_network(

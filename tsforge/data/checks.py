@@ -23,8 +23,8 @@ from tsforge.data.grid import (
 )
 from tsforge.data.schema import SeriesSchema
 
-_MAX_FILL_FACTOR = 20  # a grid this many times longer than the table comes from a stray time, not from gaps
-_MAX_FILL_ROWS = 5_000_000
+MAX_FILL_FACTOR = 20  # a grid this many times longer than the table comes from a stray time, not from gaps
+MAX_FILL_ROWS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def check_table(table: pl.DataFrame, schema: SeriesSchema, *, require_targets: b
         _check_targets(plain, schema)
     plain = _sorted(plain)
     _check_duplicates(plain)
-    grid, index = _on_grid(plain, schema)
+    grid, index = on_grid(plain, schema)
     return _without_gaps(plain, grid, index)
 
 
@@ -178,7 +178,12 @@ def _check_duplicates(table: pl.DataFrame) -> None:
         )
 
 
-def _on_grid(table: pl.DataFrame, schema: SeriesSchema) -> tuple[TimeGrid, Ints]:
+def on_grid(table: pl.DataFrame, schema: SeriesSchema) -> tuple[TimeGrid, Ints]:
+    """Return the grid of rows ``series_id, time``, and the place of each row on it [N].
+
+    Raises:
+        DataError: rows lie off the grid; which, and how many.
+    """
     times = table["time"]
     origin: Any = times.min()
     if parse_freq(schema.freq).kind != "month":
@@ -212,7 +217,7 @@ def _without_gaps(table: pl.DataFrame, grid: TimeGrid, index: Ints) -> CheckedTa
     total = _full_height(table, grid, indptr, lengths)
     if total == table.height:
         return CheckedTable(table, grid, indptr, first)
-    if total > max(_MAX_FILL_ROWS, _MAX_FILL_FACTOR * table.height):
+    if total > max(MAX_FILL_ROWS, MAX_FILL_FACTOR * table.height):
         steps = np.diff(index)
         if grid.is_integer:  # differences of unsigned integers do not overflow
             steps = np.diff(table["time"].to_numpy().astype(np.uint64)) // parse_freq(grid.freq).count

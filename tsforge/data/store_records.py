@@ -246,7 +246,7 @@ def _check_months(connection: Connection, dataset: Definition, new: pl.Series) -
         stored = pl.concat([ends, times])
     both = pl.concat([stored, new]).unique().sort()
     try:
-        checks._on_grid(pl.DataFrame({"series_id": [dataset.name] * both.len(), "time": both}), dataset.schema)
+        checks.on_grid(pl.DataFrame({"series_id": [dataset.name] * both.len(), "time": both}), dataset.schema)
     except DataError as error:
         low, high = (show_time(time) for time in (ends.min(), ends.max()))
         raise DataError(
@@ -337,10 +337,10 @@ def _note_extent(
 
 def overlong_series(connection: Connection, dataset: Definition, series: Sequence[str]) -> frozenset[str]:
     """Return which of some series by themselves fill more rows than reading takes whatever their number of values."""
-    if _filled_between(dataset) <= checks._MAX_FILL_ROWS:
+    if _filled_between(dataset) <= checks.MAX_FILL_ROWS:
         return frozenset()
     spans = _spans(connection, dataset, series)
-    return frozenset(spans.filter(pl.col("filled") > checks._MAX_FILL_ROWS)["series_id"])
+    return frozenset(spans.filter(pl.col("filled") > checks.MAX_FILL_ROWS)["series_id"])
 
 
 def check_spans(connection: Connection, name: str, frame: History, exempt: Collection[str]) -> None:
@@ -358,7 +358,7 @@ def check_spans(connection: Connection, name: str, frame: History, exempt: Colle
         DataError: there is a time too far from the others.
     """
     dataset = definition(connection, name)
-    most, factor = checks._MAX_FILL_ROWS, checks._MAX_FILL_FACTOR
+    most, factor = checks.MAX_FILL_ROWS, checks.MAX_FILL_FACTOR
     widest = _filled_between(dataset)
     series = connection.execute(select(func.count()).where(SERIES.c.dataset_id == dataset.id)).scalar_one()
     # publications are no rows, of which there may be far fewer

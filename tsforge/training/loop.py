@@ -122,7 +122,7 @@ def fit_network(
     network.fit_scaler(series)
     network.prepare(series)
     report = network.solve(series)
-    reason = _done_without_steps(network, report)
+    reason = done_without_steps(network, report)
     if start_from is not None:
         _take(network, start_from, reason)
     if reason is not None:
@@ -253,7 +253,12 @@ def _check_windows(network: ForecastNetwork, train: Windows, valid: Windows | No
             )
 
 
-def _done_without_steps(network: ForecastNetwork, report: SolveReport | None) -> str | None:
+def done_without_steps(network: ForecastNetwork, report: SolveReport | None) -> str | None:
+    """Return why a fit takes no gradient steps (``solved``, ``untrainable``), None where it takes some.
+
+    Raises:
+        ConfigError: it takes none, and a loss was asked for that only they minimise.
+    """
     trains = network.capabilities.trainable and any(parameter.requires_grad for parameter in network.parameters())
     reason = "solved" if report is not None and report.finished else None if trains else "untrainable"
     likelihood = network.config.likelihood

@@ -125,7 +125,7 @@ def test_a_stray_time_far_from_the_stored_rows_is_refused(store: SeriesStore) ->
 
 
 def test_the_limit_is_that_of_reading(store: SeriesStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_MAX_FILL_ROWS", 10)
+    monkeypatch.setattr(checks, "MAX_FILL_ROWS", 10)
     store.write("d", rows(hours(0, 1), "1h"))
     assert store.write("d", rows(hours(59), "1h")).rows_new == 1  # 60 rows for 3
     assert store.read("d").num_rows == 60
@@ -137,7 +137,7 @@ def test_a_series_that_could_no_longer_be_read_alone_is_refused(
     store: SeriesStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside many rows a stray time is within the limit for the whole data set."""
-    monkeypatch.setattr(checks, "_MAX_FILL_ROWS", 10)
+    monkeypatch.setattr(checks, "MAX_FILL_ROWS", 10)
     store.write("d", rows(hours(*range(100)), "1h", series="long"))
     store.write("d", rows(hours(0, 1), "1h", series="short"))
     refused(store, rows(hours(200), "1h", series="short"), "201 rows for 3", "'short'")
@@ -149,7 +149,7 @@ def test_a_series_that_could_no_longer_be_read_alone_is_refused(
 
 
 def test_integer_time_and_months_are_counted_too(store: SeriesStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_MAX_FILL_ROWS", 10)
+    monkeypatch.setattr(checks, "MAX_FILL_ROWS", 10)
     store.write("d", rows([0, 2, 4], "2i"))
     refused(store, rows([200], "2i"), "101 rows for 4")
     store.remove("d")
@@ -165,7 +165,7 @@ def test_integers_further_apart_than_an_int64_holds_are_refused(store: SeriesSto
 def test_publications_are_counted_by_the_rows_they_are_about(
     store: SeriesStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_MAX_FILL_ROWS", 10)
+    monkeypatch.setattr(checks, "MAX_FILL_ROWS", 10)
     schema = SeriesSchema(targets=("x",), freq="1h")
 
     def published(*numbers: int) -> VintageFrame:
