@@ -75,8 +75,8 @@ def fill(workspace: Workspace) -> None:
 
     system = {"system": "lorenz63", "steps": 1000}
     quick = {"epochs": 3, "batches_per_epoch": 5, "batch_size": 4, "sequence_length": 20, "accelerator": "cpu"}
-    looks = {"lyapunov_steps": 200, "lyapunov_transient": 20, "findings": False}
-    settings = {"data": {"system": system}, "model": {"hidden": 8}, "train": quick, "evaluation": looks}
+    looks = {"lyapunov_steps": 200, "lyapunov_transient": 20, "findings": False, "sigma": 5.0}  # few rows
+    settings = {"data": {"system": system}, "dt": 0.01, "model": {"hidden": 8}, "train": quick, "evaluation": looks}
     reconstruct(validate(ReconstructConfig, settings | {"seeds": [0, 1], "tracking": {"enabled": False}}), workspace)
     short = {"max_epochs": 3, "max_steps_per_epoch": 12, "patience": None}
     layers = {"name": "s4", "d_model": 8, "d_state": 8, "num_layers": 2, "patch_length": 1, "ridge": 100.0}

@@ -19,6 +19,7 @@ from tsforge.app import catalog_dynamics
 from tsforge.core.workspace import Workspace
 
 EVALUATION = {
+    "sigma": 5.0,  # few rows
     "capture_runs": 5,
     "capture_steps": 500,
     "capture_tangent_steps": 100,

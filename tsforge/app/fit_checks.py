@@ -24,7 +24,8 @@ def check_settings(config: FitConfig) -> None:
     """Refuse a scaling that the model does not support, and what has no meaning with it.
 
     Raises:
-        ConfigError: as it says; candidates of ``model=auto`` that are no models; bins that do not fit the window.
+        ConfigError: as it says; candidates of ``model=auto`` that are no models; bins that do not fit the window
+            or cannot train their model.
     """
     model, kind = config.model, config.scaling.kind
     allowed = MODELS.get(model.name).capabilities_of(model).scaling
@@ -33,6 +34,7 @@ def check_settings(config: FitConfig) -> None:
     if isinstance(model, AutoConfig):
         _check_auto(config, model)
     if isinstance(model, TemporalConfig):
+        model.check_member()
         _check_widths(config, model)
     if config.log_graphs and not hasattr(MODELS.get(model.name), "evolution"):
         raise ConfigError(

@@ -57,16 +57,24 @@ class TemporalConfig(ModelConfig):
         if member.name in ("auto", "committee", "temporal"):
             raise ConfigError(f"model.member: '{member.name}' is itself made of several models; name one of them")
         can = MODELS.get(member.name).capabilities_of(member)
-        if can.teacher_forced or can.context_outputs:
-            what = "its targets" if can.teacher_forced else "the steps of its context"
-            raise ConfigError(
-                f"model.member: '{member.name}' is trained on {what} as well with these settings, which bins cannot "
-                "give it; name another model or head"
-            )
         if can.rows_coupled or can.absolute_time:
             what = "couples the series of a batch" if can.rows_coupled else "counts time in steps of the data"
             raise ConfigError(f"model.member: '{member.name}' {what}, which bins of several widths cannot give it")
         return member
+
+    def check_member(self) -> None:
+        """Refuse a member that bins cannot train whole; not where settings are read, so that stored fits still load.
+
+        Raises:
+            ConfigError: it is trained on its targets or the steps of its context as well.
+        """
+        can = MODELS.get(self.member.name).capabilities_of(self.member)
+        if can.teacher_forced or can.context_outputs:
+            what = "its targets" if can.teacher_forced else "the steps of its context"
+            raise ConfigError(
+                f"model.member: '{self.member.name}' is trained on {what} as well with these settings, which bins "
+                "cannot give it; name another model or head"
+            )
 
     @field_validator("widths")
     @classmethod
@@ -117,7 +125,7 @@ class Temporal(ForecastModel[TemporalConfig]):
     def capabilities_of(cls, config: TemporalConfig) -> Capabilities:
         """Return what the members can do; the spread is not modelled but taken from residuals."""
         can = MODELS.get(config.member.name).capabilities_of(config.member)
-        return replace(can, probabilistic=False)
+        return replace(can, probabilistic=False, context_outputs=False)
 
     def _parts(self, batch: Batch) -> Iterator[tuple[int, Tensor, Prediction]]:
         """Yield each width with what its bins give to the steps, [B, H, V], and the forecast of its member."""
@@ -159,7 +167,9 @@ class Temporal(ForecastModel[TemporalConfig]):
 
         Raises:
             ModelError: no series is long enough, or weights by variance of members that are trained.
+            ConfigError: a member that bins cannot train whole.
         """
+        self.config.check_member()
         reports, errors = [], []
         for width, member in zip(self.widths, self.members, strict=True):
             assert isinstance(member, ForecastModel)

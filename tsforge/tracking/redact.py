@@ -14,18 +14,24 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 # scheme://user:password@host; the user name stays readable. The password may hold '@': the last one before '/' counts.
-_USER_INFO = re.compile(r"(?P<head>[a-z][a-z0-9+.\-]*://[^:/?#\s@]*):[^/?#\s]*@", re.IGNORECASE)
+_USER_INFO = re.compile(r"(?P<head>[a-z][a-z0-9+.\-]{0,40}://[^:/?#\s@]*):[^/?#\s]*@", re.IGNORECASE)
 # name=value, also percent-encoded; a value in quotes or braces may hold blanks and semicolons
 _SETTING = re.compile(
     r"(?P<head>(?<![\w-])(?:[\w-]*?(?:passw(?:or)?d|passphrase|pwd|secret|token"
     r"|(?:api|access|account|private|secret)[-_]?key)"
-    r"|(?<=[?&])(?:[\w-]*signature|sig))[ \t]*(?:=(?!=)|%3D)[ \t]*)"
+    r"|(?<=[?&])(?:[\w-]*signature|sig|pass))[ \t]*(?:=(?!=)|%3D)[ \t]*)"
     r"(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|\{[^}]*\}|%7B(?:(?!%7D).)*%7D|['\"]?(?:(?!%3B|%26)[^&;\s'\"])+)",
     re.IGNORECASE,
 )
 _ODBC = re.compile(r"(?P<head>\bodbc_connect=)[^&\s'\"]+", re.IGNORECASE)  # a whole connection string
-_HEADER = re.compile(
-    r"(?P<head>\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?)[^\s'\",]+", re.IGNORECASE
+_SCHEME = r"(?:bearer|basic|token|digest|negotiate|aws4-hmac-sha256)\s+"
+_BEGINS = r"\bauthorization['\"]?\s*[:=]\s*['\"]?"
+_HEADER = re.compile(rf"(?P<head>{_BEGINS}{_SCHEME})[^\r\n'\"]+", re.IGNORECASE)
+# without a scheme one long word: "authorization: ask Ann" is prose
+_BARE_HEADER = re.compile(rf"(?P<head>{_BEGINS})(?!{_SCHEME})[^\s'\",]{{12,}}", re.IGNORECASE)
+_FIELD = re.compile(  # of JSON
+    r"(?P<head>\"(?:[\w-]*(?:passw(?:or)?d|passphrase|secret|api[-_]?key)|token)\"\s*:\s*)\"(?:\\.|[^\"\\])+\"",
+    re.IGNORECASE,
 )
 _FOLDERS = ("PWD", "OLDPWD")  # of a shell: "pwd" is no password in these
 _SHORTEST = 6  # shorter values of the environment would hide ordinary words
@@ -47,7 +53,7 @@ def redact(text: str) -> str:
     for value in _environment_secrets():
         text = text.replace(value, HIDDEN)
     text = _USER_INFO.sub(rf"\g<head>:{HIDDEN}@", text)
-    for pattern in (_ODBC, _SETTING, _HEADER):
+    for pattern in (_ODBC, _SETTING, _FIELD, _HEADER, _BARE_HEADER):
         text = pattern.sub(rf"\g<head>{HIDDEN}", text)
     return text
 
@@ -60,7 +66,7 @@ def redact_tree(value: Any, name: str = "") -> Any:
     if isinstance(value, Mapping):
         above = name if name.endswith("s") and _SECRET_NAME.search(name) else ""
         return {str(key): redact_tree(item, above or str(key)) for key, item in value.items()}
-    if name and _SECRET_NAME.search(name) and value not in (None, "", False, True):
+    if name and _SECRET_NAME.search(name) and not (value is None or value == "" or isinstance(value, bool)):
         return HIDDEN
     if isinstance(value, list | tuple):
         return [redact_tree(item) for item in value]

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tsforge.contracts.tensors import SolveReport, TrainingSeries
 from tsforge.core.config import fingerprint
-from tsforge.core.errors import BackendError, ConfigError, ModelError
+from tsforge.core.errors import BackendError, ConfigError, ModelError, listing
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.signals import Terminated
 from tsforge.layers.likelihoods import Point
@@ -329,6 +329,7 @@ class _Run:
         return fingerprint(
             {
                 **({"start_from": begun} if begun else {}),
+                **({"whole_loss_from": self.first_epoch()} if self.first_epoch() else {}),
                 "train": self.config.model_dump(mode="json"),
                 "network": self.network.config.model_dump(mode="json"),
                 "spec": asdict(self.network.spec),
@@ -343,6 +344,7 @@ class _Run:
         start_from = checkpoint if resume and checkpoint is not None and checkpoint.exists() else None
         if start_from is not None:
             _check_readable(start_from)
+            _check_same_parts(start_from, self.network)
         stream = EpochStream(
             self.train, config.batch_size, seed=config.seed, shuffle=True, limit=config.max_steps_per_epoch
         )
@@ -426,6 +428,22 @@ def _check_readable(checkpoint: Path) -> None:
         raise BackendError(f"the checkpoint {checkpoint} cannot be read ({error}); delete it to start anew") from error
     if broken is not None:
         raise BackendError(f"the checkpoint {checkpoint} is damaged ({broken}); delete it to start anew")
+
+
+def _check_same_parts(checkpoint: Path, network: ForecastNetwork) -> None:
+    """Refuse the checkpoint of a version whose model had other parameters: an optimiser has a state for each.
+
+    Raises:
+        BackendError: they are not those of ``network``.
+    """
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    mine = {name for name, _ in network.named_parameters()}
+    theirs = {name.removeprefix("network.") for name in stored}
+    if lacking := sorted(mine - theirs):
+        raise BackendError(
+            f"the checkpoint {checkpoint} is of other settings or another version of tsforge (it has no "
+            f"{listing(lacking)}); delete it to start anew"
+        )
 
 
 @contextmanager

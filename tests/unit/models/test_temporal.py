@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tsforge.app.fit import FitConfig
+from tsforge.app.fit_checks import check_settings
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.core.config import load, validate
 from tsforge.core.errors import ConfigError, ModelError
@@ -146,14 +147,30 @@ def test_trained_members_keep_structural_weights_and_cannot_have_others() -> Non
         ({"member": "ar_net"}, "counts time in steps"),
         ({"member": {"name": "regenn", "attend": "entities"}}, "couples the series"),
         ({"member": "committee"}, "made of several models"),
-        ({"member": "plrnn"}, "trained on its targets"),
-        ({"member": {"name": "s4", "head": "rollout"}}, "trained on the steps of its context"),
-        ({"member": {"name": "chimera", "reconstruct": True}}, "trained on the steps of its context"),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(TemporalConfig, settings)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("plrnn", "trained on its targets"),
+        ({"name": "s4", "head": "rollout"}, "trained on the steps of its context"),
+        ({"name": "chimera", "reconstruct": True, "skip": "none"}, "trained on the steps of its context"),
+    ],
+)
+def test_members_that_bins_cannot_train_whole_forecast_where_they_are_stored_and_are_not_fitted(
+    member: Any, message: str
+) -> None:
+    model = make(member=member, widths=[1, 2])
+    assert model(doubles(make_batch(SPEC))).raw.shape == (*make_batch(SPEC).context.shape[:1], 6, 2, 1)
+    with pytest.raises(ConfigError, match=message):
+        model.solve(make_series(SPEC))
+    with pytest.raises(ConfigError, match=message):
+        check_settings(load(FitConfig, "fit", ["data.name=x"]).model_copy(update={"model": model.config}))
 
 
 def test_losses_of_members_count_on_average() -> None:

@@ -37,6 +37,11 @@ from tsforge.tracking.redact import redact, redact_tree
         ("Endpoint=x;SharedAccessKey=abc==;AccountKey=d=", "Endpoint=x;SharedAccessKey=***;AccountKey=***"),
         ("Authorization: Bearer abcdef", "Authorization: Bearer ***"),
         ("{'authorization': 'Basic YTpi=', 'x': 1}", "{'authorization': 'Basic ***', 'x': 1}"),
+        ("Authorization: AWS4-HMAC-SHA256 Credential=AK/x, Signature=abc", "Authorization: AWS4-HMAC-SHA256 ***"),
+        ("Authorization: abcdefghijklmnop", "Authorization: ***"),
+        ("authorization: pick a role", "authorization: pick a role"),
+        ("https://x/?pass=abc&b=1", "https://x/?pass=***&b=1"),
+        ('{"token": "abc", "max_token": "5"}', '{"token": ***, "max_token": "5"}'),
         ("num_tokens=7 bypass=1 design=x signature=y", "num_tokens=7 bypass=1 design=x signature=y"),
         ("if token == expected", "if token == expected"),
         ("nothing to hide at 12:30, mail a@b.c", "nothing to hide at 12:30, mail a@b.c"),
@@ -90,6 +95,13 @@ def test_fields_with_telling_names_lose_their_value_and_others_keep_theirs() -> 
         "headers": {"Authorization": "***", "Accept": "json"},
         "bypass": "b",
         "passes": 3,
+    }
+
+
+def test_numbers_are_secrets_too_and_switches_are_not() -> None:
+    assert redact_tree({"password": 1, "secrets": {"a": 0, "b": 1.0, "c": True}}) == {
+        "password": "***",
+        "secrets": {"a": "***", "b": "***", "c": True},
     }
 
 

@@ -304,6 +304,15 @@ def test_resuming_with_other_settings_is_refused(parts: Parts, tmp_path: Path) -
         )
 
 
+def test_a_checkpoint_of_a_model_with_fewer_parameters_is_named(parts: Parts, tmp_path: Path) -> None:
+    """As an earlier version may have kept it: its optimiser has no state for the new ones."""
+    _interrupted(parts, tmp_path)
+    network = parts.network()
+    network.model.register_parameter("added", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(BackendError, match=r"last\.ckpt is of other settings or another version .*model\.added"):
+        parts.fit(network, checkpoint_dir=tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_checkpoint_is_named(damage: str, parts: Parts, tmp_path: Path) -> None:
     _interrupted(parts, tmp_path)
