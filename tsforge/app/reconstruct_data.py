@@ -314,7 +314,7 @@ def _variates(table: pl.DataFrame, stamp: str | None, config: TrajectoryConfig, 
             f"the column(s) {listing(clocks)} are taken as variates, since '{stamp}' holds the times; if they are "
             "times too, name the variates with data.columns"
         )
-    notes += suspect_variates(table, [name for name in numeric if name not in clocks])
+    notes += suspect_variates(table, [name for name in numeric if name not in clocks], has_clock=stamp is not None)
     return numeric
 
 

@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 
 from tsforge.core.errors import DataError, listing
 
-_PLAIN = ("step", "time", "t")  # taken as they are, before all others
-_NAMES = (*_PLAIN, "timestamp", "datetime", "date", "index")  # in any case of letters
-_DOUBTFUL = ("t", "index")  # T may be a temperature, an index one of prices: taken only where it rises
+_PLAIN = ("step", "time", "t")  # taken as they are
+_NAMES = (*_PLAIN, "timestamp", "datetime", "date", "index")  # in any case of letters, where they read as times
+_DOUBTFUL = ("T", "index", "INDEX", "Index")  # a temperature, an index of prices: only where rows are equally far apart
 _PANDAS = re.compile(r"__index_level_\d+__")
 _SECONDS = {"ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _BREAK = 1.5  # usual spacings from which a gap ends a trajectory
 _UNEVEN = 0.01  # of the spacing
 _MOST_BREAKS = 0.05  # share of gaps
 _MOST_FALLS = 0.25
+_WEEKEND = 5.0  # usual gaps that dates may leave out again and again, such as weekends and holidays
 _SAME = 0.05  # intervals of two files that count as equal differ by less than this share
 _FEW = 20  # rows from which a column can be told to be a clock
 
@@ -31,11 +32,13 @@ class Clock:
 
     Attributes:
         breaks: (R,) rows that begin a trajectory.
+        name: of the column.
         spacing: between two rows; None without times, or with one row a trajectory.
         is_date: the spacing is in seconds, of dates; else in the unit of the column.
     """
 
     breaks: NDArray[np.bool_]
+    name: str
     spacing: float | None = None
     is_date: bool = False
 
@@ -66,7 +69,9 @@ def clock_names(table: pl.DataFrame, columns: Iterable[str]) -> list[str]:
     found = [name for name in _PLAIN if name in names]
     others = [name for wanted in _NAMES for name in names if name.lower() == wanted and name not in found]
     others += [name for name in names if is_row_index(name)]
-    return found + [name for name in others if _may(table[name])]
+    others = [name for name in others if _may(table[name])]
+    # a date says what it is, a letter hardly does
+    return sorted(found + others, key=lambda name: 0 if name in _PLAIN[:2] else 2 - table[name].dtype.is_temporal())
 
 
 def is_row_index(name: str) -> bool:
@@ -75,17 +80,20 @@ def is_row_index(name: str) -> bool:
 
 
 def _may(values: pl.Series) -> bool:
-    """Return whether values can be times, and rise if their name leaves it open."""
+    """Return whether values can be times: dates, or numbers that run on from row to row."""
     if values.dtype == pl.String:
         return _dates(values) is not None
     if values.dtype.is_temporal():
         return True
     if not values.dtype.is_numeric():
         return False
-    if values.name.lower() not in _DOUBTFUL:
-        return True
     gaps = np.diff(values.cast(pl.Float64).to_numpy())
-    return len(gaps) > 0 and float(np.mean(gaps > 0)) > 1 - _MOST_FALLS
+    if not (gaps > 0).any() or float(np.mean(gaps > 0)) <= 1 - _MOST_FALLS:
+        return False
+    usual = float(np.median(gaps[gaps > 0]))
+    if values.name in _DOUBTFUL:
+        return float(np.mean(np.abs(gaps - usual) <= _SAME * usual)) > 1 - _MOST_BREAKS
+    return float(np.mean(gaps > _BREAK * usual)) <= _MOST_BREAKS
 
 
 def _dates(values: pl.Series) -> pl.Series | None:
@@ -114,15 +122,24 @@ def read_clock(times: pl.Series, fresh: NDArray[np.bool_], file: str, notes: lis
     unit = "" if seconds is None else " s"
     scale = 1.0 if seconds is None else seconds
     if not len(inside):
-        return Clock(breaks=fresh, is_date=seconds is not None)
+        return Clock(breaks=fresh, name=times.name, is_date=seconds is not None)
     falls = float(np.mean(inside <= 0))
     if falls > _MOST_FALLS:
+        way = "sort the file by it (of several series by their name first, see data.series)"
+        if not (inside < 0).any():
+            way = "it repeats where the rows go on"
         raise DataError(
-            f"{file}: the column of times '{times.name}' does not rise in {falls:.0%} of the rows; sort the file by it "
-            "(of several series by their name first, see data.series), or name another column with data.step"
+            f"{file}: the column of times '{times.name}' does not rise in {falls:.0%} of the rows; {way}, name another "
+            "column with data.step, or the variates with data.columns"
         )
     spacing = float(np.median(inside[inside > 0]))
     jumps = float(np.mean(inside > _BREAK * spacing))
+    if jumps > _MOST_BREAKS and seconds is not None and not falls and inside.max() <= _WEEKEND * spacing:
+        notes.append(
+            f"the dates in '{times.name}' leave out up to {inside.max() / spacing - 1:.3g} of {spacing * scale:.6g} s "
+            f"at {jumps:.0%} of the rows, as working days do; rows are taken as evenly spaced"
+        )
+        return Clock(breaks=fresh, name=times.name, spacing=spacing * scale, is_date=True)
     if jumps > _MOST_BREAKS:
         raise DataError(
             f"{file}: the times in '{times.name}' are uneven or not sorted: {jumps:.0%} of the gaps are longer than "
@@ -140,7 +157,7 @@ def read_clock(times: pl.Series, fresh: NDArray[np.bool_], file: str, notes: lis
             f"{spacing * scale:.6g}{unit} ({extent}); rows are taken as evenly spaced"
         )
         spacing = float(kept.mean())
-    return Clock(breaks=breaks, spacing=spacing * scale, is_date=seconds is not None)
+    return Clock(breaks=breaks, name=times.name, spacing=spacing * scale, is_date=seconds is not None)
 
 
 def _moments(times: pl.Series, file: str) -> tuple[NDArray[np.int64] | NDArray[np.float64], float | None]:
@@ -170,14 +187,14 @@ def _moments(times: pl.Series, file: str) -> tuple[NDArray[np.int64] | NDArray[n
 def check_same_interval(train: Clock, every: int, test: Clock, test_every: int, file: str) -> None:
     """Refuse two files whose rows are not equally far apart.
 
-    Columns that count the rows of both say nothing of it, nor do numbers beside dates.
+    Columns that count the rows say nothing of it, nor do numbers beside dates.
 
     Raises:
         DataError: the intervals differ by more than 5 %.
     """
     if train.spacing is None or test.spacing is None or train.is_date != test.is_date:
         return
-    if train.is_count and test.is_count:
+    if (train.is_count and test.is_count) or (train.name != test.name and (train.is_count or test.is_count)):
         return
     one, other = every * train.spacing, test_every * test.spacing
     if abs(one - other) > _SAME * max(one, other):
@@ -207,7 +224,7 @@ def interval_note(spacing: float | None, is_date: bool, dt: float | None) -> str
     return f"dt={dt:g}, but rows are {spacing:.6g} apart in the column of times; exponents are per unit of dt"
 
 
-def suspect_variates(table: pl.DataFrame, columns: Iterable[str]) -> list[str]:
+def suspect_variates(table: pl.DataFrame, columns: Iterable[str], *, has_clock: bool) -> list[str]:
     """Return notes on variates that look like times or like names of trajectories."""
     clocks, names = [], []
     for name in columns:
@@ -224,9 +241,10 @@ def suspect_variates(table: pl.DataFrame, columns: Iterable[str]) -> list[str]:
             names.append(name)
     notes = []
     if clocks:
+        way = "" if has_clock else f"data.step={clocks[0]} if it holds the times, "
         notes.append(
-            f"taken as variates, but they run on from row to row as times do: {listing(clocks)}; data.step={clocks[0]} "
-            "if it holds the times, data.columns to leave it out"
+            f"taken as variates, but they run on from row to row as times do: {listing(clocks)}; {way}data.columns to "
+            "leave it out"
         )
     if names:
         notes.append(

@@ -220,3 +220,47 @@ def test_driven_rows_are_left_out_with_their_inputs(place: Path) -> None:
     assert data.input_scale is not None
     assert len(data.test_inputs) == len(data.test) == 97
     assert data.test_inputs[0] * data.input_scale + data.input_loc == pytest.approx(203.0**2)
+
+
+@pytest.mark.parametrize("name", ["index", "T", "Time", "Date"])
+@pytest.mark.parametrize("kind", ["drifting", "sizes", "years"])
+def test_data_called_like_times_stays_data(place: Path, name: str, kind: str) -> None:
+    """A price index or temperature that mostly rises, magnitudes, the year of each month."""
+    noise = np.random.default_rng(1).normal(size=ROWS)
+    values = {"drifting": np.cumsum(1 + 0.8 * noise), "sizes": np.abs(noise), "years": 1990 + np.arange(ROWS) // 12}
+    found = read(stored(place, **{name: values[kind]}))
+    assert found.columns == (name, "x0", "x1")
+    assert [len(part) for part in found.train] == [ROWS]
+
+
+def test_dates_come_before_a_number_called_t(place: Path) -> None:
+    days = [START + timedelta(days=day) for day in range(ROWS)]
+    found = read(stored(place, Date=pl.Series(days), t=np.sin(EVEN * 50)))
+    assert found.columns == ("t", "x0", "x1")
+    assert any("'Date' holds the times" in note for note in found.notes)
+
+
+def test_working_days_are_evenly_spaced_rows(place: Path) -> None:
+    days = [day for day in (date(2024, 1, 1) + timedelta(days=more) for more in range(500)) if day.weekday() < 5]
+    found = read(stored(place, Date=pl.Series(days[:ROWS])))
+    assert [len(part) for part in found.train] == [ROWS]
+    assert any("leave out up to 2 of 86400 s at 20% of the rows, as working days do" in note for note in found.notes)
+
+
+def test_times_that_repeat_are_not_said_to_be_unsorted(place: Path) -> None:
+    days = pl.Series([date(2024, 1, 1) + timedelta(days=hour // 24) for hour in range(ROWS)])
+    with pytest.raises(DataError, match="it repeats where the rows go on, name another column with data.step, or the"):
+        read(stored(place, Date=days))
+
+
+def test_a_column_that_counts_rows_says_nothing_beside_times_of_another_name(tmp_path: Path) -> None:
+    stored(tmp_path / "a.parquet", step=np.arange(ROWS))
+    stored(tmp_path / "b.parquet", time=EVEN)
+    settings = {"path": str(tmp_path / "a.parquet"), "test": str(tmp_path / "b.parquet")}
+    assert read_trajectories(validate(TrajectoryConfig, settings)).columns == ("x0", "x1")
+
+
+def test_beside_a_clock_no_other_is_proposed(place: Path) -> None:
+    [note] = [one for one in read(stored(place, time=EVEN, level=EVEN * 3)).notes if "run on from row" in one]
+    assert "data.step" not in note
+    assert "data.columns to leave it out" in note
