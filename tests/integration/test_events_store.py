@@ -524,3 +524,17 @@ def test_facts_that_cannot_be_read_are_named_and_stop_no_new_event(store: EventS
     assert store.events().height == 1, "what is known of it is shown"
     record(store, event(), event(TWO))
     assert sorted(store.events()["event_id"]) == sorted([ONE, TWO])
+
+
+def test_reasons_are_plain_text_and_stored_ones_go_on_silencing(store: EventStore) -> None:
+    with pytest.raises(
+        ConfigError, match=r"reason: say why in plain text; it holds 1 control signs \(first: '\\x1b'\)"
+    ):
+        store.suppress({"reason": "pump\x1b[2J works", "series": "a"}, actor="anna")
+    assert store.suppressions().height == 0
+    rule = store.suppress({"reason": "pump works", "series": "a"}, actor="anna")
+    with store.engine.begin() as connection:  # as an older version stored it
+        stored = '{"reason": "bell \\u0007 here", "series": "a"}'
+        connection.execute(text("UPDATE tsf_suppressions SET rule = :rule"), {"rule": stored})
+    record(store, event())
+    assert only(store)["suppressed_by"] == rule

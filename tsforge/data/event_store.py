@@ -19,7 +19,7 @@ import polars as pl
 from sqlalchemy import Connection, Engine, and_, delete, func, insert, or_, select, update
 
 from tsforge.core.config import validate
-from tsforge.core.errors import DataError, listing
+from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.data.event_incidents import Naming, forget_pruned, move_events, name_incidents
 from tsforge.data.event_records import (
     HUMAN_STATES,
@@ -54,7 +54,7 @@ from tsforge.data.grid import TimeLike, time_number
 from tsforge.data.sql import inserted_key, open_engine, transaction
 from tsforge.data.store_records import lock, now
 from tsforge.data.stored_json import stored_json
-from tsforge.data.suppressions import SuppressionRule, silenced_by
+from tsforge.data.suppressions import SuppressionRule, control_signs, silenced_by
 
 Action = Literal["acknowledged", "dismissed", "confirmed", "reopened"]
 FROM: Mapping[str, tuple[str, ...]] = {
@@ -485,10 +485,12 @@ class EventStore:
         """Put a rule into force and return its number; stored events that nobody has judged yet are silenced too.
 
         Raises:
-            ConfigError: a setting of the rule is wrong (when given as plain values).
+            ConfigError: a setting of the rule is wrong (when given as plain values), or its reason is no plain text.
             BackendError: the database refused; nothing is changed.
         """
         wanted = rule if isinstance(rule, SuppressionRule) else validate(SuppressionRule, rule)
+        if odd := control_signs(wanted.reason):
+            raise ConfigError(f"reason: say why in plain text; it holds {len(odd)} control signs (first: {odd[0]!a})")
         who = checked_actor(actor)
         with self._writing("add a suppression rule to") as connection:
             values = {"rule": wanted.model_dump_json(), "author": who, "created": now()}

@@ -22,10 +22,13 @@ from sqlalchemy.exc import NoSuchTableError, OperationalError, ProgrammingError
 from sqlalchemy.sql import quoted_name
 
 from tsforge.core.errors import BackendError, ConfigError, DataError, listing
+from tsforge.core.logs import get_logger
 from tsforge.data.config import CsvSource, EmbeddedSource, ParquetSource, SqlSource
 from tsforge.data.embedded import load_embedded
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.sql import explained, open_engine, safe_url
+
+_LOG = get_logger(__name__)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -398,6 +401,8 @@ def _run(source: SqlSource, connection: Connection) -> CursorResult[Any]:
     """
     options = {"stream_results": True, "sqlite_raw_colnames": True}  # raw: EWR.temp is no column of a table EWR
     if source.query is not None:  # without parameters neither : nor % has a meaning
+        if "\\:" in source.query:  # how older versions wanted a colon written
+            _LOG.warning("source.query holds \\: and is run as it stands; write : alone where a plain colon is meant")
         return connection.execution_options(**options, no_parameters=True).exec_driver_sql(source.query)
     name = source.table or ""
     schema, _, plain = name.rpartition(".")

@@ -114,6 +114,13 @@ class NumberReader:
         if not count:
             return numbers
         if count == len(text) - text.null_count():
+            by_point = text.drop_nulls().cast(pl.Float64, strict=False)
+            if optional and self._raw.decimal == "," and not by_point.null_count():
+                told = listing(row_examples(table[ROW], cells, bad, 2))
+                raise DataError(
+                    f"column '{cells.name}' holds numbers with a point ({told}), and source.decimal is ','; mend it, "
+                    "or name data.targets without it"
+                )
             if optional:
                 return None
             examples = listing(row_examples(table[ROW], cells, bad, 2))

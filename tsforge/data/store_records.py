@@ -386,7 +386,11 @@ def _too_long(dataset: Definition, frame: History, span: Mapping[str, Any], tota
             pl.col("series_id") == span["series_id"]
         )
         times = frame.table.filter(given)["time"]
-        new = f"has new rows from {show_time(times.min())} to {show_time(times.max())} and then " if times.len() else ""
+        new = (
+            f"has new rows from {show_time(times.min())} to {show_time(times.max())} and with them "
+            if times.len()
+            else ""
+        )
         low, high = (_shown(dataset, span[end]) for end in ("low", "high"))
         where = f" (series '{span['series_id']}' {new}runs from {low} to {high})"
     return DataError(
@@ -445,18 +449,30 @@ def write_series(connection: Connection, dataset: Definition, frame: History) ->
         merged = known.get(name, {}) | values
         if name in known and merged != known[name]:
             connection.execute(update(SERIES).where(mine, SERIES.c.series_id == name).values(static=json.dumps(merged)))
-    _check_statics(dataset, known | {name: known.get(name, {}) | given[name] for name in given}, frame)
+    _check_statics(dataset, known, {name: known.get(name, {}) | given[name] for name in given}, frame)
     return frozenset(given) - frozenset(known)
 
 
-def _check_statics(dataset: Definition, values: Mapping[str, Mapping[str, Any]], frame: History) -> None:
-    """Refuse a batch after which a series (``values``: static values of each) would lack a static column."""
+def _check_statics(
+    dataset: Definition,
+    known: Mapping[str, Mapping[str, Any]],
+    given: Mapping[str, Mapping[str, Any]],
+    frame: History,
+) -> None:
+    """Refuse a batch whose series (``given``: static values of each) lack a static column, or stored ones a new column.
+
+    What a stored series of an older version lacks is no fault of a batch of others.
+    """
+    values = {**known, **given}
     for column in dataset.schema.static:
-        without = sorted(name for name, given in values.items() if given.get(column) is None)
+        is_new = all(stored.get(column) is None for stored in known.values())
+        asked = values if is_new else given
+        without = sorted(name for name in asked if values[name].get(column) is None)
         if without:
             advice = "add the column to the source and to data.static"
             if column in frame.schema.static:
-                advice = "give it for all series in one batch, or leave it out of data.static"
+                everyone = "all series" if is_new else "each of these series"
+                advice = f"give it for {everyone} in one batch, or leave it out of data.static"
             raise DataError(
                 f"dataset '{dataset.name}': static column '{column}' would be missing for {len(without)} of "
                 f"{len(values)} series ({listing(without)}), and nothing could read them; {advice}, or ingest under "

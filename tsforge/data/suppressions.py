@@ -91,7 +91,7 @@ class SuppressionRule(Config):
         value = value.replace("\r\n", "\n")
         if not value.strip():
             raise ValueError("say why in words: whoever finds the rule in a year must understand it")
-        if "\x00" in value:  # others may stand in stored rules, which go on silencing
+        if "\x00" in value:  # no database keeps it; other control signs stand in stored rules, which go on silencing
             raise ValueError("say why in plain text, without NUL")
         return value.strip()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from tsforge.core.errors import DataError
 from tsforge.data import checks
@@ -243,3 +243,15 @@ def test_the_extent_follows_what_is_erased(store: SeriesStore) -> None:
     assert store.datasets().row(0, named=True)["end"] is None
     half = rows([time + HOUR / 2 for time in hours(0, 1)], "1h")
     assert store.write("d", half).rows_new == 2, "of no rows none are between"
+
+
+def test_what_a_stored_series_lacks_stops_no_batch_of_others(store: SeriesStore) -> None:
+    """As an older version left it: d without the static value of the others."""
+    store.write("d", sites({"a": {"size": 1.0}, "d": {"size": 2.0}}))
+    with store.engine.begin() as connection:
+        connection.execute(text("UPDATE tsf_series SET static = '{}' WHERE series_id = 'd'"))
+    store.write("d", sites({"a": {"size": 1.0}}, start=START + timedelta(hours=1)))
+    with pytest.raises(DataError, match=r"static column 'size' would be missing for 1 of 2 series \(d\)"):
+        store.write("d", sites({"d": {}}, start=START + timedelta(hours=1)))
+    store.write("d", sites({"d": {"size": 2.0}}, start=START + timedelta(hours=1)))
+    assert store.read("d").num_rows == 4

@@ -35,6 +35,10 @@ def test_a_point_beside_decimal_commas_is_no_decimal_mark(tmp_path: Path) -> Non
     assert values(read(tmp_path, content, COMMA, bad_cells="null")) == [1.5, None, None, -20.0]
     with pytest.raises(DataError, match=r"no cell is a number \(row 1: '1.5'.*decimal mark is ','"):
         read(tmp_path, "ds;x\n2024-01-01;1.5\n2024-01-02;2.5\n", COMMA, targets=["x"])
+    both = "ds;x;y\n2024-01-01;1,5;1.5\n2024-01-02;2,5;2.5\n2024-01-03;3,5;\n"
+    with pytest.raises(DataError, match=r"column 'y' holds numbers with a point \(row 1: '1.5'.* name data.targets"):
+        read(tmp_path, both, COMMA)
+    assert values(read(tmp_path, both, COMMA, targets=["x"])) == [1.5, 2.5, 3.5]
     with pytest.raises(DataError, match=r"1 cells in 1 column.* are no numbers .*row 1: '1,234'"):
         read(tmp_path, "ds;x\n2024-01-01;1,234\n2024-01-02;2.5\n", {"separator": ";"})
 

@@ -120,6 +120,12 @@ QUERIES = [
 ]
 
 
+def test_a_colon_written_as_older_versions_wanted_it_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = stored(tmp_path, "ds TEXT, y INTEGER", list(zip(DAYS, [1, 2, 3], strict=True)))
+    read(source | {"query": "SELECT ds, y FROM t WHERE ds <> 'a\\:b'"})
+    assert "source.query holds \\: and is run as it stands" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_a_query_is_run_as_it_stands(tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
     rows = [(f"2024-01-01 0{hour}:00", hour) for hour in range(3)]
