@@ -63,7 +63,7 @@ def test_a_data_set_that_cannot_be_read_can_be_removed(
     """As one that an older tsforge let a stray month into."""
     assert ingest("ds,x\n2024-01-31,1\n2024-02-29,2\n2024-03-31,3\n", "data.freq=1mo")[0] == 0
     with monkeypatch.context() as older:
-        older.setattr("tsforge.data.store_records._check_months", lambda *_: None)
+        older.setattr("tsforge.data.store_limits._check_months", lambda *_: None)
         assert ingest("ds,x\n2024-04-01,1\n2024-05-01,2\n", "data.freq=1mo")[0] == 0
     assert command("data", "report", "d")[0] == 3
     code, _, err = ingest("ds,x\n2024-04-30,1\n2024-05-31,2\n", "data.freq=1mo")

@@ -21,9 +21,9 @@ from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TIME_DTYPE, TimeLike, show_time, time_number
 from tsforge.data.sql import open_engine, transaction
 from tsforge.data.store_bulk import fetch, stage_rows
+from tsforge.data.store_limits import check_spans, overlong_series
 from tsforge.data.store_records import (
     BatchRecord,
-    check_spans,
     close_batch,
     close_orphans,
     define,
@@ -33,7 +33,6 @@ from tsforge.data.store_records import (
     lock,
     make_tables,
     open_batch,
-    overlong_series,
     statics,
     write_labels,
     write_rows,
@@ -131,7 +130,7 @@ class SeriesStore:
                 too_long = overlong_series(connection, dataset, frame.series_ids)
                 done = write_rows(connection, dataset, frame, erase=nulls == "erase", present=present)
                 added = write_series(connection, dataset, frame)
-                check_spans(connection, name, frame, too_long | added)
+                check_spans(connection, definition(connection, name), frame, too_long | added)
                 if labels is not None:
                     write_labels(connection, dataset, labels)
                 report.add("replaced", "stored values erased by missing ones (nulls=erase)", done.erased)
