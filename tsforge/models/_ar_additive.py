@@ -21,6 +21,7 @@ from tsforge.models._ar_windows import series_bounds
 from tsforge.ops.moments import solve_gram
 
 _PIECE_ROWS = 100_000
+_MEMO = 8  # stretches whose columns are kept while series are walked through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,11 @@ class Additive(nn.Module):
 
     def time_columns(self, index: Tensor) -> Tensor:
         """Return the trend and season columns [..., T, C'] float64 at absolute rows [..., T], not centred."""
+        if index.dim() > 1 and len(index):  # windows overlap: every moment once
+            first = int(index.min())
+            rows = int(index.max()) + 1 - first
+            if rows < index.numel() // 2:
+                return self.time_columns(torch.arange(first, first + rows, device=index.device))[index - first]
         parts = []
         if self.plan.trend != "off":
             share = (index - self.origin).double() / self.length.double()
@@ -178,8 +184,10 @@ class Additive(nn.Module):
     def pieces(self, data: TrainingSeries, before: int = 0) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (first row, last row, centred columns) of stretches within a series.
 
-        Columns (and first row) begin ``before`` rows early where the series allows it.
+        Columns (and first row) begin ``before`` rows early where the series allows it. Stretches of other series over
+        the same moments get the same tensor where no column is known ahead.
         """
+        memo: dict[tuple[int, int], Tensor] = {}  # panels often share their moments
         for series, (start, stop) in enumerate(pairwise(series_bounds(data))):
             shift = int(data.offset[series]) - start
             known = None
@@ -187,10 +195,16 @@ class Additive(nn.Module):
                 known = self.known_columns(data.known[start:stop])  # whole series: event offsets see across pieces
             for begin in range(start, stop, _PIECE_ROWS):
                 first, last = max(begin - before, start), min(begin + _PIECE_ROWS, stop)
-                columns = self.time_columns(torch.arange(first, last, device=data.values.device) + shift)
+                key = (first + shift, last + shift)
+                if key not in memo:
+                    if len(memo) == _MEMO:
+                        memo.clear()
+                    columns = self.time_columns(torch.arange(*key, device=data.values.device))
+                    memo[key] = columns if known is not None else columns - self.center
+                columns = memo[key]
                 if known is not None:
-                    columns = torch.cat([columns, known[first - start : last - start]], dim=1)
-                yield first, last, columns - self.center
+                    columns = torch.cat([columns, known[first - start : last - start]], dim=1) - self.center
+                yield first, last, columns
 
     @torch.no_grad()
     def place(self, data: TrainingSeries) -> None:
@@ -225,20 +239,22 @@ class Additive(nn.Module):
         gram = torch.zeros(variates, width, width, dtype=torch.float64)
         right = torch.zeros(variates, width, dtype=torch.float64)
         lags = 0 if filters is None else max(len(row) for row in filters)
+        latest: tuple[Tensor | None, Tensor | None] = (None, None)
         for first, last, columns in self.pieces(data, before=lags):
             if last - first <= lags:
                 continue
-            design = torch.cat([columns, columns.new_ones(len(columns), 1)], dim=1)
-            inputs, used = design, None
+            if latest[0] is not columns:
+                inputs = design = torch.cat([columns, columns.new_ones(len(columns), 1)], dim=1)
             for variate in range(variates):
+                used = None if filters is None else filters[variate]
                 seen = data.mask[first:last, variate]
                 values = torch.where(seen, data.values[first:last, variate].double(), 0.0)
-                if filters is not None:
-                    if used is not filters[variate]:  # shared coefficients filter the columns once
-                        used = filters[variate]
+                if used is not None:
+                    if latest[0] is not columns or latest[1] is not used:  # coefficients and moments may be shared
                         inputs = _filtered(used, design)
                     values = _filtered(used, values[:, None])[:, 0]
                     seen = _complete(seen, lags + 1)
+                latest = (columns, used)
                 rows, values = inputs[seen], values[seen]
                 gram[variate] += (rows.T @ rows).cpu()
                 right[variate] += (rows.T @ values).cpu()
