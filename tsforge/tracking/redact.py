@@ -15,6 +15,14 @@ _SECRET_NAME = re.compile(
 )
 # scheme://user:password@host; the user name stays readable. The password may hold '@': the last one before '/' counts.
 _USER_INFO = re.compile(r"(?P<head>[a-z][a-z0-9+.\-]{0,40}://[^:/?#\s@]*):[^/?#\s]*@", re.IGNORECASE)
+# https://token@host: a user name of a person is shorter
+_LONE_USER = re.compile(r"(?P<head>\bhttps?://)[^:/?#\s@]{16,}(?=@)", re.IGNORECASE)
+# addresses that are secrets themselves: whoever has one may post
+_HOOK = re.compile(
+    r"(?P<head>\bhttps?://(?:hooks\.slack\.com/(?:services|workflows|triggers)"
+    r"|(?:\w+\.)?discord(?:app)?\.com/api(?:/v\d+)?/webhooks|[\w.-]+\.webhook\.office\.com)/)[^\s'\"]+",
+    re.IGNORECASE,
+)
 # name=value, also percent-encoded; a value in quotes or braces may hold blanks and semicolons
 _SETTING = re.compile(
     r"(?P<head>(?<![\w-])(?:[\w-]*?(?:passw(?:or)?d|passphrase|pwd|secret|token"
@@ -46,14 +54,14 @@ def _environment_secrets() -> Iterator[str]:
 def redact(text: str) -> str:
     """Return ``text`` with every recognisable secret replaced by ``***``.
 
-    Hidden are passwords inside addresses, ``password=...``-like settings (also inside an ODBC connection string),
-    signatures of addresses, ``Authorization`` headers, and every value of an environment variable whose name ends like
-    a secret (``..._PASSWORD``, ``..._TOKEN``, ``..._KEY`` of an interface).
+    Hidden are passwords and tokens inside addresses, the paths of well-known webhooks, ``password=...``-like settings
+    (also inside an ODBC connection string), signatures of addresses, ``Authorization`` headers, and every value of an
+    environment variable whose name ends like a secret (``..._PASSWORD``, ``..._TOKEN``, ``..._KEY`` of an interface).
     """
     for value in _environment_secrets():
         text = text.replace(value, HIDDEN)
     text = _USER_INFO.sub(rf"\g<head>:{HIDDEN}@", text)
-    for pattern in (_ODBC, _SETTING, _FIELD, _HEADER, _BARE_HEADER):
+    for pattern in (_LONE_USER, _HOOK, _ODBC, _SETTING, _FIELD, _HEADER, _BARE_HEADER):
         text = pattern.sub(rf"\g<head>{HIDDEN}", text)
     return text
 
