@@ -13,6 +13,7 @@ from torch import Tensor
 from tsforge.core.errors import ModelError
 
 _MAX_SOLVE_ENTRIES = 20_000_000  # float64 values of one block of batched solves, 160 MB
+_SOUND = 1e-6  # largest entry by which an inverse times its matrix may differ from the unit matrix
 
 
 def _lower_toeplitz(column: Tensor) -> Tensor:
@@ -57,10 +58,38 @@ def conditional_fill(precision: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     clean = torch.where(mask, values.to(torch.float64), 0.0)
     if bool(mask.all()):
         return clean.to(values.dtype)
-    missing = ~mask
-    counts = missing.sum(1)
-    pull = clean @ precision  # [R, L]; at a gap: the pull of the observed values on it
-    order = torch.argsort(missing.to(torch.int8), dim=1, descending=True, stable=True)  # gaps first
+    counts = (~mask).sum(1)
+    sparse = 2 * counts > mask.shape[1]  # more gaps than values: the smaller system is that of the values
+    if bool(sparse.any()):
+        covariance = _covariance(precision)
+        if covariance is None:
+            sparse = torch.zeros_like(sparse)
+        else:
+            rows = torch.nonzero(sparse).flatten()
+            weights = _solve_at(covariance, clean[rows], mask[rows])
+            clean[rows] = torch.where(mask[rows], clean[rows], weights @ covariance)
+    rows = torch.nonzero((counts > 0) & ~sparse).flatten()
+    if len(rows):
+        pull = clean[rows] @ precision  # at a gap: the pull of the observed values on it
+        clean[rows] += _solve_at(precision, -pull, ~mask[rows])
+    return clean.to(values.dtype)
+
+
+def _covariance(precision: Tensor) -> Tensor | None:
+    """Return the inverse of a precision matrix, None where a root near the unit circle spoils it."""
+    found, info = torch.linalg.inv_ex(precision)
+    if bool(info) or not bool(torch.isfinite(found).all()):
+        return None
+    product = precision @ found
+    product.diagonal().sub_(1.0)
+    return (found + found.T) / 2 if bool(product.abs().max() < _SOUND) else None
+
+
+def _solve_at(matrix: Tensor, right: Tensor, where: Tensor) -> Tensor:
+    """Return x [R, L], 0 outside ``where`` [R, L], with ``(matrix x)[where] = right[where]`` row by row."""
+    found = torch.zeros_like(right)
+    counts = where.sum(1)
+    order = torch.argsort(where.to(torch.int8), dim=1, descending=True, stable=True)  # these first
     rows = torch.nonzero(counts).flatten()
     rows = rows[torch.argsort(counts[rows])]  # similar sizes together
     start = 0
@@ -72,15 +101,15 @@ def conditional_fill(precision: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         width = int(counts[block].max())
         place = order[block, :width]  # [R', width]
         real = torch.arange(width, device=place.device) < counts[block, None]
-        inner = precision[place[:, :, None], place[:, None, :]]
+        inner = matrix[place[:, :, None], place[:, None, :]]
         inner = torch.where(real[:, :, None] & real[:, None, :], inner, 0.0)
         inner = inner + torch.diag_embed((~real).to(torch.float64))
-        right = torch.where(real, -pull[block[:, None], place], 0.0)
+        side = torch.where(real, right[block[:, None], place], 0.0)
         factor, info = torch.linalg.cholesky_ex(inner)
         if bool((info == 0).all()):
-            solved = torch.cholesky_solve(right[..., None], factor)[..., 0]
+            solved = torch.cholesky_solve(side[..., None], factor)[..., 0]
         else:  # a root within rounding of the unit circle
-            solved = torch.linalg.solve(inner, right)
-        clean[block[:, None].expand_as(place)[real], place[real]] = solved[real]
+            solved = torch.linalg.solve(inner, side)
+        found[block[:, None].expand_as(place)[real], place[real]] = solved[real]
         start = stop
-    return clean.to(values.dtype)
+    return found

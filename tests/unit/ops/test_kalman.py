@@ -34,10 +34,11 @@ def test_precision_refuses_more_lags_than_rows() -> None:
         precision_matrix(torch.tensor([0.1, 0.1, 0.1]), 2)
 
 
-def test_fill_is_the_gaussian_conditional_mean() -> None:
+@pytest.mark.parametrize("missing", [0.2, 0.4, 0.8])
+def test_fill_is_the_gaussian_conditional_mean(missing: float) -> None:
     rng = np.random.default_rng(0)
     weight = np.array([0.2, 0.3, -0.5])
-    values, mask = rng.normal(size=(20, 9)), rng.random((20, 9)) > 0.4
+    values, mask = rng.normal(size=(20, 9)), rng.random((20, 9)) > missing
     mask[0], mask[1] = True, False
     gamma = covariance(weight, 9)
     filled = conditional_fill(
@@ -51,6 +52,25 @@ def test_fill_is_the_gaussian_conditional_mean() -> None:
         if seen.any():
             expected[~seen] = gamma[np.ix_(~seen, seen)] @ np.linalg.solve(gamma[np.ix_(seen, seen)], values[row, seen])
         np.testing.assert_allclose(filled[row], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("root", "sound"), [(0.99, True), (1.0, False)])
+def test_rows_of_few_values_near_the_unit_circle(root: float, sound: bool) -> None:
+    """The system of the values needs the covariance; where that does not exist, the one of the gaps stands in."""
+    precision = precision_matrix(torch.tensor([root], dtype=torch.float64), 12)
+    assert (kalman._covariance(precision) is not None) == sound
+    values, mask = torch.zeros(2, 12, dtype=torch.float64), torch.zeros(2, 12, dtype=torch.bool)
+    for row, place, value in ((0, 2, 3.0), (1, 2, 3.0), (1, 8, -1.0)):
+        values[row, place], mask[row, place] = value, True
+    filled = conditional_fill(precision, values, mask).numpy()
+    assert filled[0] == pytest.approx(3.0 * root ** np.abs(np.arange(12) - 2))
+    between = filled[1, 3:8]
+    ahead, back = root ** np.arange(1, 6), root ** np.arange(5, 0, -1)
+    gamma = np.array([[1.0, root**6], [root**6, 1.0]])
+    expected = (
+        np.stack([ahead, back], axis=1) @ np.linalg.solve(gamma, [3.0, -1.0]) if sound else np.linspace(3, -1, 7)[1:-1]
+    )
+    assert between == pytest.approx(expected)
 
 
 def test_fill_in_blocks_equals_fill_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
