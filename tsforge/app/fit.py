@@ -94,9 +94,9 @@ class CalibrationConfig(Config):
     dependence: DependenceKind = "gaussian"
     """How errors over a horizon hang together, for sample paths and totals; estimated on the same windows."""
     method: Method = "auto"
-    """What a margin is added to, and its unit: ``auto`` is ``cqr`` for a distribution and ``absolute`` for points;
-    ``cqr_asymmetric`` gives each side its own margin, ``scaled`` stretches the network's own spread (points: that of
-    the context), ``recent`` the errors of forecasts from shortly before."""
+    """What a margin is added to, and its unit: ``auto`` is ``cqr`` for a distribution and for points ``recent``, where
+    it can be had, else ``absolute``; ``cqr_asymmetric`` gives each side its own margin, ``scaled`` stretches the
+    network's own spread (points: that of the context), ``recent`` the errors of forecasts from shortly before."""
     pool: Pool = "auto"
     """``step``: margins of their own for every step ahead; ``horizon``: one over all steps, where windows are few;
     ``auto``: the first, and the second where a step has too few windows for a coverage."""

@@ -8,7 +8,7 @@ Not from the source of split conformal calibration, whose guarantee such margins
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -50,20 +50,37 @@ class Choices:
     half_life: float | None = None
 
 
+def settled_method(method: Method, network: ForecastNetwork, windows: WindowDataset) -> Method:
+    """Return what ``auto`` means for a network and its held-out windows, any other method as it is.
+
+    A distribution: ``cqr``. Points: ``recent``, and ``absolute`` for a model whose state a stream carries, which would
+    have to forecast from windows again; for data that was revised; and where the held-out cutoffs span less than half the
+    rows that units of recent errors look back, for these would then know little (``benchmarks/coverage_default.py``).
+    """
+    if method != "auto":
+        return method
+    if network.likelihood.has_distribution:
+        return "cqr"
+    if network.model.recurrent or windows.panel.versions is not None or not len(windows):
+        return "absolute"
+    reach = int(earlier_cutoffs(windows.spec.horizon)[0][-1])
+    return "recent" if int(np.ptp(windows.cutoff_index)) >= reach // 2 else "absolute"
+
+
 def score_kind(method: Method, *, has_distribution: bool) -> str:
-    """Return the score behind a method for a network of points or one with a distribution.
+    """Return the score behind a settled method for a network of points or one with a distribution.
 
     Raises:
         ConfigError: ``cqr`` for points.
     """
     if has_distribution:
-        return "cqr" if method == "auto" else method
+        return method
     if method == "cqr":
         raise ConfigError(
             "calibration.method=cqr needs forecast quantiles, and this network gives points; choose absolute, or a "
             "likelihood that is a distribution"
         )
-    return {"auto": "absolute", "cqr_asymmetric": "asymmetric", "scaled": "scaled_volatility"}.get(method, method)
+    return {"cqr_asymmetric": "asymmetric", "scaled": "scaled_volatility"}.get(method, method)
 
 
 def calibrate(
@@ -91,6 +108,7 @@ def calibrate(
         DataError: there is no window, or none has a target.
     """
     choices = choices or Choices()
+    choices = replace(choices, method=settled_method(choices.method, network, windows))
     table = _counted(network, windows, levels, max_windows, choices)
     if learnt is not None and "pooled" in table["status"]:
         plain = Choices(method=choices.method, pool="step")

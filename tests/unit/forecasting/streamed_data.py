@@ -19,7 +19,7 @@ from tsforge.core.config import validate
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
-from tsforge.forecasting.conformal_calibration import calibrate
+from tsforge.forecasting.conformal_calibration import Choices, Method, calibrate
 from tsforge.models.registry import MODELS
 from tsforge.network import NetworkConfig, build_network
 
@@ -37,11 +37,14 @@ def rows(frame: SeriesFrame, start: int, stop: int) -> pl.DataFrame:
 
 
 def calibrated(
-    artifact: Artifact, frame: SeriesFrame, levels: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
+    artifact: Artifact,
+    frame: SeriesFrame,
+    levels: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95),
+    method: Method = "auto",
 ) -> Any:
     panel = Panel.from_frame(frame, grid=artifact.grid)
     held_out = WindowDataset(panel, artifact.window, 100, 240)
-    return replace(artifact, calibration=calibrate(artifact.network, held_out, levels))
+    return replace(artifact, calibration=calibrate(artifact.network, held_out, levels, choices=Choices(method=method)))
 
 
 def untrained(frame: SeriesFrame, settings: dict[str, Any], **parts: Any) -> Artifact:

@@ -187,7 +187,7 @@ def test_a_margin_that_stands_in_is_no_smaller_than_training_windows_ask_for(mak
     learnt, held_out = WindowDataset(panel, spec, None, 240), WindowDataset(panel, spec, 240, 257)
     levels = (0.05, 0.25, 0.5, 0.75, 0.95)
     alone = calibrate(network, held_out, levels)
-    trained = calibrate(network, learnt, levels, choices=Choices(pool="step"))
+    trained = calibrate(network, learnt, levels, choices=Choices(method="absolute", pool="step"))
     table = calibrate(network, held_out, levels, learnt=learnt)
     wide, inner = table.filter(level=0.9), table.filter(level=0.5)
     assert set(wide["status"]) == {"pooled"}
@@ -260,18 +260,18 @@ def test_margins_by_hour_cover_every_hour(make_artifact: Any) -> None:
 
 def test_margins_by_series_and_by_volatility_differ_as_the_noise_does(make_artifact: Any) -> None:
     frame = make_frame()
-    by_series = calibrated(make_artifact, frame, bucket="series").calibration
+    by_series = calibrated(make_artifact, frame, method="absolute", bucket="series").calibration
     rows = by_series.filter(step=1).sort("bucket", nulls_last=True)
     assert rows["bucket"].to_list() == ["a", "b", None]
     assert rows["high"][1] / rows["high"][0] == pytest.approx(3.0, rel=0.3)
     for kind in ("volatility", "level"):
-        artifact = calibrated(make_artifact, frame, bucket=kind)
+        artifact = calibrated(make_artifact, frame, method="absolute", bucket=kind)
         table = artifact.calibration
         assert table["by"].unique().to_list() == [kind]
         assert set(table["bucket"].drop_nulls()) == {"low", "middle", "high"}
         assert table.filter(bucket="low")["above"].null_count() == table.filter(bucket="low").height
         predict(artifact, frame)
-    loud = calibrated(make_artifact, frame, bucket="volatility").calibration.filter(step=1)
+    loud = calibrated(make_artifact, frame, method="absolute", bucket="volatility").calibration.filter(step=1)
     assert loud.filter(bucket="high")["high"][0] > 2.0 * loud.filter(bucket="low")["high"][0]
 
 
@@ -290,7 +290,7 @@ def test_small_buckets_fall_back_and_unseen_labels_get_the_margin_over_all(
     assert table.filter(bucket="big")["n"].to_list() == [27]
     frame = make_frame()
     with caplog.at_level(logging.WARNING, logger="tsforge"):
-        artifact = calibrated(make_artifact, frame, bucket="month")
+        artifact = calibrated(make_artifact, frame, method="absolute", bucket="month")
     assert "fall back" not in caplog.text
     later = make_frame(24 * 150)  # May: not among the months of the held-out rows
     found = predict(artifact, later, quantile_levels=(0.1, 0.9)).table

@@ -153,6 +153,28 @@ def test_margins_in_units_of_recent_errors_cover_what_fixed_ones_miss(make_artif
     assert abs(cover["recent"] - 0.8) < 0.03
 
 
+def test_auto_follows_recent_errors_where_held_out_cutoffs_reach_half_as_far_as_units_look_back(make_artifact) -> None:
+    frame = stormy()
+    short, enough = 406 + 31, 406 + 32  # ends of spans whose cutoffs lie 31 and 32 rows apart at most; units: 64
+    for stop, expected in ((1190, "recent"), (enough, "recent"), (short, "absolute")):
+        table = calibrated(make_artifact, frame, stop).calibration
+        assert table is not None
+        assert table["score"].unique().to_list() == [expected]
+        assert table.equals(calibrated(make_artifact, frame, stop, method=expected).calibration)
+
+
+def test_auto_of_a_distribution_and_of_a_carried_model_stays_as_it_was(frame, make_artifact) -> None:
+    windows = WindowDataset(Panel.from_frame(frame), make_artifact("linear").window, 100, 300)
+    for artifact, expected in (
+        (make_artifact("linear", "normal"), "cqr"),
+        (untrained(frame, {"name": "gru", "d_model": 4}), "absolute"),
+        (untrained(frame, {"name": "dlinear"}), "recent"),
+    ):
+        assert artifact.network.model.recurrent == (expected == "absolute")
+        table = calibrate(artifact.network, windows, LEVELS)
+        assert table["score"].unique().to_list() == [expected]
+
+
 @pytest.mark.parametrize("stop", [1190, 520])
 def test_margins_are_ranks_of_errors_over_units(make_artifact, stop: int) -> None:
     frame = stormy()
@@ -266,7 +288,7 @@ def test_plain_arrays_and_revised_data_refuse_it(make_artifact) -> None:
     assert artifact.calibration is not None
     with pytest.raises(ConfigError, match=r"method=recent looks at the windows themselves"):
         apply_calibration(artifact.calibration, np.zeros((1, 6, 1)), None, LEVELS, np.ones((1, 1)), ["y"])
-    table = revised_table(200)
+    table = revised_table(400)
     values = {
         "data": {
             "name": "grid",
@@ -290,3 +312,6 @@ def test_plain_arrays_and_revised_data_refuse_it(make_artifact) -> None:
     revised = VintageFrame(table, SeriesSchema(targets=("load",), past=("flow",), known=("wind",), freq="1h"))
     with pytest.raises(ConfigError, match=r"method=recent reads what came of earlier forecasts"):
         fit_frame(revised, config)
+    usual = fit_frame(revised, validate(FitConfig, values | {"calibration": {}}))[0].calibration
+    assert usual is not None
+    assert usual["score"].unique().to_list() == ["absolute"]

@@ -67,7 +67,7 @@ def test_windows_forecast_what_batch_prediction_does(
 ) -> None:
     artifact = make_artifact(model, likelihood)
     if has_calibration:
-        artifact = calibrated(artifact, frame)
+        artifact = calibrated(artifact, frame, method="absolute" if likelihood == "point" else "auto")
     stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
     assert stream.mode == "window"
     same(stream, artifact, frame, BEGIN - 1)
@@ -82,7 +82,7 @@ def test_windows_forecast_what_batch_prediction_does(
 
 @pytest.mark.parametrize("scaling", ["window", "last", "series"])
 def test_scaling_of_a_window_follows_the_window(frame, scaling: str) -> None:
-    artifact = calibrated(untrained(frame, {"name": "dlinear"}, scaling={"kind": scaling}), frame)
+    artifact = calibrated(untrained(frame, {"name": "dlinear"}, scaling={"kind": scaling}), frame, method="absolute")
     stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
     for place in range(BEGIN, BEGIN + 120, 40):
         stream.update(rows(frame, place, place + 40))

@@ -33,9 +33,9 @@ CHOICES: list[dict[str, Any]] = [
     {"method": "recent"},
     {"method": "recent", "bucket": "hour"},
     {"method": "scaled"},
-    {"bucket": "volatility"},
-    {"bucket": "weekday"},
-    {"bucket": "series"},
+    {"method": "absolute", "bucket": "volatility"},
+    {"method": "absolute", "bucket": "weekday"},
+    {"method": "absolute", "bucket": "series"},
 ]
 DEEP = 48 + 64  # rows that the oldest of the earlier forecasts reads
 
@@ -249,7 +249,7 @@ def test_series_join_and_a_file_goes_on_to_the_bit(frame, make_artifact, tmp_pat
 
 
 def test_labels_need_no_more_rows_and_no_new_format(frame, make_artifact, tmp_path: Path) -> None:
-    artifact = fitted(make_artifact("linear"), frame, bucket="volatility")
+    artifact = fitted(make_artifact("linear"), frame, method="absolute", bucket="volatility")
     stream = Stream.start(artifact, frame, cutoff=hours(BEGIN - 1))
     stream.save(tmp_path / "stream.safetensors")
     tensors, facts = load_tensor_file(tmp_path / "stream.safetensors")

@@ -24,7 +24,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.backtest import BacktestConfig, backtest
 from tsforge.forecasting.baselines import fit_solved
-from tsforge.forecasting.conformal_calibration import calibrate
+from tsforge.forecasting.conformal_calibration import Choices, calibrate
 from tsforge.forecasting.online_backtest import online_forecasts
 from tsforge.forecasting.online_conformal import OnlineConformal
 from tsforge.forecasting.online_rules import OnlineConfig
@@ -316,7 +316,8 @@ def test_coverage_comes_back_after_a_planted_drift_and_the_static_one_does_not()
     window = WindowSpec(context_length=24, horizon=2)
     artifact = fit_solved(early, validate(NetworkConfig, {"model": {"name": "linear"}}), window)
     held_out = WindowDataset(Panel.from_frame(frame, grid=artifact.grid), window, 400, 500)
-    artifact = replace(artifact, calibration=calibrate(artifact.network, held_out, (0.1, 0.5, 0.9)))
+    table = calibrate(artifact.network, held_out, (0.1, 0.5, 0.9), choices=Choices(method="absolute"))
+    artifact = replace(artifact, calibration=table)
     new = rows(frame, 500, 860)
     missed = {}
     for name, online in (("static", None), ("online", OnlineConfig())):
@@ -509,7 +510,7 @@ def test_settings_that_cannot_learn_are_refused(frame, make_artifact) -> None:
 
 
 def test_states_with_and_without_are_told_apart(frame, drifting, make_artifact, tmp_path: Path) -> None:
-    artifact, path = calibrated(make_artifact("linear"), frame), tmp_path / "state"
+    artifact, path = calibrated(make_artifact("linear"), frame, method="absolute"), tmp_path / "state"
     Stream.start(artifact, drifting).save(path)
     facts = load_tensor_file(path)[1]
     assert facts["format_version"] == 1, "files without online intervals stay readable by older versions"
