@@ -25,7 +25,7 @@ from tsforge.core.workspace import Workspace
 from tsforge.data.aggregates import frame_hierarchy, with_aggregates
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.hierarchy import HierarchyConfig
-from tsforge.forecasting.coherent import Coherence, held_out_cutoffs
+from tsforge.forecasting.coherent import Coherence, held_out_cutoffs, level_errors
 from tsforge.forecasting.coherent_predict import predict_coherent
 from tsforge.forecasting.reconcile import ReconcileConfig
 
@@ -224,6 +224,23 @@ def test_a_backtest_grades_before_and_after_by_level(shops: Any) -> None:
             assert row[when] == pytest.approx((rows["mean"] - rows["actual"]).abs().mean())
         assert any(f"level {level}: mean absolute error" in note for note in report.notes)
     assert "coverage_80" in report.leaderboard.columns
+
+
+def test_levels_are_graded_by_what_was_observed(shops: Any) -> None:
+    """A sum over a missing part is missing: such cells are no cells, and a level of nothing else has no errors."""
+    hierarchy = frame_hierarchy(load_dataset(shops[0], "shops"), NESTED)
+    steps = range(1, 5)
+    rows = [
+        {"model": model, "series_id": node, "variate": "sales", "cutoff": 0, "step": step, "mean": off, "actual": 0.0}
+        for model, off in (("m", 2.0), ("m+mint", 1.0))
+        for node in NODES
+        for step in steps
+    ]
+    lost = (pl.col("series_id") == "total") | ((pl.col("series_id") == "n") & (pl.col("step") > 1))
+    table = pl.DataFrame(rows).with_columns(actual=pl.when(~lost).then("actual"))
+    found = {row["level"]: row for row in level_errors(table, hierarchy, [("m", "m+mint")])}
+    assert {level: row["cells"] for level, row in found.items()} == {"region": 1 + 4, "bottom": 4 * len(IDS)}
+    assert [(row["before"], row["after"], row["gain"]) for row in found.values()] == [(2.0, 1.0, 0.5)] * 2
 
 
 def perturbed(frame: SeriesFrame, after: datetime) -> SeriesFrame:

@@ -28,7 +28,7 @@ from tsforge.data.grid import Bools, Ints
 from tsforge.data.hierarchy import Hierarchy
 from tsforge.data.panel import Panel
 from tsforge.forecasting.conformal_scores import conformal_margin
-from tsforge.forecasting.error_covariance import ErrorCovariance, Floats, shrunk_covariance
+from tsforge.forecasting.error_covariance import ErrorCovariance, Floats, error_correlation
 from tsforge.forecasting.predict import mirrored_levels
 from tsforge.forecasting.reconcile import NEEDS_ERRORS, SPLITTING, ReconcileConfig, Reconciliation, make_reconciliation
 from tsforge.forecasting.report import BacktestReport
@@ -181,8 +181,9 @@ class Coherence:
             if config.method == "mint" and found.covariance is not None:
                 shrinkage[group] = round(found.covariance.shrinkage, 4)
             if self.levels and config.intervals == "gaussian" and weighed is not None:
+                same = config.method == "mint" and bool(np.isfinite(weighed).all())
                 self._correlations[group] = (
-                    found.covariance if config.method == "mint" and found.covariance else (shrunk_covariance(weighed))
+                    found.covariance if same and found.covariance else error_correlation(weighed)
                 )
             if self.levels and config.intervals == "conformal" and judged is not None:
                 self._margins[group] = self._calibrate(found, *judged)
@@ -391,7 +392,9 @@ def with_level_errors(report: BacktestReport, hierarchy: Hierarchy, config: Reco
 def level_errors(
     forecasts: pl.DataFrame, hierarchy: Hierarchy, pairs: Sequence[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """Return mean absolute errors by level before and after, over the cells that both have.
+    """Return mean absolute errors by level before and after, over the observed cells that both have.
+
+    A level of which nothing was observed has no record.
 
     Args:
         forecasts: ``model, series_id, variate, cutoff, step, mean, actual``.
@@ -406,7 +409,8 @@ def level_errors(
     for base, after in pairs:
         before = forecasts.filter(model=base).select(*keys, before=error)
         both = forecasts.filter(model=after).select(*keys, after=error).join(before, on=keys).join(level, on=node)
-        grouped = both.group_by("level", maintain_order=True).agg(pl.col("before", "after").mean(), cells=pl.len())
+        graded = both.drop_nulls(["before", "after"])
+        grouped = graded.group_by("level", maintain_order=True).agg(pl.col("before", "after").mean(), cells=pl.len())
         order = {name: place for place, name in enumerate(hierarchy.level_names)}
         for row in sorted(grouped.to_dicts(), key=lambda row: order[row["level"]]):
             gain = None if not row["before"] else 1.0 - row["after"] / row["before"]

@@ -6,11 +6,12 @@ mean over those that are nearest by static features (``likeness.py``).
 
 Intervals are split conformal and belong to the length of the history. Windows of other series after the training span
 have their context hidden but for the last k rows and are forecast like a new series; the half-width is a rank of the
-errors, in units of the scale that the network took from those k rows. For a series without a row every other pair of
-series is tried: how wrong is the forecast of one for the other (or the mean of its own neighbours for it). Series held
-out of the fit are used where there are any: only to them the model is as much a stranger as to a new series; else those
-of the fit, which makes the margins a little too small. k is rounded down to a power of two: fewer rows, wider
-intervals. That series are exchangeable is the one assumption.
+errors, in units of the scale that the network took from those k rows, not of training rows that a new series does not
+have. A short series with training rows of its own is forecast by them, and so are the windows behind its margins. For a
+series without a row every other pair of series is tried: how wrong is the forecast of one for the other (or the mean of
+its own neighbours for it). Series held out of the fit are used where there are any: only to them the model is as much a
+stranger as to a new series; else those of the fit, which makes the margins a little too small. k is rounded down to a
+power of two: fewer rows, wider intervals. That series are exchangeable is the one assumption.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from tsforge.forecasting.conformal_scores import conformal_margin
 from tsforge.forecasting.likeness import nearest_series
 from tsforge.forecasting.predict import artifact_panel, forecast_table, offered_levels, padded_panel, predict
 from tsforge.forecasting.window_forecasts import FloatArray, evaluating, forecast_batch, predict_windows, window_batches
+from tsforge.layers.scaling import Scaler
 
 _LOG = get_logger(__name__)
 ALL = "*"
@@ -130,9 +132,13 @@ def predict_cold(
     if (short or config.like) and levels:
         at, in_sample = held_out_cutoffs(artifact, past, artifact.window.horizon, config.windows)
         facts |= {"windows": len(at), "in_sample": in_sample}
-    for kept in sorted({_rounded(count) for count in short.values()}):
-        names = [name for name, count in short.items() if _rounded(count) == kept]
-        tables.append(_short(artifact, visible.select_series(names), (cutoff, steps, levels), (past, at, kept)))
+    strangers = _strangers(artifact, short)
+    alike: dict[tuple[int, bool], list[str]] = {}
+    for name, count in short.items():
+        alike.setdefault((_rounded(count), name in strangers), []).append(name)
+    for (kept, stranger), names in sorted(alike.items()):
+        part = visible.select_series(names)
+        tables.append(_short(artifact, part, (cutoff, steps, levels), (past, at, kept, stranger)))
     seen = set(artifact.series_ids) - _held_out(artifact)
     fitted = [name for name in warm if name in seen]
     models = _models(config, static, fitted)
@@ -173,6 +179,20 @@ def _check_like(like: Mapping[str, str | dict[str, float]], frame: SeriesFrame) 
 
 def _held_out(artifact: Artifact) -> set[str]:
     return set((artifact.provenance.get("entities") or {}).get("held_out") or ())
+
+
+def _strangers(artifact: Artifact, names: Iterable[str]) -> set[str]:
+    """Return the series of which the network knows nothing but their context: the fit had no rows of (a variate of)
+    them, and a scaling by series does not need them.
+    """
+    if artifact.network.needs_known_series:
+        return set()
+    missing = np.zeros(len(artifact.series_ids), dtype=bool)
+    for part in artifact.network.modules():
+        if isinstance(part, Scaler) and part.unknown == "context":
+            missing |= (part.series_scale == 0).any(dim=1).cpu().numpy()
+    known = {name for name, none in zip(artifact.series_ids, missing, strict=True) if not none}
+    return {name for name in names if name not in known}
 
 
 def _models(
@@ -224,9 +244,9 @@ def _short(
     artifact: Artifact,
     frame: SeriesFrame,
     wanted: tuple[TimeLike | None, int, tuple[float, ...]],
-    known: tuple[SeriesFrame, NDArray[np.int64], int],
+    known: tuple[SeriesFrame, NDArray[np.int64], int, bool],
 ) -> pl.DataFrame:
-    """Return the forecasts of series of about equal history from padded contexts."""
+    """Return the forecasts of series of about equal history, strangers to the fit or not, from padded contexts."""
     cutoff, steps, levels = wanted
     extended = frame.extend(artifact.window.horizon) if frame.schema.known else frame
     panel = artifact_panel(artifact, extended)
@@ -235,8 +255,9 @@ def _short(
     cut = replace(found, mean=found.mean[:, :steps])
     if not levels:
         return forecast_table(cut, panel, ())
-    past, at, count = known
-    margins = short_margins(artifact, past, at, count, {_coverage(level) for level in levels} - {0.0})
+    past, at, count, stranger = known
+    coverages = {_coverage(level) for level in levels} - {0.0}
+    margins = short_margins(artifact, past, at, count, coverages, stranger=stranger)
     quantiles = [
         cut.mean
         + (np.sign(level - 0.5) * margins[_coverage(level)][:steps] * cut.scale[:, None] if level != 0.5 else 0.0)
@@ -254,7 +275,13 @@ def _coverage(level: float) -> float:
 
 
 def short_margins(
-    artifact: Artifact, past: SeriesFrame, at: NDArray[np.int64], count: int, coverages: set[float]
+    artifact: Artifact,
+    past: SeriesFrame,
+    at: NDArray[np.int64],
+    count: int,
+    coverages: set[float],
+    *,
+    stranger: bool,
 ) -> dict[float, FloatArray]:
     """Return half-widths [H, V] in units of the window scale for series with ``count`` rows of history.
 
@@ -264,6 +291,8 @@ def short_margins(
         at: cutoffs on the frame's grid; a whole horizon is observed after each.
         count: rows of history, rounded down to a power of two here.
         coverages: of the central intervals.
+        stranger: the fit had no rows of the series that these half-widths are for: those that stand in for it are
+            measured by their few rows as well. Else by their training rows, as far as the scaling takes these.
     """
     kept = _rounded(count)
     shift = int(artifact.grid.index_of(pl.Series([past.grid.time_at(0)], dtype=past.table["time"].dtype))[0])
@@ -286,6 +315,8 @@ def short_margins(
                 known = known.masked_fill(whole[None, :, None], float("nan"))
             context = batch.context.masked_fill(hidden[None, :, None], 0.0)
             blind = batch._replace(context=context, context_mask=mask, past=past_covariates, known=known)
+            if stranger and blind.series_index is not None:
+                blind = blind._replace(series_index=torch.full_like(blind.series_index, -1))  # of no series of the fit
             found = forecast_batch(artifact.network, blind)
             if found.target is None or found.mask is None:
                 raise DataError("cold start needs windows with targets to calibrate on")

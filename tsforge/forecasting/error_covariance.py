@@ -14,8 +14,9 @@ so no n x n matrix is ever formed: O(T^2 n) time and O(T n) memory for n nodes.
 
 Deviations: second moments are taken about zero, as in the paper, though held-out errors may have a bias (a biased node
 is then trusted less). A missing error counts as its expectation, zero, after standardising: correlations shrink with
-the share that is missing, and W stays positive definite. Errors of neighbouring steps and overlapping windows are
-dependent, which makes the intensity too small; it is a choice, not a test.
+the share that is missing, and W stays positive definite. That serves weights but takes variance away, so correlations
+that spread intervals are those of the rows without any gap (``error_correlation``). Errors of neighbouring steps and
+overlapping windows are dependent, which makes the intensity too small; it is a choice, not a test.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tsforge.core.errors import DataError
+from tsforge.core.logs import get_logger
 
+_LOG = get_logger(__name__)
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 LEAST_SHRINKAGE = 1e-6  # keeps W positive definite however many windows there are
 MIN_ERRORS = 4
@@ -95,6 +98,28 @@ def shrunk_covariance(errors: Floats) -> ErrorCovariance:
     variance = error_variance(errors)
     scaled = np.nan_to_num(errors / np.sqrt(variance), nan=0.0)
     return ErrorCovariance(variance=variance, standardised=scaled, shrinkage=shrinkage_intensity(scaled))
+
+
+def error_correlation(errors: Floats) -> ErrorCovariance:
+    """Return the shrunk covariance whose correlations spread intervals, from errors [T, n], NaN where missing.
+
+    Only rows without any gap are taken. Where there are fewer than 4 it is ``shrunk_covariance``, which is too small
+    then; a warning says so.
+
+    Raises:
+        DataError: as ``shrunk_covariance``.
+    """
+    whole = np.isfinite(errors).all(axis=1)
+    if whole.sum() >= MIN_ERRORS:
+        return shrunk_covariance(errors[whole])
+    found = shrunk_covariance(errors)
+    _LOG.warning(
+        "gaussian intervals: only %d of %d held-out errors are there for all %d nodes, too few for correlations; gaps "
+        "count as no error and the intervals are too narrow: choose intervals=conformal, or widen the valid span",
+        whole.sum(),
+        *errors.shape,
+    )
+    return found
 
 
 def shrinkage_intensity(scaled: Floats) -> float:

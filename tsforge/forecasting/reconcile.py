@@ -23,7 +23,7 @@ Non-negative: negative bottoms are set to zero and summed again (Di Fonzo and Gi
 negative to zero"); the quadratic program of Wickramasuriya et al. (2020) would stay a little closer to the base.
 
 Sample paths are reconciled one by one (Panagiotelis et al. 2023, EJOR 306:693-706). The Gaussian spread takes the base
-spread of each node and step and the correlations of W: var = diag(S P Sigma P' S').
+spread of each node and step and the correlations of past errors without gaps: var = diag(S P Sigma P' S').
 
 Deviation: structural weights are sums of squares of S, which equals the paper's S 1 for sums and is right for means.
 """

@@ -13,8 +13,10 @@ from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
+from tsforge.data.windows import WindowSpec
 from tsforge.forecasting import cold_start
 from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.baselines import fit_solved
 from tsforge.forecasting.cold_start import (
     ColdStartConfig,
     history_rows,
@@ -23,6 +25,7 @@ from tsforge.forecasting.cold_start import (
     short_margins,
 )
 from tsforge.forecasting.predict import predict
+from tsforge.network import NetworkConfig
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 ROWS, CONTEXT, HORIZON = 300, 24, 4
@@ -86,7 +89,7 @@ def test_a_full_history_hidden_by_nothing_changes_nothing(artifact: Artifact) ->
 def test_margins_are_those_of_series_cut_short_by_hand(artifact: Artifact) -> None:
     """Series that really begin k rows before each cutoff are forecast one by one; the ranks of errors agree."""
     frame, kept, at = panel(series=5), 4, np.array([200, 230, 260])
-    found = short_margins(artifact, frame, at, kept + 3, {0.8})[0.8]  # 7 rows count as 4
+    found = short_margins(artifact, frame, at, kept + 3, {0.8}, stranger=True)[0.8]  # 7 rows count as 4
     errors = []
     for cutoff in at:
         for name in frame.series_ids:
@@ -103,9 +106,8 @@ def test_margins_are_those_of_series_cut_short_by_hand(artifact: Artifact) -> No
     assert np.allclose(ratio, ratio[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("count", [2, 8])
-def test_coverage_for_series_that_were_never_seen(artifact: Artifact, count: int) -> None:
-    """80 % intervals of new series with a few rows hold about 80 % of what follows."""
+def coverage_of_strangers(artifact: Artifact, count: int) -> float:
+    """Return the share of what follows that lies in the 80 % intervals of 60 new series with ``count`` rows."""
     strangers = panel(seed=5, series=60)
     short = tuple((f"new{k:02}", count) for k in range(60))
     inside = []
@@ -121,7 +123,47 @@ def test_coverage_for_series_that_were_never_seen(artifact: Artifact, count: int
         )
         inside.append(joined.select(pl.col("y").is_between(pl.col("q0.1"), pl.col("q0.9"))).to_series().mean())
         assert joined.height == 60 * HORIZON
-    assert 0.72 < float(np.mean(inside)) < 0.9
+    return float(np.mean(inside))
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_coverage_for_series_that_were_never_seen(artifact: Artifact, count: int) -> None:
+    """80 % intervals of new series with a few rows hold about 80 % of what follows."""
+    assert 0.72 < coverage_of_strangers(artifact, count) < 0.9
+
+
+@pytest.fixture(scope="module")
+def by_series() -> Artifact:
+    """As ``artifact``, scaled by the training rows of each series, strangers by their context."""
+    scaling = {"kind": "series", "unknown": "context"}
+    plain = {"model": {"name": "linear"}, "likelihood": {"name": "normal"}, "scaling": scaling}
+    window = WindowSpec(context_length=CONTEXT, horizon=HORIZON)
+    made = fit_solved(panel().until(hours(149)), validate(NetworkConfig, plain), window)
+    made.provenance["span_rows"] = {"train": [0, 150]}
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_coverage_where_a_stranger_has_its_level_from_a_few_rows(by_series: Artifact, count: int) -> None:
+    """The series that calibrate must not be measured by training rows that a new series does not have."""
+    assert 0.72 < coverage_of_strangers(by_series, count) < 0.9
+
+
+def test_the_margins_of_series_with_training_rows_are_in_their_own_units(by_series: Artifact) -> None:
+    """At an early cutoff a series of the fit is short too, but its level is known: it is no stranger."""
+    cutoff = hours(240)
+    history = panel(short=(("new8", 8),)).until(cutoff).table.filter(pl.col("series_id") != "new8")
+    rows = pl.col("time") > cutoff - timedelta(hours=8)
+    fresh = history.filter((pl.col("series_id") == "s03") & rows).with_columns(series_id=pl.lit("new8"))
+    known = history.filter((pl.col("series_id") != "s03") | rows)
+    frame = SeriesFrame(pl.concat([known, fresh]), panel().schema)
+    table = predict_cold(by_series, frame, ColdStartConfig(), quantile_levels=LEVELS).table
+    width = {
+        name: float((part["q0.9"] - part["q0.1"]).mean())
+        for name in ("s03", "new8")
+        if (part := table.filter(series_id=name)).height
+    }
+    assert width["new8"] > 1.5 * width["s03"] > 0.0
 
 
 def test_new_series_are_like_what_the_user_says(artifact: Artifact) -> None:
@@ -170,7 +212,7 @@ def test_nothing_after_the_cutoff_matters(artifact: Artifact) -> None:
     assert tables[0].equals(tables[1])
     assert tables[0].filter(series_id="new40").height == HORIZON
     at = np.arange(ROWS - 60, ROWS - HORIZON)  # a saboteur calibrates beyond the cutoff
-    leaky = [short_margins(artifact, one, at, 8, {0.8})[0.8] for one in (frame, other)]
+    leaky = [short_margins(artifact, one, at, 8, {0.8}, stranger=True)[0.8] for one in (frame, other)]
     assert not np.array_equal(*leaky)
 
 

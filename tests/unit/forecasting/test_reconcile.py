@@ -11,7 +11,12 @@ from scipy.optimize import nnls
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError, ModelError
 from tsforge.data.hierarchy import Hierarchy, HierarchyConfig, build_hierarchy
-from tsforge.forecasting.error_covariance import ErrorCovariance, shrinkage_intensity, shrunk_covariance
+from tsforge.forecasting.error_covariance import (
+    ErrorCovariance,
+    error_correlation,
+    shrinkage_intensity,
+    shrunk_covariance,
+)
 from tsforge.forecasting.reconcile import ReconcileConfig, Reconciliation, make_reconciliation
 
 PROJECTIONS = ("ols", "wls_structural", "wls_variance", "mint")
@@ -279,6 +284,30 @@ def test_gaussian_spread_equals_the_dense_formula_and_the_sample_paths(method: s
         coherent = found.samples(paths)
         assert np.abs(structure.incoherence(coherent)).max() < 1e-9
         assert np.allclose(coherent.std(axis=0), expected, rtol=0.03)
+
+
+@pytest.mark.parametrize("method", ["bottom_up", "mint"])
+def test_gaps_leave_the_spread_as_wide_as_it_is_without_them(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A missing error tells nothing of a correlation; counted as zero it would take variance away."""
+    structure = STRUCTURES["crossed"]
+    errors = some_errors(structure, rows=4000)
+    holed = errors.copy()
+    holed[np.ix_(np.random.default_rng(1).random(4000) < 0.75, [0, 4, 8])] = np.nan  # a part and its sums begin late
+    whole = holed[np.isfinite(holed).all(axis=1)]
+    assert 800 < len(whole) < 1200
+    found = made(method, structure, errors)
+    deviation = np.random.default_rng(5).uniform(0.5, 2.0, size=(3, len(structure.nodes)))
+    truth = found.spread(deviation, shrunk_covariance(errors))
+    assert np.allclose(found.spread(deviation, error_correlation(holed)), truth, rtol=0.1)
+    as_zeros = found.spread(deviation, shrunk_covariance(holed))
+    assert (as_zeros / truth)[:, [0, 4, 8]].mean() < 0.9
+    assert np.array_equal(error_correlation(holed).dense(), shrunk_covariance(whole).dense())
+    assert np.array_equal(error_correlation(errors).dense(), shrunk_covariance(errors).dense())
+    assert not caplog.messages
+    rare = np.where(np.eye(len(structure.nodes), dtype=bool)[np.arange(60) % 12], np.nan, errors[:60])
+    rare[:3] = errors[:3]
+    assert np.array_equal(error_correlation(rare).dense(), shrunk_covariance(rare).dense())
+    assert "3 of 60 held-out errors are there for all 12 nodes" in caplog.text
 
 
 def test_ten_thousand_bottoms_need_no_square_matrix() -> None:
