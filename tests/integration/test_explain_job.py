@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
+import tsforge.app.explain as explain_module
 from tsforge.app.explain import ExplainConfig, explain
 from tsforge.app.forecast import PredictConfig, predict
+from tsforge.artifact import Artifact, load_artifact
 from tsforge.cli import app
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, TsforgeError
@@ -61,6 +64,22 @@ def test_settings_of_the_other_question_are_refused(site: Any) -> None:
         explain(job(what="importance", attribution={"method": "occlusion"}), workspace)
     with pytest.raises(ConfigError, match="importance has no effect with what=forecast"):
         explain(job(series="a", importance={"repeats": 2}), workspace)
+
+
+@pytest.mark.parametrize("series", ["a", "nobody"])
+def test_importance_of_one_series_is_refused_where_a_model_couples_them(
+    site: Any, series: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain_module, "load_artifact", coupled)
+    with pytest.raises(ConfigError, match=r"^series=\w+ has no effect with what=importance: .* couples the series"):
+        explain(job(what="importance", series=series), Workspace.open(site.home))
+
+
+def coupled(path: Path) -> Artifact:
+    """Load an artifact and say that its model couples the series of a panel."""
+    artifact = load_artifact(path)
+    artifact.network.capabilities = replace(artifact.network.capabilities, rows_coupled=True)
+    return artifact
 
 
 def test_command_writes_the_table_and_prints_sums(site: Any, tmp_path: Path) -> None:

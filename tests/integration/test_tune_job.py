@@ -74,6 +74,12 @@ def test_a_metric_that_no_fit_reports_is_refused_before_the_first_trial(workspac
     assert not workspace.tuning.exists()
 
 
+def test_the_largest_error_is_no_aim_of_a_study(workspace: Workspace) -> None:
+    with pytest.raises(ConfigError, match=r"^study\.direction=maximize looks for the worst .* valid_mse is an error"):
+        tune(job("study.direction=maximize", "study.metric=valid_mse"), workspace)
+    assert not workspace.tuning.exists()
+
+
 def test_weights_to_start_from_are_refused_before_the_first_trial(workspace: Workspace) -> None:
     with pytest.raises(ConfigError, match=r"fit\.warm_start\.artifact=latest has no effect: trials begin at fresh"):
         tune(job("fit.warm_start.artifact=latest"), workspace)

@@ -35,7 +35,8 @@ class ExplainConfig(Config):
     what: Literal["forecast", "importance"] = "forecast"
     """``forecast`` divides one forecast among its inputs; ``importance`` exchanges inputs over past windows."""
     series: str | None = None
-    """Whose forecast; default the first series. For ``importance``: only this series; default all."""
+    """Whose forecast; default the first series. For ``importance``: only this series; default all, which a model that
+    couples the series of a panel always takes."""
     variate: str | None = None
     """Whose forecast; default the first target (``importance`` is measured for all)."""
     cutoff: str | int | None = None
@@ -76,6 +77,7 @@ def explain(config: ExplainConfig, workspace: Workspace) -> Attribution | Import
     dataset = config.dataset or artifact.provenance.get("dataset")
     if not dataset:
         raise ConfigError(f"artifact {artifact.id} does not say which data set it belongs to; give dataset=NAME")
+    _refuse_unused(config, artifact)
     wanted = None if config.series is None or artifact.network.capabilities.rows_coupled else [config.series]
     frame = load_dataset(
         workspace,
@@ -85,7 +87,6 @@ def explain(config: ExplainConfig, workspace: Workspace) -> Attribution | Import
         extend=artifact.window.horizon,
         cutoff=config.cutoff,
     )
-    _refuse_unused(config)
     if config.what == "importance":
         return _importance(artifact, frame, config.importance, dataset)
     found = attribute(
@@ -100,7 +101,7 @@ def explain(config: ExplainConfig, workspace: Workspace) -> Attribution | Import
     return Attribution(table=found.table, metadata={**found.metadata, "dataset": dataset})
 
 
-def _refuse_unused(config: ExplainConfig) -> None:
+def _refuse_unused(config: ExplainConfig, artifact: Artifact) -> None:
     """Refuse settings of one forecast where past windows are looked at, and the other way round."""
     if config.what != "importance":
         if config.importance != ImportanceConfig():
@@ -111,6 +112,11 @@ def _refuse_unused(config: ExplainConfig) -> None:
     given = [name for name in ("variate", "cutoff", "steps") if getattr(config, name) is not None]
     if given:
         raise ConfigError(f"{given[0]} has no effect with what=importance: it looks at many windows of all variates")
+    if config.series is not None and artifact.network.capabilities.rows_coupled:
+        raise ConfigError(
+            f"series={config.series} has no effect with what=importance: model '{artifact.model_name}' couples the "
+            "series of a panel, so inputs are exchanged and errors counted for all of them at once; leave it out"
+        )
 
 
 def _importance(artifact: Artifact, frame: SeriesFrame, config: ImportanceConfig, dataset: str) -> Importance:

@@ -120,7 +120,8 @@ def checked_space(config: TuneJobConfig) -> Space:
     """Return the space of a job after every check that needs no data.
 
     Raises:
-        ConfigError: no fit has the metric, weights to start from, or see ``trial_space``.
+        ConfigError: no fit has the metric, its largest value is asked for, weights to start from, or see
+            ``trial_space``.
     """
     _check_metric(config)
     start = config.fit.warm_start.artifact
@@ -130,13 +131,18 @@ def checked_space(config: TuneJobConfig) -> Space:
 
 
 def _check_metric(config: TuneJobConfig) -> None:
-    """Refuse a metric that no fit reports before the first trial is trained for it."""
+    """Refuse a metric that no fit reports, and the search for a large error, before the first trial is trained."""
     parts = ["valid", *(["valid_unseen"] if config.fit.entities.held_out else [])]
     known = [f"{part}_{error}" for part in parts for error in ("mae", "mse")]
     metric = config.study.metric
     if metric not in known:
         raise ConfigError(
             f"study.metric={metric}: no fit reports it{nearest(metric, known)} (known: {', '.join(known)})"
+        )
+    if config.study.direction == "maximize":
+        raise ConfigError(
+            f"study.direction=maximize looks for the worst configuration: {metric} is an error, as all that a fit "
+            "reports; leave study.direction out"
         )
 
 

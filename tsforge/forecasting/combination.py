@@ -105,11 +105,11 @@ class _Blocks:
         return np.array([np.abs(weights @ part).mean() for part in self.parts])
 
     def greedy(self, only: Sequence[int], start: Floats, max_members: int) -> Floats:
-        """Return weights [M] from picks counted on top of ``start`` [M]."""
+        """Return weights [M] from picks of at most ``max_members`` candidates, counted on top of ``start`` [M]."""
         counts, best, best_value = start.copy(), start.copy(), np.inf
         for _ in range(ROUNDS):
             value = self.after_adding(counts, only)
-            if (counts > 0).sum() >= max_members:
+            if (counts > start).sum() >= max_members:  # what the start holds takes no place
                 value = np.where(counts > 0, value, np.inf)
             pick = int(value.argmin())
             counts[pick] += 1.0
@@ -131,7 +131,8 @@ def greedy_weights(
     Args:
         held: errors to choose by.
         loss: squared or absolute.
-        max_members: candidates in the mixture.
+        max_members: candidates in the mixture; those that ``start`` holds take no place among the ones that are picked,
+            and the heaviest of all stay in the end.
         start: picks made before [M], in units of ``ROUNDS``: weights that sum to 1 keep at least half of the say.
 
     Raises:
@@ -169,7 +170,8 @@ def mixture_weights(
         held, loss, max_members: as of ``greedy_weights``.
         scope: what has weights of its own.
         num_series: in the data.
-        anchor: candidate that keeps its ``anchor_share`` of the global weights; the others are chosen beside it.
+        anchor: candidate that keeps its ``anchor_share`` of the global weights, while it is among the ``max_members``
+            heaviest; the others are chosen beside it.
     """
     common = greedy_weights(held, loss=loss, max_members=max_members)
     if anchor is not None:

@@ -178,3 +178,15 @@ def test_a_mixture_leans_on_its_anchor_unless_the_stretches_agree_against_it(sco
     few = mixture_weights(held(noise(4)), scope=scope, num_series=1, anchor=3, max_members=2)
     assert ((few > 0).sum(axis=1) <= 2).all()
     assert few.sum(1) == pytest.approx(1.0)
+
+
+def test_an_anchor_takes_no_place_from_the_best_member() -> None:
+    """With room for one the best candidate is taken, whether or not the selection began at another one."""
+    data = held(np.stack([size * one for size, one in zip((3.0, 0.3, 0.32), noise(3), strict=True)]))
+    free, leaning = (mixture_weights(data, max_members=1, anchor=anchor).ravel() for anchor in (None, 0))
+    assert free.tolist() == leaning.tolist() == [0.0, 1.0, 0.0]
+    two = mixture_weights(data, max_members=2, anchor=0).ravel()
+    assert two[0] == 0.0
+    assert (two[1:] > 0.3).all()
+    equal = held(np.stack([noise(1)[0], noise(1)[0] * 1.001]))
+    assert mixture_weights(equal, max_members=1, anchor=0).ravel().tolist() == [1.0, 0.0]
