@@ -67,6 +67,40 @@ def test_settings_without_effect_are_refused(site: Any) -> None:
         backtest(job(site, backtest={"season_length": 9999, "num_cutoffs": 2}), Workspace.open())
 
 
+@pytest.mark.parametrize("declared", [None, 12, 60])
+def test_a_seasonal_naive_without_a_season_takes_that_of_the_report(site: Any, declared: int | None) -> None:
+    """As main model and to compare with; a season of 60 rows does not fit into the window of 48 and widens it."""
+    season = declared or 24
+    cutoffs = {"num_cutoffs": 6, "refit_every": 3, "season_length": declared, "regimes": []}
+    main = backtest(job(site, backtest=cutoffs, model="seasonal_naive"), Workspace.open())
+    beside = backtest(job(site, backtest=cutoffs, compare=["seasonal_naive"]), Workspace.open())
+    plain = backtest(job(site, backtest=cutoffs), Workspace.open())
+    order = ["series_id", "cutoff", "variate", "step"]
+    naive = plain.forecasts.filter(model="seasonal_naive").sort(order)["mean"]
+    for found in (main, beside):
+        assert found.settings["season_length"] == season
+        reference = found.settings["reference"]
+        assert reference == ("seasonal_naive" if season == 60 else "seasonal_naive@baseline"), "of one season, or of 48"
+        assert np.allclose(found.forecasts.filter(model=reference).sort(order)["mean"], naive, rtol=1e-5, atol=1e-5)
+        rows = found.forecasts.filter(model="seasonal_naive").sort(order)["mean"]
+        assert np.isclose(rows, naive, rtol=1e-5, atol=1e-5).mean() > 0.95, "all but where a value is missing"
+    skills = [found.leaderboard.filter(model="linear")["skill_mae"].item() for found in (plain, beside)]
+    assert skills[0] == pytest.approx(skills[1], rel=1e-5)
+
+
+def test_a_seasonal_naive_with_a_season_keeps_it_beside_the_reference(site: Any) -> None:
+    cutoffs = {"num_cutoffs": 3, "season_length": 12, "regimes": []}
+    own = backtest(job(site, backtest=cutoffs, model={"name": "seasonal_naive", "season_length": 24}), Workspace.open())
+    plain = backtest(job(site, backtest=cutoffs), Workspace.open())
+    assert own.settings["reference"] == "seasonal_naive@baseline"
+    assert own.settings["model"] == "seasonal_naive"
+    for name, same in (("seasonal_naive@baseline", True), ("seasonal_naive", False)):
+        mine, theirs = (
+            found.forecasts.filter(model=label)["mean"] for found, label in ((own, name), (plain, "seasonal_naive"))
+        )
+        assert mine.equals(theirs) is same
+
+
 @pytest.mark.parametrize("config", ["predict", "detect"])
 @pytest.mark.parametrize("choice", ["csv", "plant"])
 def test_a_group_that_a_command_has_no_place_for_is_named(config: str, choice: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +178,100 @@ def test_naive_forecasts_that_share_a_span_are_those_fitted_alone(frame: SeriesF
         together, alone = (fit_baseline(name, data, **sizes).network.state_dict() for data in (span, plain))
         assert together.keys() == alone.keys()
         assert all(together[key].equal(alone[key]) for key in together), name
+
+
+def test_infinite_scores_leave_valid_json_behind(report: BacktestReport, tmp_path: Path) -> None:
+    board = report.leaderboard.with_columns(rmse=pl.lit(np.inf), mae=pl.lit(np.nan))
+    facts = report.settings["comparison"]
+    facts = {**facts, "ranks": {**facts["ranks"], "friedman_p": np.nan}}
+    settings = {**report.settings, "comparison": facts, "odd": (np.float32(np.inf), {"a": -np.inf}, np.int64(3))}
+    broken = replace(report, leaderboard=board, settings=settings)
+    saved = broken.save(tmp_path / "report")
+    assert saved.path is not None
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is no JSON")
+
+    document = json.loads((saved.path / "report.json").read_text(), parse_constant=refuse)
+    assert {row["rmse"] for row in document["leaderboard"]} == {None}
+    assert {row["mae"] for row in document["leaderboard"]} == {None}
+    assert document["settings"]["odd"] == [None, {"a": None}, 3]
+    back = load_report(saved.path)
+    assert back.leaderboard.equals(board), "the tables keep what JSON cannot say"
+    assert back.settings["comparison"]["ranks"]["friedman_p"] is None
+    assert "Friedman" not in back.markdown()
+
+
+def test_cells_of_the_page_are_text_and_stay_in_their_row(report: BacktestReport, tmp_path: Path) -> None:
+    names = {"linear": "a|b *bold*", "drift": "two\nlines"}
+    changes: dict[str, Any] = {
+        name: getattr(report, name).with_columns(pl.col("model").replace(names))
+        for name in ("forecasts", "metrics", "leaderboard", "folds", "tests", "pit", "regimes")
+    }
+    changes["tests"] = changes["tests"].with_columns(pl.col("against").replace(names))
+    changes["settings"] = {**report.settings, "model": names["linear"]}
+    page = replace(report, **changes).markdown()
+    assert "| a\\|b \\*bold\\* |" in page
+    assert "| two lines |" in page
+    lines = page.splitlines()
+    for line, rule in pairwise(lines):
+        if rule.startswith("| ---"):  # a heading and its rule have the same cells, names with bars or not
+            assert line.replace("\\|", "").count("|") == rule.count("|")
+    table = [line for line in lines if line.startswith("|")]
+    assert all(line.endswith("|") for line in table)
+
+
+def naive_fit(name: str, context: int = 24, **settings: Any) -> Any:
+    network = validate(NetworkConfig, {"model": {"name": name, **settings}})
+    window = WindowSpec(context_length=context, horizon=HORIZON)
+    return lambda seen, cutoff: fit_solved(seen.with_covariates(), network, window)
+
+
+def means(report: BacktestReport, model: str) -> list[float]:
+    rows = report.forecasts.filter(model=model).sort("series_id", "cutoff", "step")
+    return [float(value) for value in rows["mean"]]
+
+
+@pytest.mark.parametrize("declared", [None, 12])
+def test_a_fit_with_settings_of_its_own_does_not_take_the_place_of_a_baseline(
+    frame: SeriesFrame, declared: int | None
+) -> None:
+    """Neither under its own name nor without one; skill and tests stay against the season of the report."""
+    config = BacktestConfig(num_cutoffs=6, refit_every=3, season_length=declared, regimes=())
+    linear = naive_fit("linear")
+    plain = backtest({"linear": linear}, frame, config, horizon=HORIZON)
+    fits = {
+        "linear": linear,
+        "seasonal_naive": naive_fit("seasonal_naive", season_length=5),
+        "drift": naive_fit("drift", steps=3),
+    }
+    both = backtest(fits, frame, config, horizon=HORIZON)
+    alone = backtest(naive_fit("seasonal_naive", season_length=5), frame, config, horizon=HORIZON)
+    for found in (both, alone):
+        assert found.settings["reference"] == "seasonal_naive@baseline"
+        assert means(found, "seasonal_naive@baseline") == means(plain, "seasonal_naive")
+        assert means(found, "seasonal_naive") != means(plain, "seasonal_naive")
+        assert found.tests["against"][0] == "seasonal_naive@baseline"
+        assert found.leaderboard.filter(model="seasonal_naive@baseline")["skill_mae"].to_list() == [0.0]
+        assert found.leaderboard.filter(model="seasonal_naive@baseline")["crps"].item() > 0.0
+    assert means(both, "drift@baseline") == means(plain, "drift")
+    assert set(both.leaderboard["model"]) == {*plain.leaderboard["model"], "seasonal_naive@baseline", "drift@baseline"}
+    skills = [found.leaderboard.filter(model="linear")["skill_mae"].item() for found in (plain, both)]
+    assert skills[0] == skills[1]
+    assert both.path is None
+    assert "against seasonal_naive@baseline" in both.markdown()
+
+
+def test_a_fit_that_is_a_baseline_is_in_the_report_once(frame: SeriesFrame) -> None:
+    config = BacktestConfig(num_cutoffs=3, regimes=())
+    fits = {name: naive_fit(name) for name in ("last_value", "seasonal_naive", "drift")}
+    found = backtest(fits, frame, config, horizon=HORIZON)
+    assert found.settings["reference"] == "seasonal_naive"
+    assert set(found.leaderboard["model"]) == set(fits)
+    longer = backtest({name: naive_fit(name, 48) for name in fits}, frame, config, horizon=HORIZON)
+    others = {"drift@baseline", "seasonal_naive@baseline"}  # the last value looks at no more of a longer context
+    assert set(longer.leaderboard["model"]) == {*fits, *others}
+    assert longer.settings["reference"] == "seasonal_naive@baseline"
+    without = config.model_copy(update={"baselines": ("last_value",)})
+    fits = {"seasonal_naive": naive_fit("seasonal_naive", season_length=5)}
+    assert backtest(fits, frame, without, horizon=HORIZON).settings["reference"] == "last_value"

@@ -18,7 +18,7 @@ from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.retrain import CompareConfig, compare
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
-from tsforge.core.errors import ConfigError
+from tsforge.core.errors import ConfigError, DataError
 from tsforge.core.workspace import Workspace
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.schema import SeriesSchema
@@ -177,6 +177,28 @@ def test_grades_are_against_the_last_or_the_first_value_and_scales_from_what_was
     assert value == pytest.approx(np.mean(ratios), rel=1e-9)
 
 
+def test_known_covariates_that_were_not_out_yet_are_counted_and_noted() -> None:
+    """Wind is published up to three hours ahead, forecasts go six hours."""
+    frame = VintageFrame(revised_table(200, issue_every=1, lead=2), SCHEMA)
+    fits = {name: honest(MODELS[name])(frame) for name in ("ar_net", "linear")}
+    report = backtest(fits, frame, CUTOFFS, horizon=6)
+    rows = report.forecasts.filter(model="ar_net").select("series_id", "cutoff", "time").unique()
+    expected = 0
+    for cutoff in report.forecasts["cutoff"].unique():
+        known = frame.as_of(cutoff).table.filter(pl.col("wind").is_not_null())
+        mine = rows.filter(cutoff=cutoff)
+        expected += mine.join(known, on=["series_id", "time"], how="anti").height
+    assert expected > 0
+    assert expected < rows.height
+    lacking = report.folds.group_by("model").agg(pl.col("known_missing").sum())
+    assert dict(lacking.iter_rows()) == {"ar_net": expected} | dict.fromkeys(
+        ("linear", "last_value", "seasonal_naive", "drift"), 0
+    )
+    told = [note for note in report.notes if "no value of a known covariate" in note]
+    assert len(told) == 1
+    assert told[0].startswith(f"ar_net: {expected} forecast rows")
+
+
 def test_another_truth_needs_revisions() -> None:
     frame = VintageFrame(revised_table(120), SCHEMA).latest()
     with pytest.raises(ConfigError, match=r"backtest.truth=first has no effect"):
@@ -250,7 +272,7 @@ def test_batches_and_forecasts_of_the_past_see_no_later_publication(workspace: W
     config = settings(
         MODELS["ar_net_trained"],
         data=plain,
-        split={"kind": "times", "ends": [str(START + 130 * HOUR), str(START + 160 * HOUR), str(START + 190 * HOUR)]},
+        split={"kind": "times", "ends": [str(START + 130 * HOUR), str(START + 150 * HOUR), str(START + 190 * HOUR)]},
     )
     artifact = fit(config, workspace).artifact.id
     tables, forecasts = [], []
@@ -276,3 +298,19 @@ def test_batches_and_forecasts_of_the_past_see_no_later_publication(workspace: W
             PredictConfig(artifact=artifact, dataset="plain", cutoff=(START + 199 * HOUR).isoformat()), workspace
         ).table
     )
+
+
+def test_a_batch_refuses_a_model_that_saw_what_was_published_later(workspace: Workspace) -> None:
+    """Rows up to the end of the valid span came out, or were revised last, after their time."""
+    table, end = revised_table(200), START + 160 * HOUR
+    data = _stored(workspace, table, "grid")
+    ends = [str(START + 130 * HOUR), str(end), str(START + 190 * HOUR)]
+    config = settings({"name": "linear"}, data=data, split={"kind": "times", "ends": ends}, covariates="usable")
+    artifact = fit(config, workspace).artifact
+    out = table.filter(pl.col("time") <= end, pl.col("load").is_not_null())["published"].max()
+    assert isinstance(out, datetime)
+    assert out > end + HOUR
+    job = validate(BatchConfig, {"name": "grid", "data": data, "model": artifact.id, "detect": None})
+    with pytest.raises(DataError, match="published until .* look better than they could have been"):
+        run_batch(job, out - HOUR, workspace)
+    assert run_batch(job, out, workspace).partition.manifest["trained_until"] == out.isoformat()

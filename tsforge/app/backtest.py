@@ -18,11 +18,13 @@ from tsforge.core.errors import ConfigError, listing
 from tsforge.core.logs import get_logger, log_event, warned_once
 from tsforge.core.workspace import Workspace
 from tsforge.data.splits import SplitConfig
-from tsforge.data.vintages import History
+from tsforge.data.vintages import History, known_at
 from tsforge.forecasting.backtest import BacktestConfig, Fit
 from tsforge.forecasting.backtest import backtest as backtest_frame
+from tsforge.forecasting.baselines import frame_season
 from tsforge.forecasting.conformal_calibration import calibrate
 from tsforge.forecasting.report import BacktestReport
+from tsforge.models.seasonal_naive import SeasonalNaiveConfig
 
 _LOG = get_logger(__name__)
 FOLDER = "backtests"
@@ -35,7 +37,7 @@ class BacktestJobConfig(FitConfig):
     valid: float = Field(0.15, ge=0, lt=1)
     """Share of the rows before each cutoff that stops the training and calibrates the intervals."""
     compare: tuple[str, ...] = ()
-    """Further models, with their default settings, in the same report."""
+    """Further models, with their default settings, in the same report; a seasonal naive has the report's season."""
 
     @model_validator(mode="after")
     def _no_split(self) -> BacktestJobConfig:
@@ -83,7 +85,10 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
     """
     config = _with_structure(config, workspace)
     frame = load_history(workspace, config.data, masked=True)
-    fits = {name: _fit(config.fit_config(None if name == config.model.name else name)) for name in _names(config)}
+    season = config.backtest.season_length
+    fits = {
+        name: _fit(config.fit_config(None if name == config.model.name else name), season) for name in _names(config)
+    }
     with warned_once(fit_frame.__module__, warn_of_rows.__module__, calibrate.__module__):
         report = backtest_frame(
             fits,
@@ -120,8 +125,27 @@ def _names(config: BacktestJobConfig) -> tuple[str, ...]:
     return (config.model.name, *config.compare)
 
 
-def _fit(config: FitConfig) -> Fit:
+def _fit(config: FitConfig, season: int | None) -> Fit:
+    """Return the fit of a model; a seasonal naive without a season of its own has that of the report.
+
+    Args:
+        config: of each fit.
+        season: that the report declares, None = found at the first cutoff, as the report does.
+    """
+    settled: list[FitConfig] = []
+    if not isinstance(config.model, SeasonalNaiveConfig) or "season_length" in config.model.model_fields_set:
+        settled.append(config)
+
     def fit(frame: History, cutoff: Any) -> Artifact:
-        return fit_frame(frame, config)[0]
+        if not settled:
+            settled.append(_of_season(config, frame_season(known_at(frame, cutoff), season)))
+        return fit_frame(frame, settled[0])[0]
 
     return fit
+
+
+def _of_season(config: FitConfig, season: int) -> FitConfig:
+    """Return the config of a seasonal naive with a season, which its window holds."""
+    window = config.window.model_copy(update={"context_length": max(config.window.context_length, season)})
+    model = SeasonalNaiveConfig(season_length=season)
+    return config.model_copy(update={"model": model, "window": window})

@@ -39,7 +39,7 @@ from tsforge.forecasting.backtest_cold import (
     with_cold_start,
 )
 from tsforge.forecasting.backtest_forecasts import Truth, forecasts_at, forecasts_of_vintages, lacking_known
-from tsforge.forecasting.baselines import BASELINES, TrainingSpan, fit_baseline, frame_season
+from tsforge.forecasting.baselines import BASELINES, TrainingSpan, fit_baseline, frame_season, is_baseline
 from tsforge.forecasting.coherent import make_coherence, reconciled_name, with_level_errors
 from tsforge.forecasting.comparison import KEYS, common_windows, compare, window_losses
 from tsforge.forecasting.online_backtest import with_online
@@ -74,7 +74,8 @@ class BacktestConfig(Config):
     season_length: int | None = Field(None, ge=1)
     """Season of the naive forecast and of the scaled metrics; default from the frequency, else found in the data."""
     baselines: tuple[str, ...] = BASELINES
-    """Naive forecasts beside the model; ``last_value`` is always among them."""
+    """Naive forecasts beside the model; ``last_value`` is always among them. ``NAME@baseline`` where a model with other
+    settings has the name."""
     quantile_levels: tuple[QuantileLevel, ...] | None = None
     """Default: every level the artifact offers."""
     regimes: tuple[Regime, ...] = ("volatility",)
@@ -139,6 +140,8 @@ class _Known:
     labels: pl.DataFrame
     levels: Mapping[str, tuple[float, ...]]
     folds: pl.DataFrame
+    baselines: Mapping[str, str]
+    """What the report calls each baseline."""
 
 
 def backtest(
@@ -194,22 +197,19 @@ def backtest(
     labels: list[pl.DataFrame] = []
     timings: list[dict[str, Any]] = []
     levels: dict[str, tuple[float, ...]] = {}
+    called: dict[str, str] = {}
     for fold in folds:
         cutoff = frame.grid.time_at(int(fold.cutoffs[0]))
         visible = known_at(history, cutoff)
         given = history.until(history.moment(cutoff)) if isinstance(history, VintageFrame) else visible
         scales.append(_scales(visible, season, frame, fold))
         labels.append(_labels(history, frame, fold, config, (steps, season)))
-        done: set[str] = set()
-        for name, make in _makers(fits, (given, visible), frame, config, (steps, season)):
-            if name in done:  # an unnamed fit turned out to be this baseline
-                continue
+        for name, make in _makers(fits, (given, visible), frame, config, (steps, season), called):
             asked = config.quantile_levels
             if asked is None and name not in fits:  # scores of quantiles compare at equal levels only
                 asked = next((found for found in levels.values() if found), None)
             rule = joint if name in fits else None
             for table, offered, timing in _run_fold(name, make, history, fold, (steps, asked, config.truth), rule):
-                done.add(timing["model"])
                 levels[timing["model"]] = offered
                 parts.append(table)
                 timings.append(timing)
@@ -223,7 +223,7 @@ def backtest(
                 log_event(_LOG, f"fold {fold.number + 1} of {len(folds)}", **timing)
     forecasts = pl.concat(parts, how="diagonal")
     costs = pl.DataFrame(timings, infer_schema_length=None)
-    known = _Known(scales=pl.concat(scales), labels=pl.concat(labels), levels=levels, folds=costs)
+    known = _Known(scales=pl.concat(scales), labels=pl.concat(labels), levels=levels, folds=costs, baselines=called)
     report = _report(forecasts, known, (config, steps, season), frame.series_ids)
     report = with_cold_start(report, [name or next(iter(levels)) for name in fits], config.cold_start)
     return with_online(report if joint is None else with_level_errors(report, *joint), config.online, known.scales)
@@ -281,32 +281,47 @@ def _makers(
     frame: SeriesFrame,
     config: BacktestConfig,
     sizes: tuple[int, int],
-) -> list[tuple[str, Maker]]:
-    """Return name and fit of every model and baseline for one fold; a single unnamed fit is named by its artifact."""
+    called: dict[str, str],
+) -> Iterator[tuple[str, Maker]]:
+    """Yield name and fit of every model, then of every baseline for one fold; ask for the next when one is made.
+
+    A single unnamed fit is named by its artifact. A fit with the name of a baseline keeps it: the baseline is called
+    ``NAME@baseline`` then, or left out where the fit makes the same forecasts. ``called`` holds these names from the
+    first fold on.
+    """
     given, visible = seen
     steps, season = sizes
     cutoff = visible.table["time"].max()
+    made: dict[str, Artifact] = {}
 
-    def of(fit: Fit) -> Maker:
-        return lambda: fit(given, cutoff)
+    def of(name: str, fit: Fit) -> Maker:
+        def make() -> Artifact:
+            artifact = fit(given, cutoff)
+            made[name or artifact.model_name] = artifact
+            return artifact
+
+        return make
 
     shared: list[TrainingSpan] = []
 
     def naive(name: str) -> Maker:
-        complete = len(frame.series_ids) > 1 and visible.series_ids == frame.series_ids
-
         def make() -> Artifact:
             if not shared:
                 shared.append(TrainingSpan(visible.with_covariates()))
+            several = len(frame.series_ids) > 1
             return fit_baseline(
-                name, shared[0], horizon=steps, season=season, context_length=max(season, 2), per_series=complete
+                name, shared[0], horizon=steps, season=season, context_length=season, per_series=several
             )
 
         return make
 
-    return [(name, of(fit)) for name, fit in fits.items()] + [
-        (name, naive(name)) for name in config.baselines if name not in fits
-    ]
+    for name, fit in fits.items():
+        yield name, of(name, fit)
+    for name in config.baselines:
+        taken = name in made and not is_baseline(made[name], name, season)
+        label = called.setdefault(name, f"{name}@baseline" if taken else name)
+        if label not in made:
+            yield label, naive(name)
 
 
 def _run_fold(
@@ -332,11 +347,11 @@ def _run_fold(
     offered = offered_levels(artifact)
     levels = offered if asked is None or not offered else tuple(asked)
     if isinstance(history, VintageFrame):
-        table = forecasts_of_vintages(artifact, history, fold.cutoffs, steps=steps, levels=levels, truth=truth)
+        table, lacking = forecasts_of_vintages(artifact, history, fold.cutoffs, steps=steps, levels=levels, truth=truth)
     else:
         table = forecasts_at(artifact, history, fold.cutoffs, steps=steps, levels=levels)
+        lacking = lacking_known(artifact, history, table)
     label = name or artifact.model_name
-    lacking = 0 if isinstance(history, VintageFrame) else lacking_known(artifact, history, table)
     timing: dict[str, Any] = {
         "model": label,
         "fold": fold.number,
@@ -406,7 +421,8 @@ def _report(
             f"context: {listing(absent)}"
         )
     models = list(known.levels)
-    reference = "seasonal_naive" if season > 1 and "seasonal_naive" in models else "last_value"
+    naive = "seasonal_naive" if season > 1 and "seasonal_naive" in config.baselines else "last_value"
+    reference = known.baselines[naive]
     scaled = bool(known.scales["scale"].is_not_nan().any())
     metrics, wide, regimes, pit = [], [], [], []
     losses: dict[str, pl.DataFrame] = {}

@@ -11,7 +11,6 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tsforge.artifact import Artifact, match_frame
-from tsforge.core.logs import get_logger
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.grid import TimeGrid
 from tsforge.data.panel import Panel
@@ -25,8 +24,6 @@ from tsforge.forecasting.predict import (
     published_windows,
 )
 from tsforge.forecasting.window_forecasts import FloatArray, predict_windows
-
-_LOG = get_logger(__name__)
 
 Truth = Literal["latest", "first"]
 
@@ -87,7 +84,7 @@ def forecasts_of_vintages(
     steps: int,
     levels: Sequence[float] = (),
     truth: Truth = "latest",
-) -> pl.DataFrame:
+) -> tuple[pl.DataFrame, int]:
     """Return forecasts as ``forecasts_at`` does, each from what was known at the moment of its cutoff.
 
     Args:
@@ -96,6 +93,9 @@ def forecasts_of_vintages(
         cutoffs: rows on the grid of ``vintages.latest()``.
         steps, levels: as there.
         truth: which publication of a target is the actual value.
+
+    Returns:
+        The forecasts, and how many of their rows lacked a known covariate that was not published yet.
     """
     latest = vintages.latest()
     right = latest if truth == "latest" else vintages.first()
@@ -109,14 +109,8 @@ def forecasts_of_vintages(
         here = np.array([known.grid.floor(time)])
         parts.append(forecasts_at(artifact, known, here, steps=steps, levels=levels).drop("actual"))
         lacking += lacking_known(artifact, known, parts[-1])
-    if lacking:
-        _LOG.warning(
-            "%d rows ahead of %d cutoffs had no known covariate published yet: the training mean stands in for it",
-            lacking,
-            len(cutoffs),
-        )
-    table = pl.concat(parts)
-    return table.join(actual, on=["series_id", "time", "variate"], how="left", maintain_order="left")
+    table = pl.concat(parts).join(actual, on=["series_id", "time", "variate"], how="left", maintain_order="left")
+    return table, lacking
 
 
 def lacking_known(artifact: Artifact, frame: SeriesFrame, table: pl.DataFrame) -> int:

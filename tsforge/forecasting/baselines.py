@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tsforge.artifact import Artifact, collect_provenance, create_artifact
@@ -14,6 +15,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowSpec
 from tsforge.forecasting.seasons import season_length
 from tsforge.layers.scaling import ScalingConfig
+from tsforge.models._ar_windows import NaiveForecaster, series_error
 from tsforge.network import ForecastNetwork, NetworkConfig
 
 BASELINES = ("last_value", "seasonal_naive", "drift")
@@ -55,7 +57,11 @@ def fit_solved(frame: SeriesFrame | TrainingSpan, network: NetworkConfig, window
         DataError: nothing is observed.
     """
     span = frame if isinstance(frame, TrainingSpan) else TrainingSpan(frame)
-    panel, series, schema = span.panel, span.series, span.panel.schema
+    return _artifact(_solved(span, network, window), span, window)
+
+
+def _solved(span: TrainingSpan, network: NetworkConfig, window: WindowSpec) -> ForecastNetwork:
+    schema = span.panel.schema
     spec = DataSpec(
         context_length=window.context_length,
         horizon=window.horizon,
@@ -63,22 +69,44 @@ def fit_solved(frame: SeriesFrame | TrainingSpan, network: NetworkConfig, window
         num_known=len(schema.known),
         num_past=len(schema.past),
         num_static=len(schema.static),
-        train_length=panel.span()[1],
+        train_length=span.panel.span()[1],
     )
     fitted = ForecastNetwork(network, spec)
     span.fit_scaler(fitted)
-    report = fitted.solve(series)
+    report = fitted.solve(span.series)
     if fitted.capabilities.trainable and (report is None or not report.finished):
         raise ModelError(f"model '{network.model.name}' needs gradient training; use the fit use-case")
+    return fitted
+
+
+def _artifact(fitted: ForecastNetwork, span: TrainingSpan, window: WindowSpec) -> Artifact:
     return create_artifact(
         fitted,
-        config=network.model_dump(mode="json"),
-        schema=schema,
-        grid=panel.grid,
-        series_ids=panel.series_ids,
+        config=fitted.config.model_dump(mode="json"),
+        schema=span.panel.schema,
+        grid=span.panel.grid,
+        series_ids=span.panel.series_ids,
         window=window,
         provenance=span.provenance,
     )
+
+
+def _settings(name: str, season: int) -> dict[str, object]:
+    return {"name": name, "season_length": season} if name == "seasonal_naive" else {"name": name}
+
+
+def _context(season: int, context_length: int) -> int:
+    return max(context_length, season, 2)
+
+
+def is_baseline(artifact: Artifact, name: str, season: int) -> bool:
+    """Return whether an artifact makes the forecasts of the baseline ``name`` that looks back one season.
+
+    Same model, same settings and, but for the last value, same look-back: a longer one holds other starts of a drift
+    and other values where the last season has gaps.
+    """
+    same = validate(NetworkConfig, {"model": _settings(name, season)}).model == artifact.network.config.model
+    return same and (name == "last_value" or artifact.window.context_length == _context(season, 0))
 
 
 def fit_baseline(
@@ -98,16 +126,32 @@ def fit_baseline(
         horizon: steps.
         season: steps of a season.
         context_length: rows to look back; at least one season is taken.
-        per_series: take the spread of every series by itself; then only series of the frame can be forecast.
+        per_series: take the spread of every series from its own errors, step by step. A series that is too short for a
+            window, or not in the frame, takes that of all series, in units of its own deviation (of its context where
+            it is not in the frame).
 
     Raises:
         ConfigError: no such model.
     """
-    settings: dict[str, object] = {"name": name}
-    if name == "seasonal_naive":
-        settings["season_length"] = season
-    scaling = "series" if per_series else "global"
-    network = {"model": settings, "likelihood": {"name": "normal"}, "scaling": {"kind": scaling}}
-    window = WindowSpec(context_length=max(context_length, season, 2), horizon=horizon)
-    plain = frame if isinstance(frame, TrainingSpan) else frame.with_covariates()
-    return fit_solved(plain, validate(NetworkConfig, network), window)
+    scaling = {"kind": "series", "unknown": "context"} if per_series else {"kind": "global"}
+    settings = {"model": _settings(name, season), "likelihood": {"name": "normal"}, "scaling": scaling}
+    window = WindowSpec(context_length=_context(season, context_length), horizon=horizon)
+    span = frame if isinstance(frame, TrainingSpan) else TrainingSpan(frame.with_covariates())
+    fitted = _solved(span, validate(NetworkConfig, settings), window)
+    if per_series:
+        _take_own_spreads(fitted, span)
+    return _artifact(fitted, span, window)
+
+
+def _take_own_spreads(fitted: ForecastNetwork, span: TrainingSpan) -> None:
+    """Give each series the spread of its own training errors, beside the spread of all that the network has."""
+    model = fitted.model
+    if not isinstance(model, NaiveForecaster):
+        raise ModelError(f"model '{fitted.config.model.name}' has no spread by series")
+    own = series_error(model, fitted.scaler.scale_series(span.series))
+    if own is None:
+        return
+    together = fitted.param_offset.double()  # [H, V, K]
+    raw = fitted.likelihood.initial_raw(own.flatten(0, 1)).reshape(*own.shape, -1)  # [S, H, V, K]
+    more = torch.where(own.isnan().unsqueeze(-1), 0.0, raw - together)
+    model.series_spread = more[..., 1:].to(fitted.param_offset.dtype)

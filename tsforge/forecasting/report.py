@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.errors import BackendError, DataError, listing
+from tsforge.core.markdown import as_text
 from tsforge.forecasting.backtest_cold_page import cold_sections
 from tsforge.forecasting.report_quality import quality_sections
 from tsforge.metrics.summary import SCOPES
@@ -142,9 +145,10 @@ class BacktestReport:
             joined = _markdown_table(cells.join(wide, on="regime", maintain_order="left"))
             lines += ["", f"## Mean absolute error by regime: {kind}", "", joined]
         worst = self.worst_series(most=_WORST)
-        title = f"## Worst series of {settings['model']}, by skill against {settings['reference']}"
-        if settings["model"] == settings["reference"]:
-            title = f"## Series of {settings['model']}"
+        model, reference = as_text(settings["model"]), as_text(settings["reference"])
+        title = f"## Worst series of {model}, by skill against {reference}"
+        if model == reference:
+            title = f"## Series of {model}"
         lines += ["", title, "", _markdown_table(worst)]
         if self.notes:
             lines += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
@@ -166,7 +170,7 @@ class BacktestReport:
                 f"they are {_cell(ranks['critical_difference'])} apart (Nemenyi, 5 %).",
             ]
         for (other,), rows in self.tests.group_by("against", maintain_order=True):
-            lines += ["", f"### Against {other}", "", _markdown_table(rows.select(_PAIRS))]
+            lines += ["", f"### Against {as_text(other)}", "", _markdown_table(rows.select(_PAIRS))]
         return lines
 
     def _pivot(self, scope: str, column: str) -> pl.DataFrame:
@@ -175,6 +179,8 @@ class BacktestReport:
 
     def save(self, directory: Path) -> BacktestReport:
         """Write the folder whole or not at all and return the report with its path.
+
+        ``report.json`` holds null for numbers that JSON has not (infinite, undefined); the tables keep them.
 
         Raises:
             BackendError: the folder exists, is read-only, or the disk is full.
@@ -189,7 +195,8 @@ class BacktestReport:
                 "tests": self.tests.to_dicts(),
                 "worst_series": self.worst_series(most=_WORST).to_dicts(),
             }
-            (temporary / "report.json").write_text(json.dumps(document, indent=1, default=str))
+            text = json.dumps(_finite(document), indent=1, default=str, allow_nan=False)
+            (temporary / "report.json").write_text(text)
             (temporary / "report.md").write_text(self.markdown())
         return BacktestReport(**{**_fields(self), "path": Path(directory)})
 
@@ -240,9 +247,20 @@ def _fields(report: BacktestReport) -> dict[str, Any]:
     return {name: getattr(report, name) for name in (*_TABLES, "settings", "notes")}
 
 
+def _finite(value: Any) -> Any:
+    """Return mappings and lists as they are, with None for numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        return _finite(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _markdown_table(table: pl.DataFrame) -> str:
-    """Return a table in Markdown, numbers with four significant digits."""
-    rows = [" | ".join(table.columns), " | ".join("---" for _ in table.columns)]
+    """Return a table in Markdown, numbers with four significant digits, names as they are whatever they hold."""
+    rows = [" | ".join(map(as_text, table.columns)), " | ".join("---" for _ in table.columns)]
     rows += [" | ".join(_cell(value) for value in row) for row in table.iter_rows()]
     return "\n".join(f"| {row} |" for row in rows)
 
@@ -250,4 +268,4 @@ def _markdown_table(table: pl.DataFrame) -> str:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else as_text(value)

@@ -4,7 +4,8 @@ Two kinds of evidence. *Diebold-Mariano* takes losses in time order and allows f
 the differences of all series are averaged at every cutoff first, so that what moves all series at once counts once.
 *Wilcoxon* takes units that are independent of each other (series, or cutoffs whose forecasts do not overlap). Many
 models against one are corrected with Holm's step-down rule. Losses that differ by less than a millionth are equal to
-every test, as they are a tie to ranks: so small a difference is rounding, not skill, however regular it is.
+every test, as they are a tie to ranks: so small a difference is rounding, not skill, however regular it is. Nor does
+Diebold-Mariano decide on differences that are all the same up to a ten-thousandth: their variance is rounding as well.
 
 The long-run variance of n loss differences d has two estimates:
 
@@ -42,6 +43,8 @@ from tsforge.metrics.point import FloatArray
 
 Kernel = Literal["rectangular", "bartlett"]
 ROUNDING = 1e-6  # relative: the same forecasts summed in another order differ by less, forecasters by more
+# relative: single-precision forecasts round by more of a difference that is small beside them
+STEADY = 100.0 * ROUNDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,8 @@ def diebold_mariano(
         lags: highest lag of the Bartlett kernel instead of the automatic one.
 
     Returns:
-        NaN when the losses never differ, or there are no more of them than ``horizon``.
+        NaN when the losses never differ, when they always differ by the same amount (its spread below a
+        ten-thousandth of it is rounding), or when there are no more of them than ``horizon``.
 
     Raises:
         DataError: ``horizon`` is below 1, ``lags`` below 0, or ``lags`` is given for the rectangular kernel.
@@ -139,7 +143,7 @@ def diebold_mariano(
     number = len(difference)
     mean = float(difference.mean()) if number else np.nan
     chosen = (horizon - 1) if kernel == "rectangular" else automatic_lags(number, horizon) if lags is None else lags
-    if number <= horizon or number < 2 or np.ptp(difference) == 0.0:
+    if number <= horizon or number < 2 or np.ptp(difference) <= STEADY * abs(mean):
         return _undecidable(mean, number, kernel, chosen)
     if kernel == "rectangular":
         variance = _weighted_autocovariance(difference, np.ones(horizon - 1)) / number

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
+from tsforge.contracts.model import Capabilities, ModelConfig
 from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
 from tsforge.core.config import tunable
 from tsforge.core.errors import ModelError
-from tsforge.models._ar_windows import residual_scale
+from tsforge.models._ar_windows import NaiveForecaster, residual_scale
 from tsforge.models.last_value import last_observed
 from tsforge.models.registry import register
 
@@ -25,7 +25,7 @@ class DriftConfig(ModelConfig):
 
 
 @register("drift")
-class Drift(ForecastModel[DriftConfig]):
+class Drift(NaiveForecaster[DriftConfig]):
     """Continues the line through the last observed value and the one k steps earlier.
 
     Where the earlier end is not observed, the nearest observed value before it is used, else the first observed one
@@ -63,9 +63,9 @@ class Drift(ForecastModel[DriftConfig]):
         return last, slope * (ahead + (values.shape[1] - 1 - place)).to(values.dtype)
 
     def forward(self, batch: Batch) -> Prediction:
-        """Return the location [B, H, V, 1]."""
+        """Return the location, and the spread of each series if it has one of its own, [B, H, V, 1 or K]."""
         last, change = self._parts(batch)
-        return Prediction((last + change).unsqueeze(-1))
+        return self.prediction(last + change, batch)
 
     def components(self, batch: Batch) -> dict[str, Tensor]:
         """Return the last value and the drift from it."""

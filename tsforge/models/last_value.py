@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
+from tsforge.contracts.model import Capabilities, ModelConfig
 from tsforge.contracts.tensors import Batch, Prediction, SolveReport, TrainingSeries
-from tsforge.models._ar_windows import residual_scale
+from tsforge.models._ar_windows import NaiveForecaster, residual_scale
 from tsforge.models.registry import register
 
 
@@ -32,7 +32,7 @@ def last_observed(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @register("last_value")
-class LastValue(ForecastModel[LastValueConfig]):
+class LastValue(NaiveForecaster[LastValueConfig]):
     """Repeats the last observed value; a context without any forecasts the training mean (0 in scaled units)."""
 
     config_class = LastValueConfig
@@ -42,9 +42,9 @@ class LastValue(ForecastModel[LastValueConfig]):
     source = "Definition: y_hat[t + h] = y[t] (optimal for a random walk)"
 
     def forward(self, batch: Batch) -> Prediction:
-        """Return the location [B, H, V, 1]."""
+        """Return the location, and the spread of each series if it has one of its own, [B, H, V, 1 or K]."""
         value, _ = last_observed(batch.context, batch.context_mask)
-        return Prediction(value.expand(-1, self.spec.horizon, -1).unsqueeze(-1))
+        return self.prediction(value.expand(-1, self.spec.horizon, -1), batch)
 
     def solve(self, data: TrainingSeries) -> SolveReport:
         """Measure the error of each step on the training span; there is nothing to fit."""

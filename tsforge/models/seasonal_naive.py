@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch.nn.functional import pad
 
-from tsforge.contracts.model import Capabilities, ForecastModel, ModelConfig
+from tsforge.contracts.model import Capabilities, ModelConfig
 from tsforge.contracts.tensors import Batch, DataSpec, Prediction, SolveReport, TrainingSeries
 from tsforge.core.config import tunable
 from tsforge.core.errors import ModelError
-from tsforge.models._ar_windows import residual_scale
+from tsforge.models._ar_windows import NaiveForecaster, residual_scale
 from tsforge.models.last_value import last_observed
 from tsforge.models.registry import register
 
@@ -25,7 +25,7 @@ class SeasonalNaiveConfig(ModelConfig):
 
 
 @register("seasonal_naive")
-class SeasonalNaive(ForecastModel[SeasonalNaiveConfig]):
+class SeasonalNaive(NaiveForecaster[SeasonalNaiveConfig]):
     """Repeats the last season of the context.
 
     A missing value is replaced by the one a season earlier, and so on through the context; a phase that was never
@@ -48,7 +48,7 @@ class SeasonalNaive(ForecastModel[SeasonalNaiveConfig]):
             )
 
     def forward(self, batch: Batch) -> Prediction:
-        """Return the location [B, H, V, 1]."""
+        """Return the location, and the spread of each series if it has one of its own, [B, H, V, 1 or K]."""
         season, horizon = self.config.season_length, self.spec.horizon
         rows, length, variates = batch.context.shape
         seasons = -(-length // season)
@@ -61,7 +61,7 @@ class SeasonalNaive(ForecastModel[SeasonalNaiveConfig]):
         fallback, _ = last_observed(batch.context, batch.context_mask)
         phase = torch.where(newest.squeeze(1) > 0, phase, fallback)
         step = torch.arange(horizon, device=values.device) % season
-        return Prediction(phase[:, step].unsqueeze(-1))
+        return self.prediction(phase[:, step], batch)
 
     def solve(self, data: TrainingSeries) -> SolveReport:
         """Measure the error of each step on the training span; there is nothing to fit."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 
+from tsforge.artifact import Artifact, load_artifact, save_artifact
 from tsforge.core.errors import ConfigError, DataError, ModelError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.windows import WindowSpec
@@ -143,3 +146,78 @@ def test_nothing_observed_is_refused(frame) -> None:
     hollow = SeriesFrame(empty, frame.schema, require_targets=False)
     with pytest.raises((DataError, ModelError)):
         fit_baseline("last_value", hollow, horizon=3, season=24, context_length=24)
+
+
+def unlike_panel(rows: int = 240) -> SeriesFrame:
+    """A clean daily wave, a loud series, a random walk, one with a variate that is never observed, a very short one."""
+    rng = np.random.default_rng(0)
+    hour = np.arange(rows)
+    columns = {
+        "clean": 100.0 + 50.0 * np.sin(2 * np.pi * hour / 24) + 0.5 * rng.normal(size=rows),
+        "loud": 100.0 + 50.0 * rng.normal(size=rows),
+        "walk": rng.normal(size=rows).cumsum(),
+        "blind": rng.normal(size=rows),
+        "young": rng.normal(size=20),
+    }
+    parts = [
+        pl.DataFrame({"series_id": [name] * len(y), "time": hour[: len(y)], "y": y, "z": -2.0 * y})
+        for name, y in columns.items()
+    ]
+    z = pl.when(pl.col("series_id") != "blind").then(pl.col("z")).alias("z")
+    table = pl.concat(parts).with_columns(z)
+    return SeriesFrame.from_long(table, time="time", series_id="series_id", targets=["y", "z"], freq="1i")
+
+
+def spreads(artifact: Artifact, frame: SeriesFrame) -> pl.DataFrame:
+    wide = predict(artifact, frame).table.with_columns(sd=(pl.col("q0.95") - pl.col("q0.05")) / (2 * 1.6448536))
+    return wide.select("series_id", "variate", "step", "sd")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_spread_of_a_series_is_that_of_its_own_errors(name: str, tmp_path: Path) -> None:
+    panel = unlike_panel().select_series(["clean", "loud", "walk"])
+    sizes = {"horizon": 6, "season": 24, "context_length": 24}
+    artifact = fit_baseline(name, panel, per_series=True, **sizes)  # type: ignore[arg-type]
+    found = spreads(artifact, panel)
+    for series in panel.series_ids:
+        alone = panel.select_series([series])
+        expected = spreads(fit_baseline(name, alone, **sizes), alone)  # type: ignore[arg-type]
+        mine = found.filter(series_id=series)
+        assert mine.drop("sd").equals(expected.drop("sd"))
+        assert np.allclose(mine["sd"], expected["sd"], rtol=1e-3), series
+    back = load_artifact(save_artifact(artifact, tmp_path).path)  # type: ignore[arg-type]
+    assert spreads(back, panel).equals(found), "the spreads travel with the weights"
+
+
+def test_a_series_without_a_window_takes_the_spread_of_all_in_its_own_units() -> None:
+    panel = unlike_panel()
+    artifact = fit_baseline("last_value", panel, horizon=6, season=1, context_length=24, per_series=True)
+    found = spreads(artifact, panel.select_series(["clean", "blind"]))
+    assert found["sd"].is_finite().all()
+    assert (found["sd"] > 0).all()
+    network = artifact.network
+    own = network.model.series_spread
+    assert own is not None
+    assert own.shape == (5, 6, 2, 1)
+    young = panel.series_ids.index("young")
+    assert not own[young].any(), "20 rows hold no window of 30"
+    assert own[panel.series_ids.index("blind"), :, 0].any()
+    assert not own[panel.series_ids.index("blind"), :, 1].any()
+
+
+def test_series_that_begin_later_take_the_spread_of_all_in_units_of_their_context() -> None:
+    panel = unlike_panel()
+    early = panel.select_series(["clean", "loud"])
+    artifact = fit_baseline("last_value", early, horizon=6, season=1, context_length=24, per_series=True)
+    together = spreads(artifact, panel.select_series(["clean", "loud", "walk"]))
+    assert together.filter(series_id="clean")["sd"].equals(spreads(artifact, early).filter(series_id="clean")["sd"])
+    late = together.filter(series_id="walk", variate="y")["sd"]
+    assert late.max() < 10.0, "a walk of unit steps"  # type: ignore[operator]
+
+
+def test_artifacts_of_one_spread_have_no_further_buffer(tmp_path: Path) -> None:
+    panel = unlike_panel().select_series(["clean", "loud"])
+    artifact = fit_baseline("drift", panel, horizon=6, season=1, context_length=24)
+    assert not any("series_spread" in name for name in artifact.network.state_dict())
+    back = load_artifact(save_artifact(artifact, tmp_path).path)  # type: ignore[arg-type]
+    assert spreads(back, panel).equals(spreads(artifact, panel))

@@ -55,6 +55,22 @@ def test_rounding_is_no_evidence_however_regular(share: float) -> None:
         assert wilcoxon(large, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).p_value == pytest.approx(2 / 2**6)
 
 
+@pytest.mark.parametrize("jitter", [0.0, 1e-12, 5e-6])
+def test_a_difference_that_varies_by_rounding_only_decides_nothing(jitter: float) -> None:
+    """A straight line: drift beats the last value by the same amount at every cutoff, up to the last digits."""
+    noise = jitter * np.array([0.0, 1.0, -1.0, 0.5, 0.0, -0.5])
+    first, second = np.full(6, 2e-6), 2.0 + noise
+    for outcome in (
+        diebold_mariano(first, second),
+        diebold_mariano(first, second, kernel="bartlett"),
+        panel_diebold_mariano(first[None], second[None]),
+    ):
+        assert math.isnan(outcome.p_value)
+        assert math.isnan(outcome.statistic)
+        assert outcome.difference == pytest.approx(-2.0, rel=1e-5)
+    assert diebold_mariano(first, 2.0 + 1e-3 * np.arange(6)).p_value < 1e-10
+
+
 def test_diebold_mariano_one_step_is_a_t_test() -> None:
     rng = np.random.default_rng(4)
     first, second = rng.random(30), rng.random(30) + 0.2

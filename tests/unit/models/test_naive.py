@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
 from tsforge.core.errors import ModelError
+from tsforge.models._ar_windows import series_error, training_error
 from tsforge.models.drift import Drift, DriftConfig
 from tsforge.models.last_value import LastValue, LastValueConfig
 from tsforge.models.seasonal_naive import SeasonalNaive, SeasonalNaiveConfig
@@ -120,3 +122,41 @@ def test_point_forecasts_need_no_residual_scale() -> None:
     )
     assert LastValue(LastValueConfig(), SPEC).solve(data).residual_scale is None
     assert LastValue(LastValueConfig(), replace(SPEC, num_params=2)).solve(data).residual_scale is not None
+
+
+def test_errors_of_each_series_are_those_of_that_series_alone() -> None:
+    values = torch.from_numpy(RNG.normal(size=(80, 2)).cumsum(0))
+    mask = torch.ones(80, 2, dtype=torch.bool)
+    mask[60:, 1] = False  # of the third series nothing of one variate
+    bounds = [0, 30, 60, 80, 80]
+    indptr = torch.tensor(bounds)
+    data = TrainingSeries(values, mask, indptr, torch.zeros(4, dtype=torch.int64))
+    model = LastValue(LastValueConfig(), replace(SPEC, num_params=2))
+    found = series_error(model, data)
+    assert found is not None
+    assert found.shape == (4, 7, 2)
+    for index, (first, last) in enumerate(pairwise(bounds)):
+        rows = slice(first, last)
+        part = TrainingSeries(values[rows], mask[rows], torch.tensor([0, last - first]), torch.tensor([0]))
+        alone = training_error(model, part)
+        if alone is None:
+            assert found[index].isnan().all()
+        elif index == 2:
+            torch.testing.assert_close(found[index, :, 0], alone[:, 0])
+            assert found[index, :, 1].isnan().all()
+        else:
+            torch.testing.assert_close(found[index], alone)
+    assert series_error(model, TrainingSeries(values[:5], mask[:5], torch.tensor([0, 5]), torch.tensor([0]))) is None
+
+
+def test_many_windows_are_thinned_series_by_series() -> None:
+    values = torch.from_numpy(RNG.normal(size=(600, 2)))
+    mask = torch.ones(600, 2, dtype=torch.bool)
+    model = LastValue(LastValueConfig(), replace(SPEC, num_params=2))
+    data = TrainingSeries(values, mask, torch.tensor([0, 580, 600]), torch.zeros(2, dtype=torch.int64))
+    full, some = (series_error(model, data, max_windows=most) for most in (2048, 2))
+    assert full is not None
+    assert some is not None
+    torch.testing.assert_close(some[1], full[1], msg="the short one keeps all its windows")
+    assert not torch.equal(some[0], full[0])
+    torch.testing.assert_close(some[0], full[0], rtol=0.3, atol=0.0)
