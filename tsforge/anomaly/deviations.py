@@ -88,6 +88,7 @@ def collect_deviations(
     span: tuple[int, int],
     observed: Panel,
     training: tuple[int, int],
+    seen: Panel | None = None,
 ) -> Deviations:
     """Return the deviations of absolute rows [start, stop); each forecast is made from rows before the one it is for.
 
@@ -103,6 +104,7 @@ def collect_deviations(
         observed: values to judge, on the artifact's grid; cells that the frame lacks (masked as impossible) count as
             far out.
         training: absolute rows that windows are compared with.
+        seen: the frame as ``observed``, which is the default; values that it lacks say nothing of other rows.
 
     Raises:
         ModelError: ``tail``, ``interval`` or ``nll`` of an artifact that forecasts points only; ``regions``,
@@ -110,7 +112,7 @@ def collect_deviations(
         DataError: a window that is too large.
     """
     if config.is_windowed:
-        return _windowed(artifact, frame, config, span, observed, training)
+        return _windowed(artifact, frame, config, span, observed, training, observed if seen is None else seen)
     if config.kind == "growth":
         return _growth(artifact, frame, config, span, observed)
     return _forecast(artifact, frame, config, span, observed)
@@ -205,6 +207,7 @@ def _windowed(
     span: tuple[int, int],
     observed: Panel,
     training: tuple[int, int],
+    seen: Panel,
 ) -> Deviations:
     start, stop = span
     ids, width = _present(observed), len(artifact.schema.targets)
@@ -214,7 +217,7 @@ def _windowed(
     function = trace_function(artifact, config)
     learnt: dict[str, FloatArray] = {}
     if function is None:
-        learnt = dict(zip(ids, observed_values(observed, ids, *training), strict=True))
+        learnt = dict(zip(ids, seen_values(observed, seen, ids, *training), strict=True))
     elif config.kind not in UNCOMPARED:
         learnt = training_traces(artifact, frame, config, training, function)
     judges: dict[str, WindowJudge] = {}
@@ -226,7 +229,7 @@ def _windowed(
             lacking[name] = error
     reach = max((judge.reach + judge.latency for judge in judges.values()), default=0)
     if function is None:
-        traces = dict(zip(ids, observed_values(observed, ids, start - reach, stop), strict=True))
+        traces = dict(zip(ids, seen_values(observed, seen, ids, start - reach, stop), strict=True))
     else:
         traces = context_traces(artifact, frame, (start - reach, stop), function)
     windowed: dict[str, WindowedSeries] = {}
@@ -250,3 +253,9 @@ def observed_values(panel: Panel, series_ids: tuple[str, ...], start: int, stop:
     values[series, place] = np.where(panel.target_observed[rows], panel.values[rows, :width], np.nan)
     number = {name: index for index, name in enumerate(panel.series_ids)}
     return values[[number[name] for name in series_ids]]
+
+
+def seen_values(observed: Panel, seen: Panel, series_ids: tuple[str, ...], start: int, stop: int) -> FloatArray:
+    """Return ``observed_values`` without the cells that the network does not see: those masked as impossible."""
+    values = observed_values(observed, series_ids, start, stop)
+    return np.where(np.isnan(observed_values(seen, series_ids, start, stop)), np.nan, values)

@@ -228,6 +228,7 @@ class Monitor:
         buckets: FloatArray | None = None,
         confirmed: BoolArray | None = None,
         expected: FloatArray | None = None,
+        impossible: BoolArray | None = None,
     ) -> Judged:
         """Take the next rows in time order and return those that can be judged now, from ``row`` on.
 
@@ -236,8 +237,9 @@ class Monitor:
             buckets: [N], where scores are compared within buckets.
             confirmed: [N] rows that a rule must not learn from; none by default.
             expected: [N, V], told again of the rows judged; default unknown.
+            impossible: [N, V] values that are judged and say nothing of later rows; none by default.
         """
-        found = self.model.raw(deviations, values, self.memory)
+        found = self.model.raw(deviations, values, self.memory, impossible)
         raw = found.joint
         if self.buckets is not None and buckets is not None:
             raw = self.buckets.apply(raw, buckets)

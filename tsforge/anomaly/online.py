@@ -289,7 +289,13 @@ class OnlineDetector:
                 monitor = self.monitors[name]
                 before.setdefault(name, monitor.tracker.current)
                 buckets = self._buckets(found, part, monitor)
-                judged = monitor.run(found.deviations[part], found.values[part], buckets, expected=found.expected[part])
+                judged = monitor.run(
+                    found.deviations[part],
+                    found.values[part],
+                    buckets,
+                    expected=found.expected[part],
+                    impossible=None if found.impossible is None else found.impossible[part],
+                )
                 parts.setdefault(name, []).append(judged)
                 told.append((int(places[start]), judged))
         return told

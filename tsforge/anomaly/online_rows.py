@@ -33,7 +33,8 @@ MOST_KEPT = 32_000_000  # numbers of forecasts kept for the next rows: 256 MB
 class Compared:
     """Rows to judge now, one series after another.
 
-    Shapes: series [N], whose they are; deviations [N, K, V]; values, expected [N, V]; modes [N], as they were given.
+    Shapes: series [N], whose they are; deviations [N, K, V]; values, expected [N, V]; modes [N], as they were given;
+    impossible [N, V], values that the network does not see, None where a score reads no value but that of its row.
     """
 
     series: Ints
@@ -41,6 +42,7 @@ class Compared:
     values: FloatArray
     expected: FloatArray
     modes: FloatArray | None
+    impossible: NDArray[np.bool_] | None = None
 
 
 class Recent(Protocol):
@@ -198,9 +200,11 @@ class RecentRows:
     def _compared(self, place: Ints, new: NewRows, found: dict[str, FloatArray], modes: FloatArray | None) -> Compared:
         """Return the rows at ``place`` [N] among the new ones against their forecasts [N, K, V, ...]."""
         values = new.judged[place]
-        deviations = self._deviations(new.values.numpy()[place, : values.shape[1]], values, found)
-        series = new.owner.numpy()[place]
-        return Compared(series, deviations, values, found["mean"][:, 0], None if modes is None else modes[place])
+        seen = new.values.numpy()[place, : values.shape[1]]
+        deviations = self._deviations(seen, values, found)
+        series, named = new.owner.numpy()[place], None if modes is None else modes[place]
+        impossible = np.isnan(seen) & ~np.isnan(values) if self.config.joint == "consensus" else None
+        return Compared(series, deviations, values, found["mean"][:, 0], named, impossible)
 
     def _deviations(self, seen: NDArray[np.float32], values: FloatArray, found: dict[str, FloatArray]) -> FloatArray:
         """Return deviations [N, K, V] of ``values`` [N, V], of which the network sees ``seen``, from forecasts."""

@@ -120,7 +120,10 @@ class RecentWindows:
         width = new.judged.shape[1]
         start = new.start.numpy() + turns.start
         stop = new.start.numpy() + np.minimum(new.count.numpy(), turns.stop)
-        traces = new.judged if self._function is None else self._traces(new, turns, watched, self._function)
+        if self._function is None:  # what the network does not see judges no other row
+            traces = np.where(np.isnan(new.values.numpy()[:, :width]), np.nan, new.judged)
+        else:
+            traces = self._traces(new, turns, watched, self._function)
         named = np.full(len(new.values), np.nan) if modes is None else modes
         nothing = np.empty((0, width))
         parts = [(np.empty(0, dtype=np.int64), np.empty((0, 1, width)), nothing, nothing, np.empty(0))]

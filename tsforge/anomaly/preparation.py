@@ -10,7 +10,7 @@ import numpy as np
 from tsforge.anomaly.buckets import row_buckets
 from tsforge.anomaly.config import DetectConfig, ScoreConfig
 from tsforge.anomaly.confirmed import ConfirmedRows
-from tsforge.anomaly.deviations import WindowedSeries, collect_deviations, observed_values
+from tsforge.anomaly.deviations import WindowedSeries, collect_deviations, observed_values, seen_values
 from tsforge.anomaly.residuals import MIN_OBSERVED, TrainingRange
 from tsforge.anomaly.row_regression import fit_row_regression
 from tsforge.anomaly.series import SeriesRows
@@ -75,9 +75,12 @@ def prepare(
             f"(from {show_time(panel.grid.time_at(span.start))}); at least {config.calibration.min_rows} are needed"
             " to calibrate"
         )
+    strangers = [name for name in frame.series_ids if name not in panel.series_ids]
+    seen = Panel.from_frame(frame, grid=panel.grid, series_ids=(*panel.series_ids, *strangers))
     found = collect_deviations(
-        artifact, frame, config.score, (first, span.stop), panel, (span.train_start, span.train_stop)
+        artifact, frame, config.score, (first, span.stop), panel, (span.train_start, span.train_stop), seen
     )
+    hidden = np.isnan(observed_values(seen, found.series_ids, first, span.stop)) & ~np.isnan(found.values)
 
     before, late = span.start - first, config.score.window_latency
     if late:  # scores of the rows just before scoring read scored rows: nothing may rest on them
@@ -87,7 +90,7 @@ def prepare(
         return _rule(config, panel.grid, len(found.series_ids))
 
     new_rule()  # an impossible budget is an error before the work, not after
-    training = _training_ranges(panel, span, found.series_ids, config.score, confirmed)
+    training = _training_ranges(panel, seen, span, found.series_ids, config.score, confirmed)
     by = config.calibration.by
     buckets = None
     if by is not None:  # modes in single precision, as the rows of a stream have them
@@ -106,8 +109,9 @@ def prepare(
             training=training[name],
             confirmed=confirmed.mask(name, first, span.stop - first),
             buckets=None if buckets is None else buckets[place],
+            impossible=hidden[place],
         )
-        usable = np.asarray((~np.isnan(rows.deviations[:before])).any(axis=(1, 2)))
+        usable = np.asarray((~np.isnan(rows.possible(slice(before))[0])).any(axis=(1, 2)))
         usable &= ~rows.confirmed[:before]
         usable[max(before - config.score.latency, 0) :] = False  # their scores are not known before scoring
         spans = series_spans(
@@ -146,17 +150,22 @@ def _rule(config: DetectConfig, grid: TimeGrid, num_series: int) -> ThresholdRul
 
 
 def _training_ranges(
-    panel: Panel, span: ScoredSpan, series_ids: tuple[str, ...], score: ScoreConfig, confirmed: ConfirmedRows
+    panel: Panel,
+    seen: Panel,
+    span: ScoredSpan,
+    series_ids: tuple[str, ...],
+    score: ScoreConfig,
+    confirmed: ConfirmedRows,
 ) -> dict[str, TrainingRange]:
-    """Return what the training rows of each series say of its variates.
+    """Return what the training rows of each series say of its variates, impossible values left out.
 
     A series with fewer than 20 observed training rows in the frame takes all rows before scoring but confirmed ones:
     its floor is needed, whatever it rests on. Confirmed rows never tell how a row follows the one before.
     """
-    train = observed_values(panel, series_ids, span.train_start, span.train_stop)
+    train = seen_values(panel, seen, series_ids, span.train_start, span.train_stop)
     is_few = (~np.isnan(train)).any(axis=2).sum(axis=1) < MIN_OBSERVED
     few = tuple(name for name, lacks in zip(series_ids, is_few, strict=True) if lacks)
-    instead = dict(zip(few, observed_values(panel, few, span.train_start, span.start), strict=True)) if few else {}
+    instead = dict(zip(few, seen_values(panel, seen, few, span.train_start, span.start), strict=True)) if few else {}
     ranges = {}
     for place, name in enumerate(series_ids):
         values = instead.get(name, train[place])
@@ -224,7 +233,7 @@ def _blind(calibrated: list[tuple[SeriesRows, SeriesSpans]], before: int, names:
     found = {}
     for rows, _ in calibrated:
         seen = ~np.isnan(rows.values[:before]).all(axis=0) & ~rows.training.constant
-        blind = seen & np.isnan(rows.deviations[:before]).all(axis=(0, 1))
+        blind = seen & np.isnan(rows.possible(slice(before))[0]).all(axis=(0, 1))
         if blind.any():
             found[rows.series_id] = listing(f"'{names[place]}'" for place in np.flatnonzero(blind))
     if not found:

@@ -36,19 +36,24 @@ class RowRegression:
     weights: FloatArray
     used: NDArray[np.bool_]
 
-    def residuals(self, values: ArrayLike, before: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def residuals(
+        self, values: ArrayLike, before: FloatArray, impossible: NDArray[np.bool_] | None = None
+    ) -> tuple[FloatArray, FloatArray]:
         """Return r of rows [N, V] in time order, NaN where nothing was observed, and what the row after them needs.
 
         A row that nothing was observed before counts as unchanged there. Rows cut anywhere give the same bits.
 
         Args:
             before: [V] of the rows before, from here or ``nothing_before``.
+            impossible: [N, V] values that count as missing to the rows after them; none by default.
         """
         z = np.where(self.used, self._standard(values), 0.0)
         seen = ~np.isnan(z)
-        held = hold(z, before)
+        held = hold(z if impossible is None else np.where(impossible, np.nan, z), before)
         past = np.concatenate([before[None], held[:-1]])
-        r = held - by_row(self.weights, np.where(np.isnan(past), np.where(np.isnan(held), 0.0, held), past))
+        r = np.where(seen, z, held) - by_row(
+            self.weights, np.where(np.isnan(past), np.where(np.isnan(held), 0.0, held), past)
+        )
         return np.where(seen & self.used, r, np.nan), held[-1].copy() if len(held) else before
 
     def nothing_before(self) -> FloatArray:

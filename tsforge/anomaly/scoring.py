@@ -100,11 +100,14 @@ class ScoreModel:
             row=None if self.regression is None else self.regression.nothing_before(),
         )
 
-    def raw(self, deviations: ArrayLike, values: ArrayLike, memory: Memory) -> Scores:
+    def raw(
+        self, deviations: ArrayLike, values: ArrayLike, memory: Memory, impossible: NDArray[np.bool_] | None = None
+    ) -> Scores:
         """Return the scores before smoothing; shapes as in ``score``.
 
         Args:
             memory: of the rows before these, moved on by them; from ``memory``.
+            impossible: [N, V] values that say nothing of the rows after them.
         """
         z = _deviates(self.scale, deviations, values, self.config)
         if memory.ewma is not None:
@@ -112,7 +115,7 @@ class ScoreModel:
         if self.regression is None:
             return Scores(z=z, joint=self._joint(z))
         before = self.regression.nothing_before() if memory.row is None else memory.row
-        plain, memory.row = self.regression.residuals(values, before)
+        plain, memory.row = self.regression.residuals(values, before, impossible)
         cut = winsorise(z, self.config.winsor)
         return Scores(z=z, joint=consensus(cut, plain, self.covariance, self.constant))
 

@@ -35,7 +35,8 @@ class SeriesRows:
     Shapes:
         deviations [T, K, V], values and expected [T, V]; the first row is absolute row ``start``. confirmed [T] marks
         rows that people confirmed as anomalous: judged, but nothing rests on them (never a scored one). buckets [T],
-        where scores are compared within buckets.
+        where scores are compared within buckets. impossible [T, V] marks values that the network does not see: judged,
+        but nothing else rests on them; None = none.
     """
 
     series_id: str
@@ -46,6 +47,15 @@ class SeriesRows:
     training: TrainingRange
     confirmed: NDArray[np.bool_]
     buckets: FloatArray | None = None
+    impossible: NDArray[np.bool_] | None = None
+
+    def possible(self, part: slice) -> tuple[FloatArray, FloatArray]:
+        """Return deviations and values of some rows, NaN where impossible: what may be learnt from."""
+        deviations, values = self.deviations[part], self.values[part]
+        if self.impossible is None or not self.impossible[part].any():
+            return deviations, values
+        hidden = self.impossible[part]
+        return np.where(hidden[:, None], np.nan, deviations), np.where(hidden, np.nan, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +126,8 @@ def fit_monitor(
         )
     scale = slice(spans.scale[0] - rows.start, spans.scale[1] - rows.start)
     normal = ~rows.confirmed[scale]
-    model = fit_score_model(rows.deviations[scale][normal], rows.values[scale][normal], rows.training, config.score)
+    deviations, values = rows.possible(scale)
+    model = fit_score_model(deviations[normal], values[normal], rows.training, config.score)
     known = slice(spans.calibration[0] - rows.start, start - rows.start)
     confirmed = rows.confirmed[known]
     size = known.stop - known.start
@@ -124,9 +135,9 @@ def fit_monitor(
     before = size - lead
     early, leading = slice(known.start, known.stop - lead), slice(known.stop - lead, known.stop)
     memory = model.memory()
-    parts = [model.raw(rows.deviations[early], rows.values[early], memory)]
+    parts = [model.raw(*rows.possible(early), memory)]
     kept = copy.deepcopy(memory)  # of the monitor, which judges the leading rows again
-    parts.append(model.raw(rows.deviations[leading], rows.values[leading], memory))
+    parts.append(model.raw(*rows.possible(leading), memory))
     scores = Scores(*(np.concatenate(each) for each in zip(*((p.z, p.joint) for p in parts), strict=True)))
     rule, smoother, settings = new_rule(), build_smoother(config.score), config.calibration
     joint, buckets = scores.joint, None
@@ -243,6 +254,7 @@ def _inputs(rows: SeriesRows, part: slice) -> dict[str, Any]:
         "values": rows.values[part],
         "buckets": None if rows.buckets is None else rows.buckets[part],
         "expected": rows.expected[part],
+        "impossible": None if rows.impossible is None else rows.impossible[part],
     }
 
 

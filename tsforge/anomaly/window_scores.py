@@ -39,7 +39,7 @@ Ints: TypeAlias = NDArray[np.int64]
 MIN_OBSERVED = 0.9
 _PRIOR = 0.5
 _MARGIN = 0.1  # share of the standard deviation by which cells reach beyond the training range
-_MOST_CELLS = 1 << 23  # numbers of all windows held at once
+_MOST_CELLS = 1 << 21  # numbers of all windows held at once
 _FLAT = 1e-9
 _SHORTEST = 16  # rows of a window that a config takes
 
@@ -99,6 +99,11 @@ class SpectrumScore:
     def reach(self) -> int:
         """Rows before a row that its score reads."""
         return self.windows.reach
+
+    @property
+    def largest(self) -> Floats:
+        """The largest score [V] there is, NaN where there is none."""
+        return np.where(np.isnan(self.roots).any(axis=1), np.nan, 1.0)
 
     def scores(self, values: Floats, first: int) -> Floats:
         """Return D_H [N, V] of each row's window, in [0, 1].
@@ -161,8 +166,9 @@ def _spectra(block: Floats) -> Floats:
     window = block.shape[1]
     seen = ~np.isnan(block)
     count = seen.sum(axis=1, keepdims=True)
-    mean = np.where(seen, block, 0.0).sum(axis=1, keepdims=True) / np.maximum(count, 1)
-    centred = np.where(seen, block - mean, 0.0)  # a missing row counts as the mean
+    whole = _bridged(block, seen)
+    mean = whole.sum(axis=1, keepdims=True) / window
+    centred = whole - mean
     size = np.abs(centred).max(axis=1, keepdims=True, initial=0.0)
     centred = np.ascontiguousarray(centred / np.where(size > 0.0, size, 1.0))
     power = np.abs(np.asarray(scipy.fft.rfft(centred, axis=1))) ** 2
@@ -171,6 +177,21 @@ def _spectra(block: Floats) -> Floats:
     flat = size <= _FLAT * np.maximum(np.abs(mean), np.finfo(np.float64).tiny)
     power = np.where(flat, 0.0, power / np.maximum(power.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny))
     return np.where(count >= MIN_OBSERVED * window, power, np.nan)
+
+
+def _bridged(block: Floats, seen: NDArray[np.bool_]) -> Floats:
+    """Return windows [K, window] whose missing rows lie on the line between those around them, at an end on the next.
+
+    A row put at the mean would be a spike of its own, which no window of training had.
+    """
+    if seen.all():
+        return block
+    place, last = np.arange(block.shape[1]), block.shape[1] - 1
+    before = np.maximum.accumulate(np.where(seen, place, -1), axis=1)
+    after = np.minimum.accumulate(np.where(seen, place, last + 1)[:, ::-1], axis=1)[:, ::-1]
+    before, after = np.where(before < 0, after, before), np.where(after > last, before, after)
+    low, high = (np.take_along_axis(block, np.clip(there, 0, last), axis=1) for there in (before, after))
+    return np.asarray(low + (high - low) * ((place - before) / np.maximum(after - before, 1)))
 
 
 @dataclass(frozen=True)
@@ -192,6 +213,11 @@ class StatesScore:
     def reach(self) -> int:
         """Rows before a row that its score reads."""
         return self.windows.reach
+
+    @property
+    def largest(self) -> Floats:
+        """The largest score [V] there is, of a window in the rarest cell alone; NaN where there is none."""
+        return np.asarray(-self.log_reference.min(axis=1))
 
     @cached_property
     def bins(self) -> int:

@@ -1,9 +1,10 @@
 """Scores that judge the window or context ending with a row, behind one face; for stored rows and for a stream.
 
-A *trace* is what is kept of a row: its judged values (``spectrum``, ``states``, ``reconstruction``, ``innovation``),
-or what the network makes of the context that ends with it (``masked``, ``latent``, ``regions``, ``free_energy``). A
-score reads the traces of ``reach`` rows before its row and of ``latency`` rows after it, nothing else, and each row by
-itself: however rows are cut into calls, the bits are the same.
+A *trace* is what is kept of a row: its values (``spectrum``, ``states``, ``reconstruction``, ``innovation``) without
+impossible ones, which say nothing of other rows, or what the network makes of the context that ends with it
+(``masked``, ``latent``, ``regions``, ``free_energy``). A score reads the traces of ``reach`` rows before its row and
+of ``latency`` rows after it, nothing else, and each row by itself: however rows are cut into calls, the bits are the
+same.
 
 Legend: N scored rows, T rows, C size or shape of a trace, V variates.
 """
@@ -83,7 +84,8 @@ class WindowJudge:
 
         Args:
             traces: [reach + N + latency, C], NaN where there is none.
-            values: [N, V] judged values of the rows.
+            values: [N, V] judged values of the rows, impossible ones too: they deviate by what they are, or as far as
+                a window can, whatever surrounds them.
             first: absolute row of the first of them.
         """
         nothing = np.full(values.shape, np.nan)
@@ -92,10 +94,15 @@ class WindowJudge:
                 expected = self.fitted.expected(traces)
                 return Found(values - expected, expected)
             case StateSpace():
-                return Found(*self.fitted.told(traces, first))
+                told = self.fitted.told(traces, first)
+                own = np.isnan(traces[self.reach :])
+                return Found(np.where(own, values - told.expected, told.deviations), told.expected)
             case LatentScale():
                 return Found(self.fitted.distances(traces), nothing)
-            case SpectrumScore() | StatesScore() | RegionsScore():
+            case SpectrumScore() | StatesScore():
+                impossible = np.isnan(traces[self.reach :]) & ~np.isnan(values)
+                return Found(np.where(impossible, self.fitted.largest, self.fitted.scores(traces, first)), nothing)
+            case RegionsScore():
                 return Found(self.fitted.scores(traces, first), nothing)
         if self.config.kind == "masked":
             return Found(values - traces, np.broadcast_to(traces, values.shape))

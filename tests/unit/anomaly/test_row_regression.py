@@ -75,6 +75,18 @@ def test_a_missing_value_is_the_last_one_before_it_and_says_nothing_itself() -> 
         held = now
 
 
+def test_an_impossible_value_is_judged_and_says_nothing_of_later_rows() -> None:
+    train, test = course(300), course(12, seed=2)
+    test[4:6, 0] = -9999.0
+    missing = np.where(test == -9999.0, NAN, test)
+    found = fit_row_regression(train, smallest=0.01)
+    r, after = found.residuals(test, found.nothing_before(), test == -9999.0)
+    expected, held = found.residuals(missing, found.nothing_before())
+    np.testing.assert_array_equal(np.where(np.isnan(expected), expected, r), expected)
+    np.testing.assert_array_equal(after, held)
+    assert (r[4:6, 0] < -15).all()
+
+
 def test_rows_across_a_gap_teach_nothing_and_never_observed_variates_take_no_part() -> None:
     train = course(300)
     train[:, 2] = NAN

@@ -160,6 +160,39 @@ def test_windows_with_many_gaps_have_no_score(scores: Scores) -> None:
     assert np.isfinite(found[219 + W :, 0]).all()
 
 
+def test_a_missing_row_is_no_spike_of_a_spectrum() -> None:
+    """It lies on the line between its neighbours, at an end of a window on the nearest one."""
+    rng = np.random.default_rng(0)
+    values = 10 + 3 * np.sin(2 * np.pi * np.arange(900) / 24)[:, None] + rng.normal(0, 0.4, (900, 1))
+    holes, by_hand = values[500:].copy(), values[500:].copy()
+    holes[200], holes[300:302] = np.nan, np.nan
+    by_hand[200] = (values[699] + values[701]) / 2
+    for place in (0, 1):
+        by_hand[300 + place] = values[799] + (values[802] - values[799]) * (place + 1) / 3
+    whole, told, expected = (
+        spectrum_scores(part, values[:500], window=48, stride=1)[:, 0] for part in (values[500:], holes, by_hand)
+    )
+    inner = [row for row in range(48, 400) if not {row, row - 47} & {200, 300, 301}]  # windows without a hole at an end
+    np.testing.assert_allclose(told[inner], expected[inner], atol=1e-12)
+    ends = by_hand.copy()
+    ends[200] = values[699]
+    np.testing.assert_allclose(told[200], spectrum_scores(ends, values[:500], window=48, stride=1)[200, 0], atol=1e-12)
+    assert np.abs(told - whole)[48:].max() < 0.5 * whole[48:].std() + 0.05
+
+
+@pytest.mark.parametrize(("fit", "most"), [(fit_spectrum, 1.0), (fit_states, None)])
+def test_the_largest_score_is_one_that_no_window_passes(fit: Callable[..., Any], most: float | None) -> None:
+    reference = walk(600)
+    reference[:, 1] = np.nan
+    score = fit(reference, window=W, stride=1)
+    assert np.isnan(score.largest[1])
+    odd = np.tile(np.array([[1e3], [-1e3]]), (200, 2)) + walk(400)
+    assert np.nanmax(of_all_rows(score, odd)) <= score.largest[0]
+    if most is None:  # all rows in the rarest cell
+        most = float(-score.log_reference[0].min())
+    assert score.largest[0] == most
+
+
 def test_regions_with_many_gaps_have_no_score() -> None:
     rng = np.random.default_rng(0)
     symbols = rng.integers(0, 3, 200)
