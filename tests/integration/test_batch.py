@@ -17,6 +17,8 @@ import pytest
 
 from tsforge.app import published
 from tsforge.app.batch import BatchBusy, BatchConfig, BatchInterrupted, BatchResult, backfill, parse_as_of, run_batch
+from tsforge.app.fit import FitConfig, fit
+from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, TsforgeError
 from tsforge.core.signals import termination_as_interrupt
@@ -170,12 +172,56 @@ class TestNoFuture:
         allowed = run(site, early, detect=None, allow_future_model=True)
         assert allowed.partition.manifest["trained_until"] > early.isoformat()
 
+    def test_rows_that_the_model_saw_count_from_their_publication(self, site: Any) -> None:
+        """Its last row is of 2026-02-19T23:00; where targets come two days late, nobody had it then."""
+        late = site.data() | {"name": "late", "publication_delay": "2d"}
+        last = datetime(2026, 2, 19, 23, tzinfo=UTC)
+        with pytest.raises(DataError, match=r"up to 2026-02-19T23:00:00\+00:00, published until 2026-02-21T23:00:00"):
+            run(site, last + timedelta(hours=47), data=late, detect=None)
+        result = run(site, last + timedelta(hours=48), data=late, detect=None)
+        assert result.partition.manifest["trained_until"] == "2026-02-21T23:00:00+00:00"
+        forecast = result.partition.table("forecast")
+        assert forecast is not None
+        assert forecast["cutoff"].unique().to_list() == [last]
+
+    def test_the_delay_of_the_fit_counts_where_the_job_states_none(self, site: Any) -> None:
+        late = site.data() | {"name": "late", "publication_delay": "2d"}
+        settings = {
+            "data": late,
+            "model": {"name": "linear"},
+            "window": {"context_length": 48, "horizon": 12},
+            "split": {"kind": "times", "ends": ["2026-02-09T23:00", "2026-02-19T23:00", "2026-02-22T23:00"]},
+            "tracking": {"enabled": False},
+        }
+        workspace = Workspace.open()
+        ingest(validate(IngestConfig, {"data": late}), workspace)
+        model = fit(validate(FitConfig, settings), workspace).artifact.id
+        with pytest.raises(DataError, match="published until 2026-02-21T23:00"):
+            run(site, datetime(2026, 2, 20, tzinfo=UTC), model=model, detect=None)
+
     def test_an_as_of_in_the_future_is_refused(self, site: Any) -> None:
         with pytest.raises(ConfigError, match="future"):
             run(site, datetime.now(UTC).replace(microsecond=0) + timedelta(days=1))
 
 
 class TestFailure:
+    def test_a_model_of_integer_time_is_refused_in_one_line(self, site: Any) -> None:
+        workspace = Workspace.open()
+        table = pl.read_parquet(site.source).select(pl.int_range(pl.len()).alias("ds"), "a.x", "a.y", "b.x", "b.y")
+        path = site.home / "steps.parquet"
+        table.write_parquet(path)
+        data = site.data() | {"name": "steps", "freq": "1i", "source": {"kind": "parquet", "path": str(path)}}
+        ingest(validate(IngestConfig, {"data": data}), workspace)
+        settings = {
+            "data": data,
+            "model": {"name": "linear"},
+            "window": {"context_length": 48, "horizon": 12},
+            "tracking": {"enabled": False},
+        }
+        model = fit(validate(FitConfig, settings), workspace).artifact.id
+        with pytest.raises(ArtifactError, match=f"artifact {model} was fitted on freq 1i, the data has 1h"):
+            run(site, model=model)
+
     def test_a_blocking_check_publishes_nothing(self, site: Any) -> None:
         with pytest.raises(DataError, match=r"non_empty: 2 of 2 series") as caught:
             run(site, checks=[{"kind": "non_empty", "min_rows": 99_999}])
@@ -332,6 +378,7 @@ class TestBackfill:
             ("2026-03-04", "2026-03-05", "daily", "not a step"),
             ("2026-03-04", "2026-03-05", "-1d", "not a step"),
             ("2026-03-04", "2026-03-04T01", "1ms", "step of 1ms .* about 3,600,001 batches, more than 100,000"),
+            ("2026-03-04", "2026-03-05", "1500ms", "a step of 1500ms is no number of whole seconds"),
             ("yesterday", "2026-03-05", "1d", "as-of: time 'yesterday' is not an ISO date"),
             ("0001-01-01T00:00+05:00", "2026-03-05", "1d", "lies outside the years 1 to 9999"),
         ],
@@ -339,6 +386,7 @@ class TestBackfill:
     def test_bad_ranges(self, site: Any, start: str, stop: str, every: str, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             backfill(validate(BatchConfig, site.batch()), start, stop, every, Workspace.open())
+        assert not (site.home / "published").exists()
 
 
 class TestAsOf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,12 +11,16 @@ import numpy as np
 import polars as pl
 import pytest
 
+import tsforge.app.retrain as retrain_module
+from tsforge.app.batch import BatchInterrupted
 from tsforge.app.retrain import CompareConfig, Contest, RetrainConfig, compare, retrain
 from tsforge.core.config import validate
 from tsforge.core.errors import ArtifactError, ConfigError, DataError
+from tsforge.core.owner import Owner
+from tsforge.core.signals import termination_as_interrupt
 from tsforge.core.workspace import Workspace
 from tsforge.scheduling.ledger import Ledger
-from tsforge.tracking.registry import resolve
+from tsforge.tracking.registry import promote, resolve
 
 AS_OF = datetime(2026, 3, 10, 12, tzinfo=UTC)
 
@@ -84,6 +89,73 @@ def test_nothing_is_claimed_about_a_retraining_whose_settings_the_ledger_does_no
     assert (again.status, again.promoted, again.facts) == ("unchanged", True, {"challenger": "old"})
     assert "other_settings" not in again.summary()
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+class Killed(BaseException):
+    """Ends a test process the way ``kill -9`` would: nothing is written any more."""
+
+
+@pytest.mark.parametrize("then", ["killed", "failed"])
+def test_a_promotion_that_a_killed_run_made_is_adopted(site: Any, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    """Else the next run would compare the new champion with itself and record that it was not promoted."""
+    workspace = Workspace.open()
+    retrain(config(site, "last_value"), AS_OF - timedelta(days=8), workspace)
+
+    def die(*arguments: Any, **options: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "finish", die)
+        if then == "killed":
+            patch.setattr(Ledger, "fail", die)
+        with pytest.raises(Killed):
+            retrain(config(site, "linear"), AS_OF, workspace)
+    monkeypatch.setattr(Owner, "is_gone", lambda self: True)
+    champion = resolve("plant@champion", workspace).name
+    made = sorted(path.name for path in workspace.artifacts.iterdir())
+    with monkeypatch.context() as patch:  # a run between them that fails early forgets nothing
+        patch.setattr(retrain_module, "has_alias", lambda *arguments: die())
+        with pytest.raises(Killed):
+            retrain(config(site, "linear"), AS_OF, workspace)
+    other = config(site, "linear", compare={"span": "5d", "cutoffs": 12, "margin": 0.05})
+    result = retrain(other, AS_OF, workspace)
+    assert (result.status, result.promoted, result.facts["challenger"]) == ("adopted", True, champion)
+    assert "better" in result.reason
+    assert result.facts["improvement"] > 0.5
+    assert result.other_settings == ("compare.span",)
+    assert sorted(path.name for path in workspace.artifacts.iterdir()) == made, "nothing was fitted"
+    again = retrain(config(site, "linear"), AS_OF, workspace)
+    assert (again.status, again.promoted, again.facts) == ("unchanged", True, result.facts)
+    assert again.other_settings == ()
+
+
+def test_a_run_that_was_killed_before_the_promotion_does_its_work_again(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace.open()
+
+    def die(*arguments: Any, **options: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain_module, "promote", die)
+        with pytest.raises(Killed):
+            retrain(config(site, "last_value"), AS_OF, workspace)
+    result = retrain(config(site, "last_value"), AS_OF, workspace)
+    assert (result.status, result.promoted) == ("done", True)
+    assert resolve("plant@champion", workspace).name == result.facts["challenger"]
+
+
+def test_a_signal_that_comes_while_promoting_is_told_after_it(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return promote(*arguments, **options)
+
+    workspace = Workspace.open()
+    monkeypatch.setattr(retrain_module, "promote", interrupted)
+    with termination_as_interrupt(), pytest.raises(BatchInterrupted, match="that retraining is complete"):
+        retrain(config(site, "last_value"), AS_OF, workspace)
+    assert retrain(config(site, "last_value"), AS_OF, workspace).status == "unchanged"
 
 
 def test_a_damaged_champion_is_an_error_and_stays(site: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tsforge.app.batch import BatchConfig, run_batch
+from tsforge.app.batch import BatchConfig, published_until, run_batch
 from tsforge.app.fit import FitConfig, fit, fit_frame
 from tsforge.app.forecast import PredictConfig, predict
-from tsforge.app.ingest import IngestConfig, ingest
+from tsforge.app.ingest import IngestConfig, ingest, load_history
 from tsforge.app.retrain import CompareConfig, compare
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
@@ -314,3 +315,15 @@ def test_a_batch_refuses_a_model_that_saw_what_was_published_later(workspace: Wo
     with pytest.raises(DataError, match="published until .* look better than they could have been"):
         run_batch(job, out - HOUR, workspace)
     assert run_batch(job, out, workspace).partition.manifest["trained_until"] == out.isoformat()
+    assert artifact.provenance["published_until"] == str(out)
+    silent = replace(artifact, provenance={**artifact.provenance, "published_until": None})  # of an earlier version
+    history = load_history(workspace, config.data)
+    assert published_until(silent, history, config.data) == out
+    early = replace(silent, provenance={**silent.provenance, "created": (out - HOUR).isoformat()})
+    found = published_until(early, history, config.data)
+    assert found is not None
+    assert end <= found < out
+    assert isinstance(history, VintageFrame)
+    old = fit(config, workspace, history=history.frozen(end)).artifact  # as a retraining fits, later than its as_of
+    assert published_until(old, history, config.data) == end
+    assert run_batch(job.model_copy(update={"model": old.id}), end, workspace).partition.manifest["trained_until"]

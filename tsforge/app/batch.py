@@ -8,7 +8,7 @@ after ``as_of`` is ever read, so that the same ``as_of`` means the same result.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -34,8 +34,8 @@ from tsforge.data.calendar import CalendarConfig, add_calendar
 from tsforge.data.config import DataConfig
 from tsforge.data.durations import before
 from tsforge.data.frame import SeriesFrame
-from tsforge.data.grid import parse_moment
-from tsforge.data.vintages import Delays, newest, published_by
+from tsforge.data.grid import TIME_DTYPE, parse_moment
+from tsforge.data.vintages import Delays, History, VintageFrame, later, newest, published_by
 from tsforge.forecasting.coherent_predict import predict_coherent
 from tsforge.forecasting.cold_start import ColdStartConfig, history_rows, predict_cold
 from tsforge.forecasting.predict import predict
@@ -55,6 +55,7 @@ __all__ = [
     "changed_settings",
     "data_seen_until",
     "parse_as_of",
+    "published_until",
     "run_batch",
 ]
 LOGGER = get_logger(__name__)
@@ -294,13 +295,14 @@ def _make(work: _Work) -> tuple[dict[str, Any], list[CheckResult]]:
         own.check_delay(config.data.publication_delay)  # before that of the data set is stored anew
         _ingest(work, facts)
         fitted = own.applied_to(config.data)
-        raw = _known_at(work, fitted, facts)
+        history = _stored(work, fitted)
+        raw = _known_at(work, history, facts)
     with work.stage("check") as facts:
-        trained_until = _check_model(artifact, config, work.as_of)
         steps = config.forecast.horizon if config.forecast is not None else None
         raw = add_calendar(raw.extend(max(steps or 0, artifact.window.horizon)), fitted.calendar)
         seen = mask_invalid(raw, fitted)
         frame = match_frame(artifact, seen)
+        trained_until = _check_model(artifact, history, config, work.as_of)
         checks = _check_data(raw.until(work.as_of), work, facts)
     if config.forecast is not None:
         with work.stage("forecast") as facts:
@@ -368,21 +370,26 @@ def _ingest(work: _Work, facts: dict[str, Any]) -> None:
         facts.update(rows_in=record.rows_in, rows_new=record.rows_new, rows_changed=record.rows_changed)
 
 
-def _known_at(work: _Work, fitted: DataConfig, facts: dict[str, Any]) -> SeriesFrame:
-    """Return what was known at as_of: rows up to it, and later values of known covariates only.
-
-    Where publications are kept, values are those published by as_of; where targets are declared to come late, the rows
-    that were not out yet are hidden.
+def _stored(work: _Work, fitted: DataConfig) -> History:
+    """Return what the store holds, all publications where they are kept.
 
     Values outside their range are not hidden and calendar features not added yet; sums are made of valid values, by the
     ranges of the data set and of the model alike (``fitted``).
     """
-    config = work.config
     plain = fitted.model_copy(update={"calendar": CalendarConfig()})  # added once the frame reaches the horizon
     history = load_history(work.workspace, plain)
     if history.schema.has_integer_time:
-        raise DataError(f"data set '{config.data.name}' has integer time; a batch stands at a calendar time")
-    delays = Delays.of(config.data.publication_delay, history.schema, history.grid, strict=False)
+        raise DataError(f"data set '{fitted.name}' has integer time; a batch stands at a calendar time")
+    return history
+
+
+def _known_at(work: _Work, history: History, facts: dict[str, Any]) -> SeriesFrame:
+    """Return what was known at as_of: rows up to it, and later values of known covariates only.
+
+    Where publications are kept, values are those published by as_of; where targets are declared to come late, the rows
+    that were not out yet are hidden.
+    """
+    delays = Delays.of(work.config.data.publication_delay, history.schema, history.grid, strict=False)
     known = newest(published_by(history, work.as_of, delays))
     work.counts["rows_known"] = known.until(work.as_of).num_rows
     facts["rows_known"] = work.counts["rows_known"]
@@ -390,21 +397,63 @@ def _known_at(work: _Work, fitted: DataConfig, facts: dict[str, Any]) -> SeriesF
 
 
 def data_seen_until(artifact: Artifact) -> datetime | None:
-    """Return the last time the fit of an artifact has seen (training and validation), None when it does not say."""
+    """Return the last time the fit of an artifact has seen (training and validation), None when it does not say.
+
+    Only for artifacts of calendar time. When the values of that time came out is ``published_until``.
+    """
     spans = artifact.provenance.get("spans") or {}
     ends = [datetime.fromisoformat(str(spans[part][1])) for part in ("train", "valid") if spans.get(part)]
     return max((end.replace(tzinfo=UTC) if end.tzinfo is None else end for end in ends), default=None)
 
 
-def _check_model(artifact: Artifact, config: BatchConfig, as_of: datetime) -> str | None:
-    """Return until when the model has seen data; refuse one that knows the future of as_of."""
+def published_until(artifact: Artifact, history: History, data: DataConfig) -> datetime | None:
+    """Return when the newest value that the fit of an artifact has seen came out, None when it does not say.
+
+    That is the time of the last row of training and validation, after the ``publication_delay`` of the targets, the
+    longer one where fit and data set declare two. Where publications are kept, it is that of the last value of any cell
+    up to this row, as the fit noted it. One of an earlier version noted nothing: there the values count that came out
+    before it was made, a bound that is never too early, and later than need be for a fit that was given old values on
+    purpose, as a retraining gives them.
+
+    Args:
+        artifact: of calendar time.
+        history: the data set, not cut at any moment.
+        data: its settings.
+    """
     last = data_seen_until(artifact)
-    if last is not None and last > as_of and not config.allow_future_model:
+    if last is None:
+        return None
+    settings = ((artifact.config.get("data") or {}).get("publication_delay"), data.publication_delay)
+    moments = [_after_delay(last, setting, artifact.schema.targets) for setting in settings]
+    if noted := artifact.provenance.get("published_until"):
+        moments.append(parse_moment(noted))
+    elif isinstance(history, VintageFrame):
+        made = str(artifact.provenance.get("created") or datetime.now(UTC).isoformat())
+        found = history.newest_publication(last, artifact.series_ids, artifact.schema.columns, by=made)
+        moments += [found] if isinstance(found, datetime) else []
+    return max(moments)
+
+
+def _after_delay(last: datetime, setting: str | Mapping[str, str] | None, targets: tuple[str, ...]) -> datetime:
+    named = dict.fromkeys(targets, setting) if isinstance(setting, str) else setting or {}
+    moved = (later(pl.Series([last], dtype=TIME_DTYPE), named.get(target))[0] for target in targets)
+    return max(moved, default=last)
+
+
+def _check_model(artifact: Artifact, history: History, config: BatchConfig, as_of: datetime) -> str | None:
+    """Return when the newest value came out that the model has seen; refuse a model that knows the future of as_of."""
+    moment = published_until(artifact, history, config.data)
+    if moment is None:
+        return None
+    if moment > as_of and not config.allow_future_model:
+        last = data_seen_until(artifact)
+        out = "" if last is None or last == moment else f"{last.isoformat()}, published until "
         raise DataError(
-            f"artifact {artifact.id} was fitted on data up to {last.isoformat()}, after as_of {as_of.isoformat()}: its "
-            "results would look better than they could have been; fit an older model, or set allow_future_model=true"
+            f"artifact {artifact.id} was fitted on data up to {out}{moment.isoformat()}, after as_of "
+            f"{as_of.isoformat()}: its results would look better than they could have been; fit an older model, or set "
+            "allow_future_model=true"
         )
-    return None if last is None else last.isoformat()
+    return moment.isoformat()
 
 
 def _check_data(observed: SeriesFrame, work: _Work, facts: dict[str, Any]) -> list[CheckResult]:
@@ -502,7 +551,8 @@ def backfill(
         workspace: as for ``run_batch``.
 
     Raises:
-        ConfigError: an empty range, a bad step, or one so short that there are more than 100,000 batches.
+        ConfigError: an empty range, a bad step, one that is no whole seconds, or one so short that there are more than
+            100,000 batches.
         TsforgeError: of the first batch that fails; earlier ones stay published, the same command goes on from there.
     """
     first, last = parse_as_of(start), parse_as_of(stop)
@@ -526,5 +576,9 @@ def _moments(first: datetime, last: datetime, every: str) -> list[datetime]:
         raise ConfigError(
             f"a step of {every} from {first.isoformat()} to {last.isoformat()} makes about {number:,} batches, more "
             f"than {MOST_BATCHES:,}; take a longer step or a shorter range"
+        )
+    if step % 1_000_000:
+        raise ConfigError(
+            f"a step of {every} is no number of whole seconds, and batches stand at whole seconds; round it"
         )
     return pl.datetime_range(first, last, every, time_zone="UTC", eager=True).to_list()

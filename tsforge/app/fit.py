@@ -49,7 +49,7 @@ from tsforge.data.grid import Bools
 from tsforge.data.panel import Panel
 from tsforge.data.splits import SplitConfig, Splits, make_splits
 from tsforge.data.vintage_panel import panel_of
-from tsforge.data.vintages import History, newest, seen_from
+from tsforge.data.vintages import History, VintageFrame, newest, seen_from
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.conformal import Pool
 from tsforge.forecasting.conformal_buckets import BucketKind
@@ -408,6 +408,7 @@ def fit_frame(
     table = _margins(network, spans.train, calibration, config.calibration)
     metrics, device = held_out_errors(network, spans.graded, unit), network.param_offset.device
     rows = replace(splits, train=fitted_rows, valid=(max(fitted_rows[1], splits.valid[0]), splits.valid[1])).to_dict()
+    times = {name: span_times(panel, span) for name, span in rows.items()}
     artifact = create_artifact(
         network,
         config=config.model_dump(mode="json"),
@@ -420,7 +421,8 @@ def fit_frame(
         provenance={
             **collect_provenance(data_fingerprint=frame.fingerprint(), seeds={"train": seed}),
             "dataset": config.data.name,
-            "spans": {name: span_times(panel, span) for name, span in rows.items()},
+            "spans": times,
+            **_published_facts(history, frame, times["valid"] or times["train"]),
             "span_rows": rows,
             "entities": {"held_out": list(names), "watch": config.entities.watch},
             "training": _training_facts(training, earlier, config),
@@ -430,6 +432,14 @@ def fit_frame(
         graphs = log.table(artifact.id, panel.schema.targets, training.epochs)
         artifact = replace(artifact, tables={GRAPH_TABLE: graphs})
     return _with_dependence(artifact, calibration, config.calibration, device), training
+
+
+def _published_facts(history: History, frame: SeriesFrame, fitted: list[str] | None) -> dict[str, str]:
+    """Return what provenance says of publications: when the newest value came out that the fit was given."""
+    if not isinstance(history, VintageFrame) or not fitted:
+        return {}
+    moment = history.newest_publication(fitted[-1], frame.series_ids, frame.schema.columns)
+    return {} if moment is None else {"published_until": str(moment)}
 
 
 def _training_facts(training: TrainResult, earlier: Artifact | None, config: FitConfig) -> dict[str, Any]:

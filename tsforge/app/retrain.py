@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field, model_validator
 
-from tsforge.app.batch import BatchBusy, changed_settings, data_seen_until, parse_as_of
+from tsforge.app.batch import BatchBusy, BatchInterrupted, changed_settings, data_seen_until, parse_as_of
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.ingest import IngestConfig, ingest, load_history
@@ -24,6 +24,7 @@ from tsforge.artifact import Artifact, load_artifact, match_frame
 from tsforge.core.config import Config
 from tsforge.core.errors import ConfigError, DataError, listing
 from tsforge.core.logs import get_logger, log_event
+from tsforge.core.signals import interrupts_held
 from tsforge.core.workspace import Workspace
 from tsforge.data.config import DataConfig
 from tsforge.data.durations import Span, before
@@ -32,11 +33,12 @@ from tsforge.data.splits import SplitConfig
 from tsforge.data.vintages import Delays, History, VintageFrame, newest, published_by, seen_from
 from tsforge.forecasting.predict import predict
 from tsforge.metrics.significance import diebold_mariano
-from tsforge.scheduling.ledger import Claim, Ledger, LedgerRun
+from tsforge.scheduling.ledger import Claim, Ledger
 from tsforge.tracking.registry import CHAMPION, has_alias, promote, resolve
 
 LOGGER = get_logger(__name__)
 _SETTINGS = "settings"  # key of the ledger's details, beside the facts
+_REASON = "reason"  # key of the note that goes before a promotion, beside the details
 
 
 class CompareConfig(Config):
@@ -119,7 +121,8 @@ class RetrainResult:
     """What a retraining came to.
 
     Attributes:
-        status: ``done`` now, or ``unchanged`` when this as_of had been done before.
+        status: ``done`` now, ``adopted`` (a killed run had promoted its challenger, the ledger now knows) or
+            ``unchanged`` when this as_of had been done before.
         as_of: where it stood.
         promoted: whether the challenger is the champion now.
         reason: why, in words.
@@ -128,7 +131,7 @@ class RetrainResult:
             where the ledger does not say with which.
     """
 
-    status: Literal["done", "unchanged"]
+    status: Literal["done", "adopted", "unchanged"]
     as_of: datetime
     promoted: bool
     reason: str
@@ -156,6 +159,7 @@ def retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Ret
 
     Raises:
         BatchBusy: another living process retrains the same.
+        BatchInterrupted: Ctrl-C or SIGTERM came while it was being promoted; it is done and recorded.
         ArtifactError: there is a champion, but it cannot be read.
         DataError: too little data after the challenger's training to compare.
         TsforgeError: of the fit, the registry or the store; the champion stays what it was.
@@ -167,7 +171,7 @@ def retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Ret
         if claim is None:
             run = ledger.find(config.key, as_of)
             if run is not None and run.status == "done":
-                return _kept(run, config, as_of)
+                return _kept("unchanged", run.details, run.message, config, as_of)
             raise BatchBusy(f"another process retrains {config.name} as of {as_of.isoformat()}; ask again later")
         with ledger.keep_alive(claim):
             return _claimed(ledger, claim, config, as_of, workspace)
@@ -175,9 +179,15 @@ def retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Ret
         ledger.close()
 
 
-def _kept(run: LedgerRun, config: RetrainConfig, as_of: datetime) -> RetrainResult:
+def _kept(
+    status: Literal["adopted", "unchanged"],
+    details: Mapping[str, Any],
+    reason: str,
+    config: RetrainConfig,
+    as_of: datetime,
+) -> RetrainResult:
     """Return what was done before; told where the job has other settings now."""
-    facts = dict(run.details)
+    facts = dict(details)
     stored = facts.pop(_SETTINGS, None)  # rows of older versions lack it: nothing is claimed about them
     changed = None if stored is None else tuple(changed_settings(stored, config.model_dump(mode="json")))
     if changed:
@@ -189,10 +199,10 @@ def _kept(run: LedgerRun, config: RetrainConfig, as_of: datetime) -> RetrainResu
             listing(changed),
         )
     return RetrainResult(
-        status="unchanged",
+        status=status,
         as_of=as_of,
         promoted=bool(facts.pop("promoted", False)),
-        reason=run.message,
+        reason=reason,
         facts=facts,
         other_settings=changed,
     )
@@ -202,14 +212,37 @@ def _claimed(
     ledger: Ledger, claim: Claim, config: RetrainConfig, as_of: datetime, workspace: Workspace
 ) -> RetrainResult:
     with ledger.on_record(claim):
-        result = _retrain(config, as_of, workspace)
-    details = {**result.facts, "promoted": result.promoted, _SETTINGS: config.model_dump(mode="json")}
-    ledger.finish(claim, message=result.reason, details=details)
+        details = _promoted_before(claim, config, workspace)
+        if details is not None:
+            reason = str(details.pop(_REASON))
+            result = _kept("adopted", details, reason, config, as_of)
+        else:
+            result = _retrain(config, as_of, workspace)
+            details = {**result.facts, "promoted": result.promoted, _SETTINGS: config.model_dump(mode="json")}
+        with interrupts_held() as came:  # who is promoted is recorded as promoted, and no message says otherwise
+            if result.status == "done" and result.promoted:
+                ledger.note(claim, {**details, _REASON: result.reason})
+                promote(config.registered, result.facts["challenger"], workspace)
+            ledger.finish(claim, message=result.reason, details=details)
     log_event(LOGGER, "retrained", job=config.name, promoted=result.promoted, reason=result.reason)
+    if came:
+        raise BatchInterrupted(
+            f"interrupted when {config.name} as of {as_of.isoformat()} was being recorded: that retraining is complete "
+            f"({result.reason}); the same command shows it again"
+        )
     return result
 
 
+def _promoted_before(claim: Claim, config: RetrainConfig, workspace: Workspace) -> dict[str, Any] | None:
+    """Return what an earlier attempt wrote down if it came to promote its challenger but not to record that."""
+    if not claim.note:
+        return None
+    champion = _champion(config, workspace)
+    return dict(claim.note) if champion is not None and champion.id == claim.note.get("challenger") else None
+
+
 def _retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> RetrainResult:
+    """Fit and compare; return what is to become of the challenger, which is not promoted yet."""
     if config.ingest:
         ingest(IngestConfig(data=config.fit.data), workspace)
     history = _known_at(config.fit.data, as_of, workspace)
@@ -243,8 +276,6 @@ def _retrain(config: RetrainConfig, as_of: datetime, workspace: Workspace) -> Re
             f"({contest.improvement:+.1%}, p = {contest.p_value:.2g}, {contest.cutoffs} cutoffs): "
             + ("better" if won else "not better by enough")
         )
-    if promoted:
-        promote(config.registered, fitted.artifact.id, workspace)
     return RetrainResult(status="done", as_of=as_of, promoted=promoted, reason=reason, facts=facts)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -347,6 +347,31 @@ class VintageFrame:
         kind = pl.Int64() if self.schema.has_integer_time else TIME_DTYPE
         result: datetime | int = later(pl.Series([value], dtype=kind), self._delays.targets)[0]
         return result
+
+    def newest_publication(
+        self, last: TimeLike, series: Collection[str], columns: Collection[str], *, by: TimeLike | None = None
+    ) -> datetime | int | None:
+        """Return when the newest value of the rows up to ``last`` came out, None where they hold no value.
+
+        Args:
+            last: time of the last row that counts.
+            series, columns: that count.
+            by: moment after which publications do not count.
+        """
+        rows = self._skeleton.table
+        used = (physical(rows["time"]) <= self._number(last)) & rows["series_id"].is_in(list(series)).to_numpy()
+        limit = None if by is None else self._number(by)
+        found: list[int] = []
+        for name, column in self._columns.items():
+            if name in columns:
+                out = column.published[used[column.row] & ~np.isnan(column.value)]
+                out = out if limit is None else out[out <= limit]
+                found += [int(out.max())] if len(out) else []
+        if not found:
+            return None
+        kind = pl.Int64() if self.schema.has_integer_time else TIME_DTYPE
+        moment: datetime | int = pl.Series([max(found)], dtype=pl.Int64).cast(kind)[0]
+        return moment
 
     def as_of(self, moment: TimeLike) -> SeriesFrame:
         """Return what was known at a moment: of each cell the last value published by then.

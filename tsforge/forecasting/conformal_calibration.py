@@ -54,8 +54,9 @@ def settled_method(method: Method, network: ForecastNetwork, windows: WindowData
     """Return what ``auto`` means for a network and its held-out windows, any other method as it is.
 
     A distribution: ``cqr``. Points: ``recent``, and ``absolute`` for a model whose state a stream carries, which would
-    have to forecast from windows again; for data that was revised; and where the held-out cutoffs span less than half the
-    rows that units of recent errors look back, for these would then know little (``benchmarks/coverage_default.py``).
+    have to forecast from windows again; for data that was revised; and where the held-out cutoffs span less than half
+    the rows that units of recent errors look back, for these would then know little
+    (``benchmarks/coverage_default.py``).
     """
     if method != "auto":
         return method

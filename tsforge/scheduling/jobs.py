@@ -34,9 +34,12 @@ class JobConfig(Config):
         config: its config: a name below the config tree or a path.
         overrides: dotted settings on top, as on the command line.
         timeout_seconds: the child is ended after so long and the slot fails.
-        catch_up: slots missed while no scheduler ran: run ``all`` in order, the ``latest`` only, or ``none``.
-        max_delay_seconds: a slot missed by more is never run.
-        grace_seconds: with ``catch_up: none``, how late a slot still counts as on time.
+        catch_up: slots missed while no scheduler ran: run ``all`` in order, the ``latest`` only, or ``none``. With
+            ``latest`` the newest due slot is the only one that counts: an older one that failed with retries left, or
+            was interrupted, is given up for it.
+        max_delay_seconds: a slot missed by more is never run, nor run again.
+        grace_seconds: with ``catch_up: none``, how late a slot still counts as on time when it is first looked at; its
+            later attempts are never late.
         retries: a failed slot is run again at most so often, each time at the next look; attempts that were interrupted
             or found the work busy do not count.
         start: slots count from here on, one at it included; None = from the first time a scheduler sees the job. Slots
@@ -150,11 +153,6 @@ class Seen:
         run = self.runs.get(slot)
         return run is not None and run.status == "claimed" and slot not in self.abandoned
 
-    def last_chance(self, slot: datetime) -> datetime:
-        """Return when the slot last could have run: its time, or the end of its last attempt."""
-        run = self.runs.get(slot)
-        return slot if run is None else max(slot, run.finished or run.heartbeat)
-
 
 def make_plan(job: JobConfig, cron: Cron, frontier: datetime, now: datetime, seen: Seen) -> Plan:
     """Return what to do about a job now; reads no clock and no database.
@@ -191,12 +189,16 @@ def make_plan(job: JobConfig, cron: Cron, frontier: datetime, now: datetime, see
 
 
 def _late(job: JobConfig, open_slots: Sequence[datetime], now: datetime, seen: Seen) -> list[datetime]:
-    """Return the open slots that the catch-up policy gives up; a slot being worked on is never among them."""
+    """Return the open slots that the catch-up policy gives up; a slot being worked on is never among them.
+
+    ``none`` gives up what nobody has tried: a slot that came on time and failed with retries left, or was cut short, is
+    not late, however long after its time the next look is. ``latest`` gives up those too once a newer slot is due.
+    """
     if job.catch_up == "all":
         return []
     if job.catch_up == "latest":
         late = open_slots[:-1]
     else:
         grace = timedelta(seconds=job.grace_seconds)
-        late = [slot for slot in open_slots if now - seen.last_chance(slot) > grace]
+        late = [slot for slot in open_slots if slot not in seen.runs and now - slot > grace]
     return [slot for slot in late if not seen.is_running(slot)]

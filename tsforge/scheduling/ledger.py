@@ -32,6 +32,7 @@ SETTLED: frozenset[Status] = frozenset({"done", "skipped"})
 _LOCK = 736_102_441  # any fixed number: PostgreSQL serialises the creation of our tables and exclusive claims on it
 _MESSAGE_LIMIT = 16_000
 _FAILURES = "failed_attempts"  # kept among the details: a column of its own would need a migration
+_NOTE = "note"  # likewise
 
 
 class _UtcTime(sa.TypeDecorator[datetime]):
@@ -114,13 +115,20 @@ class LedgerRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The right to work on a slot, valid until closed or taken over."""
+    """The right to work on a slot, valid until closed or taken over.
+
+    Attributes:
+        job, slot, attempt, owner: whose and what.
+        failures: of earlier attempts.
+        note: what this attempt, or else an earlier one, wrote down for those after it (``Ledger.note``).
+    """
 
     job: str
     slot: datetime
     attempt: int
     owner: Owner
-    failures: int = 0  # of earlier attempts
+    failures: int = 0
+    note: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def _aware(moment: datetime, what: str) -> datetime:
@@ -215,11 +223,26 @@ class Ledger:
             run = _record(row)
             if not self._claimable(run, now, again):
                 return None
-            fresh |= {"attempt": run.attempt + 1, "details": json.dumps({_FAILURES: run.failures})}
+            note = {} if run.status in SETTLED else _note(row.details)
+            fresh |= {"attempt": run.attempt + 1, "details": _unfinished(run.failures, note)}
             connection.execute(sa.update(_RUNS).where(_key(job, slot)).values(**fresh))
         if run.status == "claimed":
             log_event(LOGGER, "took over an abandoned run", job=job, slot=slot.isoformat(), previous=run.claimed_by)
-        return Claim(job=job, slot=slot, attempt=run.attempt + 1, owner=owner, failures=run.failures)
+        return Claim(job=job, slot=slot, attempt=run.attempt + 1, owner=owner, failures=run.failures, note=note)
+
+    def note(self, claim: Claim, facts: Mapping[str, Any]) -> None:
+        """Write down what the next holder should know if this one does not come to the end, in place of earlier notes.
+
+        Raises:
+            BackendError: the claim was taken over meanwhile; nothing is written.
+        """
+        text = _unfinished(claim.failures, facts)
+        with self._transaction() as connection:
+            held = connection.execute(sa.update(_RUNS).where(_held(claim)).values(details=text)).rowcount == 1
+        if not held:
+            raise _taken_over(claim)
+        claim.note.clear()
+        claim.note.update(_note(text))
 
     def _is_busy(self, connection: sa.Connection, job: str, slot: datetime, now: datetime) -> bool:
         """Return whether another slot of the job is being worked on; claims of one job wait for each other here."""
@@ -305,7 +328,7 @@ class Ledger:
 
     def fail(self, claim: Claim, message: str) -> None:
         """Close the slot as failed; it can be claimed again (same errors as ``finish``)."""
-        self._close(claim, "failed", message, details=json.dumps({_FAILURES: claim.failures + 1}))
+        self._close(claim, "failed", message, details=_unfinished(claim.failures + 1, claim.note))
 
     def release(self, claim: Claim, message: str) -> None:
         """Give the slot back unfinished, to be run again (same errors as ``finish``)."""
@@ -317,10 +340,7 @@ class Ledger:
             values |= {"status": status, "message": message[-_MESSAGE_LIMIT:], "heartbeat": now, "finished": now}
             closed = connection.execute(sa.update(_RUNS).where(_held(claim)).values(**values)).rowcount
         if closed != 1:
-            raise BackendError(
-                f"the claim on {claim.job} at {claim.slot.isoformat()} (attempt {claim.attempt}) was taken over by "
-                "another process; its result counts, this one is not recorded"
-            )
+            raise _taken_over(claim)
 
     def skip(self, job: str, slot: datetime, message: str) -> bool:
         """Settle a slot without running it; False when it has a row that is not merely interrupted or failed."""
@@ -424,6 +444,24 @@ def _fresh(job: str, slot: datetime, owner: str, now: datetime) -> dict[str, Any
     }
 
 
+def _unfinished(failures: int, note: Mapping[str, Any]) -> str:
+    """Return the details of a row that is not done: what later attempts are to know."""
+    return json.dumps({_FAILURES: failures, **({_NOTE: dict(note)} if note else {})}, default=str)
+
+
+def _note(text: str) -> dict[str, Any]:
+    """Return the note among the details of a row that is not done, empty where there is none."""
+    found = (_details(text, 0) or {}).get(_NOTE)
+    return found if isinstance(found, dict) else {}
+
+
+def _taken_over(claim: Claim) -> BackendError:
+    return BackendError(
+        f"the claim on {claim.job} at {claim.slot.isoformat()} (attempt {claim.attempt}) was taken over by another "
+        "process; its result counts, this one is not recorded"
+    )
+
+
 def _key(job: str, slot: datetime) -> sa.ColumnElement[bool]:
     return (_RUNS.c.job == job) & (_RUNS.c.slot == slot)
 
@@ -439,6 +477,8 @@ def _record(row: sa.Row[Any]) -> LedgerRun:
     details = _details(values.pop("details"), unknown)
     if details is None:
         return LedgerRun(**values, failures=unknown, is_damaged=True)
+    if values["status"] != "done":
+        details.pop(_NOTE, None)  # between attempts only
     return LedgerRun(**values, failures=details.pop(_FAILURES), details=details)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -35,6 +36,7 @@ from tsforge.scheduling.ledger import Claim, Ledger, LedgerRun
 
 LOGGER = get_logger(__name__)
 _KEPT_LOGS = 200  # newest log files kept of a job
+_LOG_NAME = re.compile(r"(?P<slot>[0-9TZ-]+)\.(?P<attempt>[0-9]+)\.log")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,5 +375,8 @@ def _tell_end(result: SlotResult, **facts: object) -> None:
 
 
 def _prune(folder: Path) -> None:
-    for old in sorted(folder.glob("*.log"))[:-_KEPT_LOGS]:
+    """Remove the oldest logs of a job, by slot and then attempt; other files in the folder stay."""
+    found = ((_LOG_NAME.fullmatch(path.name), path) for path in folder.glob("*.log"))
+    logs = sorted((name["slot"], int(name["attempt"]), path) for name, path in found if name is not None)
+    for *_, old in logs[:-_KEPT_LOGS]:
         old.unlink(missing_ok=True)

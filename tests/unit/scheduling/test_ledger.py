@@ -151,6 +151,28 @@ def test_only_failed_attempts_count_as_failures(ledger: Ledger, clock: Clock) ->
     assert failures() == 0
 
 
+@pytest.mark.parametrize("close", ["fail", "release"])
+def test_a_note_reaches_the_next_holder_however_the_attempts_ended(ledger: Ledger, close: str) -> None:
+    first = ledger.claim("a", SLOT)
+    assert first is not None
+    assert first.note == {}
+    ledger.note(first, {"made": "x"})
+    for _ in range(2):
+        getattr(ledger, close)(first, "broke")
+        run = ledger.find("a", SLOT)
+        assert run is not None
+        assert (run.details, run.failures) == ({}, first.failures + (close == "fail"))
+        first = ledger.claim("a", SLOT)
+        assert first is not None
+        assert first.note == {"made": "x"}
+    ledger.finish(first, details={"rows": 1})
+    again = ledger.claim("a", SLOT, again=True)
+    assert again is not None
+    assert again.note == {}, "done: nothing is left to tell"
+    with pytest.raises(BackendError, match="taken over"):
+        ledger.note(first, {"made": "late"})
+
+
 def test_in_failed_rows_of_older_versions_every_attempt_counts(ledger: Ledger, database_url: str) -> None:
     for _ in range(3):
         ledger.fail(claimed(ledger), "why")

@@ -125,11 +125,29 @@ def test_failed_slots_run_again_while_retries_last(retries: int, failures: int, 
     assert found.settled_until == (None if again else hour(10))
 
 
-def test_without_catch_up_a_retry_counts_from_the_last_attempt() -> None:
-    config = job(catch_up="none", retries=3, grace_seconds=30)
-    recent, old = NOW - timedelta(seconds=5), NOW - timedelta(seconds=45)
-    assert hours(plan(config, hour(8), row(9, "failed", 1, finished=recent), row(10, "done")).run) == [9]
-    assert hours(plan(config, hour(8), row(9, "failed", 1, finished=old), row(10, "done")).run) == []
+@pytest.mark.parametrize(
+    "tried",
+    [
+        row(9, "failed", finished=hour(9), failures=1),
+        row(9, "interrupted", finished=hour(9)),
+        row(9, "claimed"),
+    ],
+    ids=["failed", "interrupted", "abandoned"],
+)
+def test_without_catch_up_a_slot_that_was_tried_is_not_late(tried: LedgerRun) -> None:
+    """It came on time; a look every five minutes is a longer pause than ``grace_seconds``."""
+    config = job(catch_up="none", retries=2, grace_seconds=1)
+    found = plan(config, hour(7), tried, row(10, "done"), abandoned=(9,))
+    assert hours(found.run) == [9]
+    assert [hours(skip.slots) for skip in found.skips] == [[8]], "nobody tried that one"
+    bounded = plan(job(catch_up="none", retries=2, max_delay_seconds=600), hour(7), tried, row(10, "done"))
+    assert bounded.run == ()
+
+
+def test_latest_gives_up_a_slot_with_retries_left_once_a_newer_one_is_due() -> None:
+    found = plan(job(catch_up="latest", retries=5), hour(8), row(9, "failed", finished=NOW, failures=1))
+    assert hours(found.run) == [10]
+    assert [hours(skip.slots) for skip in found.skips] == [[9]]
 
 
 def test_the_command_names_the_slot_in_utc() -> None:

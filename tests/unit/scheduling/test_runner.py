@@ -159,6 +159,33 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
+@pytest.mark.parametrize(("script", "retries"), [("raise SystemExit(1)", 1), ("raise SystemExit(75)", 0)])
+def test_a_look_every_five_minutes_runs_tried_slots_again_without_catch_up(
+    make: Callable[..., Scheduler], clock: Clock, script: str, retries: int
+) -> None:
+    scheduler = make(script, catch_up="none", retries=retries)
+    clock.time = START.replace(hour=6, minute=0, second=1)
+    scheduler.run_due()
+    clock.time += timedelta(minutes=5)
+    assert [result.status for result in scheduler.run_due()] == ["failed" if retries else "interrupted"]
+    assert scheduler.ledger.runs("schedule/demo")[0].attempt == 2
+
+
+def test_the_newest_logs_stay_also_past_the_ninth_attempt(
+    make: Callable[..., Scheduler], clock: Clock, workspace: Workspace
+) -> None:
+    scheduler = make("")
+    folder = workspace.root / "logs/demo"
+    folder.mkdir(parents=True)
+    for attempt in range(1, 1000):
+        (folder / f"2026-03-01T05-00-00Z.{attempt}.log").touch()
+    (folder / "notes.log").touch()  # not of a slot
+    clock.time = START.replace(hour=6, minute=1)
+    scheduler.run_due()
+    kept = [f"2026-03-01T05-00-00Z.{attempt}.log" for attempt in range(801, 1000)]
+    assert {path.name for path in folder.iterdir()} == {*kept, "2026-03-01T06-00-00Z.1.log", "notes.log"}
+
+
 GRANDCHILD = (
     "import os, subprocess, sys, time;"
     "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
