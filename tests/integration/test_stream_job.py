@@ -20,7 +20,7 @@ from tsforge.app.fit import FitConfig, fit
 from tsforge.app.forecast import PredictConfig, predict
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.stream import StreamConfig, StreamResult, read_scores, stream
-from tsforge.artifact import load_tensor_file
+from tsforge.artifact import load_artifact, load_tensor_file
 from tsforge.cli import main
 from tsforge.core.config import load, validate
 from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError
@@ -239,6 +239,37 @@ def test_what_does_not_belong_to_the_stream_is_refused_and_reset_starts_anew(sit
     with pytest.raises(ConfigError, match=r"start=2050-01-01 is later than the last stored row \(2026-"):
         stream(StreamConfig(name="late", start="2050-01-01"), workspace)
     assert stream(StreamConfig(name="mine", reset=True), workspace).rows_taken == 0
+
+
+def test_a_start_is_an_instant_however_it_is_written(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    stream(StreamConfig(name="mine", start="2026-03-01"), workspace)
+    for same in ("2026-03-01", "2026-03-01T00:00", "2026-03-01T02:00+02:00", "2026-03-01T00:30"):
+        assert not stream(StreamConfig(name="mine", start=same), workspace).is_new, same
+    with pytest.raises(ConfigError, match="was begun with start=2026-03-01, not 2026-03-01T01:00"):
+        stream(StreamConfig(name="mine", start="2026-03-01T01:00"), workspace)
+
+
+def test_scores_with_a_part_missing_are_refused(site: Any) -> None:
+    workspace = Workspace.open(site.home)
+    first = stream(StreamConfig(start="2026-03-08"), workspace)
+    grow(site, 3)
+    stream(StreamConfig(), workspace)
+    whole = read_scores(workspace, first.name)
+    parts = sorted(first.path.glob("scores-*/part-*"))
+    assert len(parts) == 2
+    parts[0].unlink()
+    with pytest.raises(BackendError, match=r"1 of 2 parts of the scores of stream '.*' are missing; restore a copy of"):
+        read_scores(workspace, first.name)
+    state = first.path / "state.safetensors"
+    old = Stream.load(state, load_artifact(workspace.artifacts / site.artifact))
+    del old.about["parts"]  # as an earlier version left it
+    old.save(state)
+    rest = read_scores(workspace, first.name)
+    assert 0 < rest.height < whole.height
+    grow(site, 2)
+    stream(StreamConfig(), workspace)
+    assert read_scores(workspace, first.name).height > rest.height
 
 
 def test_calendar_of_the_horizon_comes_with_the_rows(site: Any) -> None:

@@ -288,6 +288,29 @@ def test_series_that_ended_long_ago_are_taken_in_or_wait(plant: Plant, caplog: p
     assert warnings(caplog)[0].startswith("2 stored rows lie before the end of their series in stream 's' (d: 2)")
 
 
+@pytest.mark.parametrize("rows", [3, 100], ids=["near the front", "long ago"])
+def test_a_stream_goes_on_when_a_series_is_gone_from_the_store(
+    plant: Plant, caplog: pytest.LogCaptureFixture, rows: int
+) -> None:
+    plant.run()
+    grow(plant, HISTORY, HISTORY + rows, series="a")
+    plant.run()
+    with closing(SeriesStore(plant.workspace.database_url)) as store:
+        store.remove("plant")
+    grow(plant, 0, HISTORY + rows, series="a")
+    warnings(caplog)
+    plant.run()
+    gone = [line for line in warnings(caplog) if "no longer stored" in line]
+    assert len(gone) == 1
+    assert gone[0].startswith("1 series of stream 's' are no longer stored (b)")
+    grow(plant, HISTORY + rows, HISTORY + rows + 2, series="a")
+    done = plant.run()
+    assert (done.rows_taken, done.summary()["last_row"]) == (2, FIRST + timedelta(hours=HISTORY + rows + 1))
+    assert warnings(caplog) == [], "said once"
+    plant.bring(*(part for part in (hours("b", 0, HISTORY + 5), forecast_of_weather("b", HISTORY + 5))))
+    assert plant.run().rows_taken == 5, "it is back and goes on where it was"
+
+
 def test_an_artifact_that_takes_in_no_series_says_so(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
     settings = {
         "data": plant.data(hours("a", 0, 1)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from tsforge.app.exclusive import alone
 from tsforge.app.fitted_data import FittedData
 from tsforge.app.forecast import LATEST, find_artifact
 from tsforge.app.ingest import load_dataset, mask_invalid
-from tsforge.app.stream_late import LeftOut, count_missing, find_left_out, warn_missing
+from tsforge.app.stream_late import LeftOut, count_missing, find_lapsed, find_left_out, sum_members, warn_missing
 from tsforge.artifact import Artifact, load_artifact, load_tensor_file, match_frame
 from tsforge.contracts.tables import Forecast
 from tsforge.core.atomic import atomic_file, remove_leftovers
@@ -182,12 +182,14 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
         _sweep(folder)
         is_new = config.reset or not (folder / STATE).exists()
         if is_new:
-            live, changed, before = _begin(config, artifact, dataset, workspace), True, None
+            live, changed = _begin(config, artifact, dataset, workspace), True
         else:
             live, changed = _resume(config, artifact, dataset, folder)
-            before = live.ends()
             _drop_older(folder, live)
-        caught = _catch_up(live, data, workspace)
+        stored = _stored_series(data, workspace)
+        lapsed = find_lapsed(live, stored, sum_members(data, workspace), name)
+        before = None if is_new else live.ends()
+        caught = _catch_up(live, data, workspace, stored, lapsed.names)
         blind = live.blind()
         awake = [name for name in live.ends()["series_id"] if name not in blind]
         if not awake:
@@ -197,7 +199,7 @@ def stream(config: StreamConfig, workspace: Workspace) -> StreamResult:
         left_out.warn(name)
         warn_missing(caught.missing, name)
         _warn_strangers(live, caught.waiting, name)
-        if changed or caught.taken or caught.added or left_out.is_noted:
+        if changed or lapsed.is_noted or caught.taken or caught.added or left_out.is_noted:
             _keep(live, caught.scores, folder, took_rows=caught.taken > 0)
     facts = {"dataset": dataset, "stream": name}
     result = StreamResult(
@@ -249,6 +251,7 @@ def _begin(config: StreamConfig, artifact: Artifact, dataset: str, workspace: Wo
         "dataset": dataset,
         "start": begun,
         "revision": 0,
+        "parts": 0,
         "scores": f"scores-{datetime.now(UTC):%Y%m%dT%H%M%S%f}Z",
     }
     return live
@@ -276,7 +279,7 @@ def _resume(config: StreamConfig, artifact: Artifact, dataset: str, folder: Path
         )
     if config.mode not in ("auto", live.mode):
         raise ConfigError(f"stream '{folder.name}' was started in mode '{live.mode}'; change it with reset=true")
-    if config.start is not None and str(config.start) != live.about.get("start", str(config.start)):
+    if config.start is not None and not _is_begun_at(config.start, live):
         begun = live.about["start"] or "the end of the data"
         raise ConfigError(
             f"stream '{folder.name}' was begun with start={begun}, not {config.start}: leave start out, or begin again "
@@ -287,6 +290,13 @@ def _resume(config: StreamConfig, artifact: Artifact, dataset: str, folder: Path
         live.set_restart(config.restart_every)
         changed = True
     return live, changed
+
+
+def _is_begun_at(start: str | int, live: Stream) -> bool:
+    """Return whether ``start`` is the row of the grid that the stream was begun with, or the state does not say."""
+    begun = live.about.get("start", str(start))
+    grid = live.artifact.grid
+    return begun is not None and grid.floor(start) == grid.floor(begun)
 
 
 def _set_online(live: Stream, config: StreamConfig, name: str) -> bool:
@@ -323,13 +333,15 @@ class _Caught:
     missing: dict[str, int] = field(default_factory=dict)
 
 
-def _catch_up(live: Stream, data: FittedData, workspace: Workspace) -> _Caught:
-    """Take the stored rows after the stream's."""
+def _catch_up(
+    live: Stream, data: FittedData, workspace: Workspace, stored_series: Set[str], lapsed: Set[str]
+) -> _Caught:
+    """Take the stored rows after the stream's, none of ``lapsed`` series."""
     ends, before = live.ends(), int(live.buffer.last.sum())
     schema = live.artifact.schema
-    strangers = _stored_series(data, workspace) - set(live.series)
+    strangers = set(stored_series) - set(live.series)
     tables, taken_rows = [live.update(_nothing(live))], [_nothing(live)]
-    for names, start, is_front in _queries(live):
+    for names, start, is_front in _queries(live, lapsed):
         raw = _read(workspace, data, names, start, live.artifact.window.horizon, is_front=is_front)
         if raw is None:
             continue
@@ -364,17 +376,18 @@ def _nothing(live: Stream) -> pl.DataFrame:
     return pl.DataFrame(schema={"series_id": pl.String, **columns})
 
 
-def _queries(live: Stream) -> list[tuple[list[str], Any, bool]]:
+def _queries(live: Stream, lapsed: Set[str]) -> list[tuple[list[str], Any, bool]]:
     """Return series and the time to read them from: those near the front, and apart those that stopped long ago.
 
-    The last row taken is read again: it is in the store, so that an empty answer is news.
+    The last row taken is read again: it is in the store, so that an empty answer is news. Of ``lapsed`` series nothing
+    is to be read, but all others near the front are looked at even where no series of the stream is left there.
     """
     last = live.buffer.last
     is_front = last > int(last.max()) - live.artifact.window.context_length
     found = []
     for part, front in ((is_front, True), (~is_front, False)):
-        if bool(part.any()):
-            names = [name for name, chosen in zip(live.series, part.tolist(), strict=True) if chosen]
+        names = [name for name, chosen in zip(live.series, part.tolist(), strict=True) if chosen and name not in lapsed]
+        if names or front:
             found.append((names, live.artifact.grid.time_at(int(last[part].min())), front))
     return found
 
@@ -448,6 +461,8 @@ def _keep(live: Stream, scores: pl.DataFrame, folder: Path, *, took_rows: bool) 
     if scores.height:
         with atomic_file(_part(folder, live.about)) as temporary:
             scores.write_parquet(temporary)
+        if "parts" in live.about:  # states of earlier versions do not count them
+            live.about["parts"] += 1
     live.save(folder / STATE)
     _drop_older(folder, live)
 
@@ -473,7 +488,7 @@ def read_scores(workspace: Workspace, name: str) -> pl.DataFrame:
     """Return every score that a stream has given, by series and time; the columns of ``Stream.update``.
 
     Raises:
-        BackendError: there is no such stream, or a part of its scores is damaged.
+        BackendError: there is no such stream, or a part of its scores is missing or damaged.
         ArtifactError: its state is damaged.
     """
     folder = workspace.root / FOLDER / name
@@ -483,6 +498,12 @@ def read_scores(workspace: Workspace, name: str) -> pl.DataFrame:
     about = load_tensor_file(folder / STATE)[1]["about"]
     last = _part(folder, about)
     parts = [place for place in sorted(last.parent.glob("part-*.parquet")) if place.name <= last.name]
+    written = about.get("parts", 0)  # earlier versions did not count them
+    if len(parts) < written:
+        raise BackendError(
+            f"{written - len(parts)} of {written} parts of the scores of stream '{name}' are missing; restore a copy "
+            f"of {last.parent}, or begin the stream anew with reset=true"
+        )
     if not parts:
         return pl.DataFrame(schema=dict.fromkeys(SCORE_COLUMNS, pl.Null))
     try:

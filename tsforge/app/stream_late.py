@@ -2,27 +2,39 @@
 
 A stream takes every row once. Beside its state it keeps, for every series, how many rows were stored up to its end and
 a digest of their values: what is more, or other, at the next run came too late for it.
+
+It also keeps which series every sum of a hierarchy is made of. A sum of other series is another series under the same
+name, so that the stream lets go of what it had and waits for a whole context, as it does for any new series.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from tsforge.app.fitted_data import FittedData
-from tsforge.core.errors import listing
+from tsforge.core.config import validate
+from tsforge.core.errors import DataError, listing
 from tsforge.core.logs import get_logger
 from tsforge.core.workspace import Workspace
+from tsforge.data.hierarchy import HierarchyConfig, build_hierarchy
 from tsforge.data.schema import SeriesSchema
+from tsforge.data.sql import transaction
 from tsforge.data.store import Extent, SeriesStore, Stock
+from tsforge.data.store_records import definition, statics
+from tsforge.forecasting.online_conformal import OnlineConformal
 from tsforge.forecasting.stream import Stream
+from tsforge.forecasting.stream_buffer import Buffer
 
 _LOG = get_logger(__name__)
 _KEY = "taken"  # in the facts of the stream; absent from states of earlier versions, which say nothing until kept
+_SUMS = "sums"  # likewise: the series that each sum is made of
+_GONE = "gone"  # series that are no longer stored, and were named in a warning
 _EMPTY = Extent(0, 0, 0)
 
 
@@ -66,6 +78,126 @@ class LeftOut:
             return ""
         first, last = self.batches[0], self.batches[-1]
         return f" (batch {first})" if first == last else f" (batches {first}-{last})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lapsed:
+    """Series of a stream that it has no new rows of.
+
+    Attributes:
+        names: gone from the store; or sums of other series now, of a model that must keep them.
+        is_noted: the facts of the stream have changed and must be kept.
+    """
+
+    names: frozenset[str] = frozenset()
+    is_noted: bool = False
+
+
+def find_lapsed(live: Stream, stored: Collection[str], sums: Mapping[str, list[str]], stream: str) -> Lapsed:
+    """Note what each sum is made of and what is gone, and return the series to take no rows of; warn of what is new.
+
+    A sum that is made of other series than before leaves the stream. Where a model couples series none can leave: what
+    the stream knows of the sum is hidden instead.
+
+    Args:
+        live: the stream before its rows are taken; is changed.
+        stored: series in the store. sums: of ``sum_members``.
+        stream: its name.
+
+    Raises:
+        DataError: no series would be left.
+    """
+    noted = live.about.get(_SUMS)
+    known: dict[str, list[str]] = noted or {}
+    other = [name for name in live.series if name in known and name in sums and known[name] != sums[name]]
+    held = other if live.buffer.coupled else []
+    if other:
+        _warn_other(live, {name: (known[name], sums[name]) for name in other}, stream)
+        (_hide if held else _let_go)(live, other)
+    record = {**known, **sums, **{name: known[name] for name in held}}
+    gone = sorted(set(live.ends()["series_id"]) - set(stored) - sums.keys())
+    told = live.about.get(_GONE, [])
+    if new := [name for name in gone if name not in told]:
+        _LOG.warning(
+            "%d series of stream '%s' are no longer stored (%s); it goes on without rows of them, and forecasts them "
+            "from their last ones: reset=true leaves them out",
+            len(new),
+            stream,
+            listing(new),
+        )
+    is_noted = record != known or gone != told
+    if is_noted:
+        live.about |= {_SUMS: record, _GONE: gone}
+    return Lapsed(names=frozenset((*held, *gone)), is_noted=is_noted)
+
+
+def sum_members(data: FittedData, workspace: Workspace) -> dict[str, list[str]]:
+    """Return the series that each sum made on reading a data set is made of; none without a hierarchy of series.
+
+    Raises:
+        DataError: the data set is unknown, or its hierarchy does not fit its series.
+    """
+    with closing(SeriesStore(workspace.database_url)) as store:
+        plain = data.settings(store.config(data.name)).get("hierarchy")
+        if plain is None:
+            return {}
+        structure, names = validate(HierarchyConfig, plain, where="hierarchy"), sorted(store.series_ids(data.name))
+        if structure.over != "series":
+            return {}
+        with transaction(store.engine, f"read dataset '{data.name}' from", write=False) as connection:
+            constants = statics(connection, definition(connection, data.name), None)
+    tree = build_hierarchy(structure, names, constants)
+    given = set() if structure.given == "rebuild" else set(names)
+    made = [place for place, name in enumerate(tree.nodes[: tree.num_aggregates]) if name not in given]
+    return {tree.nodes[place]: [tree.bottoms[k] for k in tree.aggregation[[place]].indices] for place in made}
+
+
+def _warn_other(live: Stream, changes: Mapping[str, tuple[list[str], list[str]]], stream: str) -> None:
+    shown = []
+    for name, (old, new) in changes.items():
+        before, now = set(old), set(new)
+        joined, left = [part for part in new if part not in before], [part for part in old if part not in now]
+        parts = [f"{word} {listing(some, 3)}" for word, some in (("with", joined), ("without", left)) if some]
+        shown.append(f"{name}: {', '.join(parts)}")
+    is_closed = live.buffer.coupled or live.artifact.network.needs_known_series
+    remedy = "their rows are left out: fit again" if is_closed else "each waits until the new sum fills a context"
+    _LOG.warning(
+        "%d sums that stream '%s' follows are made of other series than before (%s); %s",
+        len(changes),
+        stream,
+        listing(shown),
+        remedy,
+    )
+
+
+def _hide(live: Stream, names: Sequence[str]) -> None:
+    places = [place for place, name in enumerate(live.series) if name in names]
+    live.buffer.rows[places, :, : len(live.artifact.schema.targets)] = np.nan
+
+
+def _let_go(live: Stream, names: Sequence[str]) -> None:
+    keep = [place for place, name in enumerate(live.series) if name not in names]
+    if not keep:
+        raise DataError(f"all {len(names)} series of the stream are sums of other series now; reset=true begins anew")
+    series = tuple(live.series[place] for place in keep)
+    live.buffer = Buffer(live.artifact, series, **{name: value[keep] for name, value in live.buffer.tensors().items()})
+    if live.carried is not None:
+        live.carried = live.carried.take(live.buffer.everyone.new_tensor(keep))
+    if live.online is not None:
+        live.online = replace(live.online, state=_without(live.online.state, names))
+
+
+def _without(state: OnlineConformal, names: Sequence[str]) -> OnlineConformal:
+    """Return what intervals have learned of all other series."""
+    tables, theirs = state.tables(), pl.col("series_id").is_in(list(names))
+    kept = tables["cells"].with_row_index("cell").filter(~theirs)
+    pending = tables["pending"]
+    if pending.width:
+        moved = dict(zip(kept["cell"].to_list(), range(kept.height), strict=True))
+        pending = pending.filter(~theirs).with_columns(
+            pl.col("cell").replace_strict(list(moved), list(moved.values()), return_dtype=pl.Int64)
+        )
+    return OnlineConformal.from_tables(state.config, {"cells": kept.drop("cell"), "pending": pending}, state.tally)
 
 
 def find_left_out(live: Stream, before: pl.DataFrame | None, data: FittedData, workspace: Workspace) -> LeftOut:
