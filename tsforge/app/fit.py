@@ -408,7 +408,6 @@ def fit_frame(
     table = _margins(network, spans.train, calibration, config.calibration)
     metrics, device = held_out_errors(network, spans.graded, unit), network.param_offset.device
     rows = replace(splits, train=fitted_rows, valid=(max(fitted_rows[1], splits.valid[0]), splits.valid[1])).to_dict()
-    times = {name: span_times(panel, span) for name, span in rows.items()}
     artifact = create_artifact(
         network,
         config=config.model_dump(mode="json"),
@@ -421,9 +420,7 @@ def fit_frame(
         provenance={
             **collect_provenance(data_fingerprint=frame.fingerprint(), seeds={"train": seed}),
             "dataset": config.data.name,
-            "spans": times,
-            **_published_facts(history, frame, times["valid"] or times["train"]),
-            "span_rows": rows,
+            **_span_facts(history, frame, panel, rows),
             "entities": {"held_out": list(names), "watch": config.entities.watch},
             "training": _training_facts(training, earlier, config),
         },
@@ -434,12 +431,15 @@ def fit_frame(
     return _with_dependence(artifact, calibration, config.calibration, device), training
 
 
-def _published_facts(history: History, frame: SeriesFrame, fitted: list[str] | None) -> dict[str, str]:
-    """Return what provenance says of publications: when the newest value came out that the fit was given."""
-    if not isinstance(history, VintageFrame) or not fitted:
-        return {}
-    moment = history.newest_publication(fitted[-1], frame.series_ids, frame.schema.columns)
-    return {} if moment is None else {"published_until": str(moment)}
+def _span_facts(history: History, frame: SeriesFrame, panel: Panel, rows: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Return what provenance says of the spans, and when the newest value came out that the fit was given of them."""
+    times = {name: span_times(panel, span) for name, span in rows.items()}
+    facts: dict[str, Any] = {"spans": times, "span_rows": rows}
+    fitted = times["valid"] or times["train"]
+    if isinstance(history, VintageFrame) and fitted:
+        moment = history.newest_publication(fitted[-1], frame.series_ids, frame.schema.columns)
+        facts |= {} if moment is None else {"published_until": str(moment)}
+    return facts
 
 
 def _training_facts(training: TrainResult, earlier: Artifact | None, config: FitConfig) -> dict[str, Any]:
