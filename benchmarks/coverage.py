@@ -5,7 +5,7 @@
     python benchmarks/coverage.py --sets bike_sharing,vic_electricity --out ...
 
 Each set is fitted once on its first 80 % (the last quarter of that calibrates) and forecast from cutoffs over its last
-20 %. ``static`` are the margins of the default, ``recent`` static ones in units of recent errors
+20 %. ``static`` are fixed margins (``absolute``), ``recent`` static ones in units of recent errors
 (``calibration.method=recent``); ``online`` and ``aci`` are the former adapted in time order by the two methods with
 their default rates, ``recent online`` and ``recent aci`` the latter. Then the same with a drift planted into the second
 half of the test part, in standard deviations of the one-step errors of each variate before it: noise that doubles the

@@ -258,6 +258,8 @@ def test_a_fit_with_settings_of_its_own_does_not_take_the_place_of_a_baseline(
     assert set(both.leaderboard["model"]) == {*plain.leaderboard["model"], "seasonal_naive@baseline", "drift@baseline"}
     skills = [found.leaderboard.filter(model="linear")["skill_mae"].item() for found in (plain, both)]
     assert skills[0] == skills[1]
+    labels = ["last_value", "seasonal_naive@baseline", "drift@baseline"]
+    assert sorted(both.settings["baselines"]) == sorted(labels)  # what pages hold a model against
     assert both.path is None
     assert "against seasonal_naive@baseline" in both.markdown()
 
@@ -268,6 +270,8 @@ def test_a_fit_that_is_a_baseline_is_in_the_report_once(frame: SeriesFrame) -> N
     found = backtest(fits, frame, config, horizon=HORIZON)
     assert found.settings["reference"] == "seasonal_naive"
     assert set(found.leaderboard["model"]) == set(fits)
+    short = backtest({"last_value": naive_fit("last_value", 1)}, frame, config, horizon=HORIZON)
+    assert "last_value@baseline" in set(short.leaderboard["model"])  # one row may be a gap
     longer = backtest({name: naive_fit(name, 48) for name in fits}, frame, config, horizon=HORIZON)
     others = {"drift@baseline", "seasonal_naive@baseline"}  # the last value looks at no more of a longer context
     assert set(longer.leaderboard["model"]) == {*fits, *others}

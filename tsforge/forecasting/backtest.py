@@ -457,6 +457,7 @@ def _report(
     settings = {
         **config.model_dump(mode="json"),
         "model": models[0],
+        "baselines": list(known.baselines.values()),
         "horizon": steps,
         "season_length": season,
         "regime_rows": config.regime_rows or block_rows(season, steps),

@@ -102,11 +102,12 @@ def _context(season: int, context_length: int) -> int:
 def is_baseline(artifact: Artifact, name: str, season: int) -> bool:
     """Return whether an artifact makes the forecasts of the baseline ``name`` that looks back one season.
 
-    Same model, same settings and, but for the last value, same look-back: a longer one holds other starts of a drift
-    and other values where the last season has gaps.
+    Same model, same settings and same look-back: a longer one holds other starts of a drift and other values where the
+    last season has gaps. For the last value a longer one will do: it differs only after a gap of a whole season.
     """
     same = validate(NetworkConfig, {"model": _settings(name, season)}).model == artifact.network.config.model
-    return same and (name == "last_value" or artifact.window.context_length == _context(season, 0))
+    length, least = artifact.window.context_length, _context(season, 0)
+    return same and (length >= least if name == "last_value" else length == least)
 
 
 def fit_baseline(

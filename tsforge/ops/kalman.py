@@ -59,16 +59,17 @@ def conditional_fill(precision: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     if bool(mask.all()):
         return clean.to(values.dtype)
     counts = (~mask).sum(1)
-    sparse = 2 * counts > mask.shape[1]  # more gaps than values: the smaller system is that of the values
-    if bool(sparse.any()):
+    length = float(mask.shape[1])
+    sparse = 2 * counts > length  # more gaps than values: the smaller system is that of the values
+    gaps = counts[sparse].double()
+    if float((gaps**3 - (length - gaps) ** 3).sum()) > 3.0 * length**3:  # what it saves pays for the covariance
         covariance = _covariance(precision)
-        if covariance is None:
-            sparse = torch.zeros_like(sparse)
-        else:
+        if covariance is not None:
             rows = torch.nonzero(sparse).flatten()
             weights = _solve_at(covariance, clean[rows], mask[rows])
             clean[rows] = torch.where(mask[rows], clean[rows], weights @ covariance)
-    rows = torch.nonzero((counts > 0) & ~sparse).flatten()
+            counts = torch.where(sparse, 0, counts)
+    rows = torch.nonzero(counts).flatten()
     if len(rows):
         pull = clean[rows] @ precision  # at a gap: the pull of the observed values on it
         clean[rows] += _solve_at(precision, -pull, ~mask[rows])

@@ -62,7 +62,9 @@ def test_rows_of_few_values_near_the_unit_circle(root: float, sound: bool) -> No
     values, mask = torch.zeros(2, 12, dtype=torch.float64), torch.zeros(2, 12, dtype=torch.bool)
     for row, place, value in ((0, 2, 3.0), (1, 2, 3.0), (1, 8, -1.0)):
         values[row, place], mask[row, place] = value, True
+    many = conditional_fill(precision, values.repeat(4, 1), mask.repeat(4, 1)).numpy()  # enough for the covariance
     filled = conditional_fill(precision, values, mask).numpy()
+    assert np.allclose(many, np.tile(filled, (4, 1)), atol=1e-9)
     assert filled[0] == pytest.approx(3.0 * root ** np.abs(np.arange(12) - 2))
     between = filled[1, 3:8]
     ahead, back = root ** np.arange(1, 6), root ** np.arange(5, 0, -1)
