@@ -89,13 +89,13 @@ def recent_errors(
         mine = order[start : start + step]
         earlier = cutoff[mine, None] - back
         owner = np.broadcast_to(series[mine, None], earlier.shape)
-        usable = _has_context(panel, window.context_length, owner, earlier)
-        keys, place = np.unique(np.stack([owner[usable], earlier[usable]]), axis=1, return_inverse=True)
-        if not keys.shape[1]:
+        usable, where = _has_context(panel, window.context_length, owner, earlier), np.full(earlier.shape, -1)
+        if not usable.any():
             continue
-        errors = _absolute_errors(network, panel, window, keys[0], keys[1])
-        where = np.full(earlier.shape, -1)
-        where[usable] = place.ravel()
+        first = earlier[usable].min()
+        width = earlier[usable].max() - first + 1
+        keys, where[usable] = np.unique(owner[usable] * width + earlier[usable] - first, return_inverse=True)
+        errors = _absolute_errors(network, panel, window, keys // width, keys % width + first)
         for number, (rows, part) in enumerate(zip(back, share, strict=True)):
             there = np.flatnonzero(where[:, number] >= 0)
             known = known_steps(int(rows), window.horizon)

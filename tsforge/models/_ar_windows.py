@@ -44,7 +44,8 @@ def training_windows(
     bounds = series_bounds(data)
     origins = [np.arange(first + length, last - horizon + 1) for first, last in pairwise(bounds)]
     if of_each is not None:
-        origins = [part if len(part) <= of_each else _some(part, of_each) for part in origins]
+        places = {size: _some(np.arange(size), of_each) for size in {len(part) for part in origins} if size > of_each}
+        origins = [part[places[len(part)]] if len(part) in places else part for part in origins]
     series = np.repeat(np.arange(len(origins)), [len(part) for part in origins])
     rows = np.concatenate(origins) if origins else np.zeros(0, dtype=np.int64)
     if max_windows is not None and len(rows) > max_windows:
