@@ -12,6 +12,7 @@ import pytest
 
 from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.detector import detect
+from tsforge.anomaly.online import OnlineDetector
 from tsforge.anomaly.preparation import points_per_day
 from tsforge.anomaly.spans import SeriesSpans, series_spans
 from tsforge.app.fit import FitConfig, fit_frame
@@ -221,6 +222,27 @@ def test_a_series_without_enough_rows_is_left_out_and_named(artifact: Artifact, 
     assert any(
         "1 of 2 series cannot be calibrated" in notice and "'b' has" in notice for notice in report.metadata["notices"]
     )
+
+
+def test_a_series_that_does_not_suit_the_rule_leaves_the_others_be(artifact: Artifact, data: pl.DataFrame) -> None:
+    """A sensor that stood still while calibrating stopped the detection of all series."""
+    still = (pl.col("series_id") == "b") & (pl.col("time") >= hours(TRAIN - 100)) & (pl.col("time") < hours(VALID))
+    stuck = data.with_columns(pl.when(still).then(1.0).otherwise(name).alias(name) for name in ("x", "y", "z"))
+    settings = config(score={"smoothing": {"kind": "cusum"}})
+    report = detect(artifact, as_frame(stuck), settings)
+    alone = detect(artifact, as_frame(stuck.filter(pl.col("series_id") == "a")), settings)
+    assert report.scores.table.equals(alone.scores.table)
+    (notice,) = (text for text in report.metadata["notices"] if "1 of 2 series are not scored: 'b': " in text)
+    stream = OnlineDetector.start(artifact, as_frame(stuck), settings, start=hours(VALID))
+    assert stream.series == ("a",)
+    assert notice in stream.notices
+    with pytest.raises(DataError, match="scores are equal") as said:
+        detect(artifact, as_frame(stuck.filter(pl.col("series_id") == "b")), settings)
+    assert str(said.value) in notice
+    twice = stuck.filter(pl.col("series_id") == "b")
+    both = pl.concat([twice, twice.with_columns(series_id=pl.lit("a"))])
+    with pytest.raises(DataError, match="no series can be scored: 'a', 'b': "):
+        detect(artifact, as_frame(both), settings)
 
 
 def test_too_few_rows_before_the_start_is_an_error_with_the_number(artifact: Artifact, data: pl.DataFrame) -> None:

@@ -15,9 +15,10 @@ from tsforge.anomaly.config import DetectConfig
 from tsforge.anomaly.confirmed import confirmed_rows
 from tsforge.anomaly.deviations import used_steps
 from tsforge.anomaly.guard import Guard
+from tsforge.anomaly.health import health_window
 from tsforge.anomaly.incidents import group_labels
 from tsforge.anomaly.online import OnlineDetector
-from tsforge.anomaly.preparation import Prepared, points_per_day, prepare
+from tsforge.anomaly.preparation import Prepared, fit_monitors, points_per_day, prepare
 from tsforge.anomaly.report import ReportContext, build_report
 from tsforge.anomaly.series import SeriesResult, detect_series, series_result
 from tsforge.anomaly.spans import ScoredSpan, choose_span
@@ -86,14 +87,12 @@ def detect(
     )
     if guard is None:
         ready = prepare(artifact, frame, panel, settings, span, context.confirmed)
-        names = artifact.schema.targets
-        results = [
-            detect_series(rows, spans, span.start, settings, ready.new_rule, names) for rows, spans in ready.calibrated
-        ]
+        fitted, left_out = fit_monitors(ready, span.start, settings, artifact.schema.targets)
+        results = [detect_series(one.rows, one.spans, one.monitor, span.start, settings) for one in fitted]
     else:
         ready = prepare(artifact, frame, panel, settings, replace(span, stop=span.start), context.confirmed)
-        results = _row_by_row(artifact, frame, judged, settings, span, ready, guard)
-    report = build_report(context, results, ready.notices)
+        results, left_out = _row_by_row(artifact, frame, judged, settings, span, ready, guard)
+    report = build_report(context, results, [*ready.notices, *left_out])
     for notice in report.metadata["notices"]:
         _LOG.warning("%s", notice)
     scored = sum(facts["rows_scored"] for facts in report.metadata["series"].values())
@@ -109,9 +108,12 @@ def _row_by_row(
     span: ScoredSpan,
     ready: Prepared,
     guard: Guard,
-) -> list[SeriesResult]:
-    """Return what a stream finds: guarded contexts depend on the alarms before them."""
-    detector = OnlineDetector.prepared(artifact, frame, ready, config, span.start, guard=guard)
+) -> tuple[list[SeriesResult], list[str]]:
+    """Return what a stream finds, and series left out: guarded contexts depend on the alarms before them."""
+    fitted, left_out = fit_monitors(
+        ready, span.start, config, artifact.schema.targets, recent=health_window(points_per_day(artifact.grid))
+    )
+    detector = OnlineDetector.prepared(artifact, frame, ready, fitted, config, span.start, guard=guard)
     first, last = artifact.grid.time_at(span.start), artifact.grid.time_at(span.stop - 1)
     columns, watched = artifact.schema, detector.recent.buffer.series
 
@@ -125,8 +127,9 @@ def _row_by_row(
     values = part(judged.table, *columns.targets).filter(pl.col("time") <= last)
     found = detector.update(new, judged=values, known=part(frame.table, *columns.known) if columns.known else None)
     scored = {item.series_id: item for item in found.scored}
-    return [
-        series_result(rows, spans, detector.monitors[name], scored[name], guarded=guard.rows.get(name, 0))
-        for rows, spans in ready.calibrated
-        for name in (rows.series_id,)
+    results = [
+        series_result(one.rows, one.spans, one.monitor, scored[name], guarded=guard.rows.get(name, 0))
+        for one in fitted
+        for name in (one.rows.series_id,)
     ]
+    return results, left_out

@@ -31,9 +31,8 @@ from tsforge.anomaly.monitor import EventRow, Judged, Monitor
 from tsforge.anomaly.online_intake import plain_rows
 from tsforge.anomaly.online_rows import Compared, Recent, RecentRows
 from tsforge.anomaly.online_windows import RecentWindows
-from tsforge.anomaly.preparation import Prepared, points_per_day, prepare
+from tsforge.anomaly.preparation import Fitted, Prepared, fit_monitors, points_per_day, prepare
 from tsforge.anomaly.segments import Segment
-from tsforge.anomaly.series import fit_monitor
 from tsforge.anomaly.spans import ScoredSpan, first_row_from, training_rows
 from tsforge.anomaly.tables import ScoredRows, event_table, score_table
 from tsforge.artifact import Artifact, match_frame
@@ -174,7 +173,11 @@ class OnlineDetector:
         span = ScoredSpan(train_start, train_stop, begin, begin)
         spared = confirmed_rows(confirmed, grid, begin)
         ready = prepare(artifact, past, artifact_panel(artifact, judged), settings, span, spared)
-        return cls.prepared(artifact, past, ready, settings, begin, guard=guard, notices=spared.notices())
+        fitted, left_out = fit_monitors(
+            ready, begin, settings, artifact.schema.targets, recent=health_window(points_per_day(grid))
+        )
+        notices = (*left_out, *spared.notices())
+        return cls.prepared(artifact, past, ready, fitted, settings, begin, guard=guard, notices=notices)
 
     @classmethod
     def prepared(
@@ -182,31 +185,28 @@ class OnlineDetector:
         artifact: Artifact,
         frame: SeriesFrame,
         ready: Prepared,
+        fitted: Sequence[Fitted],
         config: DetectConfig,
         begin: int,
         *,
         guard: Guard | None,
         notices: Sequence[str] = (),
     ) -> OnlineDetector:
-        """Return the detector of what ``prepare`` found; ``begin`` is the absolute row that comes next.
+        """Return the detector of what ``prepare`` and ``fit_monitors`` found; ``begin`` is the row that comes next.
 
         Args:
             artifact, config: as of ``start``.
             frame: history, matched to the artifact.
             ready: rows before ``begin`` that scale and calibrate.
-            begin: first row to judge.
+            fitted: what judges each series.
+            begin: first absolute row to judge.
             guard: that of the config.
             notices: more to tell than what series and buckets lack.
 
         Raises:
             ConfigError, DataError, ModelError: as ``start``.
         """
-        recent = health_window(points_per_day(artifact.grid))
-        names = artifact.schema.targets
-        monitors = {
-            rows.series_id: fit_monitor(rows, spans, begin, config, ready.new_rule, names, recent=recent)
-            for rows, spans in ready.calibrated
-        }
+        monitors = {one.rows.series_id: one.monitor for one in fitted}
         told = (*ready.notices, *notices, *_small_buckets(monitors, config.calibration.by))
         kept: Recent
         if config.score.is_windowed:

@@ -11,9 +11,11 @@ from tsforge.anomaly.buckets import row_buckets
 from tsforge.anomaly.config import DetectConfig, ScoreConfig
 from tsforge.anomaly.confirmed import ConfirmedRows
 from tsforge.anomaly.deviations import WindowedSeries, collect_deviations, observed_values, seen_values
+from tsforge.anomaly.health import HEALTH_ROWS
+from tsforge.anomaly.monitor import Monitor
 from tsforge.anomaly.residuals import MIN_OBSERVED, TrainingRange
 from tsforge.anomaly.row_regression import fit_row_regression
-from tsforge.anomaly.series import SeriesRows
+from tsforge.anomaly.series import SeriesRows, fit_monitor
 from tsforge.anomaly.spans import ScoredSpan, SeriesSpans, series_spans
 from tsforge.anomaly.thresholds import ThresholdRule, build_rule
 from tsforge.anomaly.uncomparable import Uncomparable
@@ -25,7 +27,7 @@ from tsforge.data.panel import Panel
 
 MICROSECONDS_PER_DAY = 86_400_000_000
 DAYS_PER_MONTH = 365.2425 / 12
-MOST_REASONS = 3  # told of series that cannot be compared
+MOST_REASONS = 3  # told of series that cannot be compared, or fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,49 @@ def prepare(
     return Prepared(calibrated=calibrated, new_rule=new_rule, notices=notices, windowed=found.windowed)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A series with the monitor that judges it from the first scored row on."""
+
+    rows: SeriesRows
+    spans: SeriesSpans
+    monitor: Monitor
+
+
+def fit_monitors(
+    ready: Prepared, start: int, config: DetectConfig, names: tuple[str, ...], *, recent: int = HEALTH_ROWS
+) -> tuple[list[Fitted], list[str]]:
+    """Return the monitors of all series that can be fitted, and notices of those that cannot.
+
+    One series whose calibration scores do not suit the rule, such as a sensor that stood still, leaves the others be.
+
+    Args:
+        ready: rows of every series.
+        start, config, names, recent: as of ``fit_monitor``.
+
+    Raises:
+        ConfigError: as ``fit_monitor``.
+        DataError: no series can be fitted.
+    """
+    fitted: list[Fitted] = []
+    failed: dict[str, DataError] = {}
+    for rows, spans in ready.calibrated:
+        try:
+            monitor = fit_monitor(rows, spans, start, config, ready.new_rule, names, recent=recent)
+        except DataError as error:
+            failed[rows.series_id] = error
+        else:
+            fitted.append(Fitted(rows=rows, spans=spans, monitor=monitor))
+    if not failed:
+        return fitted, []
+    reasons = _alike({name: str(error) for name, error in failed.items()})
+    if not fitted:
+        if len(failed) == 1:
+            raise next(iter(failed.values()))
+        raise DataError(f"no series can be scored: {reasons}") from next(iter(failed.values()))
+    return fitted, [f"{len(failed)} of {len(ready.calibrated)} series are not scored: {reasons}"]
+
+
 def points_per_day(grid: TimeGrid) -> float | None:
     """Return rows a day of a grid, None where time is a plain number."""
     step = parse_freq(grid.freq)
@@ -219,9 +264,14 @@ def _left_out(
 
 def _reasons(uncomparable: Mapping[str, Uncomparable]) -> str:
     """Return what series lack, those that lack the same together; the most frequent reasons."""
+    return _alike({name: error.lack for name, error in uncomparable.items()})
+
+
+def _alike(lacks: Mapping[str, str]) -> str:
+    """Return texts about series, each with the names of those it is about."""
     alike: dict[str, list[str]] = {}
-    for name, error in uncomparable.items():
-        alike.setdefault(error.lack, []).append(f"'{name}'")
+    for name, lack in lacks.items():
+        alike.setdefault(lack, []).append(f"'{name}'")
     groups = sorted(alike.items(), key=lambda item: -len(item[1]))
     parts = [f"{listing(names, 3)}: {lack}" for lack, names in groups[:MOST_REASONS]]
     rest = sum(len(names) for _, names in groups[MOST_REASONS:])

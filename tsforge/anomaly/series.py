@@ -191,25 +191,19 @@ def fit_monitor(
 
 
 def detect_series(
-    rows: SeriesRows,
-    spans: SeriesSpans,
-    start: int,
-    config: DetectConfig,
-    new_rule: Callable[[], ThresholdRule],
-    names: tuple[str, ...],
+    rows: SeriesRows, spans: SeriesSpans, monitor: Monitor, start: int, config: DetectConfig
 ) -> SeriesResult:
-    """Return scores and events of the rows from absolute row ``start`` on; arguments as of ``fit_monitor``.
+    """Return scores and events of the rows from absolute row ``start`` on; the monitor is of ``fit_monitor``.
 
     The last rows of a score with latency are not judged yet: they end no event, as they end none in a stream.
     """
-    monitor = fit_monitor(rows, spans, start, config, new_rule, names)
     first = start - rows.start
     complete = max(len(rows.values) - config.score.window_latency, first)
     before = max(start - monitor.row, 0)
     found = monitor.run(**_inputs(rows, slice(first, complete))).since(before)
     late = len(rows.values) - first - found.joint.size
     if late:
-        waiting = Judged.nothing(len(names), late, by_variate=monitor.samples is not None)
+        waiting = Judged.nothing(len(monitor.names), late, by_variate=monitor.samples is not None)
         waiting = replace(waiting, values=rows.values[-late:], expected=rows.expected[-late:])
         found = Judged.join([found, waiting])
     return series_result(rows, spans, monitor, ScoredRows(series_id=rows.series_id, start=start, judged=found))
