@@ -12,7 +12,7 @@ import pytest
 
 from tsforge.app.fit import FitConfig, fit
 from tsforge.app.forecast import PredictConfig, predict
-from tsforge.app.ingest import IngestConfig, ingest
+from tsforge.app.ingest import IngestConfig, ingest, load_dataset
 from tsforge.app.stream import StreamConfig, StreamResult, stream
 from tsforge.artifact import load_artifact
 from tsforge.core.config import validate
@@ -164,3 +164,22 @@ def test_a_model_that_couples_series_gets_no_value_of_the_new_sum(
         assert series(done) == ["n_a", "n_b"]
         assert [line for line in told(caplog) if "made of other series than before" in line and "fit again" in line]
     assert first.mode == "window"
+
+
+@pytest.mark.parametrize("tree", [BY_NAME, {"children": {"total": ["n_a", "n_b"]}}], ids=["by_name", "children"])
+def test_a_member_that_ended_long_ago_stays_a_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: dict[str, Any]
+) -> None:
+    """Rows read from a late start held no row of it: a declared tree was refused, a tree of names lacked it."""
+    shops = Shops(tmp_path)
+    plain = shops.data
+    monkeypatch.setattr(shops, "data", lambda table: plain(table) | {"hierarchy": tree})
+    shops.fit()
+    shops.bring(shops.hours("n_a", HISTORY, 2 * HISTORY))
+    begin = (FIRST + timedelta(hours=HISTORY + 50)).isoformat()
+    late, whole = (load_dataset(shops.workspace, "shops", start=start).table for start in (begin, None))
+    assert late.equals(whole.filter(pl.col("time") >= FIRST + timedelta(hours=HISTORY + 50)))
+    assert late.filter(series_id="total")["y"].drop_nulls().is_empty()
+    shops.run()
+    shops.bring(shops.hours("n_a", 2 * HISTORY, 2 * HISTORY + 5))
+    assert set(shops.run().scores["series_id"]) == {"n_a"}

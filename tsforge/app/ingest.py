@@ -265,16 +265,22 @@ def load_dataset(
         settings, calendar = _settings(store, data)
         structure = _structure(settings)
         chosen = None if structure is not None else series  # a sum needs all its parts
-        frame = store.read(name, series=chosen, start=None if settings.get(_DELAY) else start, end=end)
+        later = settings.get(_DELAY) is not None  # cut after the shift, which reads earlier rows
+        frame = store.read(name, series=chosen, start=None if later else start, end=end)
+        if structure is not None and structure.over == "series" and start is not None and not later:
+            later = store.series_ids(name) != set(frame.series_ids)
+            if later:  # a sum lacks the members that have no rows any more: all of them say which they are
+                frame = store.read(name, end=end)
     schema = _wanted_schema(frame.schema, data)
     if schema != frame.schema:
         frame = SeriesFrame(frame.table, schema, frame.static, require_targets=False)
     frame = frame.extend(extend) if extend else frame
     frame = Delays.of(settings.get(_DELAY), schema, frame.grid, strict=False).shift(frame)
-    if settings.get(_DELAY) and start is not None:  # cut after the shift, which reads earlier rows
-        frame = frame.between(start)
     if structure is not None:
         frame = _with_sums(frame, structure, settings)
+    if later and start is not None:
+        frame = frame.between(start)
+    if structure is not None:
         frame = frame if series is None else frame.select_series(series)
     frame = add_calendar(frame, _fitting(calendar, data, schema))
     return _masked(frame, settings, name) if masked else frame
