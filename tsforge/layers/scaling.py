@@ -1,6 +1,7 @@
 """Scaling of targets and covariates; statistics come from the training span or the context, never from the target."""
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ WINDOW_FLOOR = 1e-3  # smallest window scale, in standard deviations of the calm
 _ORDINARY = 2.0**40  # sizes up to this and down to its inverse have squares well within single precision
 DIVERSE_LEVELS = 2.0  # spread of all series together, in those of the middle one, from which on levels count as apart
 DIVERSE_SPREADS = 3.0  # the same for the spread of a lively series in those of a calm one (0.9 and 0.1 quantile)
+_BLOCK_CELLS = 1 << 21  # of the training span, whose statistics are taken at once
 _PRIOR_ROWS = 8.0  # of its context, that the usual relative spread weighs in the scale of a series not trained on
 
 
@@ -225,9 +227,7 @@ class Scaler(nn.Module):
         mean, spread = masked_moments(values, mask, robust=self.robust)
         size = _peak(values, mask)
         scale = self._fall_back(spread, size, values, mask)
-        series_loc, series_spread = self._series_stats(data, values)
-        seen = torch.stack([mask[a:b].any(dim=0) for a, b in _spans(data.indptr)])
-        peaks = torch.stack([_peak(values[a:b], mask[a:b]) for a, b in _spans(data.indptr)])
+        series_loc, series_spread, seen, peaks = self._series_stats(data, values)
         constant = series_spread <= 1e-9 * peaks
         self._set("global_loc", mean)
         self._set("global_scale", scale)
@@ -253,16 +253,21 @@ class Scaler(nn.Module):
             spread = torch.where(spread > 1e-9 * size, spread, masked_moments(values, mask)[1])
         return _safe(spread, size)
 
-    def _series_stats(self, data: TrainingSeries, values: Tensor) -> tuple[Tensor, Tensor]:
-        locs, spreads = [], []
-        for start, stop in _spans(data.indptr):
-            rows, seen = values[start:stop], data.mask[start:stop]
-            loc, spread = masked_moments(rows, seen, robust=self.robust)
-            if self.robust:
-                spread = torch.where(spread > 1e-9 * _peak(rows, seen), spread, masked_moments(rows, seen)[1])
-            locs.append(loc)
-            spreads.append(spread)
-        return torch.stack(locs), torch.stack(spreads)
+    def _series_stats(self, data: TrainingSeries, values: Tensor) -> tuple[Tensor, ...]:
+        """Return location, spread, whether anything is observed, and largest size of every series, each [S, V]."""
+        width = values.shape[1]
+        blocks = (
+            self._stats_of(values[rows].reshape(*shape, width), data.mask[rows].reshape(*shape, width))
+            for rows, shape in _blocks(data.indptr, width)
+        )
+        return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+
+    def _stats_of(self, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        loc, spread = masked_moments(values, mask, robust=self.robust)
+        peak = _peak(values, mask)
+        if self.robust:
+            spread = torch.where(spread > 1e-9 * peak, spread, masked_moments(values, mask)[1])
+        return loc, spread, mask.any(dim=-2), peak
 
     def _set(self, name: str, value: Tensor) -> None:
         old = getattr(self, name)
@@ -446,14 +451,21 @@ def _standardise(values: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 
 def _peak(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the largest size [V] of observed values, 0 where there is none."""
-    if not len(values):
-        return values.new_zeros(values.shape[1])
-    return torch.where(mask, values.abs(), 0.0).amax(dim=0)
+    """Return the largest size [*, V] of observed values [*, T, V], 0 where there is none."""
+    if not values.shape[-2]:
+        return values.sum(dim=-2)  # of no rows
+    return torch.where(mask, values.abs(), 0.0).amax(dim=-2)
 
 
-def _spans(indptr: Tensor) -> list[tuple[int, int]]:
-    return list(pairwise(indptr.tolist()))
+def _blocks(indptr: Tensor, width: int) -> Iterator[tuple[slice, tuple[int, int]]]:
+    """Yield the rows of neighbouring series of one length, and (series, length) of them: few passes, little memory."""
+    place = int(indptr[0])
+    for length, run in groupby(torch.diff(indptr).tolist()):
+        left, most = len(list(run)), max(_BLOCK_CELLS // max(length * width, 1), 1)
+        while left:
+            number = min(left, most)
+            yield slice(place, place + number * length), (number, length)
+            place, left = place + number * length, left - number
 
 
 def _last_observed(values: Tensor, mask: Tensor) -> Tensor:
