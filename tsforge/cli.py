@@ -285,6 +285,10 @@ def watch(
     overrides: Overrides = None,
     once: Annotated[bool, typer.Option("--once", help="Take what is there, deliver it, then exit.")] = False,
     redeliver: Annotated[bool, typer.Option("--redeliver", help="First send every dead letter once more.")] = False,
+    discard: Annotated[
+        list[str] | None,
+        typer.Option("--discard", metavar="SINK", help="First remove the dead letters of this sink; may be repeated."),
+    ] = None,
     status: Annotated[
         str | None, typer.Option("--status", metavar="NAME", help="Show what the watch NAME is doing and stop.")
     ] = None,
@@ -299,7 +303,9 @@ def watch(
         return
     job = _config("tsforge.app.watch.settings:WatchConfig", config, overrides, dry_run)
     tell = _Outliving(_print_line if as_json else _print_transitions)
-    result = _attribute("tsforge.app.watch.run:watch")(job, _workspace(home), once=once, redeliver=redeliver, tell=tell)
+    result = _attribute("tsforge.app.watch.run:watch")(
+        job, _workspace(home), once=once, redeliver=redeliver, discard=discard or (), tell=tell
+    )
     if not as_json:
         print_facts(result.summary())
     if result.signal == signal.SIGINT:
@@ -313,7 +319,7 @@ def watch(
     if result.refused and result.signal is None:
         raise BackendError(
             f"{result.refused} transitions were refused and are dead letters (--status says why); send them again with "
-            "--redeliver"
+            "--redeliver, or remove them with --discard"
         )
 
 

@@ -126,6 +126,14 @@ def test_dead_letters_of_the_run_are_an_error_too(plant: Watched, capsys: pytest
         assert f"{count} transitions were refused and are dead letters (--status says why)" in errors
     status, out, _ = command(capsys, "watch", name, "--once")
     assert (status, "dead_letters" in out) == (0, True), "those of earlier runs are shown and end nothing"
+    status, _, errors = command(capsys, "watch", name, "--once", "--discard", "hok")
+    assert (status, "sink 'hok' has no dead letters; did you mean 'hook'?" in errors) == (2, True)
+    other = settings_file(plant, sinks=plant.plain()["sinks"])  # its letters outlive the sink
+    status, out, _ = command(capsys, "watch", other, "--once", "--redeliver", "--discard", "hook")
+    assert status == 0
+    assert json.loads(command(capsys, "watch", "--status", "plant", "--json")[1])["dead_letters"] == 0
+    assert len(plant.told()) == count, "what other sinks got stays"
+    assert command(capsys, "watch", other, "--once", "--discard", "hook")[0] == 2
 
 
 def test_another_detector_is_refused_until_it_is_started_anew(plant: Watched) -> None:

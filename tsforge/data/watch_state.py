@@ -377,6 +377,11 @@ class WatchState:
         with transaction(self._engine, "read the dead letters of", write=False) as connection:
             return [dict(row) for row in connection.execute(select(_DEAD).order_by(_DEAD.c.seq)).mappings()]
 
+    def discard(self, sink: str) -> int:
+        """Remove all dead letters of a sink, which nobody will get; return how many."""
+        with transaction(self._engine, "discard dead letters in") as connection:
+            return int(connection.execute(delete(_DEAD).where(_DEAD.c.sink == sink)).rowcount)
+
     def revive(self, sink: str, seqs: Sequence[int], *, delivered: int) -> None:
         """Remove dead letters that are dealt with; so many of them were delivered after all."""
         with transaction(self._engine, "remove dead letters from") as connection:

@@ -12,7 +12,7 @@ from tsforge.app.watch.incidents import Grouping
 from tsforge.app.watch.settings import JsonlSink, StoreSink, TableSink, WebhookSink
 from tsforge.app.watch.sinks import Sink, StoredEvents, open_sink
 from tsforge.app.watch.webhook import DeliveryError
-from tsforge.core.errors import listing
+from tsforge.core.errors import ConfigError, listing, nearest
 from tsforge.core.logs import get_logger, log_event
 from tsforge.core.workspace import Workspace
 from tsforge.data.watch_state import Cursor, Outgoing, WatchState
@@ -90,6 +90,22 @@ class Delivery:
                 count,
             )
 
+    def discard(self, names: Sequence[str]) -> int:
+        """Remove the dead letters of some sinks, named or not; return how many.
+
+        Raises:
+            ConfigError: a sink has none; nothing was removed.
+        """
+        known = sorted({letter["sink"] for letter in self._state.dead_letters()})
+        for name in names:
+            if name not in known:
+                held = f"there are some of {listing(known)}" if known else "there are none at all"
+                raise ConfigError(f"sink '{name}' has no dead letters{nearest(name, known)}; {held}")
+        removed = {name: self._state.discard(name) for name in dict.fromkeys(names)}
+        for name, count in removed.items():
+            log_event(_LOG, "dead letters discarded", sink=name, count=count)
+        return sum(removed.values())
+
     def close(self) -> None:
         """Close every sink."""
         self._stack.close()
@@ -132,7 +148,11 @@ class Delivery:
         for name in [name for name in letters if name not in self._sinks]:
             items = letters.pop(name)
             _LOG.warning(
-                "%s dead letters belong to sink '%s', which is not named: name it again to send them", len(items), name
+                "%s dead letters belong to sink '%s', which is not named: name it again to send them, or remove them "
+                "with --discard %s",
+                len(items),
+                name,
+                name,
             )
         return sum(self._revive(name, items, is_over) for name, items in letters.items())
 

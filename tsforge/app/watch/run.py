@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +90,7 @@ def watch(
     *,
     once: bool = False,
     redeliver: bool = False,
+    discard: Sequence[str] = (),
     tell: Tell | None = None,
 ) -> WatchResult:
     """Follow a source until a signal comes, its end is reached, or (with ``once``) nothing is left to read.
@@ -98,10 +99,12 @@ def watch(
         config: what to follow. workspace: whose store and artifacts.
         once: take what is there, deliver it, return.
         redeliver: send every dead letter once more first.
+        discard: before that, remove the dead letters of these sinks.
         tell: gets a record of every turn that took rows, and of the end.
 
     Raises:
-        ConfigError: a setting contradicts the artifact, the source, or what the watch was started with.
+        ConfigError: a setting contradicts the artifact, the source, or what the watch was started with; a sink of
+            ``discard`` has no dead letters.
         DataError: no such data set, folder or table; rows refused where the settings say so; too short a history.
         ArtifactError: no such artifact, or a damaged state.
         BackendError: another process is at work on the watch; with ``once``, a database or disk failed.
@@ -118,6 +121,8 @@ def watch(
         stack.callback(watcher.close)
         delivery.begin()  # only now: a start that is refused changes nothing
         delivery.group(watcher.grouping)
+        if discard:
+            delivery.discard(discard)
         if redeliver:
             sent = delivery.revive(lambda: stop.signal is not None)
             log_event(_LOG, "dead letters delivered", watch=name, count=sent)
