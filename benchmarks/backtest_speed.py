@@ -1,6 +1,6 @@
 """How long does a backtest of a global model over 1,000 series with 20 refits take, here and with its peers?
 
-    python benchmarks/backtest_speed.py [--quick] [--threads 1] [--rounds 3] [--peers PYTHON] [--out PREFIX]
+    python benchmarks/backtest_speed.py [--quick] [--threads 1] [--workers 2] [--rounds 3] [--peers PYTHON] [--out PREFIX]
 
 The panel has 1,000 hourly series of 1,500 rows: level, daily and weekly season with amplitudes and phases of their
 own, autoregressive noise. From each of 20 cutoffs, 24 rows apart, the next 24 rows are forecast from the last 168, by a
@@ -8,7 +8,8 @@ model fitted again on everything before the cutoff.
 
 - *tsforge*: the use-case ``backtest`` of ``linear`` on the stored data set: reading it, 20 closed-form fits on all
   series, conformal calibration of each, the three naive forecasts with their intervals, all metrics, tests, regimes,
-  and the report on disk. In a process of its own each round.
+  and the report on disk. In a process of its own each round, and once more with ``--workers`` processes that fit side
+  by side.
 - *Darts* and *neuralforecast* (``--peers``, the interpreter of an environment that has both): the same rows, cutoffs,
   look-back and horizon; forecasts only, no intervals, no metrics, no report. Where a peer would take hours it runs on
   the first series or the last cutoffs only, and its time is scaled up by their number; the page says so.
@@ -120,7 +121,7 @@ def job(plan: Plan, table: Path) -> dict[str, Any]:
     }
 
 
-def run_ours(folder: Path, plan: Plan, threads: int) -> dict[str, Any]:
+def run_ours(folder: Path, plan: Plan, threads: int, workers: int) -> dict[str, Any]:
     """Run the backtest in this process, write its forecasts, return what it cost."""
     import torch
 
@@ -129,7 +130,7 @@ def run_ours(folder: Path, plan: Plan, threads: int) -> dict[str, Any]:
     from tsforge.core.workspace import Workspace
 
     torch.set_num_threads(threads)
-    config = validate(BacktestJobConfig, job(plan, folder / "panel.parquet"))
+    config = validate(BacktestJobConfig, job(plan, folder / "panel.parquet") | {"workers": workers})
     workspace = Workspace.open(folder / "home")
     started, used = time.perf_counter(), time.process_time()
     report = backtest(config, workspace)
@@ -140,6 +141,7 @@ def run_ours(folder: Path, plan: Plan, threads: int) -> dict[str, Any]:
     board = report.leaderboard.row(by_predicate=pl.col("model") == "linear", named=True)
     fitting = report.folds.filter(model="linear")
     return {
+        "workers": workers,
         "seconds": seconds,
         "cpu_seconds": used,
         "fit_seconds": fitting["fit_seconds"].sum(),
@@ -178,9 +180,11 @@ def measure_ours(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]
     """Run the backtest once a round, each in a process of its own."""
     rounds = []
     for _ in range(given.rounds):
-        command = [sys.executable, __file__, "--child", str(folder), "--threads", str(given.threads)]
-        rounds.append(_answer([*command, *(["--quick"] if given.quick else [])], given.threads))
-        tell({"method": "tsforge", **rounds[-1]})
+        for workers in sorted({1, given.workers}, reverse=True):  # the file of forecasts is that of one process
+            command = [sys.executable, __file__, "--child", str(folder), "--threads", str(given.threads)]
+            command += ["--workers", str(workers), *(["--quick"] if given.quick else [])]
+            rounds.append(_answer(command, given.threads))
+            tell({"method": "tsforge", **rounds[-1]})
     return rounds
 
 
@@ -259,8 +263,10 @@ def errors(
 
 def page(about: dict[str, Any], plan: Plan, ours: list[dict[str, Any]], peers: dict[str, dict[str, Any]]) -> str:
     """Return the result page."""
-    middle = {name: statistics.median(row[name] for row in ours) for name in ours[0]}
-    seconds = [row["seconds"] for row in ours]
+    alone = [row for row in ours if row["workers"] == 1]
+    together = [row["seconds"] for row in ours if row["workers"] > 1]
+    middle = {name: statistics.median(row[name] for row in alone) for name in alone[0]}
+    seconds = [row["seconds"] for row in alone]
     lines = heading("Backtest of a global model with refits", about)
     lines += [
         "",
@@ -269,13 +275,20 @@ def page(about: dict[str, Any], plan: Plan, ours: list[dict[str, Any]], peers: d
         "`benchmarks/backtest_speed.py`.",
         "",
         f"tsforge, everything included (reading, {middle['fits']:.0f} fits, calibration, 3 naive forecasts, metrics, "
-        f"tests, report): **{middle['seconds']:.1f} s** (median of {len(ours)}; {min(seconds):.1f} to "
+        f"tests, report): **{middle['seconds']:.1f} s** (median of {len(alone)}; {min(seconds):.1f} to "
         f"{max(seconds):.1f}), {middle['cpu_seconds']:.1f} s of processor time, "
         f"{middle['peak_bytes'] / 2**30:.2f} GiB at most. Of it the fits take {middle['fit_seconds']:.1f} s, their "
         f"forecasts {middle['predict_seconds']:.1f} s, the naive forecasts {middle['baseline_seconds']:.1f} s. "
         f"{middle['cells']:,.0f} cells graded, coverage of the 90 % interval {100 * middle['coverage_90']:.1f} %.",
         "",
     ]
+    if together:
+        lines += [
+            f"The same with {max(row['workers'] for row in ours)} processes that fit side by side: "
+            f"**{statistics.median(together):.1f} s** (median of {len(together)}; {min(together):.1f} to "
+            f"{max(together):.1f}), {middle['seconds'] / statistics.median(together):.2f} times as fast.",
+            "",
+        ]
     if not peers:
         return "\n".join([*lines, "Peers were not measured (no `--peers`)."]) + "\n"
     lines += [
@@ -309,6 +322,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="result path without ending; default: print only")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes that fit side by side, measured too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", help="interpreter of an environment with darts and neuralforecast")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -322,7 +336,7 @@ def main() -> None:
     given = arguments()
     plan = QUICK if given.quick else Plan()
     if given.child is not None:
-        sys.stdout.write(json.dumps(run_ours(given.child, plan, given.threads)) + "\n")
+        sys.stdout.write(json.dumps(run_ours(given.child, plan, given.threads, given.workers)) + "\n")
         return
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:

@@ -38,7 +38,7 @@ from tsforge.core.config import validate
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.conformal_calibration import Choices, calibrate
 from tsforge.forecasting.online_backtest import online_forecasts
 from tsforge.forecasting.online_conformal import OnlineConformal

@@ -27,7 +27,7 @@ from _measure import arguments, describe, heading, write
 from coverage import LEVELS, NOMINAL, SETS, coverage, fit, read, without_atoms
 
 from tsforge.data.windows import WindowSpec
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.conformal_calibration import Choices
 
 METHODS = {

@@ -27,7 +27,7 @@ from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.data.frame import SeriesFrame
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.dependence import artifact_dependence, independent, marginal_levels
 from tsforge.forecasting.sample_paths import draw_paths, path_scores
 

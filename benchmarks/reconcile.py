@@ -33,7 +33,7 @@ from tsforge.data.aggregates import frame_hierarchy, with_aggregates
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.hierarchy import Hierarchy, HierarchyConfig, build_hierarchy
 from tsforge.data.windows import WindowSpec
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.baselines import fit_solved
 from tsforge.forecasting.coherent import Coherence
 from tsforge.forecasting.error_covariance import shrunk_covariance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tsforge.app.backtest import BacktestJobConfig, backtest
+from tsforge.app.backtest import BacktestJobConfig, _FoldData, _FoldTask, backtest
 from tsforge.app.catalog_results import list_backtests, load_backtest
 from tsforge.app.detect import DetectJobConfig
 from tsforge.app.fit import FitConfig
 from tsforge.app.forecast import PredictConfig, find_artifact, predict
+from tsforge.app.ingest import load_history
+from tsforge.app.worker_pool import WorkerPool
 from tsforge.core.config import compose, load, validate
-from tsforge.core.errors import ArtifactError, ConfigError, DataError, ModelError
+from tsforge.core.errors import ArtifactError, BackendError, ConfigError, DataError, ModelError
 from tsforge.core.workspace import Workspace
 from tsforge.forecasting.report import load_report
 
@@ -56,6 +59,49 @@ def test_a_backtest_is_graded_stored_and_listed(site: Any) -> None:
     json.dumps(report.rows(), default=str)
     with pytest.raises(DataError, match="no scope 'moon'"):
         back.by("moon")
+
+
+def test_folds_side_by_side_give_the_report_of_folds_in_turn(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A network that is trained, a seasonal naive whose season is found at the first cutoff, calibration, regimes."""
+    settings = {
+        "model": {"name": "gru", "d_model": 4},
+        "compare": ["seasonal_naive"],
+        "train": {"max_epochs": 2, "max_steps_per_epoch": 3, "accelerator": "cpu"},
+        "backtest": {"num_cutoffs": 6, "refit_every": 2, "regimes": ["volatility", "hour"]},
+    }
+    alone = backtest(job(site, **settings), Workspace.open())
+    told = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="tsforge"):
+        report = backtest(job(site, **settings, workers=2), Workspace.open(), progress=True)
+    for name in ("forecasts", "metrics", "tests", "regimes", "regime_labels"):
+        assert getattr(report, name).equals(getattr(alone, name)), name
+    assert report.folds.drop("fit_seconds", "predict_seconds", "artifact_id").equals(
+        alone.folds.drop("fit_seconds", "predict_seconds", "artifact_id")
+    )
+    assert {record.getMessage() for record in caplog.records if record.levelname == "WARNING"} == told
+    assert len([record for record in caplog.records if record.getMessage().startswith("fold 3 of 3")]) == 5
+
+
+def test_workers_without_a_second_fit_are_refused_and_an_error_in_one_is_the_error_of_the_job(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="workers=2 has no effect with a single fit for 10 cutoffs"):
+        job(site, backtest={}, workers=2)
+    task = _FoldTask(config=job(site), number=1, season=24, called={})
+    history = load_history(Workspace.open(), "plant", masked=True)
+    short = _FoldData(name="plant", fingerprint="short", history=history.until(history.grid.time_at(30)))
+    found = task.measure(short, progress=False)
+    kind, text = found["error"]
+    assert (kind, "6 cutoffs 12 steps apart" in text) == ("DataError", True)
+    monkeypatch.setattr(WorkerPool, "results", lambda self, queue: iter([(queue.pop(), {**found, "status": "ok"})]))
+    with pytest.raises(DataError, match="6 cutoffs 12 steps apart"):
+        backtest(job(site, workers=2), Workspace.open())
+    dead = {"status": "failed", "error": "its process died (signal SIGKILL)"}
+    monkeypatch.setattr(WorkerPool, "results", lambda self, queue: iter([(queue.pop(), dead)]))
+    with pytest.raises(BackendError, match="fold 2 failed: its process died"):
+        backtest(job(site, workers=2), Workspace.open())
+    assert list_backtests(Workspace.open()) == []
 
 
 def test_settings_without_effect_are_refused(site: Any) -> None:

@@ -17,10 +17,10 @@ from tsforge.app import benchmark_peers
 from tsforge.app.benchmark import BenchmarkConfig, BenchmarkResult, benchmark
 from tsforge.app.benchmark_html import page
 from tsforge.app.benchmark_peers import RUNNER, PeerHost
-from tsforge.app.benchmark_pool import Job, JobQueue
 from tsforge.app.benchmark_report import NOT_BETTER, build_report, markdown, rank_note
 from tsforge.app.ingest import IngestConfig, ingest
 from tsforge.app.peers import runner
+from tsforge.app.worker_pool import Job, JobQueue
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError
 from tsforge.core.workspace import Workspace

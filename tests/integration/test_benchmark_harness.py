@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from tsforge.app import benchmark as module
-from tsforge.app import benchmark_pool
+from tsforge.app import worker_pool
 from tsforge.app.benchmark import BenchmarkConfig, benchmark, code_version, parse_entry
 from tsforge.app.benchmark_data import read_benchmark_data
 from tsforge.core.config import load, validate
@@ -141,13 +141,13 @@ def test_naive_rows_are_always_there_and_rows_are_ranked(workspace: Workspace, t
 def test_a_second_run_measures_nothing_and_refresh_does(workspace: Workspace, table: Path, monkeypatch) -> None:
     first = run(workspace, table)
     calls: list[str] = []
-    real = benchmark_pool.run_setting
+    real = worker_pool.run_setting
 
     def counted(data: Any, setting: Any, **options: Any) -> dict[str, Any]:
         calls.append(setting.label)
         return real(data, setting, **options)
 
-    monkeypatch.setattr(benchmark_pool, "run_setting", counted)
+    monkeypatch.setattr(worker_pool, "run_setting", counted)
     second = run(workspace, table)
     assert calls == []
     assert second.summary()["from_cache"] == 3
@@ -171,17 +171,17 @@ def test_changed_source_code_makes_the_cache_stale(workspace: Workspace, table: 
 
 
 def test_an_interrupted_run_keeps_what_it_measured(workspace: Workspace, table: Path, monkeypatch) -> None:
-    real = benchmark_pool.run_setting
+    real = worker_pool.run_setting
 
     def interrupted(data: Any, setting: Any, **options: Any) -> dict[str, Any]:
         if setting.label == "linear":
             raise KeyboardInterrupt
         return real(data, setting, **options)
 
-    monkeypatch.setattr(benchmark_pool, "run_setting", interrupted)
+    monkeypatch.setattr(worker_pool, "run_setting", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(workspace, table)
-    monkeypatch.setattr(benchmark_pool, "run_setting", real)
+    monkeypatch.setattr(worker_pool, "run_setting", real)
     assert run(workspace, table).summary()["from_cache"] == 2
 
 

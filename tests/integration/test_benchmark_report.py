@@ -23,11 +23,11 @@ from tsforge.app.benchmark import BenchmarkConfig, BenchmarkResult, benchmark
 from tsforge.app.benchmark_data import drift_steps, read_benchmark_data
 from tsforge.app.benchmark_html import document, name_text
 from tsforge.app.benchmark_peers import RUNNER, PeerHost, peer_forecasts
-from tsforge.app.benchmark_pool import Job, JobQueue, WorkerPool
 from tsforge.app.benchmark_report import NOT_BETTER
 from tsforge.app.benchmark_run import Setting
 from tsforge.app.benchmark_sets import known_sets, locate, published_results
 from tsforge.app.benchmark_svg import horizon_plot
+from tsforge.app.worker_pool import Job, JobQueue, WorkerPool
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError
 from tsforge.core.workspace import Workspace

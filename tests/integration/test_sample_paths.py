@@ -24,7 +24,8 @@ from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset
-from tsforge.forecasting.backtest import BacktestConfig, backtest, forecasts_at
+from tsforge.forecasting.backtest import BacktestConfig, backtest
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.dependence import (
     Dependence,
     artifact_dependence,

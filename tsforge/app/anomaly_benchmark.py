@@ -34,10 +34,10 @@ from tsforge.app.anomaly_benchmark_run import BASELINES_LABEL, BaselineSetting, 
 from tsforge.app.benchmark import code_version
 from tsforge.app.benchmark_config import ModelEntry, parse_entry
 from tsforge.app.benchmark_pass import Pass, PassResult
-from tsforge.app.benchmark_pool import Job
 from tsforge.app.benchmark_progress import Progress, open_progress
 from tsforge.app.benchmark_report import environment
 from tsforge.app.detect import rounded
+from tsforge.app.worker_pool import Job
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.config import Config, fingerprint, validate
 from tsforge.core.errors import ConfigError

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
 from pydantic import Field, model_validator
 
 from tsforge.app.fit import FitConfig, fit_frame
 from tsforge.app.fit_checks import check_settings
 from tsforge.app.fit_warnings import warn_of_rows
 from tsforge.app.ingest import dataset_hierarchy, load_history
+from tsforge.app.worker_pool import Job, JobQueue, WorkerPool
 from tsforge.artifact import Artifact
+from tsforge.core import errors
 from tsforge.core.config import validate
-from tsforge.core.errors import ConfigError, listing
+from tsforge.core.errors import BackendError, ConfigError, TsforgeError, listing
 from tsforge.core.logs import get_logger, log_event, warned_once
 from tsforge.core.workspace import Workspace
 from tsforge.data.splits import SplitConfig
 from tsforge.data.vintages import History, known_at
-from tsforge.forecasting.backtest import BacktestConfig, Fit
+from tsforge.forecasting.backtest import BacktestConfig, Elsewhere, Fit
 from tsforge.forecasting.backtest import backtest as backtest_frame
+from tsforge.forecasting.backtest_folds import FoldOutcome, run_fold
 from tsforge.forecasting.baselines import frame_season
 from tsforge.forecasting.conformal_calibration import calibrate
 from tsforge.forecasting.report import BacktestReport
@@ -38,6 +44,8 @@ class BacktestJobConfig(FitConfig):
     """Share of the rows before each cutoff that stops the training and calibrates the intervals."""
     compare: tuple[str, ...] = ()
     """Further models, with their default settings, in the same report; a seasonal naive has the report's season."""
+    workers: int = Field(1, ge=1)
+    """Processes that fit side by side from the second fit on; each has the data in memory."""
 
     @model_validator(mode="after")
     def _no_split(self) -> BacktestJobConfig:
@@ -46,6 +54,16 @@ class BacktestJobConfig(FitConfig):
         twice = [name for name in self.compare if name == self.model.name or self.compare.count(name) > 1]
         if twice:
             raise ConfigError(f"compare: {listing(dict.fromkeys(twice))} would be measured twice")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_have_work(self) -> BacktestJobConfig:
+        every, cutoffs = self.backtest.refit_every, self.backtest.num_cutoffs
+        if self.workers > 1 and (every == 0 or every >= cutoffs):
+            raise ConfigError(
+                f"workers={self.workers} has no effect with a single fit for {cutoffs} cutoffs; set "
+                "backtest.refit_every, or leave workers out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -85,10 +103,7 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
     """
     config = _with_structure(config, workspace)
     frame = load_history(workspace, config.data, masked=True)
-    season = config.backtest.season_length
-    fits = {
-        name: _fit(config.fit_config(None if name == config.model.name else name), season) for name in _names(config)
-    }
+    fits = _fits(config, config.backtest.season_length)
     with warned_once(fit_frame.__module__, warn_of_rows.__module__, calibrate.__module__):
         report = backtest_frame(
             fits,
@@ -97,6 +112,7 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
             horizon=config.window.horizon,
             progress=progress,
             structure=config.data.hierarchy,
+            elsewhere=_in_processes(config, frame) if config.workers > 1 else None,
         )
     created = datetime.now(UTC)
     about = {
@@ -121,8 +137,9 @@ def _with_structure(config: BacktestJobConfig, workspace: Workspace) -> Backtest
     return config.model_copy(update={"data": config.data.model_copy(update={"hierarchy": structure})})
 
 
-def _names(config: BacktestJobConfig) -> tuple[str, ...]:
-    return (config.model.name, *config.compare)
+def _fits(config: BacktestJobConfig, season: int | None) -> dict[str, Fit]:
+    names = (config.model.name, *config.compare)
+    return {name: _fit(config.fit_config(None if name == config.model.name else name), season) for name in names}
 
 
 def _fit(config: FitConfig, season: int | None) -> Fit:
@@ -149,3 +166,88 @@ def _of_season(config: FitConfig, season: int) -> FitConfig:
     window = config.window.model_copy(update={"context_length": max(config.window.context_length, season)})
     model = SeasonalNaiveConfig(season_length=season)
     return config.model_copy(update={"model": model, "window": window})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FoldData:
+    """What every fold reads; sent to a process once."""
+
+    name: str
+    fingerprint: str
+    history: History
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FoldTask:
+    """One fold, for another process."""
+
+    config: BacktestJobConfig
+    number: int
+    season: int
+    called: Mapping[str, str]
+
+    def plain(self) -> dict[str, Any]:
+        """Return what it is."""
+        return {"fold": self.number}
+
+    def measure(self, data: _FoldData, *, progress: bool) -> dict[str, Any]:
+        """Return the outcome or the error, and the warnings, which the process that asked gives out."""
+        kept, logger = _KeptWarnings(), logging.getLogger("tsforge")
+        logger.addHandler(kept)
+        heard, logger.propagate = logger.propagate, False
+        try:
+            outcome = run_fold(
+                _fits(self.config, self.season),
+                data.history,
+                self.config.backtest,
+                self.number,
+                self.called,
+                horizon=self.config.window.horizon,
+                structure=self.config.data.hierarchy,
+            )
+        except TsforgeError as error:
+            kind = next(base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
+            return {"error": (kind, str(error)), "warnings": kept.records}
+        finally:
+            logger.propagate = heard
+            logger.removeHandler(kept)
+        return {"outcome": outcome, "warnings": kept.records}
+
+
+class _KeptWarnings(logging.Handler):
+    """Keeps warnings as plain values that can be sent."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[tuple[str, int, str, tuple[Any, ...]]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one: text and values apart, by which it is known again."""
+        values = record.args if isinstance(record.args, tuple) else ()
+        plain = tuple(value if isinstance(value, int | float | str) else str(value) for value in values)
+        text = str(record.msg) if isinstance(record.args, tuple) else record.getMessage()
+        self.records.append((record.name, record.levelno, text, plain))
+
+
+def _in_processes(config: BacktestJobConfig, history: History) -> Elsewhere:
+    """Return what runs folds side by side, those with most rows first."""
+
+    def run(numbers: Sequence[int], season: int, called: Mapping[str, str]) -> Iterator[FoldOutcome]:
+        data = _FoldData(name=config.data.name, fingerprint=history.fingerprint(), history=history)
+        queue = JobQueue()
+        for number in numbers:
+            task = _FoldTask(config=config, number=number, season=season, called=called)
+            queue.push(Job(data=data, setting=task, cost=number))
+        workers = min(config.workers, len(numbers))
+        with WorkerPool(workers, threads=max(torch.get_num_threads() // workers, 1), peers=None) as pool:
+            for job, found in pool.results(queue):
+                if found["status"] != "ok":
+                    raise BackendError(f"fold {job.setting.number + 1} failed: {found['error']}")
+                for name, level, text, values in found["warnings"]:
+                    get_logger(name).log(level, text, *values)
+                if "error" in found:
+                    kind, text = found["error"]
+                    raise getattr(errors, kind)(text)
+                yield found["outcome"]
+
+    return run

@@ -20,10 +20,10 @@ from tsforge.app.benchmark_config import BenchmarkConfig, ModelEntry, PeersConfi
 from tsforge.app.benchmark_pass import Pass, PassResult
 from tsforge.app.benchmark_peers import PeerHost, open_peers
 from tsforge.app.benchmark_plan import HIDDEN, LINEAR_BASELINES, Prepared, check_entries, cost, plan, prepare
-from tsforge.app.benchmark_pool import Job
 from tsforge.app.benchmark_progress import Progress, open_progress
 from tsforge.app.benchmark_report import environment, write_report
 from tsforge.app.benchmark_run import FITTERS, Setting
+from tsforge.app.worker_pool import Job
 from tsforge.core.atomic import atomic_directory
 from tsforge.core.config import fingerprint
 from tsforge.core.errors import ConfigError

@@ -18,8 +18,8 @@ from typing import Any
 import polars as pl
 
 from tsforge.app.benchmark_peers import PeerHost
-from tsforge.app.benchmark_pool import Job, JobQueue, WorkerPool, attempt
 from tsforge.app.benchmark_progress import Progress
+from tsforge.app.worker_pool import Job, JobQueue, WorkerPool, attempt
 from tsforge.core.atomic import atomic_file
 from tsforge.core.logs import get_logger
 

@@ -15,7 +15,7 @@ from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.windows import WindowSpec
 from tsforge.forecasting import cold_start
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.baselines import fit_solved
 from tsforge.forecasting.cold_start import (
     ColdStartConfig,

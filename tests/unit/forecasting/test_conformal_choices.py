@@ -17,7 +17,7 @@ from tsforge.core.errors import ConfigError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.conformal import (
     CALIBRATION_SCHEMA,
     Buckets,

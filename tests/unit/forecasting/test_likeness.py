@@ -15,7 +15,7 @@ from tsforge.artifact import Artifact
 from tsforge.core.config import validate
 from tsforge.core.errors import ConfigError, DataError
 from tsforge.data.frame import SeriesFrame
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.cold_start import ColdStartConfig, likeness_margins, predict_cold
 from tsforge.forecasting.likeness import nearest_series
 

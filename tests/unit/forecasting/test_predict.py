@@ -17,7 +17,7 @@ from tsforge.core.errors import ArtifactError, ConfigError, DataError, ModelErro
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.conformal_calibration import Choices, calibrate
 from tsforge.forecasting.predict import artifact_panel, offered_levels, padded_panel, predict, predict_windows
 from tsforge.forecasting.window_forecasts import error_sums

@@ -23,7 +23,7 @@ from tsforge.data.panel import Panel
 from tsforge.data.schema import SeriesSchema
 from tsforge.data.vintages import VintageFrame
 from tsforge.data.windows import WindowDataset
-from tsforge.forecasting.backtest import forecasts_at
+from tsforge.forecasting.backtest_forecasts import forecasts_at
 from tsforge.forecasting.conformal import apply_calibration
 from tsforge.forecasting.conformal_calibration import Choices, calibrate
 from tsforge.forecasting.predict import artifact_panel, predict
