@@ -1,6 +1,6 @@
 """How long does a backtest of a global model over 1,000 series with 20 refits take, here and with its peers?
 
-    python benchmarks/backtest_speed.py [--quick] [--threads 1] [--workers 2] [--rounds 3] [--peers PYTHON] [--out PREFIX]
+    python benchmarks/backtest_speed.py [--quick] [--threads 1] [--workers 2] [--rounds 3] [--peers PYTHON] [--out FILE]
 
 The panel has 1,000 hourly series of 1,500 rows: level, daily and weekly season with amplitudes and phases of their
 own, autoregressive noise. From each of 20 cutoffs, 24 rows apart, the next 24 rows are forecast from the last 168, by a
