@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -102,9 +104,11 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
         ConfigError, ModelError: a model that does not fit the data.
     """
     config = _with_structure(config, workspace)
-    frame = load_history(workspace, config.data, masked=True)
     fits = _fits(config, config.backtest.season_length)
-    with warned_once(fit_frame.__module__, warn_of_rows.__module__, calibrate.__module__):
+    with ExitStack() as stack:
+        pool = stack.enter_context(_processes(config)) if config.workers > 1 else None
+        frame = load_history(workspace, config.data, masked=True)
+        stack.enter_context(warned_once(fit_frame.__module__, warn_of_rows.__module__, calibrate.__module__))
         report = backtest_frame(
             fits,
             frame,
@@ -112,7 +116,7 @@ def backtest(config: BacktestJobConfig, workspace: Workspace, *, progress: bool 
             horizon=config.window.horizon,
             progress=progress,
             structure=config.data.hierarchy,
-            elsewhere=_in_processes(config, frame) if config.workers > 1 else None,
+            elsewhere=None if pool is None else _side_by_side(config, frame, pool),
         )
     created = datetime.now(UTC)
     about = {
@@ -229,8 +233,18 @@ class _KeptWarnings(logging.Handler):
         self.records.append((record.name, record.levelno, text, plain))
 
 
-def _in_processes(config: BacktestJobConfig, history: History) -> Elsewhere:
-    """Return what runs folds side by side, those with most rows first."""
+@contextmanager
+def _processes(config: BacktestJobConfig) -> Iterator[WorkerPool]:
+    """Give processes for the fits after the first one, which load libraries meanwhile."""
+    fits = math.ceil(config.backtest.num_cutoffs / config.backtest.refit_every)
+    workers = min(config.workers, fits - 1)
+    with WorkerPool(workers, threads=max(torch.get_num_threads() // workers, 1), peers=None) as pool:
+        pool.warm()
+        yield pool
+
+
+def _side_by_side(config: BacktestJobConfig, history: History, pool: WorkerPool) -> Elsewhere:
+    """Return what runs folds in processes, those with most rows first."""
 
     def run(numbers: Sequence[int], season: int, called: Mapping[str, str]) -> Iterator[FoldOutcome]:
         data = _FoldData(name=config.data.name, fingerprint=history.fingerprint(), history=history)
@@ -238,16 +252,14 @@ def _in_processes(config: BacktestJobConfig, history: History) -> Elsewhere:
         for number in numbers:
             task = _FoldTask(config=config, number=number, season=season, called=called)
             queue.push(Job(data=data, setting=task, cost=number))
-        workers = min(config.workers, len(numbers))
-        with WorkerPool(workers, threads=max(torch.get_num_threads() // workers, 1), peers=None) as pool:
-            for job, found in pool.results(queue):
-                if found["status"] != "ok":
-                    raise BackendError(f"fold {job.setting.number + 1} failed: {found['error']}")
-                for name, level, text, values in found["warnings"]:
-                    get_logger(name).log(level, text, *values)
-                if "error" in found:
-                    kind, text = found["error"]
-                    raise getattr(errors, kind)(text)
-                yield found["outcome"]
+        for job, found in pool.results(queue):
+            if found["status"] != "ok":
+                raise BackendError(f"fold {job.setting.number + 1} failed: {found['error']}")
+            for name, level, text, values in found["warnings"]:
+                get_logger(name).log(level, text, *values)
+            if "error" in found:
+                kind, text = found["error"]
+                raise getattr(errors, kind)(text)
+            yield found["outcome"]
 
     return run

@@ -106,6 +106,11 @@ class WorkerPool:
             worker.pipe.close()
         self._workers.clear()
 
+    def warm(self) -> None:
+        """Start every process now, so that they load libraries while the caller is busy."""
+        while len(self._workers) < self._size:
+            self._start()
+
     def results(self, queue: JobQueue) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Yield every job of the queue with its outcome as it comes; the caller may push more meanwhile."""
         while True:
