@@ -54,8 +54,8 @@ from tsforge.forecasting.combination import (
 from tsforge.forecasting.window_forecasts import as_array, check_finite, evaluating, window_batches
 from tsforge.models.auto import Auto, AutoConfig
 from tsforge.network import ForecastNetwork, NetworkConfig
-from tsforge.training.callbacks import StopTraining
 from tsforge.training.config import TrainConfig
+from tsforge.training.hooks import StopTraining
 from tsforge.training.loop import TrainResult
 from tsforge.tuning.halving import Contestant, ContestRecord, NotBegun, halve
 

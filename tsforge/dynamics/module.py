@@ -36,7 +36,7 @@ from tsforge.dynamics.training_noise import training_noise
 from tsforge.dynamics.validation import Validation, ValidationSeries
 from tsforge.dynamics.windows import RandomWindows
 from tsforge.layers.forcing_interval import forcing_interval
-from tsforge.training.loop import own_random_state, plain_interrupt, quiet_lightning
+from tsforge.training.descent import own_random_state, plain_interrupt, quiet_lightning
 
 _TRACE = 200  # points of the traces that a training keeps
 _REDRAW_SECONDS = 0.2

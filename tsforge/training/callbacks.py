@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from torch import Tensor
 from tsforge.core.errors import ConfigError, ModelError
 from tsforge.core.seeding import derive_seed
 from tsforge.network import ForecastNetwork
-from tsforge.training.module import EpochStream, TrainModule
+from tsforge.training.config import TrainConfig
+from tsforge.training.hooks import OnEpoch, StopTraining, mean_metrics
+from tsforge.training.module import TrainModule
+from tsforge.training.snapshots import KeepsSnapshots
+from tsforge.training.streams import EpochStream
 
-OnEpoch = Callable[[int, dict[str, float]], None]
 _REDRAW_SECONDS = 0.1
-
-
-class StopTraining(Exception):
-    """Raised by an ``on_epoch`` hook to end training normally: the best weights so far are kept."""
 
 
 def trainer_module(module: pl.LightningModule) -> TrainModule:
@@ -205,14 +203,6 @@ class EpochCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
-def mean_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Return ``valid_loss``, ``valid_mse`` ... from sums weighted by cells; empty without validation."""
-    if not sums:
-        return {}
-    cells = float(sums["cells"])
-    return {f"valid_{name}": float(total) / max(cells, 1.0) for name, total in sums.items() if name != "cells"}
-
-
 class ProgressLine(pl.Callback):
     """One line on standard error: epoch, batches, losses; redrawn at most ten times a second.
 
@@ -278,3 +268,37 @@ class ProgressLine(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove the line before the message appears."""
         self._close()
+
+
+class SnapshotTaker(pl.Callback):
+    """Takes a snapshot after the last epoch of each of the last cycles, before anything else sees that epoch's end.
+
+    Snapshots are part of the model's state, so checkpoints hold those taken and a resumed run goes on from them.
+    """
+
+    def __init__(self, keeper: KeepsSnapshots, config: TrainConfig) -> None:
+        if keeper.snapshots is None or config.cycles is None:
+            raise ValueError("check_snapshots comes first")
+        self.keeper = keeper
+        self.snapshots = keeper.snapshots
+        self.cycles = config.cycles
+        self.epochs = config.max_epochs // config.cycles
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take a snapshot if a cycle ends here."""
+        cycle, rest = divmod(trainer.current_epoch + 1, self.epochs)
+        index = cycle - 1 - (self.cycles - self.snapshots)
+        if rest == 0 and index >= 0:
+            self.keeper.take_snapshot(index)
+
+    def refuse_early(self, epochs: int) -> None:
+        """Refuse a training that a hook has ended before the last snapshot.
+
+        Raises:
+            ModelError: fewer epochs than planned.
+        """
+        if epochs < self.cycles * self.epochs:
+            raise ModelError(
+                f"a hook stopped the training after {epochs} of {self.cycles * self.epochs} epochs, before the last of "
+                f"{self.snapshots} snapshots; lower train.max_epochs instead"
+            )

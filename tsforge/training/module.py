@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, SupportsFloat
 
 import lightning.pytorch as pl
 import torch
@@ -12,27 +11,10 @@ from torch import Tensor, nn
 
 from tsforge.contracts.model import OptimRule
 from tsforge.contracts.tensors import Batch
-from tsforge.core.seeding import derive_seed
-from tsforge.data.panel import Panel
 from tsforge.network import ForecastNetwork
 from tsforge.training.config import TrainConfig
 
 _PLATEAU_FACTOR, _PLATEAU_PATIENCE, _PLATEAU_THRESHOLD = 0.95, 25, 0.1  # of ReGENN's released training
-
-
-class Windows(Protocol):
-    """What training needs of a window dataset: whole batches gathered from resident tensors."""
-
-    rows_per_item: int
-    panel: Panel
-
-    def __len__(self) -> int: ...
-
-    def batches(
-        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
-    ) -> Iterator[Batch]: ...
-
-    def to(self, device: torch.device | str) -> Windows: ...
 
 
 class TrainModule(pl.LightningModule):
@@ -143,14 +125,6 @@ class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         super().step(metrics, epoch)
 
 
-def annealed_at(network: ForecastNetwork) -> float:
-    """Return the share of training after which every part of the model meets its whole loss.
-
-    A module whose loss rises over training says so with ``annealed_at``; 0 where none does.
-    """
-    return max(float(getattr(part, "annealed_at", 0.0)) for part in network.model.modules())
-
-
 def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW groups that hold every trainable parameter once; those without a rule come first.
 
@@ -193,29 +167,3 @@ class ValidatedModule(TrainModule):
 def _add(total: dict[str, Any], parts: dict[str, Any]) -> None:
     for name, value in parts.items():
         total[name] = total[name] + value if name in total else value
-
-
-class EpochStream(Iterable[Batch]):
-    """Batches of one epoch; the shuffle depends on seed and epoch only, so a resumed run sees the same order."""
-
-    def __init__(
-        self, windows: Windows, batch_size: int, *, seed: int, shuffle: bool, limit: int | None = None
-    ) -> None:
-        self.windows = windows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.limit = limit
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        full = -(-len(self.windows) // self.batch_size)
-        return full if self.limit is None else min(full, self.limit)
-
-    def __iter__(self) -> Iterator[Batch]:
-        # a generator: the epoch is read when the first batch is asked for, not when the iterator is made
-        stream = self.windows.batches(
-            self.batch_size, shuffle=self.shuffle, seed=derive_seed(self.seed, "shuffle", self.epoch)
-        )
-        for _, batch in zip(range(len(self)), stream, strict=False):
-            yield batch

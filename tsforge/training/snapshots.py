@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
-import lightning.pytorch as pl
 from torch import nn
 
-from tsforge.core.errors import ConfigError, ModelError
+from tsforge.core.errors import ConfigError
 from tsforge.training.config import TrainConfig
 
 
@@ -77,37 +76,3 @@ def trained_alone(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         keeper.train_alone(False)
-
-
-class SnapshotTaker(pl.Callback):
-    """Takes a snapshot after the last epoch of each of the last cycles, before anything else sees that epoch's end.
-
-    Snapshots are part of the model's state, so checkpoints hold those taken and a resumed run goes on from them.
-    """
-
-    def __init__(self, keeper: KeepsSnapshots, config: TrainConfig) -> None:
-        if keeper.snapshots is None or config.cycles is None:
-            raise ValueError("check_snapshots comes first")
-        self.keeper = keeper
-        self.snapshots = keeper.snapshots
-        self.cycles = config.cycles
-        self.epochs = config.max_epochs // config.cycles
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take a snapshot if a cycle ends here."""
-        cycle, rest = divmod(trainer.current_epoch + 1, self.epochs)
-        index = cycle - 1 - (self.cycles - self.snapshots)
-        if rest == 0 and index >= 0:
-            self.keeper.take_snapshot(index)
-
-    def refuse_early(self, epochs: int) -> None:
-        """Refuse a training that a hook has ended before the last snapshot.
-
-        Raises:
-            ModelError: fewer epochs than planned.
-        """
-        if epochs < self.cycles * self.epochs:
-            raise ModelError(
-                f"a hook stopped the training after {epochs} of {self.cycles * self.epochs} epochs, before the last of "
-                f"{self.snapshots} snapshots; lower train.max_epochs instead"
-            )

@@ -17,7 +17,7 @@ from scipy.stats import norm, t
 from torch import Tensor
 
 from tsforge.network import ForecastNetwork
-from tsforge.training.module import Windows
+from tsforge.training.streams import Windows
 
 FEWEST_BLOCKS = 3
 

@@ -17,10 +17,10 @@ from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.models.ar_net import ARNet, ARNetConfig
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
 from tsforge.ops.ar_process import simulate
-from tsforge.training.callbacks import StopTraining
 from tsforge.training.config import TrainConfig
+from tsforge.training.hooks import StopTraining
 from tsforge.training.loop import TrainResult, evaluate_windows, fit_network
-from tsforge.training.module import annealed_at
+from tsforge.training.streams import annealed_at
 
 LAGS, TRUE_LAGS, TRAINED = 16, 3, 400
 SPARSE = {"name": "ar_net", "lags": LAGS, "mode": "recursive", "solver": "sgd", "density": 0.1}
@@ -75,7 +75,7 @@ def test_what_is_kept_was_trained_under_the_whole_penalty(panel: Panel, has_star
     assert beyond(dense) > 0.35
     assert result.best_epoch >= 25
     assert float(network.model.ramp) == 1.0
-    assert beyond(network) < beyond(exact) + 0.15
+    assert beyond(exact) - 0.02 < beyond(network) < 0.7 * beyond(dense)  # on which epoch it ends hangs on rounding
     assert float(network.model.ar.weight.detach()[..., :TRUE_LAGS].abs().sum()) > 0.7
     found = evaluate_windows(network, windows(panel, TRAINED, None), 64)
     assert result.metrics["valid_loss"] == pytest.approx(found["valid_nll"], rel=1e-5)  # no penalty in it

@@ -30,8 +30,8 @@ from tsforge.data.panel import Panel
 from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.models.registry import MODELS
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
-from tsforge.training.callbacks import StopTraining
 from tsforge.training.config import TrainConfig
+from tsforge.training.hooks import StopTraining
 from tsforge.training.loop import CHECKPOINT, TrainResult, evaluate_windows, fit_network
 
 SPEC = WindowSpec(context_length=24, horizon=4)

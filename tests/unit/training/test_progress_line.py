@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from test_loop import QUICK, Parts
 
-from tsforge.training import loop
+from tsforge.training import descent
 from tsforge.training.callbacks import ProgressLine
 
 
@@ -18,7 +18,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a user's terminal receives."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=110)
-    monkeypatch.setattr(loop, "ProgressLine", lambda: ProgressLine(console))
+    monkeypatch.setattr(descent, "ProgressLine", lambda: ProgressLine(console))
     return screen
 
 

@@ -22,8 +22,8 @@ from tsforge.data.windows import WindowDataset, WindowSpec
 from tsforge.forecasting.predict import predict
 from tsforge.models.committee import CommitteeConfig
 from tsforge.network import ForecastNetwork, NetworkConfig, build_network
-from tsforge.training.callbacks import StopTraining
 from tsforge.training.config import TrainConfig
+from tsforge.training.hooks import StopTraining
 from tsforge.training.loop import TrainResult, evaluate_windows, fit_network
 from tsforge.training.module import TrainModule
 
