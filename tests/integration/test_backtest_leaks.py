@@ -16,7 +16,7 @@ from tsforge.core.config import validate
 from tsforge.core.errors import DataError
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.windows import WindowSpec
-from tsforge.forecasting import backtest as module
+from tsforge.forecasting import backtest_folds as module
 from tsforge.forecasting.backtest import BacktestConfig, Fit
 from tsforge.forecasting.baselines import fit_baseline, fit_solved
 from tsforge.network import NetworkConfig

@@ -25,6 +25,7 @@ from tsforge.core.workspace import Workspace
 from tsforge.data.aggregates import frame_hierarchy, with_aggregates
 from tsforge.data.frame import SeriesFrame
 from tsforge.data.hierarchy import HierarchyConfig
+from tsforge.forecasting import backtest_folds
 from tsforge.forecasting.coherent import Coherence, held_out_cutoffs, level_errors
 from tsforge.forecasting.coherent_predict import predict_coherent
 from tsforge.forecasting.reconcile import ReconcileConfig
@@ -168,9 +169,9 @@ def test_coverage_of_reconciled_intervals(shops: Any) -> None:
     start = int(0.8 * rows)
     visible = frame.until(FIRST + timedelta(hours=start))
     at = np.arange(start, rows - 6)
-    base = backtest_module.forecasts_at(artifact, frame, at, steps=6)
+    base = backtest_folds.forecasts_at(artifact, frame, at, steps=6)
     cutoffs, _ = held_out_cutoffs(artifact, visible, 6, 200)
-    held = backtest_module.forecasts_at(artifact, visible, cutoffs, steps=6)
+    held = backtest_folds.forecasts_at(artifact, visible, cutoffs, steps=6)
     config = ReconcileConfig(method="mint")
     table = Coherence(hierarchy, config, levels=(0.1, 0.9), visible=visible, held_out=held).apply(base)
     inside = table.select(pl.col("actual").is_between(pl.col("q0.1"), pl.col("q0.9"))).to_series().mean()
@@ -297,7 +298,7 @@ def test_the_backtest_reconciles_from_the_past_only(shops: Any) -> None:
 
 def test_a_covariance_of_test_errors_is_caught(shops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The saboteur estimates W from the errors of the very forecasts it reconciles."""
-    honest = backtest_module.make_coherence
+    honest = backtest_folds.make_coherence
 
     def leaky(artifact: Any, visible: Any, joint: Any, wanted: Any, forecasts: Any) -> Any:
         class Peeking(Coherence):
@@ -311,7 +312,7 @@ def test_a_covariance_of_test_errors_is_caught(shops: Any, monkeypatch: pytest.M
         made.__class__ = Peeking
         return made
 
-    monkeypatch.setattr(backtest_module, "make_coherence", leaky)
+    monkeypatch.setattr(backtest_folds, "make_coherence", leaky)
     before, after = spoiled_backtests(shops[0], shops[1])
     assert not before.equals(after)
 

@@ -199,6 +199,7 @@ def plan_folds(
     horizon: int,
     structure: HierarchyConfig | None,
 ) -> FoldPlan:
+    """Return the folds and what they share; arguments and errors as of ``backtest``."""
     history, frame = frame, newest(frame)
     if config.truth != "latest" and not isinstance(history, VintageFrame):
         raise ConfigError(f"backtest.truth={config.truth} has no effect: the data has one value a cell (see published)")

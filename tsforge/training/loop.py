@@ -112,10 +112,9 @@ def fit_network(
         _set_spread(network, report, train, config)
         metrics = evaluate_windows(network, valid if valid is not None else train, config.eval_batch_size)
         _tell(on_epoch, metrics)
-        row = {"epoch": 0.0, **metrics}
         return TrainResult(
             epochs=0,
-            history=(row,),
+            history=({"epoch": 0.0, **metrics},),
             best_epoch=-1,
             metrics=metrics,
             solve=report,
