@@ -380,6 +380,7 @@ def test_it_leans_on_a_model_that_follows_the_level() -> None:
     assert fit_frame(moved_level(), without)[0].explanation["race"]  # no such model among the candidates
 
 
+@pytest.mark.slow
 def test_more_folds_than_fit_are_as_many_as_do(frame: SeriesFrame, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     many = race_of(fit_frame(frame, config({"folds": 400}))[0])

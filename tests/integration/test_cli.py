@@ -151,7 +151,7 @@ def test_interrupted_training_resumes_to_the_same_result(workspace_root: Path) -
     subprocess.run([*base, "ingest", *SMALL], check=True, capture_output=True, env=environment, timeout=120)
     command = [
         *base, "fit", *SMALL, "model=dlinear", "window.context_length=48", "window.horizon=6", "tracking.enabled=false",
-        "train.max_epochs=60", "train.patience=null", "train.batch_size=16", "--json",
+        "train.max_epochs=60", "train.patience=null", "train.batch_size=64", "--json",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     checkpoints = workspace_root / "checkpoints"
