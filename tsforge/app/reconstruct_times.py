@@ -81,7 +81,7 @@ def is_row_index(name: str) -> bool:
 
 def _may(values: pl.Series) -> bool:
     """Return whether values can be times: dates, or numbers that run on from row to row."""
-    if values.dtype == pl.String:
+    if values.dtype == pl.String or _compact_dates(values) is not None:
         return _dates(values) is not None
     if values.dtype.is_temporal():
         return True
@@ -98,10 +98,27 @@ def _may(values: pl.Series) -> bool:
 
 def _dates(values: pl.Series) -> pl.Series | None:
     """Return text as dates, None where it holds others."""
+    compact = _compact_dates(values)
+    if compact is not None:
+        return compact
     try:
         return values.str.to_datetime(time_unit="us")
     except pl.exceptions.PolarsError:
         return None
+
+
+def _compact_dates(values: pl.Series) -> pl.Series | None:
+    """Return integers or digits such as 20240131 as dates, None where one of them is none.
+
+    As numbers they would jump by 70 at the end of each month, and every month would be a trajectory.
+    """
+    if not (values.dtype.is_integer() or values.dtype == pl.String) or not len(values):
+        return None
+    text = values.cast(pl.String)
+    if not text.str.contains(r"^(19|20)\d{6}$").all():
+        return None
+    dates = text.str.to_date("%Y%m%d", strict=False)
+    return dates if dates.null_count() == values.null_count() else None
 
 
 def read_clock(times: pl.Series, fresh: NDArray[np.bool_], file: str, notes: list[str]) -> Clock:
@@ -168,7 +185,9 @@ def _moments(times: pl.Series, file: str) -> tuple[NDArray[np.int64] | NDArray[n
             f"{file}: the column of times '{times.name}' has {missing} missing value(s); fill them, or name another "
             "column with data.step"
         )
-    dates = _dates(times) if times.dtype == pl.String else times
+    dates = _dates(times) if times.dtype == pl.String else _compact_dates(times)
+    if dates is None and times.dtype != pl.String:
+        dates = times
     if dates is None or not (dates.dtype.is_temporal() or dates.dtype.is_numeric()):
         raise DataError(f"{file}: the column of times '{times.name}' holds {times.dtype}, not numbers or dates")
     kind, seconds = dates.dtype, None

@@ -72,6 +72,20 @@ def test_dates_as_text_are_times(place: Path) -> None:
     assert read(stored(place, timestamp=text)).spacing == 3600.0
 
 
+@pytest.mark.parametrize("kind", [pl.Int64, pl.Int32, pl.String])
+def test_dates_written_as_eight_digits_are_dates(place: Path, kind: Any) -> None:
+    digits = pl.Series([int((START + timedelta(days=row)).strftime("%Y%m%d")) for row in range(ROWS)]).cast(kind)
+    data = read(stored(place, date=digits))
+    assert [len(part) for part in data.train] == [ROWS]  # no month of its own
+    assert (data.spacing, data.is_date, data.columns) == (86_400.0, True, ("x0", "x1"))
+
+
+def test_eight_digits_that_are_no_dates_count(place: Path) -> None:
+    data = read(stored(place, time=np.arange(ROWS) + 20_240_131))
+    assert [len(part) for part in data.train] == [ROWS]
+    assert not data.is_date
+
+
 @pytest.mark.parametrize(
     ("times", "spacing"),
     [
