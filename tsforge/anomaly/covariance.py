@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_factor, cho_solve
-from scipy.stats import chi2
+from scipy.special import chdtrc, chdtri
 
 from tsforge.core.errors import DataError
 
@@ -257,6 +257,6 @@ def _same_degrees(d2: FloatArray, observed: int, width: int) -> FloatArray:
 
     Beyond the smallest representable tail both grow in proportion, so the map stays continuous and increasing.
     """
-    limit = float(chi2.isf(_SMALLEST_TAIL, observed))
-    inner = chi2.isf(chi2.sf(np.minimum(d2, limit), observed), width)
+    limit = float(chdtri(observed, _SMALLEST_TAIL))
+    inner = chdtri(width, chdtrc(observed, np.minimum(d2, limit)))
     return np.asarray(inner * np.maximum(d2 / limit, 1.0))

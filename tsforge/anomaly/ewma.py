@@ -20,7 +20,6 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.signal import lfilter
 
 from tsforge.anomaly.config import settling_rows
 from tsforge.core.errors import DataError
@@ -83,4 +82,6 @@ def _levels(weight: float, z: FloatArray, level: FloatArray) -> FloatArray:
     pushed = np.where(np.isnan(z), 0.0, z)
     if not len(z):
         return pushed
+    from scipy.signal import lfilter
+
     return np.asarray(lfilter([weight], [1.0, weight - 1.0], pushed, axis=0, zi=(1.0 - weight) * level[None])[0])

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq, minimize_scalar
 
 from tsforge.core.errors import DataError
 
@@ -159,6 +158,8 @@ def _likelihood(x: FloatArray, low: float, start: tuple[float, float]) -> tuple[
     grows with theta, so bounds on the shape are bounds on theta; on a bound, sigma is fitted alone. At a shape of 0 the
     mean is the best scale.
     """
+    from scipy.optimize import minimize_scalar
+
     edge = -1.0 / float(x.max())
 
     def shape_at(theta: float) -> float:
@@ -190,6 +191,8 @@ def _likelihood(x: FloatArray, low: float, start: tuple[float, float]) -> tuple[
 
 def _solve_shape(shape_at: Callable[[float], float], target: float, left: float, right: float) -> float:
     """Return theta in [left, right] with the wanted shape; the nearer end when it is not reached."""
+    from scipy.optimize import brentq
+
     if shape_at(left) >= target:
         return left
     if shape_at(right) <= target:
@@ -199,6 +202,8 @@ def _solve_shape(shape_at: Callable[[float], float], target: float, left: float,
 
 def _best_scale(x: FloatArray, gamma: float) -> float:
     """Return the maximum-likelihood scale at a fixed shape other than 0."""
+    from scipy.optimize import minimize_scalar
+
     smallest = -gamma * float(x.max()) * (1.0 + 1e-9) if gamma < 0.0 else 1e-6
     found = minimize_scalar(
         lambda sigma: _negative_log_likelihood(x, gamma, sigma),

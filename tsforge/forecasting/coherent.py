@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from tsforge.artifact import Artifact
 from tsforge.contracts.tables import quantile_column
@@ -278,7 +278,7 @@ class Coherence:
         """Return what is added to the means [N, n] for each quantile level."""
         if group in self._correlations and deviation is not None:
             spread = self._maps[group].spread(deviation[rows], self._correlations[group])
-            return {level: float(norm.ppf(level)) * spread for level in self.levels}
+            return {level: float(ndtri(level)) * spread for level in self.levels}
         offsets = {}
         for level in self.levels:
             coverage = round(abs(2.0 * level - 1.0), 9)
@@ -298,7 +298,7 @@ class Coherence:
         result = np.full(cells.shape, np.nan)
         for low, high in pairs:
             width = cells.array(table[quantile_column(high)]) - cells.array(table[quantile_column(low)])
-            found = width / (2.0 * norm.ppf(high))
+            found = width / (2.0 * ndtri(high))
             result = np.where(np.isfinite(result), result, np.where(np.isfinite(found), found, np.nan))
         if not np.isfinite(result).all():
             raise DataError("gaussian intervals need a finite base interval in every cell; choose intervals=conformal")

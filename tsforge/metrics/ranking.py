@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from tsforge.core.errors import DataError
 from tsforge.metrics.point import FloatArray
@@ -39,6 +38,8 @@ def mean_ranks(losses: ArrayLike) -> FloatArray:
     Shapes:
         losses [rows, models] -> [models]; NaN when no row is complete.
     """
+    from scipy import stats
+
     table = _levels(_complete(losses))
     if not table.shape[0]:
         return np.full(table.shape[1], np.nan)
@@ -50,6 +51,8 @@ def friedman(losses: ArrayLike) -> Significance:
 
     Source: Demsar (2006), JMLR 7:1-30, section 3.2.2.
     """
+    from scipy import stats
+
     table = _levels(_complete(losses))
     rows, models = table.shape
     ranks = stats.rankdata(table, axis=1)
@@ -69,6 +72,8 @@ def critical_difference(num_models: int, num_rows: int, alpha: float = 0.05) -> 
     """
     if num_models < 2 or num_rows < 1:
         raise DataError(f"a critical difference needs 2 models and 1 row, given {num_models} and {num_rows}")
+    from scipy import stats
+
     q = stats.studentized_range.ppf(1.0 - alpha, num_models, np.inf) / np.sqrt(2.0)
     return float(q * np.sqrt(num_models * (num_models + 1) / (6.0 * num_rows)))
 

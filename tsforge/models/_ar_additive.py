@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from scipy.signal import oaconvolve
 from torch import Tensor, nn
 
 from tsforge.contracts.tensors import Batch, DataSpec, TrainingSeries
@@ -276,6 +275,8 @@ def _shifted(column: Tensor, offset: int) -> Tensor:
 
 def _filtered(weight: Tensor, columns: Tensor) -> Tensor:
     """Return ``(1 - w(B)) columns`` [T - p, C] from columns [T, C], from the first row with all its lags."""
+    from scipy.signal import oaconvolve
+
     kernel = torch.cat([weight.new_ones(1), -weight]).double().cpu().numpy()
     found = oaconvolve(columns.cpu().numpy(), kernel[:, None], mode="valid", axes=0)
     return torch.from_numpy(found).to(columns.device)

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.signal import oaconvolve
 from torch import Tensor
 
 from tsforge.ops.ar_process import ljung_box
@@ -30,6 +29,8 @@ def whiteness(weight: Tensor, bias: float, span: Span, num_lags: int = 20) -> tu
 
     ``num_lags`` residual autocorrelations beyond the fitted lags' own number are tested.
     """
+    from scipy.signal import oaconvolve
+
     kernel = np.concatenate([[1.0], -weight.double().cpu().numpy()])
     order = len(kernel) - 1
     used = int(np.count_nonzero(kernel[1:]))

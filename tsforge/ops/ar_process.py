@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import lfilter
 
 from tsforge.core.errors import ModelError
 from tsforge.ops.stability import is_stationary
@@ -44,6 +43,8 @@ def simulate(
     weight: Array, length: int, rng: np.random.Generator, *, noise_scale: float = 1.0, burn_in: int = 1000
 ) -> Array:
     """Return ``length`` values of the process with normal innovations, after ``burn_in`` discarded ones."""
+    from scipy.signal import lfilter
+
     noise = rng.normal(0.0, noise_scale, length + burn_in)
     values = lfilter([1.0], np.concatenate([[1.0], -np.asarray(weight, dtype=np.float64)]), noise)
     return np.asarray(values[burn_in:], dtype=np.float64)

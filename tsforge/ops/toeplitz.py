@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import irfft, rfft
 from scipy.linalg import LinAlgError, cho_solve_banded, cholesky_banded, hankel, solve_banded, solve_toeplitz, toeplitz
-from scipy.signal import lfilter
 
 from tsforge.core.errors import ModelError
 
@@ -242,6 +241,8 @@ def _conditional(
     Source:
         Gohberg and Semencul (1972) as in ``precision_matrix``, whose two factors are filters here.
     """
+    from scipy.signal import lfilter
+
     order, size = len(process.weight), np.diff(bounds)
     length = np.maximum(size, order)
     offset = np.cumsum(length + order) - length - order

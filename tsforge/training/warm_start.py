@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm, t
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from tsforge.network import ForecastNetwork
@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
         Two blocks hardly know their standard error: there the quantile of Student's t with one degree of freedom takes
         the place of ``margin``, a quantile of the normal distribution. One block knows none.
         """
-        needed = margin if self.blocks >= FEWEST_BLOCKS else float(t.isf(norm.sf(margin), max(self.blocks - 1, 1)))
+        needed = margin if self.blocks >= FEWEST_BLOCKS else float(stdtrit(max(self.blocks - 1, 1), ndtr(margin)))
         return self.blocks > 1 and self.gain > needed * self.error
 
     @property
