@@ -1,4 +1,4 @@
-"""Worker processes of a benchmark: a job that kills its process is a failed row, and none outlives the benchmark."""
+"""Worker processes of a benchmark or backtest: a job that kills its process is a failed one, and none is left over."""
 
 from __future__ import annotations
 
