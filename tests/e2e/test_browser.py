@@ -245,7 +245,7 @@ def test_kernels_of_a_state_space_model_are_drawn(filled_workspace: Path, dashbo
     visitor.page.close()
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("colours", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_coupling_and_time_scales_of_chimera_are_drawn(
     filled_workspace: Path, dashboard: str, browser: Any, colours: str
 ) -> None:
@@ -265,7 +265,7 @@ def test_coupling_and_time_scales_of_chimera_are_drawn(
     visitor.page.close()
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("colours", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_graphs_are_drawn(dashboard: str, browser: Any, colours: str) -> None:
     visitor = Visitor(browser, colours=colours)
     visitor.open(f"{dashboard}/graphs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -11,14 +12,17 @@ MAX_FUNCTION_LINES = 100
 MAX_PARAMETERS = 10  # of a function outside shells; Typer commands list their options as parameters
 
 
+@cache
 def sources() -> list[Path]:
     return sorted(path for room in ("tsforge", "pipelines", "dashboards") for path in (ROOT / room).rglob("*.py"))
 
 
+@cache
 def trees() -> list[tuple[Path, ast.Module]]:
     return [(path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))) for path in sources()]
 
 
+@cache
 def functions() -> list[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
     return [
         (path, node)

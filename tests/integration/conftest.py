@@ -52,8 +52,16 @@ class Site:
         return {"name": "daily", "data": self.data(), "model": self.artifact, "detect": {"span": "3d"}} | changes
 
 
+@pytest.fixture
+def workspace_root(workspace_root: Path, mlflow_template: Path) -> Path:
+    """A fresh workspace folder whose tracking store exists already: making it takes seconds."""
+    workspace_root.mkdir()
+    shutil.copy(mlflow_template, workspace_root / "mlflow.db")
+    return workspace_root
+
+
 @pytest.fixture(scope="session")
-def fitted_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def fitted_site(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> Site:
     """The original; tests take a copy (``site``)."""
     from tsforge.app.fit import FitConfig, fit
     from tsforge.app.ingest import IngestConfig, ingest
@@ -65,6 +73,7 @@ def fitted_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     weather_like().write_parquet(source)
     root = folder / "home"
     root.mkdir()
+    shutil.copy(mlflow_template, root / "mlflow.db")
     workspace = Workspace(
         root=root, database_url=f"sqlite:///{root / 'store.db'}", tracking_uri=f"sqlite:///{root / 'mlflow.db'}"
     )

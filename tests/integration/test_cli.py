@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -145,15 +144,15 @@ def test_forecast_past_the_end_of_the_data_knows_its_calendar(tsforge: Any) -> N
     assert min(row["time"] for row in rows) > max(row["cutoff"] for row in rows)
 
 
-def test_interrupted_training_resumes_to_the_same_result(workspace_root: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    base = [sys.executable, "-m", "tsforge"]
-    subprocess.run([*base, "ingest", *SMALL], check=True, capture_output=True, env=environment, timeout=120)
+def test_interrupted_training_resumes_to_the_same_result(tsforge: Any, workspace_root: Path) -> None:
+    assert tsforge("ingest", *SMALL).code == 0
     command = [
-        *base, "fit", *SMALL, "model=dlinear", "window.context_length=48", "window.horizon=6", "tracking.enabled=false",
+        "fit", *SMALL, "model=dlinear", "window.context_length=48", "window.horizon=6", "tracking.enabled=false",
         "train.max_epochs=60", "train.patience=null", "train.batch_size=64", "--json",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tsforge", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     checkpoints = workspace_root / "checkpoints"
     deadline = time.monotonic() + 90
     while not list(checkpoints.rglob("*.ckpt")):
@@ -166,10 +165,9 @@ def test_interrupted_training_resumes_to_the_same_result(workspace_root: Path) -
     assert out == ""
     assert "Traceback" not in err
     assert "interrupted" in err
-    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, timeout=200)
-    fresh = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert "starting afresh" not in resumed.stderr
-    one, other = json.loads(resumed.stdout), json.loads(fresh.stdout)
+    resumed, fresh = tsforge(*command, "--resume"), tsforge(*command)
+    assert "starting afresh" not in resumed.err
+    one, other = json.loads(resumed.out), json.loads(fresh.out)
     assert one["epochs"] == other["epochs"] == 60
     assert one["test_mse"] == other["test_mse"]
     assert not list(checkpoints.rglob("*.ckpt"))

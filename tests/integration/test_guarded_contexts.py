@@ -183,7 +183,11 @@ def test_any_cutting_of_the_rows_equals_the_batch_run(table: pl.DataFrame, name:
     report = detect(artifact, frame, config, start=hours(BEGIN))
     assert sum(facts["rows_guarded"] for facts in report.metadata["series"].values()) > 5
     middle = np.random.default_rng(1).choice(np.arange(BEGIN + 1, ROWS), 15, replace=False)
-    for edges in ([BEGIN, ROWS], [BEGIN, *sorted(middle.tolist()), ROWS], list(range(BEGIN, ROWS + 1))):
+    for edges in (
+        [BEGIN, ROWS],
+        [BEGIN, *sorted(middle.tolist()), ROWS],
+        [BEGIN, *range(SHIFT.start - 5, SHIFT.stop + 15), ROWS],
+    ):
         detector = OnlineDetector.start(artifact, frame, config, start=hours(BEGIN))
         found, closed = [], []
         for start, stop in pairwise(edges):

@@ -84,9 +84,9 @@ sys.exit(pipeline.main({arguments}))
     ("name", "arguments"),
     [
         ("ingest", SMALL),
-        ("checks", SMALL),
+        pytest.param("checks", SMALL, marks=pytest.mark.slow),
         ("retrain", ["retrain"]),
-        ("batch_detect", ["batch/nyc_weather"]),
+        pytest.param("batch_detect", ["batch/nyc_weather"], marks=pytest.mark.slow),
         ("batch_forecast", ["batch/nyc_weather"]),
     ],
 )

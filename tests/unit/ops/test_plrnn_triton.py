@@ -9,7 +9,7 @@ import pytest
 import torch
 from plrnn_cases import Arguments, loop
 from torch import Tensor
-from triton_interpreter import DEVICES, INTERPRETING, run_in_interpreter
+from triton_interpreter import DEVICES, INTERPRETING, PORTIONS, run_in_interpreter
 
 from tsforge.core.errors import ModelError
 from tsforge.ops import _plrnn_triton as module
@@ -86,7 +86,9 @@ def tile(samples: int, hidden: int, *, resident: bool = True, accumulate: bool =
     return Tile(samples=samples, hidden=hidden, warps=warps, resident=resident, accumulate=accumulate)
 
 
-@pytest.mark.parametrize("clipped", [False, True], ids=["plain", "clipped"])
+@pytest.mark.parametrize(
+    "clipped", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="clipped")]
+)
 @pytest.mark.parametrize(
     "tiles",
     [
@@ -139,6 +141,7 @@ def test_checklist_8_3_float32(device: str) -> None:
     assert gap([part.double() for part in gradients], expected_gradients) <= 1e-5
 
 
+@pytest.mark.slow
 def test_checklist_8_3_constant_alpha_and_any_strides_equal_full_arrays(device: str) -> None:
     z1, forcing, alpha, params, inputs = draw((2, 3, 4, 3, 6), device)
     assert forcing is not None
@@ -213,5 +216,6 @@ def test_asking_for_what_cannot_run_is_an_error_that_says_why(monkeypatch: pytes
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
-def test_kernels_in_the_interpreter() -> None:
-    run_in_interpreter(__file__)
+@pytest.mark.parametrize("portion", PORTIONS)
+def test_kernels_in_the_interpreter(portion: str) -> None:
+    run_in_interpreter(__file__, portion)

@@ -95,4 +95,4 @@ def test_what_it_cannot_take_is_said() -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
 def test_kernels_in_the_interpreter() -> None:
-    run_in_interpreter(__file__)
+    run_in_interpreter(__file__, "not slow")

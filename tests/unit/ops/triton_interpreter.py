@@ -34,8 +34,11 @@ def no_interpreter() -> str | None:
     return None
 
 
-def run_in_interpreter(file: str) -> None:
-    """Run the tests of a file in the interpreter; skips where there is none.
+PORTIONS = ["not slow", pytest.param("slow", marks=pytest.mark.slow)]
+
+
+def run_in_interpreter(file: str, portion: str) -> None:
+    """Run a portion of the tests of a file in the interpreter; skips where there is none.
 
     Raises:
         AssertionError: a test failed there, or none ran.
@@ -43,7 +46,18 @@ def run_in_interpreter(file: str) -> None:
     reason = no_interpreter()
     if reason:
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", file]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        f"not gpu and {portion}",
+        file,
+    ]
     run = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},
