@@ -79,7 +79,7 @@ class OnlineResult:
         """The rows judged of watched series, columns of ``AnomalyReport.scores.table``: those taken, or as many from
         ``latency`` rows before."""
         rows = self.scored or [ScoredRows.nothing(len(self.names))]
-        return pl.concat([score_table(part, self.grid, self.names, by_variate=self.by_variate) for part in rows])
+        return score_table(rows, self.grid, self.names, by_variate=self.by_variate)
 
     @cached_property
     def opened(self) -> pl.DataFrame:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from tsforge.anomaly.buckets import bucket_notice
 from tsforge.anomaly.config import ANSWERS, DetectConfig
@@ -70,23 +69,22 @@ def build_report(context: ReportContext, results: Sequence[SeriesResult], notice
         ],
         "config": context.config.model_dump(mode="json"),
     }
-    tables = [_score_table(context, result) for result in results]
+    scores = score_table(
+        [result.scored for result in results],
+        context.grid,
+        context.artifact.schema.targets,
+        by_variate=context.config.keep_variate_scores,
+    )
     found = [(result.series_id, result.rule.describe(), event) for result in results for event in result.events]
     events = event_table(found, context.grid, context.config.measure)
     events = with_incidents(events, context.groups, context.config.events.group_gap, context.grid)
     return AnomalyReport(
-        scores=ScoreFrame(table=pl.concat(tables), metadata={"rule": rule.describe()}), events=events, metadata=metadata
+        scores=ScoreFrame(table=scores, metadata={"rule": rule.describe()}), events=events, metadata=metadata
     )
 
 
 def _times(grid: TimeGrid, rows: tuple[int, int]) -> list[str]:
     return [str(grid.time_at(rows[0])), str(grid.time_at(rows[1] - 1))]
-
-
-def _score_table(context: ReportContext, result: SeriesResult) -> pl.DataFrame:
-    return score_table(
-        result.scored, context.grid, context.artifact.schema.targets, by_variate=context.config.keep_variate_scores
-    )
 
 
 def _left_out(result: SeriesResult) -> int:

@@ -69,7 +69,7 @@ class RollingLargest:
         while done < values.size:
             small, large = ranks(self.size)
             count = min(values.size - done, self.window - self._next)
-            if self.size < self.window:
+            if self.size < self.window and ranks(self.size + count - 1) != (small, large):
                 # the ranks rarely change while the window grows: take the stretch of sizes over which they do not
                 count = 1 + bisect_left(
                     range(1, count), True, key=lambda more: ranks(self.size + more) != (small, large)

@@ -35,45 +35,46 @@ class ScoredRows:
         return cls(series_id="", start=0, judged=Judged.nothing(width))
 
 
-def score_table(rows: ScoredRows, grid: TimeGrid, names: Sequence[str], *, by_variate: bool) -> pl.DataFrame:
-    """Return one record a row and, if asked for, one a row and variate; NaN becomes null.
+def score_table(parts: Sequence[ScoredRows], grid: TimeGrid, names: Sequence[str], *, by_variate: bool) -> pl.DataFrame:
+    """Return one record a row and, if asked for, one a row and variate, part by part; NaN becomes null.
 
     Columns: ``series_id, time, variate`` (``*`` for the joint score), ``score, p_value, threshold, alarm, value,
-    expected``.
+    expected``. Of a part, at least one, come the joint scores first, then variate by variate.
     """
-    judged, size = rows.judged, rows.judged.joint.size
-    times = grid.time_at(np.arange(rows.start, rows.start + size))
-    nothing = np.full(size, np.nan)
-    columns = [(JOINT, judged.joint, judged.p_values, judged.decisions.threshold, nothing, nothing)]
-    if by_variate and judged.variate_p_values is not None:
-        columns += [
-            (name, np.abs(judged.z[:, v]), judged.variate_p_values[:, v], nothing, judged.values[:, v], expected)
-            for v, (name, expected) in enumerate(zip(names, judged.expected.T, strict=True))
-        ]
-    alarm = np.zeros(size * len(columns), dtype=bool)
-    alarm[:size] = judged.decisions.alarm
-    is_joint = np.arange(alarm.size) < size
-    numbers = dict(
-        zip(
-            ("score", "p_value", "threshold", "value", "expected"),
-            (np.concatenate(part) for part in list(zip(*columns, strict=True))[1:]),
-            strict=True,
-        )
-    )
-    floats = {name: pl.Series(name, found, dtype=pl.Float64).fill_nan(None) for name, found in numbers.items()}
-    variates = pl.Series("variate", [column[0] for column in columns], dtype=pl.String)
+    found: list[tuple[FloatArray, ...]] = []  # of each part and variate
+    alarms, places, codes, lengths = [], [], [], []  # code 0: the joint score
+    for rows in parts:
+        judged, size = rows.judged, rows.judged.joint.size
+        nothing = np.full(size, np.nan)
+        found.append((judged.joint, judged.p_values, judged.decisions.threshold, nothing, nothing))
+        shown = 0
+        if by_variate and judged.variate_p_values is not None:
+            shown = len(names)
+            found += [
+                (np.abs(judged.z[:, v]), judged.variate_p_values[:, v], nothing, judged.values[:, v], expected)
+                for v, expected in enumerate(judged.expected.T)
+            ]
+        alarms.append(np.pad(np.asarray(judged.decisions.alarm, dtype=bool), (0, shown * size)))
+        places.append(np.tile(np.arange(rows.start, rows.start + size), 1 + shown))
+        codes.append(np.repeat(np.arange(1 + shown), size))
+        lengths.append(size * (1 + shown))
+    code = np.concatenate(codes)
+    columns = zip(*found, strict=True)
+    score, p_value, threshold, value, expected = (pl.Series(np.concatenate(each)).fill_nan(None) for each in columns)
     return pl.DataFrame(
-        [
-            pl.Series("series_id", [rows.series_id], dtype=pl.String).new_from_index(0, alarm.size),
-            pl.concat([times.alias("time")] * len(columns)),
-            variates.gather(np.repeat(np.arange(len(columns)), size)),
-            floats["score"],
-            floats["p_value"],
-            floats["threshold"],
-            pl.Series("alarm", alarm, dtype=pl.Boolean).set(pl.Series(~is_joint), None),
-            floats["value"],
-            floats["expected"],
-        ]
+        {
+            "series_id": pl.Series([rows.series_id for rows in parts], dtype=pl.String).gather(
+                np.repeat(np.arange(len(parts)), lengths)
+            ),
+            "time": grid.time_at(np.concatenate(places)),
+            "variate": pl.Series([JOINT, *names], dtype=pl.String).gather(code),
+            "score": score,
+            "p_value": p_value,
+            "threshold": threshold,
+            "alarm": pl.Series(np.concatenate(alarms), dtype=pl.Boolean).set(pl.Series(code > 0), None),
+            "value": value,
+            "expected": expected,
+        }
     )
 
 

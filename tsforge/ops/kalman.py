@@ -93,13 +93,13 @@ def _solve_at(matrix: Tensor, right: Tensor, where: Tensor) -> Tensor:
     order = torch.argsort(where.to(torch.int8), dim=1, descending=True, stable=True)  # these first
     rows = torch.nonzero(counts).flatten()
     rows = rows[torch.argsort(counts[rows])]  # similar sizes together
+    sizes = counts[rows].tolist()
     start = 0
-    while start < len(rows):
+    while start < len(sizes):
         stop = start + 1
-        while stop < len(rows) and (stop + 1 - start) * int(counts[rows[stop]]) ** 2 <= _MAX_SOLVE_ENTRIES:
+        while stop < len(sizes) and (stop + 1 - start) * sizes[stop] ** 2 <= _MAX_SOLVE_ENTRIES:
             stop += 1
-        block = rows[start:stop]
-        width = int(counts[block].max())
+        block, width = rows[start:stop], sizes[stop - 1]
         place = order[block, :width]  # [R', width]
         real = torch.arange(width, device=place.device) < counts[block, None]
         inner = matrix[place[:, :, None], place[:, None, :]]
