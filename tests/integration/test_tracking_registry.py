@@ -356,6 +356,7 @@ def test_another_artifact_in_the_place_of_a_version_is_not_taken_for_it(
         ("a b@c", "is no artifact"),
         ("weather@", "is no artifact"),
         ("linear-20260101T000000Z-00000000", "neither a folder nor an artifact id"),
+        ("latest", "'latest' is not taken here, it changes with every fit"),
     ],
 )
 def test_a_wrong_reference_says_what_there_is(

@@ -325,6 +325,11 @@ def resolve(reference: str, workspace: Workspace) -> Path:
         if mark:
             raise
         known = [path.name for path in newest_first(workspace.artifacts)]
+        if reference == "latest":
+            raise ArtifactError(
+                "'latest' is not taken here, it changes with every fit; give an artifact id (newest here: "
+                f"{listing(known[:1]) or 'none'}) or NAME@champion"
+            ) from error
         raise ArtifactError(
             f"'{reference}' is neither a folder nor an artifact id (newest here: {listing(known[:3]) or 'none'}); "
             f"asked as a registered model: {error}"
