@@ -132,7 +132,13 @@ def with_odd_series(table: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([table, *(part.with_columns(series_id=pl.lit(name)) for name, part in odd.items())])
 
 
-@pytest.mark.parametrize("number", [0, 3, 4, 5, 8, 11, 19], ids=lambda number: IDS[number])
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(pytest.param(number, id=IDS[number]) for number in (0, 3, 5, 11)),
+        *(pytest.param(number, id=IDS[number], marks=pytest.mark.slow) for number in (4, 8, 19)),
+    ],
+)
 def test_series_and_variates_that_nothing_compares_with_are_left_out_and_named(
     artifacts: dict[str, Artifact], table: pl.DataFrame, number: int
 ) -> None:

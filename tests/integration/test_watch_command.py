@@ -268,6 +268,7 @@ def test_signals_end_a_running_watch_between_chunks(plant: Watched) -> None:
     assert_told(plant.told(), plant.truth(rows))
 
 
+@pytest.mark.slow
 def test_standard_input_sent_again_counts_once(plant: Watched) -> None:
     rows = new_rows()
     name = settings_file(plant, source={"kind": "stdin", "rows": {"time": "ts", "series": "machine"}})
