@@ -67,7 +67,7 @@ def test_folds_side_by_side_give_the_report_of_folds_in_turn(site: Any, caplog: 
         "model": {"name": "gru", "d_model": 4},
         "compare": ["seasonal_naive"],
         "train": {"max_epochs": 2, "max_steps_per_epoch": 3, "accelerator": "cpu"},
-        "backtest": {"num_cutoffs": 5, "refit_every": 2, "regimes": ["volatility", "hour"]},
+        "backtest": {"num_cutoffs": 6, "refit_every": 2, "regimes": ["volatility", "hour"]},
     }
     alone = backtest(job(site, **settings), Workspace.open())
     told = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}

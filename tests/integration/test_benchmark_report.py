@@ -105,7 +105,6 @@ def test_drift_joins_where_the_training_rows_trend(workspace: Workspace, tmp_pat
     assert models.str.starts_with("drift:").any()
 
 
-@pytest.mark.slow
 def test_two_sets_two_workers_give_what_one_process_gives(workspace: Workspace, tmp_path: Path) -> None:
     paths = [hourly(tmp_path / f"{name}.parquet", seed=seed) for seed, name in enumerate(("one", "two"))]
     settings = {"models": ["linear", "dlinear"], "train": {"max_epochs": 1, "max_steps_per_epoch": 2}, "seeds": 2}

@@ -175,7 +175,7 @@ def test_a_lasting_fault_stays_visible_until_the_guard_gives_way(linear: Artifac
     assert guarded[quiet].sum() <= without[quiet].sum() + 1, "the guard ends with the fault"
 
 
-@pytest.mark.parametrize("name", ["linear", "ar_net", pytest.param("seasonal_naive", marks=pytest.mark.slow), "gru"])
+@pytest.mark.parametrize("name", ["linear", "ar_net", "seasonal_naive", "gru"])
 def test_any_cutting_of_the_rows_equals_the_batch_run(table: pl.DataFrame, name: str) -> None:
     model = {"d_model": 16, "dropout": 0.0} if name == "gru" else {}
     frame = as_frame(table, known=["k"]) if name == "ar_net" else as_frame(table)
@@ -183,11 +183,7 @@ def test_any_cutting_of_the_rows_equals_the_batch_run(table: pl.DataFrame, name:
     report = detect(artifact, frame, config, start=hours(BEGIN))
     assert sum(facts["rows_guarded"] for facts in report.metadata["series"].values()) > 5
     middle = np.random.default_rng(1).choice(np.arange(BEGIN + 1, ROWS), 15, replace=False)
-    for edges in (
-        [BEGIN, ROWS],
-        [BEGIN, *sorted(middle.tolist()), ROWS],
-        [BEGIN, *range(SHIFT.start - 5, SHIFT.stop + 15), ROWS],
-    ):
+    for edges in ([BEGIN, ROWS], [BEGIN, *sorted(middle.tolist()), ROWS], list(range(BEGIN, ROWS + 1))):
         detector = OnlineDetector.start(artifact, frame, config, start=hours(BEGIN))
         found, closed = [], []
         for start, stop in pairwise(edges):

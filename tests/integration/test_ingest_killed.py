@@ -9,8 +9,8 @@ import pytest
 
 
 def test_killed_at_any_moment_on_sqlite(kill_ingest: ModuleType, tmp_path: Path) -> None:
-    result = kill_ingest.attack(tmp_path, kills=5, rows=30_000, seed=1)
-    assert result["kills"] == 5
+    result = kill_ingest.attack(tmp_path, kills=8, rows=30_000, seed=1)
+    assert result["kills"] == 8
     assert result["failures"] == []
 
 

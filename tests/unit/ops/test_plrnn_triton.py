@@ -141,7 +141,6 @@ def test_checklist_8_3_float32(device: str) -> None:
     assert gap([part.double() for part in gradients], expected_gradients) <= 1e-5
 
 
-@pytest.mark.slow
 def test_checklist_8_3_constant_alpha_and_any_strides_equal_full_arrays(device: str) -> None:
     z1, forcing, alpha, params, inputs = draw((2, 3, 4, 3, 6), device)
     assert forcing is not None
