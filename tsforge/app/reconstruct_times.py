@@ -81,9 +81,7 @@ def is_row_index(name: str) -> bool:
 
 def _may(values: pl.Series) -> bool:
     """Return whether values can be times: dates, or numbers that run on from row to row."""
-    if values.dtype == pl.String or _compact_dates(values) is not None:
-        return _dates(values) is not None
-    if values.dtype.is_temporal():
+    if _dates(values) is not None:
         return True
     if not values.dtype.is_numeric():
         return False
@@ -97,9 +95,11 @@ def _may(values: pl.Series) -> bool:
 
 
 def _dates(values: pl.Series) -> pl.Series | None:
-    """Return text as dates, None where it holds others."""
+    """Return dates, also those written as text or as integers such as 20240131; None where one of them is none."""
+    if values.dtype.is_temporal():
+        return values
     compact = _compact_dates(values)
-    if compact is not None:
+    if compact is not None or values.dtype != pl.String:
         return compact
     try:
         return values.str.to_datetime(time_unit="us")
@@ -185,10 +185,10 @@ def _moments(times: pl.Series, file: str) -> tuple[NDArray[np.int64] | NDArray[n
             f"{file}: the column of times '{times.name}' has {missing} missing value(s); fill them, or name another "
             "column with data.step"
         )
-    dates = _dates(times) if times.dtype == pl.String else _compact_dates(times)
-    if dates is None and times.dtype != pl.String:
+    dates = _dates(times)
+    if dates is None and times.dtype.is_numeric():
         dates = times
-    if dates is None or not (dates.dtype.is_temporal() or dates.dtype.is_numeric()):
+    if dates is None:
         raise DataError(f"{file}: the column of times '{times.name}' holds {times.dtype}, not numbers or dates")
     kind, seconds = dates.dtype, None
     if kind.is_temporal():
