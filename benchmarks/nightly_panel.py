@@ -112,6 +112,8 @@ def measure(folder: Path, num_series: int, num_rows: int, threads: int) -> list[
         as_of = (last + timedelta(days=night - 1)).isoformat()
         command = ["batch", "run", str(folder / "night.yaml"), "--as-of", as_of, "--json"]
         rows.append(timed(f"night {night}", command, folder, threads))
+        (published,) = (folder / "home" / "published" / "nightly").glob(f"as_of={as_of}*/manifest.json")
+        rows[-1]["stages"] = json.loads(published.read_text())["seconds"]
     return rows
 
 
@@ -130,7 +132,13 @@ def page(about: dict[str, Any], sizes: tuple[int, int], rows: list[dict[str, Any
         f"| {row['step']} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} | {row['peak_bytes'] / 2**30:.2f} |"
         for row in rows
     ]
+    stages = {row["step"]: row["stages"] for row in rows if "stages" in row}
+    lines += ["", *(f"Stages of {step}, s: " + _listed(seconds) for step, seconds in stages.items())]
     return "\n".join(lines) + "\n"
+
+
+def _listed(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()) + "."
 
 
 def main() -> None:
