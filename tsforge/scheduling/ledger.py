@@ -324,7 +324,8 @@ class Ledger:
             BackendError: the claim was taken over meanwhile; nothing is recorded.
         """
         text = json.dumps(dict(details or {}), default=str)
-        self._close(claim, "done", message, rows=rows, output=output, details=text)
+        place = None if output is None else _storable(output)
+        self._close(claim, "done", message, rows=rows, output=place, details=text)
 
     def fail(self, claim: Claim, message: str) -> None:
         """Close the slot as failed; it can be claimed again (same errors as ``finish``)."""
@@ -337,7 +338,8 @@ class Ledger:
     def _close(self, claim: Claim, status: Status, message: str, **values: Any) -> None:
         with self._transaction() as connection:
             now = self._now(connection)
-            values |= {"status": status, "message": message[-_MESSAGE_LIMIT:], "heartbeat": now, "finished": now}
+            told = _storable(message[-_MESSAGE_LIMIT:])
+            values |= {"status": status, "message": told, "heartbeat": now, "finished": now}
             closed = connection.execute(sa.update(_RUNS).where(_held(claim)).values(**values)).rowcount
         if closed != 1:
             raise _taken_over(claim)
@@ -453,6 +455,11 @@ def _note(text: str) -> dict[str, Any]:
     """Return the note among the details of a row that is not done, empty where there is none."""
     found = (_details(text, 0) or {}).get(_NOTE)
     return found if isinstance(found, dict) else {}
+
+
+def _storable(text: str) -> str:
+    """Return what every database keeps: output of a command may hold zero bytes, a path bytes that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}")
 
 
 def _taken_over(claim: Claim) -> BackendError:

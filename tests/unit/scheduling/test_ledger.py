@@ -304,6 +304,13 @@ def test_messages_keep_their_end(ledger: Ledger) -> None:
     assert run.message.endswith("the reason")
 
 
+def test_signs_that_no_database_keeps_do_not_leave_a_slot_open(ledger: Ledger) -> None:
+    ledger.finish(claimed(ledger), message="half\x00way", output="logs/\udcff.log")
+    run = ledger.find("job", SLOT)
+    assert run is not None
+    assert (run.status, run.message, run.output) == ("done", "half\ufffdway", "logs/\\udcff.log")
+
+
 def test_keep_alive_gives_signs_of_life(database_url: str) -> None:
     ledger = Ledger(database_url, stale_after=timedelta(seconds=0.6))
     claim = claimed(ledger)
